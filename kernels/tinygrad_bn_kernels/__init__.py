@@ -1,0 +1,66 @@
+"""The table of kernels: which loop computes an op, or its vector-Jacobian product, on which device.
+
+A kernel takes arrays and gives arrays; it knows no Tensor. Its name is the op's name (the forward) or the op's
+name with ``.vjp`` (the backward: ``(g, y, *operands, **params)`` to one gradient, or None, for each operand).
+An op without a kernel runs its NumPy reference.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, TypeVar
+
+Kernel = Callable[..., Any]
+F = TypeVar("F", bound=Kernel)
+
+# Where the package's own kernels are written. A module is imported when one of its kernels is first asked for,
+# so that a program which needs none never pays for importing Numba.
+MODULES: dict[tuple[str, str], str] = {
+    ("softmax_cross_entropy", "cpu"): "tinygrad_bn_kernels.cpu.loss",
+    ("softmax_cross_entropy.vjp", "cpu"): "tinygrad_bn_kernels.cpu.loss",
+}
+
+_kernels: dict[tuple[str, str], Kernel] = {}
+_enabled = True
+
+
+def kernel(name: str, device: str) -> Callable[[F], F]:
+    """Register the decorated function as the kernel `name` ("mul", "mul.vjp") of `device`.
+
+    Raises ValueError if that place is taken.
+    """
+
+    def register(function: F) -> F:
+        taken = _kernels.setdefault((name, device), function)
+        if taken is not function:
+            raise ValueError(f"{name!r} has a kernel for {device!r} already: {taken.__module__}.{taken.__name__}")
+        return function
+
+    return register
+
+
+def lookup(name: str, device: str) -> Kernel | None:
+    """The kernel `name` of `device`, or None where there is none (or kernels are `disabled`)."""
+    if not _enabled:
+        return None
+    found = _kernels.get((name, device))
+    if found is None and (name, device) in MODULES:
+        import_module(MODULES[name, device])
+        found = _kernels[name, device]
+    return found
+
+
+def names() -> list[tuple[str, str]]:
+    """Every (name, device) that has a kernel, the package's own and registered ones."""
+    return sorted(MODULES.keys() | _kernels.keys())
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside this block every op runs its NumPy reference, and fused ops run their composition backwards."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before

@@ -1,0 +1,1 @@
+"""Kernels for the CPU: Numba loops over contiguous arrays."""

@@ -1,0 +1,17 @@
+"""Autograd from scratch in which BatchNorm is a composition of primitive operations.
+
+>>> from tinygrad_bn import Tensor, functional as F
+>>> x = Tensor([[1.0], [2.0], [6.0]], requires_grad=True)
+>>> F.batch_norm(x, training=True).numpy().ravel().round(4).tolist()
+[-0.9258, -0.4629, 1.3887]
+"""
+
+from tinygrad_bn.tensor import Tensor  # isort: skip  (first: the other modules build on it)
+from tinygrad_bn import datasets, functional, nn, optim, testing, train
+from tinygrad_bn.autograd import debug, grad, is_recording, no_grad, primitive
+from tinygrad_bn.random import manual_seed
+
+__all__ = [
+    "Tensor", "datasets", "debug", "functional", "grad", "is_recording", "manual_seed", "nn", "no_grad", "optim",
+    "primitive", "testing", "train",
+]  # fmt: skip

@@ -1,0 +1,394 @@
+"""The chain rule, and nothing else.
+
+An `Op` has a forward on arrays and one gradient rule per operand. `apply` runs it and leaves a `Node` on the
+result: which op, on which operands. `backward` and `grad` walk the nodes from the result to the leaves.
+
+Rules are written in arithmetic that arrays and tensors share. In a plain backward pass they get arrays, so no
+tensor is built; with `create_graph` they get tensors, so that the gradient has a graph of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeAlias, overload
+
+import numpy as np
+
+from tinygrad_bn.device import device_of, find_kernel
+from tinygrad_bn.sample import Sample
+from tinygrad_bn.tensor import Array, Tensor
+
+P = ParamSpec("P")
+Operand: TypeAlias = Any  # a Tensor, an array or a number; a Tensor comes out, or an array if no operand is a Tensor
+Rule: TypeAlias = Callable[..., Any]
+
+OPS: dict[str, Op] = {}
+
+_recording: ContextVar[bool] = ContextVar("recording", default=True)
+_debugging: ContextVar[bool] = ContextVar("debugging", default=False)
+
+
+# ---- declaring ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A primitive or fused operation, as `primitive` declares it."""
+
+    name: str
+    forward: Callable[..., Array]  # arrays to array, in NumPy: the reference on every device
+    rules: tuple[Rule | None, ...]  # one per operand: (g, y, *operands, **params) to its gradient
+    each: Rule | None  # or, for any number of operands, one rule that is told which: (i, g, y, *operands)
+    fuses: Callable[..., Any] | None  # or the composition that this op computes in one go
+    formula: str
+    sample: Sample
+
+    @property
+    def differentiable(self) -> bool:
+        return bool(self.each or self.fuses or any(self.rules))
+
+
+def primitive(
+    *rules: Rule | None,
+    formula: str,
+    sample: Sample,
+    each: Rule | None = None,
+    fuses: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, Any]], Callable[P, Tensor]]:
+    """Declare an op: the decorated function is its forward, from arrays to an array.
+
+    Args:
+        rules: the gradient for each operand, `(g, y, *operands, **params) -> gradient`, in arithmetic on
+            tensors; None where the op is not differentiable. Sums over broadcast axes, casts and
+            accumulation are the engine's work, not the rule's.
+        formula: the op in symbols, for people.
+        sample: what the tests feed the op; see `tinygrad_bn.sample`.
+        each: instead of `rules`, for ops of any number of operands: `(i, g, y, *operands, **params)`.
+        fuses: instead of `rules`: the composition that defines this op. Its gradients, of every order, are
+            the composition's; a kernel `NAME.vjp` may compute the first order faster.
+
+    Raises:
+        ValueError: an op of this name exists, or it is not exactly one of `rules`, `each` and `fuses`.
+    """
+    if sum(map(bool, (rules, each, fuses))) != 1:
+        raise ValueError("an op needs exactly one of: a rule for each operand, `each`, or `fuses`")
+
+    def register(forward: Callable[P, Any]) -> Callable[P, Tensor]:
+        name = forward.__name__
+        if name in OPS:
+            raise ValueError(f"there is an op called {name!r} already")
+        op = OPS[name] = Op(name, forward, rules, each, fuses, formula, sample)
+        parameters = signature(forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+        @wraps(forward)
+        def call(*operands: Any, **params: Any) -> Any:
+            return apply(op, operands, {**defaults, **params})
+
+        call.__doc__ = f"{forward.__doc__}\n\n{formula}"
+        return call
+
+    return register
+
+
+# ---- recording ------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """How a tensor was computed: the op, its operands, and the arrays that the forward pass saw."""
+
+    op: Op
+    inputs: tuple[Any, ...]  # Tensors, and Python's numbers
+    arrays: tuple[Any, ...]
+    output: Array
+    params: dict[str, Any]
+    caller: str | None  # where the op was called, in debug mode
+
+    def free(self) -> None:
+        self.inputs = self.arrays = ()
+        self.params = {}
+
+
+@contextmanager
+def recording(on: bool) -> Iterator[None]:
+    """Remember, or do not, how tensors are computed in this block."""
+    token = _recording.set(on)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether ops remember how their results were computed."""
+    return _recording.get()
+
+
+def no_grad() -> Any:
+    """Inside `with no_grad():` no graph is built, and `+=` on a tensor changes it."""
+    return recording(False)
+
+
+@contextmanager
+def debug() -> Iterator[None]:
+    """Inside this block every op remembers where it was called, and an error in its backward pass says so."""
+    token = _debugging.set(True)
+    try:
+        yield
+    finally:
+        _debugging.reset(token)
+
+
+def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Run `op` and, if one of its operands requires a gradient, remember how on the result."""
+    if not any(isinstance(o, Tensor) for o in operands):
+        return _execute(op, operands, params)
+    inputs = tuple(o if isinstance(o, Tensor) else _constant(o) for o in operands)
+    arrays = tuple(o._data if isinstance(o, Tensor) else o for o in inputs)
+    y = Tensor._of(np.asarray(_execute(op, arrays, params)))
+    if (
+        _recording.get()
+        and op.differentiable
+        and y._data.dtype.kind == "f"
+        and any(isinstance(o, Tensor) and o._requires_grad for o in inputs)
+    ):
+        caller = _caller() if _debugging.get() else None
+        y._requires_grad, y.node = True, Node(op, inputs, arrays, y._data, params, caller)
+    return y
+
+
+def _constant(operand: Any) -> Any:
+    """Numbers stay Python numbers, which take the dtype of the other operand; anything else is copied in."""
+    if isinstance(operand, np.generic):
+        return operand.item()
+    return operand if isinstance(operand, bool | int | float) else Tensor(operand)
+
+
+def _caller() -> str:
+    """The innermost lines of the program outside this package."""
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(os.path.dirname(__file__))]
+    return "".join(traceback.format_list(frames[-2:]))
+
+
+def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
+    run = find_kernel(op.name, device_of(arrays[0])) if arrays else None
+    try:
+        return (run or op.forward)(*arrays, **params)
+    except (IndexError, ValueError, TypeError) as error:
+        kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
+        raise kind(f"{describe(op, arrays, params)}: {error}") from error
+
+
+def describe(op: Op, operands: Iterable[Any], params: dict[str, Any]) -> str:
+    """A call in words: `sum(float32 (3, 4), axis=5)`."""
+    words = [f"{o.dtype} {o.shape}" if hasattr(o, "dtype") else repr(o) for o in operands]
+    return f"{op.name}({', '.join(words + [f'{k}={v!r}' for k, v in params.items()])})"
+
+
+# ---- differentiating ------------------------------------------------------------------------------------
+
+
+def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, create_graph: bool = False) -> None:
+    """See `Tensor.backward`."""
+    cotangent = _cotangent(y, g)
+    order = _topological(y)
+    wanted = [t for t in order if (t.node is None and t._requires_grad) or t._retains_grad]
+    keep = create_graph if retain_graph is None else retain_graph
+    grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
+    owned = {id(cotangent._data)}  # no two gradients may share memory
+    for t in wanted:
+        if t in grads:
+            gt = _to_tensor(grads[t])
+            if not gt._data.flags.c_contiguous or gt._data.base is not None or id(gt._data) in owned:
+                gt = gt + 0 if create_graph else Tensor(gt)
+            owned.add(id(gt._data))
+            t.grad = gt if t.grad is None else t.grad + gt
+
+
+@overload
+def grad(y: Tensor, xs: Tensor, g: object = None, create_graph: bool = False) -> Tensor: ...
+@overload
+def grad(y: Tensor, xs: Sequence[Tensor], g: object = None, create_graph: bool = False) -> list[Tensor]: ...
+def grad(
+    y: Tensor, xs: Tensor | Sequence[Tensor], g: object = None, create_graph: bool = False
+) -> Tensor | list[Tensor]:
+    """The vector-Jacobian product g · ∂y/∂x for each x of `xs`; no tensor's `grad` is touched.
+
+    The graph stays, as long as `y` does. Only what lies between `y` and `xs` is computed.
+
+    Args:
+        y: the tensor to differentiate.
+        xs: the tensors to differentiate by, at any place of the graph; one tensor gives one gradient.
+        g: the cotangent, of `y`'s shape; may be left out (one) if `y` has one element.
+        create_graph: make the gradients differentiable themselves, for derivatives of higher order.
+
+    Returns:
+        The gradient of each x, in its shape and dtype; zeros for an x that `y` does not depend on.
+
+    Raises:
+        RuntimeError: `y`, or one of `xs`, does not require a gradient; or see `Tensor.backward`.
+        ValueError: `g` is missing or has the wrong shape.
+
+    >>> x = Tensor(3.0, requires_grad=True)
+    >>> dx = grad(x**4, x, create_graph=True)
+    >>> dx.item(), grad(dx, x).item()
+    (108.0, 108.0)
+    """
+    wanted = [xs] if isinstance(xs, Tensor) else list(xs)
+    for i, x in enumerate(wanted):
+        if not x.requires_grad:
+            raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")
+    grads = _backprop(y, _cotangent(y, g), _topological(y), wanted, create_graph)
+    out = [_to_tensor(grads[x]) if x in grads else Tensor(np.zeros(x.shape, x.dtype)) for x in wanted]
+    return out[0] if isinstance(xs, Tensor) else out
+
+
+def _cotangent(y: Tensor, g: object) -> Tensor:
+    if not y.requires_grad:
+        raise RuntimeError(
+            f"this tensor of shape {y.shape} has no gradient to give: nothing it was computed from has "
+            "requires_grad=True, or it was computed under no_grad()"
+        )
+    if g is None:
+        if y.size != 1:
+            raise ValueError(f"a tensor of shape {y.shape} needs a cotangent g of that shape; only a scalar has one")
+        return Tensor(np.ones(y.shape, y.dtype))
+    g = g if isinstance(g, Tensor) else Tensor(g)
+    if g.shape != y.shape:
+        raise ValueError(f"the cotangent has shape {g.shape}, the tensor {y.shape}; they must be equal")
+    return g if g.dtype == y.dtype else g.astype(y.dtype)
+
+
+def _topological(y: Tensor, stop: Iterable[Tensor] = ()) -> list[Tensor]:
+    """What `y` was computed from, operands first, `y` last; not looking behind `stop`.
+
+    Iterative, since a graph may be far deeper than Python's stack. A tensor must come after everything that uses
+    it: had `b = a + a; c = b + b` been walked in any other order, `b` would pass on only half of its gradient.
+    """
+    order: list[Tensor] = []
+    seen = set(stop)
+    todo = [(y, False)]
+    while todo:
+        t, finished = todo.pop()
+        if finished:
+            order.append(t)
+        elif t not in seen:
+            seen.add(t)
+            todo.append((t, True))
+            if t.node is not None:
+                if not t.node.inputs:
+                    raise RuntimeError(
+                        f"the graph behind this result of {t.node.op.name!r} was freed by an earlier backward(); "
+                        "call that one with retain_graph=True to walk it again"
+                    )
+                todo += [(x, False) for x in t.node.inputs if isinstance(x, Tensor) and x._requires_grad]
+    return order
+
+
+def _backprop(
+    y: Tensor,
+    g: Tensor,
+    order: list[Tensor],
+    wanted: Iterable[Tensor],
+    create_graph: bool,
+    free: bool = False,
+) -> dict[Tensor, Any]:
+    """The gradient of every wanted tensor: arrays, or tensors with `create_graph`. Eats up `order`."""
+    wanted = set(wanted)
+    leads = set(wanted)  # the tensors on a way from y to something wanted
+    for t in order:
+        if t.node and any(isinstance(x, Tensor) and x in leads for x in t.node.inputs):
+            leads.add(t)
+    grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
+    with recording(create_graph):
+        while order:
+            t = order.pop()
+            if t.node is None or t not in grads or t not in leads:
+                continue
+            gt = grads[t] if t in wanted else grads.pop(t)
+            needs = [isinstance(x, Tensor) and x._requires_grad and x in leads for x in t.node.inputs]
+            if any(needs):
+                for x, gx in zip(t.node.inputs, _explained_pull(t, gt, needs, create_graph), strict=True):
+                    if gx is not None:
+                        gx = _fit(gx, x)
+                        grads[x] = grads[x] + gx if x in grads else gx
+            if free:
+                t.node.free()
+    return {t: grads[t] for t in wanted if t in grads}
+
+
+def _fit(gx: Any, x: Tensor) -> Any:
+    """Undo what broadcasting and promotion did to the operand `x`: its gradient gets its shape and dtype."""
+    gx = gx if isinstance(gx, Tensor) else np.asarray(gx)
+    if gx.shape != x.shape:
+        gx = apply(OPS["sum_to"], (gx,), {"shape": x.shape})
+    return gx if gx.dtype == x.dtype else gx.astype(x.dtype)
+
+
+def _to_tensor(g: Any) -> Tensor:
+    return g if isinstance(g, Tensor) else Tensor._of(np.asarray(g))
+
+
+def _explained_pull(t: Tensor, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
+    """`_pull`, with the op and (in debug mode) its place in the program added to an error."""
+    node = t.node
+    assert node is not None
+    try:
+        return _pull(t, node, g, needs, create_graph)
+    except Exception as error:
+        error.add_note(f"in the backward pass of {describe(node.op, node.arrays, node.params)}")
+        if node.caller:
+            error.add_note(f"whose forward pass was called here:\n{node.caller}")
+        raise
+
+
+def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
+    """One step back from `t`: for each operand of its op the gradient, or None where none is needed."""
+    for x, seen in zip((t, *node.inputs), (node.output, *node.arrays), strict=True):
+        if isinstance(x, Tensor) and x._data is not seen:
+            raise RuntimeError(
+                f"{node.op.name!r} needs a tensor of shape {x.shape} for its backward pass, and that was changed "
+                "(by an update, +=, or an assignment to data) since the forward pass; call backward() first"
+            )
+    op, params = node.op, node.params
+    if op.fuses:
+        fused = None if create_graph else find_kernel(f"{op.name}.vjp", t.device)
+        if fused:  # nobody will differentiate this gradient: the fast route
+            gxs = fused(g, t._data, *node.arrays, **params)
+        else:
+            gxs = _pull_composition(op.fuses, g, node.inputs, needs, params, create_graph)
+        return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
+    y, xs = (t, node.inputs) if create_graph else (t._data, node.arrays)
+    if op.each:
+        return [op.each(i, g, y, *xs, **params) if need else None for i, need in enumerate(needs)]
+    return [rule(g, y, *xs, **params) if rule and need else None for rule, need in zip(op.rules, needs, strict=True)]
+
+
+def _pull_composition(
+    composition: Callable[..., Tensor],
+    g: Any,
+    xs: Sequence[Any],
+    needs: list[bool],
+    params: dict[str, Any],
+    create_graph: bool,
+) -> list[Any]:
+    """Differentiate what a fused op fuses, with respect to handles of its operands.
+
+    Each operand gets a handle of its own, and the walk ends there. Otherwise a tensor passed twice, or a weight
+    computed from x, would be counted twice.
+    """
+    with recording(True):
+        handles = [apply(OPS["reshape"], (x,), {"shape": x.shape}) if isinstance(x, Tensor) else x for x in xs]
+        y = composition(*handles, **params)
+    inside = [h for h, need in zip(handles, needs, strict=True) if need]
+    order = _topological(y, stop=(h for h in handles if isinstance(h, Tensor)))
+    grads = _backprop(y, _to_tensor(g), order, inside, create_graph)
+    return [grads.get(h) if need else None for h, need in zip(handles, needs, strict=True)]

@@ -1,0 +1,80 @@
+"""Reading IDX and CSV files. A file that is truncated, or not what it should be, gets an error that names it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from tinygrad_bn.tensor import Array
+
+# The third byte of an IDX file names the type of its elements, which are big-endian.
+IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged, or another one than it should be."""
+
+
+def read_bytes(path: Path, sha256: str | None = None) -> bytes:
+    """The contents of a file, decompressed if it is gzip, and checked against a hash if one is given.
+
+    Raises DataError.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except OSError as error:  # also gzip.BadGzipFile
+        raise DataError(f"cannot read {path}: {error}") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a damaged or truncated gzip file: {error}") from error
+    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DataError(f"{path} is not the file it should be: its contents have SHA-256 {found}, not {sha256}")
+    return content
+
+
+def read_idx(path: str | Path, sha256: str | None = None) -> Array:
+    """The array in an IDX file (MNIST's format), plain or gzip.
+
+    Raises:
+        DataError: the file is missing, damaged, not IDX, or its contents have another SHA-256.
+    """
+    path = Path(path)
+    content = read_bytes(path, sha256)
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_DTYPES:
+        raise DataError(f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}")
+    dtype, ndim = np.dtype(IDX_DTYPES[content[2]]), content[3]
+    start = 4 + 4 * ndim
+    if len(content) < start:
+        raise DataError(f"{path} is truncated: {len(content)} bytes are less than its header of {start}")
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, 4))
+    expected = start + math.prod(shape) * dtype.itemsize
+    if len(content) != expected:
+        raise DataError(f"{path} is damaged: an array of shape {shape} takes {expected} bytes, not {len(content)}")
+    array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    return array.astype(dtype.newbyteorder("="))
+
+
+def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV file and its rows, plain or gzip, UTF-8.
+
+    Raises:
+        DataError: the file is missing, damaged, empty, or a row has not as many fields as the header.
+    """
+    path = Path(path)
+    try:
+        header, *rows = csv.reader(read_bytes(path, sha256).decode().splitlines(), strict=True)
+    except (ValueError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a CSV file with a header: {error}") from error
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise DataError(f"{path}, line {number}: {len(row)} fields, where the header has {len(header)}")
+    return header, rows

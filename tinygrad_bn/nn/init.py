@@ -1,0 +1,114 @@
+"""Initialisers: each fills a tensor in place, from the package's generator unless given one, and gives it back.
+
+Names and formulas are PyTorch's; weights have the layout (out, in, ...).
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from tinygrad_bn.random import generator
+from tinygrad_bn.tensor import Tensor
+
+Rng = np.random.Generator | None
+
+
+def constant_(t: Tensor, value: float) -> Tensor:
+    """Every element `value`."""
+    t.data = np.full(t.shape, value)
+    return t
+
+
+def zeros_(t: Tensor) -> Tensor:
+    """Every element 0."""
+    return constant_(t, 0.0)
+
+
+def ones_(t: Tensor) -> Tensor:
+    """Every element 1."""
+    return constant_(t, 1.0)
+
+
+def normal_(t: Tensor, mean: float = 0.0, std: float = 1.0, rng: Rng = None) -> Tensor:
+    """Normal distribution."""
+    t.data = (rng or generator()).normal(mean, std, t.shape)
+    return t
+
+
+def uniform_(t: Tensor, low: float = 0.0, high: float = 1.0, rng: Rng = None) -> Tensor:
+    """Uniform distribution on [low, high)."""
+    t.data = (rng or generator()).uniform(low, high, t.shape)
+    return t
+
+
+def fans(t: Tensor) -> tuple[int, int]:
+    """Fan-in and fan-out of a weight (out, in, ...): how many inputs and outputs a unit is connected to."""
+    if t.ndim < 2:
+        raise ValueError(f"fan-in and fan-out need a weight of two axes or more; got shape {t.shape}")
+    field = math.prod(t.shape[2:])
+    return t.shape[1] * field, t.shape[0] * field
+
+
+def gain(nonlinearity: str, slope: float = 0.01) -> float:
+    """By how much a weight's deviation must grow to keep the variance through a nonlinearity."""
+    gains = {
+        "linear": 1.0,
+        "sigmoid": 1.0,
+        "tanh": 5 / 3,
+        "relu": math.sqrt(2),
+        "leaky_relu": math.sqrt(2 / (1 + slope**2)),
+    }
+    if nonlinearity not in gains:
+        raise ValueError(f"no gain is known for {nonlinearity!r}; there are {', '.join(gains)}")
+    return gains[nonlinearity]
+
+
+def xavier_normal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
+    """Normal with deviation gain · √(2 / (fan_in + fan_out)) (Glorot & Bengio 2010)."""
+    return normal_(t, 0.0, gain * math.sqrt(2 / sum(fans(t))), rng)
+
+
+def xavier_uniform_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
+    """Uniform with the deviation of `xavier_normal_`; Keras' default for Dense."""
+    bound = gain * math.sqrt(6 / sum(fans(t)))
+    return uniform_(t, -bound, bound, rng)
+
+
+def _kaiming_std(t: Tensor, a: float, mode: str, nonlinearity: str) -> float:
+    if mode not in ("fan_in", "fan_out"):
+        raise ValueError(f"mode is 'fan_in' or 'fan_out'; got {mode!r}")
+    return gain(nonlinearity, a) / math.sqrt(fans(t)[mode == "fan_out"])
+
+
+def kaiming_normal_(
+    t: Tensor,
+    a: float = 0.0,
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
+    nonlinearity: str = "leaky_relu",
+    rng: Rng = None,
+) -> Tensor:
+    """Normal with deviation gain / √fan (He et al. 2015); `a` is the slope of a leaky ReLU."""
+    return normal_(t, 0.0, _kaiming_std(t, a, mode, nonlinearity), rng)
+
+
+def kaiming_uniform_(
+    t: Tensor,
+    a: float = 0.0,
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
+    nonlinearity: str = "leaky_relu",
+    rng: Rng = None,
+) -> Tensor:
+    """Uniform with the deviation of `kaiming_normal_`."""
+    bound = math.sqrt(3) * _kaiming_std(t, a, mode, nonlinearity)
+    return uniform_(t, -bound, bound, rng)
+
+
+def orthogonal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
+    """Orthonormal rows or columns, whichever are fewer, times `gain` (Saxe et al. 2013)."""
+    rows, columns = t.shape[0], fans(t)[0]
+    flat = (rng or generator()).normal(size=(max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(flat)
+    q *= np.sign(np.diag(r))  # QR alone favours some signs; so every orthogonal matrix is equally likely
+    t.data = gain * (q if rows >= columns else q.T).reshape(t.shape)
+    return t

@@ -1,0 +1,237 @@
+"""Module: parameters, buffers and sub-modules under one name each, with PyTorch's conventions for their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.tensor import Array, Tensor
+
+Observer: TypeAlias = Callable[["Module", Tensor], None]
+
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+class Parameter(Tensor):
+    """A tensor that an optimiser trains, when it is an attribute of a module."""
+
+    __slots__ = ()
+
+    def __init__(self, data: object, requires_grad: bool = True, dtype: DTypeLike | None = None) -> None:
+        super().__init__(data, requires_grad, dtype)
+
+
+class Buffer(Tensor):
+    """A tensor that belongs to a module's state but is not trained, as running statistics are."""
+
+    __slots__ = ()
+
+
+class Module:
+    """Base of layers and networks: what is assigned to an attribute is found there.
+
+    Parameters, buffers and modules, also modules in lists and tuples, are looked up among the attributes, so a
+    subclass needs no registration and no `super().__init__()`; it defines `forward`.
+
+    >>> class Twice(Module):
+    ...     def __init__(self):
+    ...         self.scale = Parameter([2.0])
+    ...     def forward(self, x):
+    ...         return x * self.scale
+    >>> Twice()(np.ones(3)).shape, list(Twice().state_dict())
+    ((3,), ['scale'])
+    """
+
+    training: bool = True
+
+    def forward(self, *args: Any) -> Tensor:
+        """The layer's function; `module(x)` calls it."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Run `forward`; arrays among the arguments become tensors."""
+        y = self.forward(*(Tensor(a) if isinstance(a, np.ndarray) else a for a in args))
+        observer = _observer.get()
+        if observer is not None:
+            observer(self, y)
+        return y
+
+    # ---- what it consists of ----------------------------------------------------------------------------
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Modules among the attributes; one in a list is called `attribute.index`."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list | tuple):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{i}", item
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module (named "") and all below it."""
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it."""
+        return (module for _, module in self.named_modules())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer under its key of the state dict; a shared one under each of its keys."""
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter | Buffer):
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Each parameter once, under its first key."""
+        seen = set()
+        for name, t in self.named_tensors():
+            if isinstance(t, Parameter) and t not in seen:
+                seen.add(t)
+                yield name, t
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Each parameter once."""
+        return (p for _, p in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
+        """The buffers, under their keys."""
+        return ((name, t) for name, t in self.named_tensors() if isinstance(t, Buffer))
+
+    # ---- modes ------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode (or evaluation mode) here and below."""
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode here and below: BatchNorm uses running statistics, Dropout does nothing."""
+        return self.train(False)
+
+    def apply(self, function: Callable[[Module], object]) -> Self:
+        """Call `function` on every module here and below."""
+        for module in self.modules():
+            function(module)
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget every parameter's gradient."""
+        for p in self.parameters():
+            p.zero_grad()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let every parameter be trained, or none."""
+        for p in self.parameters():
+            p.requires_grad = requires_grad
+        return self
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """Convert the floating-point parameters and buffers."""
+        for _, t in self.named_tensors():
+            if t.dtype.kind == "f":
+                t._data = t._data.astype(dtype)
+        return self
+
+    # ---- state ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all parameters and buffers, under PyTorch's keys."""
+        return {name: np.array(t) for name, t in self.named_tensors()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Copy arrays (or tensors) into the parameters and buffers. All of them, or, on an error, none.
+
+        A missing `num_batches_tracked` is no error: older checkpoints have none.
+
+        Raises:
+            KeyError: with `strict`, naming the keys that are missing and those that are unexpected.
+            ValueError: naming every key whose shape differs.
+        """
+        own = dict(self.named_tensors())
+        missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+        unexpected = [k for k in state if k not in own]
+        if strict and (missing or unexpected):
+            raise KeyError(f"missing keys: {missing or 'none'}; unexpected keys: {unexpected or 'none'}")
+        arrays = {k: np.asarray(state[k]) for k in own if k in state}
+        wrong = [
+            f"{k}: {a.shape} for {own[k].shape}"
+            for k, a in arrays.items()
+            if a.shape != own[k].shape and (own[k].ndim or a.size != 1)
+        ]
+        if wrong:
+            raise ValueError(f"shapes do not fit: {'; '.join(wrong)}")
+        for k, a in arrays.items():
+            own[k].data = a.reshape(own[k].shape)
+
+    # ---- to look at -------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        """What the brackets of `repr` say of a layer."""
+        return ""
+
+    def __repr__(self) -> str:
+        inner = "".join(f"\n  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.named_children())
+        return f"{type(self).__name__}({self.extra_repr()}{inner}{chr(10) if inner else ''})"
+
+    def summary(self, input_shape: tuple[int, ...]) -> None:
+        """Print layers, output shapes and how many numbers each holds, as Keras does.
+
+        A BatchNorm of C channels counts 4C: 2C trainable (weight, bias) and 2C not (running mean and variance).
+
+        Args:
+            input_shape: the shape of one sample, without the batch axis.
+        """
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("Layer", "Output shape", title=type(self).__name__)
+        table.add_column("Parameters", justify="right")
+        counted: set[Tensor] = set()
+
+        def add(module: Module, y: Tensor) -> None:
+            if not any(module.named_children()):
+                tensors = {t for _, t in module.named_tensors() if t.dtype.kind == "f"} - counted
+                counted.update(tensors)
+                shape = ", ".join(["N", *map(str, y.shape[1:])])
+                table.add_row(type(module).__name__, f"({shape})", f"{sum(t.size for t in tensors):,}")
+
+        with no_grad(), evaluating(self), observe(add):
+            self(np.zeros((2, *input_shape), np.float32))
+        console = Console()
+        console.print(table)
+        trainable = sum(p.size for p in self.parameters() if p.requires_grad)
+        total = sum({t: t.size for _, t in self.named_tensors() if t.dtype.kind == "f"}.values())
+        console.print(f"Parameters: {total:,} = {trainable:,} trainable + {total - trainable:,} non-trainable")
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Inside this block `observer(module, output)` is called after every module's forward."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """Evaluation mode for this block; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

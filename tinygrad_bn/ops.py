@@ -1,0 +1,523 @@
+"""Every primitive, one declaration each: its gradient rules, its formula, what the tests draw, its forward.
+
+A forward gets arrays and is the NumPy reference. A rule `(g, y, *operands, **params)` gives the gradient of one
+operand from the gradient `g` of the result `y`; it may use any function of this file, so that it can itself be
+differentiated. Where a function has a kink, the chosen subgradient is PyTorch's and stands in the docstring.
+"""
+
+# A rule may name an op that is declared further down, which mypy cannot infer through a decorator.
+# mypy: disable-error-code="has-type"
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, Draw, broadcasting, elementwise, reducing
+from tinygrad_bn.tensor import Axis, Tensor
+
+__all__ = [
+    "abs", "add", "argmax", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1", "getitem",
+    "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad", "pow", "relu", "reshape", "rsqrt",
+    "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum", "sum_to", "tanh", "transpose",
+    "where",
+]  # fmt: skip
+
+# ---- arithmetic -----------------------------------------------------------------------------------------
+
+
+@primitive(
+    lambda g, y, a, b: g,
+    lambda g, y, a, b: g,
+    formula="y = a + b;  ∂a = g,  ∂b = g",
+    sample=broadcasting(REAL, REAL),
+)
+def add(a: Operand, b: Operand) -> Operand:
+    """Sum, elementwise with NumPy broadcasting."""
+    return np.add(a, b)
+
+
+@primitive(
+    lambda g, y, a, b: g,
+    lambda g, y, a, b: -g,
+    formula="y = a − b;  ∂a = g,  ∂b = −g",
+    sample=broadcasting(REAL, REAL),
+)
+def sub(a: Operand, b: Operand) -> Operand:
+    """Difference, elementwise with NumPy broadcasting."""
+    return np.subtract(a, b)
+
+
+@primitive(
+    lambda g, y, a, b: g * b,
+    lambda g, y, a, b: g * a,
+    formula="y = a · b;  ∂a = g · b,  ∂b = g · a",
+    sample=broadcasting(REAL, REAL),
+)
+def mul(a: Operand, b: Operand) -> Operand:
+    """Product, elementwise with NumPy broadcasting."""
+    return np.multiply(a, b)
+
+
+@primitive(
+    lambda g, y, a, b: g / b,
+    lambda g, y, a, b: -g * y / b,
+    formula="y = a / b;  ∂a = g / b,  ∂b = −g · y / b",
+    sample=broadcasting(REAL, NONZERO),
+)
+def div(a: Operand, b: Operand) -> Operand:
+    """True quotient, elementwise with NumPy broadcasting."""
+    return np.true_divide(a, b)
+
+
+@primitive(lambda g, y, x: -g, formula="y = −x;  ∂x = −g", sample=elementwise(REAL))
+def neg(x: Operand) -> Operand:
+    """Negative, elementwise."""
+    return np.negative(x)
+
+
+def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
+    both_zero = (a == 0) * (b == 0)  # where the formula says 0 · 0⁻¹
+    return g * where(both_zero, 0.0, b * pow(where(both_zero, 1.0, a), b - 1))
+
+
+@primitive(
+    _pow_by_base,
+    lambda g, y, a, b: g * y * log(where(a == 0, 1.0, a)),
+    formula="y = aᵇ;  ∂a = g · b · aᵇ⁻¹,  ∂b = g · y · log a",
+    sample=broadcasting(POSITIVE, POSITIVE),
+)
+def pow(a: Operand, b: Operand) -> Operand:
+    """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0 and ∂b of 0ᵇ is 0, also at a = 0."""
+    return np.asarray(a) ** b  # the operator has fast paths for the exponents 0.5, 1 and 2
+
+
+# ---- functions of one operand ---------------------------------------------------------------------------
+
+
+@primitive(lambda g, y, x: g * y, formula="y = eˣ;  ∂x = g · y", sample=elementwise(REAL))
+def exp(x: Operand) -> Operand:
+    """Exponential, elementwise."""
+    return np.exp(x)
+
+
+@primitive(lambda g, y, x: g * (y + 1), formula="y = eˣ − 1;  ∂x = g · (y + 1)", sample=elementwise(REAL))
+def expm1(x: Operand) -> Operand:
+    """Exponential minus one, exact also near 0, elementwise."""
+    return np.expm1(x)
+
+
+@primitive(lambda g, y, x: g / x, formula="y = log x;  ∂x = g / x", sample=elementwise(POSITIVE))
+def log(x: Operand) -> Operand:
+    """Natural logarithm, elementwise."""
+    return np.log(x)
+
+
+@primitive(lambda g, y, x: g * 0.5 / y, formula="y = √x;  ∂x = g / (2y)", sample=elementwise(POSITIVE))
+def sqrt(x: Operand) -> Operand:
+    """Square root, elementwise. Its gradient at 0 is infinite."""
+    return np.sqrt(x)
+
+
+@primitive(lambda g, y, x: g * -0.5 * y * y * y, formula="y = 1/√x;  ∂x = −g · y³ / 2", sample=elementwise(POSITIVE))
+def rsqrt(x: Operand) -> Operand:
+    """Reciprocal of the square root, elementwise."""
+    return 1 / np.sqrt(x)
+
+
+@primitive(lambda g, y, x: g * (1 - y * y), formula="y = tanh x;  ∂x = g · (1 − y²)", sample=elementwise(REAL))
+def tanh(x: Operand) -> Operand:
+    """Hyperbolic tangent, elementwise."""
+    return np.tanh(x)
+
+
+@primitive(
+    lambda g, y, x: g * y * (1 - y),
+    formula="y = 1 / (1 + e⁻ˣ);  ∂x = g · y · (1 − y)",
+    sample=elementwise(REAL),
+)
+def sigmoid(x: Operand) -> Operand:
+    """Logistic function, elementwise; no overflow for any x."""
+    e = np.exp(-np.abs(x))
+    return np.where(np.greater_equal(x, 0), 1, e) / (1 + e)
+
+
+@primitive(lambda g, y, x: g * sigmoid(x), formula="y = log(1 + eˣ);  ∂x = g · sigmoid(x)", sample=elementwise(REAL))
+def softplus(x: Operand) -> Operand:
+    """Smooth ReLU, elementwise; no overflow for any x."""
+    return np.logaddexp(x, 0)
+
+
+@primitive(
+    lambda g, y, x: g * (2 / math.sqrt(math.pi)) * exp(-x * x),
+    formula="y = erf x;  ∂x = g · 2/√π · e^(−x²)",
+    sample=elementwise(REAL),
+)
+def erf(x: Operand) -> Operand:
+    """Error function, elementwise."""
+    return np.vectorize(math.erf, otypes=[np.asarray(x).dtype])(x)
+
+
+@primitive(lambda g, y, x: g * (y > 0), formula="y = max(x, 0);  ∂x = g where y > 0", sample=elementwise(NONZERO))
+def relu(x: Operand) -> Operand:
+    """Rectified linear unit, elementwise. Gradient 0 at 0."""
+    return np.maximum(x, 0)
+
+
+@primitive(lambda g, y, x: g * sign(x), formula="y = |x|;  ∂x = g · sign x", sample=elementwise(NONZERO))
+def abs(x: Operand) -> Operand:
+    """Absolute value, elementwise. Gradient 0 at 0."""
+    return np.abs(x)
+
+
+@primitive(lambda g, y, x: y * 0, formula="y = sign x;  ∂x = 0", sample=elementwise(NONZERO))
+def sign(x: Operand) -> Operand:
+    """-1, 0 or 1, elementwise. Gradient 0 everywhere."""
+    return np.sign(x)
+
+
+def _sample_clip(d: Draw) -> Any:
+    low, high = d.choice([(-1.0, 1.0), (None, 0.5), (-0.5, None)])
+    x = d.array(NONZERO, d.shape())
+    for bound in (low, high):
+        if bound is not None:
+            x = np.where(np.abs(x - bound) < 0.1, 0.2, x)  # away from the kinks
+    return (x,), {"min": low, "max": high}
+
+
+@primitive(
+    lambda g, y, x, *, min, max: g * (x == y),
+    formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
+    sample=_sample_clip,
+)
+def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
+    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
+    if min is None and max is None:
+        raise ValueError("clip needs min, max, or both")
+    return np.clip(x, min, max)
+
+
+# ---- choosing -------------------------------------------------------------------------------------------
+
+
+def _sample_distinct_pair(d: Draw) -> Any:
+    shapes = d.broadcastable(2)
+    return (d.distinct(shapes[0]), d.distinct(shapes[1]) + 0.1), {}
+
+
+@primitive(
+    lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, g, 0.0)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, g, 0.0)),
+    formula="y = max(a, b);  the larger gets g, both half of it in a tie",
+    sample=_sample_distinct_pair,
+)
+def maximum(a: Operand, b: Operand) -> Operand:
+    """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
+    return np.maximum(a, b)
+
+
+@primitive(
+    lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, g, 0.0)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, g, 0.0)),
+    formula="y = min(a, b);  the smaller gets g, both half of it in a tie",
+    sample=_sample_distinct_pair,
+)
+def minimum(a: Operand, b: Operand) -> Operand:
+    """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
+    return np.minimum(a, b)
+
+
+def _sample_where(d: Draw) -> Any:
+    shapes = d.broadcastable(3)
+    return (d.integers(0, 1, shapes[0]).astype(bool), d.array(REAL, shapes[1]), d.array(REAL, shapes[2])), {}
+
+
+@primitive(
+    None,
+    lambda g, y, condition, a, b: where(condition, g, 0.0),
+    lambda g, y, condition, a, b: where(condition, 0.0, g),
+    formula="y = a where condition, else b;  ∂a = g where condition,  ∂b = g elsewhere",
+    sample=_sample_where,
+)
+def where(condition: Operand, a: Operand, b: Operand) -> Operand:
+    """`a` where `condition` (boolean) holds, `b` elsewhere, with NumPy broadcasting."""
+    return np.where(condition, a, b)
+
+
+@primitive(None, formula="y = the index of the largest", sample=reducing(distinct=True, tuples=False))
+def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
+    """Index of the largest element along `axis` (of the flat array if None), the first in a tie. int64."""
+    return np.argmax(x, axis=axis, keepdims=keepdims)
+
+
+# ---- reductions and broadcasting ------------------------------------------------------------------------
+
+
+def _kept(y: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
+    """A reduction's result in the shape that broadcasts against its operand."""
+    if keepdims or (axis is None and not x.ndim):
+        return y
+    axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
+    return reshape(y, shape=tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
+
+
+def _accumulator(x: Any) -> Any:
+    """float16 and float32 are summed in float64, so that the result is exact to the last bit or two."""
+    return np.float64 if x.dtype.kind == "f" else None
+
+
+@primitive(
+    lambda g, y, x, *, axis, keepdims: broadcast_to(_kept(g, x, axis, keepdims), shape=x.shape),
+    formula="y = Σ x over axis;  ∂x = g, repeated",
+    sample=reducing(),
+)
+def sum(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
+    """Sum over `axis` (an int, a tuple, or None for all). float16 and float32 accumulate in float64."""
+    total = np.sum(x, axis=axis, keepdims=keepdims, dtype=_accumulator(x))
+    return total.astype(x.dtype) if x.dtype.kind == "f" else total
+
+
+def _share_of_ties(x: Any, y: Any, axis: Axis, keepdims: bool) -> Any:
+    chosen = (x == _kept(y, x, axis, keepdims)).astype(x.dtype)
+    return chosen / sum(chosen, axis=axis, keepdims=True)
+
+
+@primitive(
+    lambda g, y, x, *, axis, keepdims: _kept(g, x, axis, keepdims) * _share_of_ties(x, y, axis, keepdims),
+    formula="y = max x over axis;  the largest gets g, ties share it evenly",
+    sample=reducing(distinct=True),
+)
+def max(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
+    """Largest element over `axis`. Ties share the gradient evenly (as in torch.amax)."""
+    return np.max(x, axis=axis, keepdims=keepdims)
+
+
+@primitive(
+    lambda g, y, x, *, axis, keepdims: _kept(g, x, axis, keepdims) * _share_of_ties(x, y, axis, keepdims),
+    formula="y = min x over axis;  the smallest gets g, ties share it evenly",
+    sample=reducing(distinct=True),
+)
+def min(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
+    """Smallest element over `axis`. Ties share the gradient evenly (as in torch.amin)."""
+    return np.min(x, axis=axis, keepdims=keepdims)
+
+
+def _sample_broadcast_to(d: Draw) -> Any:
+    narrow, wide = d.choice([((2, 1), (2, 3)), ((2, 1), (4, 2, 3)), ((), (3, 2)), ((3,), (3,)), ((1,), (0,))])
+    return (d.array(REAL, narrow),), {"shape": wide}
+
+
+def _sample_sum_to(d: Draw) -> Any:
+    (x,), params = _sample_broadcast_to(d)
+    return (d.array(REAL, params["shape"]),), {"shape": x.shape}
+
+
+@primitive(
+    lambda g, y, x, *, shape: sum_to(g, shape=x.shape),
+    formula="y = x, repeated to shape;  ∂x = g, summed back",
+    sample=_sample_broadcast_to,
+)
+def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
+    """Repeat `x` to `shape` by NumPy's rules, without a copy."""
+    return np.broadcast_to(x, shape)
+
+
+@primitive(
+    lambda g, y, x, *, shape: broadcast_to(g, shape=x.shape),
+    formula="y = Σ x over what broadcasting to x's shape repeated;  ∂x = g, repeated",
+    sample=_sample_sum_to,
+)
+def sum_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
+    """Sum `x` down to `shape`: the adjoint of `broadcast_to`."""
+    lead = x.ndim - len(shape)
+    repeated = [i for i, n in enumerate(shape, start=lead) if n == 1 and x.shape[i] != 1]
+    total = np.sum(x, axis=(*range(lead), *repeated), keepdims=True, dtype=_accumulator(x))
+    return total.reshape(shape).astype(x.dtype, copy=False)
+
+
+# ---- matrix product -------------------------------------------------------------------------------------
+
+
+def _swap(x: Any) -> Any:
+    """Transpose the last two axes."""
+    return transpose(x, axes=(*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
+
+
+def _as_column(x: Any) -> Any:
+    return reshape(x, shape=(*x.shape, 1))
+
+
+def _as_row(x: Any) -> Any:
+    return reshape(x, shape=(*x.shape[:-1], 1, x.shape[-1]))
+
+
+def _matmul_by_left(g: Any, y: Any, a: Any, b: Any) -> Any:
+    if b.ndim == 1:
+        return _as_column(g) * b
+    if a.ndim == 1:
+        return sum(_as_row(g) * b, axis=-1)
+    return matmul(g, _swap(b))
+
+
+def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
+    if a.ndim == 1:
+        return a * g if b.ndim == 1 else _as_column(a) * _as_row(g)
+    if b.ndim == 1:
+        return _as_column(g) * a
+    return matmul(_swap(a), g)
+
+
+def _sample_matmul(d: Draw) -> Any:
+    n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
+    a, b = d.choice(
+        [
+            ((n, k), (k, m)),
+            ((2, n, k), (k, m)),
+            ((1, n, k), (2, k, m)),
+            ((2, 1, n, k), (3, k, m)),
+            ((k,), (k,)),
+            ((n, k), (k,)),
+            ((k,), (k, m)),
+            ((2, n, k), (k,)),
+            ((k,), (2, k, m)),
+        ]
+    )
+    return (d.array(REAL, a), d.array(REAL, b)), {}
+
+
+@primitive(
+    _matmul_by_left,
+    _matmul_by_right,
+    formula="y = a b;  ∂a = g bᵀ,  ∂b = aᵀ g",
+    sample=_sample_matmul,
+)
+def matmul(a: Operand, b: Operand) -> Operand:
+    """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
+    return np.matmul(a, b)
+
+
+# ---- shape and indexing ---------------------------------------------------------------------------------
+
+
+@primitive(
+    lambda g, y, x, *, shape: reshape(g, shape=x.shape),
+    formula="y = x in another shape;  ∂x = g in x's shape",
+    sample=lambda d: (
+        (d.array(REAL, (2, 3, 2)),),
+        {"shape": d.choice([(12,), (3, 4), (2, -1), (2, 3, 2, 1)])},
+    ),
+)
+def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
+    """The same elements in another shape; one -1 stands for what is left."""
+    return np.reshape(x, shape)
+
+
+@primitive(
+    lambda g, y, x, *, axes: transpose(g, axes=None if axes is None else tuple(np.argsort(np.mod(axes, x.ndim)))),
+    formula="y = x with its axes permuted;  ∂x = g with them permuted back",
+    sample=lambda d: (
+        (d.array(REAL, (2, 3, 4)),),
+        {"axes": d.choice([None, (1, 2, 0), (0, -1, 1), (2, 1, 0)])},
+    ),
+)
+def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
+    """Permute the axes, without a copy; in reverse order if `axes` is None."""
+    return np.transpose(x, axes)
+
+
+def plain_index(index: Any) -> Any:
+    """An index without tensors, and without arrays that somebody may change before the backward pass."""
+    if isinstance(index, tuple):
+        return tuple(plain_index(i) for i in index)
+    return np.array(index) if isinstance(index, Tensor | np.ndarray | list) else index
+
+
+_INDICES: list[Any] = [
+    1, -1, slice(None, None, -2), (0, slice(1, None)), (Ellipsis, 1), (None, 0), [2, 0, 2], ([0, 2, 0], [1, 1, 1]),
+    np.array([[True, False, True], [False] * 3, [True] * 3]), (slice(None), [0, 0]), np.array([True, False, True]),
+]  # fmt: skip
+
+
+@primitive(
+    lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
+    formula="y = x[index];  ∂x = g, added up at index",
+    sample=lambda d: ((d.array(REAL, (3, 3)),), {"index": d.choice(_INDICES)}),
+)
+def getitem(x: Operand, *, index: Any) -> Operand:
+    """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
+    return x[index]
+
+
+@primitive(
+    lambda g, y, x, *, index, shape: getitem(g, index=index),
+    formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
+    sample=lambda d: (
+        lambda index: ((d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)})
+    )(d.choice(_INDICES)),
+)
+def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
+    """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
+    out = np.zeros(shape, x.dtype)
+    if any(isinstance(i, np.ndarray | list) for i in (index if isinstance(index, tuple) else (index,))):
+        np.add.at(out, index, x)
+    else:  # basic indices do not repeat
+        out[index] = x
+    return out
+
+
+def _part(g: Any, axis: int, start: int, stop: int) -> Any:
+    """What lies between start and stop along `axis`."""
+    return getitem(g, index=(slice(None),) * (axis % g.ndim) + (slice(start, stop),))
+
+
+def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
+    stops = np.cumsum([x.shape[axis] for x in xs])
+    return _part(g, axis, int(stops[i]) - xs[i].shape[axis], int(stops[i]))
+
+
+@primitive(
+    each=_concatenate_rule,
+    formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
+    sample=lambda d: (
+        (d.array(REAL, (2, 3)), d.array(REAL, (2, 3)), d.array(REAL, (2, 3))),
+        {"axis": d.choice([0, -1])},
+    ),
+)
+def concatenate(*xs: Operand, axis: int = 0) -> Operand:
+    """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
+    return np.concatenate(xs, axis=axis)
+
+
+@primitive(
+    each=lambda i, g, y, *xs, axis: getitem(g, index=(slice(None),) * (axis % g.ndim) + (i,)),
+    formula="y = x₀, x₁, … along a new axis;  ∂xᵢ = the i-th of g",
+    sample=lambda d: ((d.array(REAL, (2, 3)), d.array(REAL, (2, 3))), {"axis": d.choice([0, 1, -1])}),
+)
+def stack(*xs: Operand, axis: int = 0) -> Operand:
+    """Join along a new axis; `functional.stack` takes a list, as NumPy does."""
+    return np.stack(xs, axis=axis)
+
+
+@primitive(
+    lambda g, y, x, *, width, value: getitem(
+        g, index=tuple(slice(before, before + n) for (before, _), n in zip(width, x.shape, strict=True))
+    ),
+    formula="y = x with a border of value;  ∂x = g without the border",
+    sample=lambda d: ((d.array(REAL, (2, 3)),), {"width": ((1, 0), (2, 1)), "value": d.choice([0.0, 1.5])}),
+)
+def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
+    """A border of `value` around `x`: `width` holds (before, after) for each axis."""
+    return np.pad(x, width, constant_values=value)
+
+
+@primitive(
+    lambda g, y, x, *, dtype: g,
+    formula="y = x in another dtype;  ∂x = g in x's dtype",
+    sample=lambda d: ((d.array(REAL, d.shape()),), {"dtype": np.float64}),
+)
+def astype(x: Operand, *, dtype: Any) -> Operand:
+    """Convert to another dtype."""
+    return np.asarray(x, dtype)

@@ -1,0 +1,331 @@
+"""Optimisers, gradient clipping and learning-rate schedules, with PyTorch's names, defaults and results.
+
+An optimiser is one function of a parameter, its gradient and its state to a new value; the loop over parameter
+groups is common to all. A parameter's array is replaced, never written into, so a graph that still needs the old
+values notices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn.nn.module import Module
+from tinygrad_bn.tensor import Array, Tensor
+
+Group: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
+
+
+class Optimizer:
+    """Base of the optimisers: parameter groups, their options, and the state kept for each parameter.
+
+    Args:
+        params: tensors; or groups, `{"params": tensors, option: value, ...}`, whose options override `defaults`.
+        defaults: the options of every group.
+
+    Raises:
+        ValueError: no parameters, one that is given twice, an unknown option, or one that is out of range.
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
+        given: list[Any] = list(params)
+        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        self.param_groups: list[Group] = [{**defaults, **g, "params": list(g["params"])} for g in groups]
+        self.state: dict[Tensor, State] = {}
+        everything = [p for g in self.param_groups for p in g["params"]]
+        if not everything:
+            raise ValueError("there are no parameters to optimise")
+        if len(set(everything)) < len(everything):
+            raise ValueError("a parameter is given more than once")
+        for group in self.param_groups:
+            for option in group:
+                if option not in defaults and option != "params":
+                    raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
+            for option in ("lr", "weight_decay", "eps"):
+                if group.get(option, 0) < 0:
+                    raise ValueError(f"{option} has to be 0 or more; got {group[option]}")
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.zero_grad()
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.requires_grad:
+                    state = self.state.setdefault(p, {"step": 0})
+                    state["step"] += 1
+                    p._data = np.asarray(self._update(p._data, p.grad._data, state, **group), p.dtype)
+
+    def _update(self, p: Array, g: Array, state: State, **options: Any) -> Array:
+        """The new value of `p`."""
+        raise TypeError(f"{type(self).__name__} defines no _update")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Options and state, with parameters by their place: enough to go on exactly where this one stands."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        return {
+            "state": {
+                i: {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in self.state[p].items()}
+                for i, p in enumerate(everything)
+                if p in self.state
+            },
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave. Raises ValueError if the groups or the shapes do not fit."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        if len(state["param_groups"]) != len(self.param_groups):
+            raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
+        for i, saved in state["state"].items():
+            arrays = [v for v in saved.values() if isinstance(v, np.ndarray)]
+            if i >= len(everything) or any(a.shape != everything[i].shape for a in arrays):
+                raise ValueError(f"the saved state of parameter {i} does not fit the parameters here")
+        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update(options)
+        self.state = {
+            everything[i]: {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in saved.items()}
+            for i, saved in state["state"].items()
+        }
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum, dampening and Nesterov's variant as in PyTorch."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
+        super().__init__(
+            params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
+        )
+
+    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
+        g = g + o["weight_decay"] * p if o["weight_decay"] else g
+        if o["momentum"]:
+            v = state.get("momentum_buffer")
+            v = g if v is None else o["momentum"] * v + (1 - o["dampening"]) * g
+            state["momentum_buffer"] = v
+            g = g + o["momentum"] * v if o["nesterov"] else v
+        return p - o["lr"] * g
+
+
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015); weight decay is added to the gradient."""
+
+    decoupled = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas have to be in [0, 1); got {betas}")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
+        (beta1, beta2), t = o["betas"], state["step"]
+        if self.decoupled:
+            p = p * (1 - o["lr"] * o["weight_decay"])
+        elif o["weight_decay"]:
+            g = g + o["weight_decay"] * p
+        m = state["exp_avg"] = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * g
+        v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * (g * g)
+        return p - o["lr"] / (1 - beta1**t) * m / (np.sqrt(v) / math.sqrt(1 - beta2**t) + o["eps"])
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): the decay shrinks the weight itself."""
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+
+class RMSprop(Optimizer):
+    """RMSprop (Hinton 2012, lecture 6), with momentum and the centred variant as in PyTorch."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
+        )
+
+    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
+        g = g + o["weight_decay"] * p if o["weight_decay"] else g
+        v = state["square_avg"] = o["alpha"] * state.get("square_avg", 0.0) + (1 - o["alpha"]) * (g * g)
+        if o["centered"]:
+            mean = state["grad_avg"] = o["alpha"] * state.get("grad_avg", 0.0) + (1 - o["alpha"]) * g
+            v = v - mean * mean
+        update = g / (np.sqrt(v) + o["eps"])
+        if o["momentum"]:
+            update = state["momentum_buffer"] = o["momentum"] * state.get("momentum_buffer", 0.0) + update
+        return p - o["lr"] * update
+
+
+class Adagrad(Optimizer):
+    """Adagrad (Duchi et al. 2011)."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+        )
+
+    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
+        g = g + o["weight_decay"] * p if o["weight_decay"] else g
+        total = state["sum"] = state.get("sum", o["initial_accumulator_value"]) + g * g
+        lr = o["lr"] / (1 + (state["step"] - 1) * o["lr_decay"])
+        return p - lr * g / (np.sqrt(total) + o["eps"])
+
+
+# ---- parameter groups and clipping ----------------------------------------------------------------------
+
+
+def param_groups(model: Module, decay: float) -> list[Group]:
+    """Two groups for an optimiser: weights that decay by `decay`, and those that should not.
+
+    Biases and the weights of normalisations are not decayed: shrinking them does not regularise, as a
+    normalisation undoes the scale of what comes before it. They are the parameters of one axis, and all
+    parameters of LayerNorm and RMSNorm.
+    """
+    undecayed = {p for m in model.modules() if hasattr(m, "normalized_shape") for p in m.parameters()}
+    undecayed |= {p for p in model.parameters() if p.ndim < 2}
+    return [
+        {"params": [p for p in model.parameters() if p not in undecayed], "weight_decay": decay},
+        {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0.0},
+    ]
+
+
+def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients together so that their common 2-norm is at most `max_norm`; gives the norm before.
+
+    A norm that is not finite leaves the gradients as they are, so that the fault shows.
+    """
+    graded = [(p, p.grad._data) for p in params if p.grad is not None]
+    norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for _, g in graded))
+    if math.isfinite(norm) and norm > max_norm:
+        for p, g in graded:
+            p.grad = Tensor._of(np.asarray(g * (max_norm / (norm + 1e-6))))
+    return norm
+
+
+def clip_grad_value_(params: Iterable[Tensor], clip_value: float) -> None:
+    """Limit every element of every gradient to [−clip_value, clip_value]."""
+    for p in params:
+        if p.grad is not None:
+            p.grad = Tensor._of(np.clip(p.grad._data, -clip_value, clip_value))
+
+
+# ---- schedules ------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """Base of the schedules: `step()`, once an epoch (or a batch), sets each group's `lr` to factor(t) · its first."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.initial = [group["lr"] for group in optimizer.param_groups]
+        self.t = 0
+        self._set()
+
+    def factor(self, t: int) -> float:
+        """What the initial learning rates are multiplied by after `t` steps."""
+        return 1.0
+
+    def step(self) -> None:
+        """Go on by one."""
+        self.t += 1
+        self._set()
+
+    def _set(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self.initial, strict=True):
+            group["lr"] = lr * self.factor(self.t)
+
+
+class StepLR(Schedule):
+    """Multiplies the learning rate by `gamma` every `step_size` steps."""
+
+    def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
+        self.step_size, self.gamma = step_size, gamma
+        super().__init__(optimizer)
+
+    def factor(self, t: int) -> float:
+        return float(self.gamma ** (t // self.step_size))
+
+
+class CosineAnnealingLR(Schedule):
+    """Lowers the learning rate to `eta_min` along half a cosine of `T_max` steps (Loshchilov & Hutter 2017)."""
+
+    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
+        self.T_max, self.eta_min = T_max, eta_min
+        super().__init__(optimizer)
+
+    def _set(self) -> None:
+        wave = (1 + math.cos(math.pi * self.t / self.T_max)) / 2
+        for group, lr in zip(self.optimizer.param_groups, self.initial, strict=True):
+            group["lr"] = self.eta_min + (lr - self.eta_min) * wave
+
+
+class WarmupLR(Schedule):
+    """Raises the learning rate linearly over `warmup_steps`; then `after` (started at its step 0) goes on."""
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, after: Schedule | None = None) -> None:
+        self.warmup_steps, self.after = warmup_steps, after
+        super().__init__(optimizer)
+
+    def factor(self, t: int) -> float:
+        return min(1.0, (t + 1) / (self.warmup_steps + 1))
+
+    def step(self) -> None:
+        if self.after is not None and self.t >= self.warmup_steps:
+            self.after.step()
+        else:
+            super().step()

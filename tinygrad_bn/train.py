@@ -1,0 +1,225 @@
+"""A training loop that can be read: `fit`, `evaluate`, and the `History` of what happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn import functional as F
+from tinygrad_bn import nn
+from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.datasets import Batches, Dataset
+from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
+from tinygrad_bn.tensor import Array, Tensor
+
+__all__ = ["Epoch", "History", "Score", "evaluate", "fit"]
+
+Data: TypeAlias = Dataset | tuple[Array, Array]
+Loss: TypeAlias = Callable[[Tensor, Array], Tensor]
+Callback: TypeAlias = Callable[["History", nn.Module], bool | None]
+
+
+class Score(NamedTuple):
+    """Mean loss, and the share of samples whose largest output is their class (NaN without classes)."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch. `loss` and `accuracy` are means over its batches, in training mode and while it went on, as Keras
+    reports them; `val_loss` and `val_accuracy` are taken after it in evaluation mode, NaN without validation data."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+
+
+@dataclass
+class History:
+    """What `fit` reports: an `Epoch` for each, and whether it was interrupted."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    interrupted: bool = False
+
+    def __getitem__(self, column: str) -> list[float]:
+        """A column: `history["val_accuracy"]`."""
+        if column not in (names := [f.name for f in fields(Epoch)]):
+            raise KeyError(f"there is no column {column!r}; there are {', '.join(names)}")
+        return [getattr(e, column) for e in self.epochs]
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all epochs."""
+        return sum(e.seconds for e in self.epochs)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The epochs as dictionaries; NaN as None, which JSON can say."""
+        return [{k: None if v != v else v for k, v in asdict(e).items()} for e in self.epochs]
+
+    def save(self, path: str | Path) -> None:
+        """Write the epochs to a `.json` or `.csv` file. Raises ValueError for another ending."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps({"interrupted": self.interrupted, "epochs": self.rows()}, indent=1))
+        elif path.suffix == ".csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [f.name for f in fields(Epoch)])
+                writer.writeheader()
+                writer.writerows(self.rows())
+        else:
+            raise ValueError(f"history can be saved as .json or .csv, not as {path.name!r}")
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    *,
+    validation: Data | None = None,
+    epochs: int = 10,
+    batch_size: int = 32,
+    optimizer: Optimizer | None = None,
+    loss: Loss = F.cross_entropy,
+    seed: int = 0,
+    drop_last: bool = False,
+    schedule: Schedule | None = None,
+    clip_norm: float | None = None,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    description: str = "training",
+) -> History:
+    """Train `model`.
+
+    Args:
+        model: maps a batch of samples to what `loss` takes; is left in training mode.
+        data: samples and targets: a `Dataset`, or two arrays of the same length.
+        validation: data to evaluate on after every epoch.
+        epochs, batch_size, drop_last: as the names say; `drop_last` leaves out a smaller last batch.
+        optimizer: by default `Adam` with its defaults.
+        loss: of outputs and targets, a mean over the batch.
+        seed: of the order of the samples: the same seed, the same batches.
+        schedule: stepped after every epoch.
+        clip_norm: limit of the norm of all gradients together.
+        callbacks: each called after every epoch with the history and the model; True ends the training.
+        progress: show a progress bar.
+        description: what the bar is called.
+
+    Returns:
+        The history. Ctrl-C ends the training and returns what there is so far; the model keeps what it learned.
+
+    Raises:
+        ValueError: no data, or data and targets of different lengths.
+    """
+    x, y = _arrays(data)
+    batches = Batches(x, y, batch_size, seed=seed, drop_last=drop_last)
+    if not len(batches):
+        raise ValueError(f"{len(x)} samples make no batch of {batch_size} (drop_last={drop_last})")
+    _warn_of_a_batch_of_one(model, batches)
+    optimizer = optimizer or Adam(model.parameters())
+    callbacks = list(callbacks)
+    history = History()
+    model.train()
+    bar = _progress(progress)
+    task = bar.add_task(description, total=epochs * len(batches), status="")
+    try:
+        with bar:
+            for number in range(1, epochs + 1):
+                start = time.perf_counter()
+                losses, hits, seen = 0.0, 0.0, 0
+                for xb, yb in batches:
+                    score = _train_step(model, xb, yb, loss, optimizer, clip_norm)
+                    losses, hits, seen = losses + score.loss * len(xb), hits + score.accuracy * len(xb), seen + len(xb)
+                    status = _status(number, epochs, Score(losses / seen, hits / seen))
+                    bar.update(task, advance=1, status=status)
+                val = evaluate(model, validation, loss=loss) if validation is not None else Score(np.nan, np.nan)
+                epoch = Epoch(number, losses / seen, hits / seen, *val, time.perf_counter() - start)
+                history.epochs.append(epoch)
+                bar.update(task, status=_status(number, epochs, Score(epoch.loss, epoch.accuracy), val))
+                if schedule is not None:
+                    schedule.step()
+                stop = [callback(history, model) for callback in callbacks]  # each is called, whatever others say
+                if any(stop):
+                    break
+    except KeyboardInterrupt:
+        history.interrupted = True
+    return history
+
+
+def _train_step(
+    model: nn.Module, x: Array, y: Array, loss: Loss, optimizer: Optimizer, clip_norm: float | None
+) -> Score:
+    outputs = model(Tensor(x))
+    value = loss(outputs, y)
+    optimizer.zero_grad()
+    value.backward()
+    if clip_norm is not None:
+        clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), clip_norm)
+    optimizer.step()
+    return Score(float(value), _accuracy(outputs, y))
+
+
+def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batch_size: int = 1000) -> Score:
+    """Mean loss and accuracy over `data` in evaluation mode; the model's modes stay as they were."""
+    x, y = _arrays(data)
+    if not len(x):
+        raise ValueError("there are no samples to evaluate on")
+    losses, hits = 0.0, 0.0
+    with nn.evaluating(model), no_grad():
+        for xb, yb in Batches(x, y, batch_size, shuffle=False):
+            outputs = model(Tensor(xb))
+            losses += float(loss(outputs, yb)) * len(xb)
+            hits += _accuracy(outputs, yb) * len(xb)
+    return Score(losses / len(x), hits / len(x))
+
+
+def _accuracy(outputs: Tensor, y: Array) -> float:
+    if y.dtype.kind not in "iu" or outputs.shape[:1] + outputs.shape[2:] != y.shape:
+        return float("nan")
+    return float(np.mean(np.argmax(outputs.numpy(), axis=1) == y))
+
+
+def _arrays(data: Data) -> tuple[Array, Array]:
+    x, y = (data.x, data.y) if isinstance(data, Dataset) else data
+    return np.asarray(x), np.asarray(y)
+
+
+def _warn_of_a_batch_of_one(model: nn.Module, batches: Batches) -> None:
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if batches.smallest == 1 and any(isinstance(m, norms) and not m.stats_frozen for m in model.modules()):
+        warnings.warn(
+            f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one, from which BatchNorm "
+            "cannot take statistics; use drop_last=True or another batch_size",
+            stacklevel=3,
+        )
+
+
+def _status(number: int, epochs: int, score: Score, val: Score | None = None) -> str:
+    words = f"{number:>3}/{epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
+    return words if val is None or val.accuracy != val.accuracy else f"{words}  valid {val.accuracy:.3f}"
+
+
+def _progress(show: bool) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, disable=not show)
