@@ -35,22 +35,21 @@ def data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and validation data: 4,000 and 1,000 of the embedded digits, or the two parts in a folder."""
     if args.data == "mnist5k":
         return datasets.load("mnist5k").scaled().split(1000, seed=args.seed)
-    parts = [datasets.load(Path(args.data).name, source=args.data, part=part).scaled() for part in ("train", "test")]
-    return parts[0], parts[1]
+    training, validation = (datasets.load(Path(args.data).name, args.data, part) for part in ("train", "test"))
+    return training.scaled(), validation.scaled()
 
 
 def table(histories: dict[str, train.History]) -> Table:
     """Loss and accuracy of both models, epoch by epoch."""
-    title = "train: mean over the epoch, in training mode; valid: after the epoch, in evaluation mode"
-    out = Table(caption=title, box=box.SIMPLE_HEAD)
+    caption = "train: mean over the epoch, in training mode; valid: after the epoch, in evaluation mode"
+    out = Table(caption=caption, box=box.SIMPLE_HEAD)
     out.add_column("epoch", justify="right", vertical="bottom")
     for name in histories:
         for head in (f"{name.split()[0]}\ntrain\nloss", "\n\nacc", "\nvalid\nloss", "\n\nacc"):
             out.add_column(head, justify="right", no_wrap=True)
-    rows = [h.epochs for h in histories.values()]
-    for epochs in zip(*rows, strict=False):
-        cells = [(f"{e.loss:.4f}", f"{e.accuracy:.3f}", f"{e.val_loss:.4f}", f"{e.val_accuracy:.3f}") for e in epochs]
-        out.add_row(str(epochs[0].epoch), *(cell for model in cells for cell in model))
+    for epochs in zip(*(h.epochs for h in histories.values()), strict=False):
+        numbers = (f"{e.loss:.4f} {e.accuracy:.3f} {e.val_loss:.4f} {e.val_accuracy:.3f}" for e in epochs)
+        out.add_row(str(epochs[0].epoch), *" ".join(numbers).split())
     return out
 
 
@@ -106,7 +105,6 @@ def main(argv: list[str] | None = None) -> dict[str, train.History]:
         if histories[name].interrupted:
             console.print("interrupted: what follows is what was learned so far")
             break
-
     console.print(table(histories))
     for name, history in histories.items():
         if len(history):

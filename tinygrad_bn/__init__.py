@@ -2,8 +2,10 @@
 
 >>> from tinygrad_bn import Tensor, functional as F
 >>> x = Tensor([[1.0], [2.0], [6.0]], requires_grad=True)
->>> F.batch_norm(x, training=True).numpy().ravel().round(4).tolist()
-[-0.9258, -0.4629, 1.3887]
+>>> F.batch_norm(x, training=True).numpy().round(4)
+array([[-0.9258],
+       [-0.4629],
+       [ 1.3887]], dtype=float32)
 """
 
 from tinygrad_bn.tensor import Tensor  # isort: skip  (first: the other modules build on it)

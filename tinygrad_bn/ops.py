@@ -247,7 +247,7 @@ def where(condition: Operand, a: Operand, b: Operand) -> Operand:
     return np.where(condition, a, b)
 
 
-@primitive(None, formula="y = the index of the largest", sample=reducing(distinct=True, tuples=False))
+@primitive(None, formula="y = index of the largest", sample=reducing(distinct=True, tuples=False))
 def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
     """Index of the largest element along `axis` (of the flat array if None), the first in a tie. int64."""
     return np.argmax(x, axis=axis, keepdims=keepdims)
@@ -280,26 +280,18 @@ def sum(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     return total.astype(x.dtype) if x.dtype.kind == "f" else total
 
 
-def _share_of_ties(x: Any, y: Any, axis: Axis, keepdims: bool) -> Any:
+def _by_ties(g: Any, y: Any, x: Any, *, axis: Axis, keepdims: bool) -> Any:
     chosen = (x == _kept(y, x, axis, keepdims)).astype(x.dtype)
-    return chosen / sum(chosen, axis=axis, keepdims=True)
+    return _kept(g, x, axis, keepdims) * chosen / sum(chosen, axis=axis, keepdims=True)
 
 
-@primitive(
-    lambda g, y, x, *, axis, keepdims: _kept(g, x, axis, keepdims) * _share_of_ties(x, y, axis, keepdims),
-    formula="y = max x over axis;  the largest gets g, ties share it evenly",
-    sample=reducing(distinct=True),
-)
+@primitive(_by_ties, formula="y = max x;  the largest gets g, ties share it evenly", sample=reducing(distinct=True))
 def max(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     """Largest element over `axis`. Ties share the gradient evenly (as in torch.amax)."""
     return np.max(x, axis=axis, keepdims=keepdims)
 
 
-@primitive(
-    lambda g, y, x, *, axis, keepdims: _kept(g, x, axis, keepdims) * _share_of_ties(x, y, axis, keepdims),
-    formula="y = min x over axis;  the smallest gets g, ties share it evenly",
-    sample=reducing(distinct=True),
-)
+@primitive(_by_ties, formula="y = min x;  the smallest gets g, ties share it evenly", sample=reducing(distinct=True))
 def min(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     """Smallest element over `axis`. Ties share the gradient evenly (as in torch.amin)."""
     return np.min(x, axis=axis, keepdims=keepdims)
@@ -351,7 +343,7 @@ def _as_column(x: Any) -> Any:
 
 
 def _as_row(x: Any) -> Any:
-    return reshape(x, shape=(*x.shape[:-1], 1, x.shape[-1]))
+    return _swap(_as_column(x))
 
 
 def _matmul_by_left(g: Any, y: Any, a: Any, b: Any) -> Any:
@@ -372,19 +364,11 @@ def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
 
 def _sample_matmul(d: Draw) -> Any:
     n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
-    a, b = d.choice(
-        [
-            ((n, k), (k, m)),
-            ((2, n, k), (k, m)),
-            ((1, n, k), (2, k, m)),
-            ((2, 1, n, k), (3, k, m)),
-            ((k,), (k,)),
-            ((n, k), (k,)),
-            ((k,), (k, m)),
-            ((2, n, k), (k,)),
-            ((k,), (2, k, m)),
-        ]
-    )
+    shapes = [
+        ((n, k), (k, m)), ((2, n, k), (k, m)), ((1, n, k), (2, k, m)), ((2, 1, n, k), (3, k, m)), ((k,), (k,)),
+        ((n, k), (k,)), ((k,), (k, m)), ((2, n, k), (k,)), ((k,), (2, k, m)),
+    ]  # fmt: skip
+    a, b = d.choice(shapes)
     return (d.array(REAL, a), d.array(REAL, b)), {}
 
 
@@ -451,12 +435,15 @@ def getitem(x: Operand, *, index: Any) -> Operand:
     return x[index]
 
 
+def _sample_scatter_add(d: Draw) -> Any:
+    index = d.choice(_INDICES)
+    return (d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)}
+
+
 @primitive(
     lambda g, y, x, *, index, shape: getitem(g, index=index),
     formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
-    sample=lambda d: (
-        lambda index: ((d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)})
-    )(d.choice(_INDICES)),
+    sample=_sample_scatter_add,
 )
 def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""

@@ -115,7 +115,7 @@ def gradcheck(
         if t.dtype != np.float64:
             raise TypeError(f"gradcheck needs float64; xs[{i}] is {t.dtype}")
     rng = np.random.default_rng(seed)
-    y = f(*ts)
+    y = _with_graph(f(*ts))
     v = rng.normal(size=y.shape) if g is None else np.asarray(g, np.float64)
     gradients = grad(y, ts, v)
     _expect_same(gradients, grad(y, ts, v, create_graph=True), ts)
@@ -155,7 +155,7 @@ def gradgradcheck(f: Function, *xs: object, seed: int = 0, rtol: float = 1e-5, a
     ts = [Tensor(x, requires_grad=True) for x in xs]
     rng = np.random.default_rng(seed)
     weights = [rng.normal(size=t.shape) for t in ts]
-    cotangent = rng.normal(size=f(*ts).shape)
+    cotangent = rng.normal(size=_with_graph(f(*ts)).shape)
 
     def pulled(*args: Tensor) -> Tensor:
         *operands, g = args
@@ -166,6 +166,12 @@ def gradgradcheck(f: Function, *xs: object, seed: int = 0, rtol: float = 1e-5, a
 
     if any(t.size for t in ts):
         gradcheck(pulled, *ts, cotangent, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
+
+
+def _with_graph(y: Tensor) -> Tensor:
+    if not y.requires_grad:
+        raise GradcheckError("the result has no graph: somewhere on the way it was made from arrays, or detached")
+    return y
 
 
 def _away_from_zero(rng: np.random.Generator, shape: Shape) -> Array:

@@ -33,7 +33,7 @@ class Sequential(Module):
         return (child for _, child in self.named_children())
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self.named_children())
 
     @overload
     def __getitem__(self, index: int) -> Module: ...

@@ -1,0 +1,140 @@
+"""Compositions: statistics, softmax family, losses with all their options; and what they refuse."""
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from tinygrad_bn import Tensor, testing
+from tinygrad_bn import functional as F
+from tinygrad_bn.device import kernels_disabled
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(4, 3))
+UNIT = RNG.random((4, 3))
+
+SMOOTH = {
+    "mean": F.mean,
+    "var": lambda x: F.var(x, 0, correction=1),
+    "std": lambda x: F.std(x, 1),
+    "logsumexp": lambda x: F.logsumexp(x, 1),
+    "logsumexp of all": F.logsumexp,
+    "softmax": lambda x: F.softmax(x, 0),
+    "log_softmax": F.log_softmax,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "mse_loss": lambda x: F.mse_loss(x, UNIT),
+    "l1_loss": lambda x: F.l1_loss(x, UNIT, reduction="sum"),
+    "huber_loss": lambda x: F.huber_loss(x, UNIT, delta=0.4, reduction="none"),
+    "bce": lambda x: F.binary_cross_entropy_with_logits(x, UNIT, UNIT[0], pos_weight=UNIT[1] + 1),
+    "nll_loss": lambda x: F.nll_loss(F.log_softmax(x), np.array([0, 2, 1, 1]), ignore_index=1),
+    "stack": lambda x: F.stack([x, x * x], axis=1),
+    "concatenate": lambda x: F.concatenate([x, x * x], axis=1),
+    "linear": lambda x: F.linear(x, X[:2] + 1, X[0, :2]),
+    "layer_norm": lambda x: F.layer_norm(x, (3,), UNIT[0], UNIT[1]),
+    "rms_norm": lambda x: F.rms_norm(x, (3,), UNIT[0]),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_first_and_second_gradients(name):
+    testing.gradcheck(SMOOTH[name], X)
+    testing.gradgradcheck(SMOOTH[name], X, allow_zero=True)
+
+
+@given(hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.floats(-5, 5)), st.data())
+def test_statistics_are_numpys(x, data):
+    axis = data.draw(st.sampled_from([None, *range(-x.ndim, x.ndim), tuple(range(x.ndim))]))
+    keepdims = data.draw(st.booleans())
+    np.testing.assert_allclose(F.mean(x, axis, keepdims), x.mean(axis, keepdims=keepdims), atol=1e-12)
+    np.testing.assert_allclose(F.var(x, axis, keepdims), x.var(axis, keepdims=keepdims), atol=1e-12)
+    np.testing.assert_allclose(F.std(x, axis, keepdims), x.std(axis, keepdims=keepdims), atol=1e-12)
+    want = np.log(np.exp(x).sum(axis, keepdims=keepdims))
+    np.testing.assert_allclose(F.logsumexp(x, axis, keepdims), want, atol=1e-12)
+
+
+def test_the_gradient_of_std_is_0_where_the_variance_is_0():
+    x = Tensor(np.ones((3, 2)), requires_grad=True)
+    F.std(x, 0).sum().backward()
+    assert x.grad.numpy().tolist() == [[0, 0]] * 3
+
+
+def test_logsumexp_of_infinities():
+    x = np.array([[-np.inf, -np.inf], [0.0, -np.inf], [np.inf, 0.0]])
+    with np.errstate(divide="ignore", over="ignore"):
+        assert np.asarray(F.logsumexp(x, 1)).tolist() == [-np.inf, 0, np.inf]
+    big = Tensor([1e4, 1e4], requires_grad=True, dtype=np.float32)
+    F.logsumexp(big).backward()
+    assert big.grad.numpy().tolist() == [0.5, 0.5]
+
+
+@given(
+    st.integers(0, 999),
+    st.sampled_from([(5, 3), (2, 3, 4), (2, 3, 2, 2)]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.sampled_from([-100, 1]),
+    st.sampled_from(["mean", "sum", "none"]),
+)
+def test_cross_entropy_equals_its_definition(seed, shape, weighted, smoothing, ignore, reduction):
+    rng = np.random.default_rng(seed)
+    x, target = rng.normal(size=shape), rng.integers(0, 3, (shape[0], *shape[2:]))
+    target.flat[0] = 0  # one that counts
+    weight = rng.random(3) + 0.5 if weighted else np.ones(3)
+    log_p = np.moveaxis(x - np.log(np.exp(x).sum(1, keepdims=True)), 1, -1)
+    q = np.full(log_p.shape, smoothing / 3) + (1 - smoothing) * np.eye(3)[target]
+    loss = -(q * log_p * weight).sum(-1) * (target != ignore)
+    want = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / (weight[target] * (target != ignore)).sum()}
+    options = {"ignore_index": ignore, "reduction": reduction, "label_smoothing": smoothing}
+    got = F.cross_entropy(x, target, weight if weighted else None, **options)
+    np.testing.assert_allclose(got, want[reduction], atol=1e-12)
+    with kernels_disabled():
+        np.testing.assert_allclose(F.cross_entropy(x, target, weight, **options), want[reduction], atol=1e-12)
+    if smoothing == 0:
+        nll = F.nll_loss(F.log_softmax(x, 1), target, weight, ignore_index=ignore, reduction=reduction)
+        np.testing.assert_allclose(nll, want[reduction], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_cross_entropy_keeps_the_dtype_and_takes_any_integers(dtype):
+    for target in (np.array([0, 2], np.uint8), Tensor([0, 2]), np.array([0, 2], np.int32)):
+        x = Tensor(X[:2], requires_grad=True, dtype=dtype)
+        loss = F.cross_entropy(x, target)
+        loss.backward()
+        assert loss.dtype == x.grad.dtype == dtype
+
+
+def test_cross_entropy_does_not_overflow():
+    x = Tensor([[1e4, -1e4], [0.0, 1e30]], requires_grad=True)
+    loss = F.cross_entropy(x, np.array([1, 1]))
+    loss.backward()
+    assert loss.item() == 1e4
+    assert np.isfinite(x.grad.numpy()).all()
+
+
+ERRORS = [
+    (lambda: F.cross_entropy(X, np.array([0, 1, 2, 3])), ValueError, "target 3 is not one of the 3 classes 0 to 2"),
+    (lambda: F.cross_entropy(X, np.array([0, 1, 2, -1])), ValueError, "target -1"),
+    (lambda: F.cross_entropy(X, np.array([0, 1])), ValueError, r"\(4, 3\) and \(2,\)"),
+    (lambda: F.cross_entropy(X, np.zeros(4)), TypeError, "integer dtype; got float64"),
+    (lambda: F.cross_entropy(X, np.zeros(4, int), weight=np.ones(2)), ValueError, r"\(2,\), for 3 classes"),
+    (lambda: F.cross_entropy(X, np.zeros(4, int), label_smoothing=1.5), ValueError, r"\[0, 1\]"),
+    (lambda: F.cross_entropy(X, np.zeros(4, int), reduction="avg"), ValueError, "'mean', 'sum' and 'none'"),
+    (lambda: F.mse_loss(X, X[:, :1]), ValueError, r"\(4, 3\) and \(4, 1\)"),
+    (lambda: F.l1_loss(X, X[0]), ValueError, "differ in shape"),
+    (lambda: F.binary_cross_entropy_with_logits(X, X[0]), ValueError, "differ in shape"),
+    (lambda: F.batch_norm(np.ones(3), training=True), ValueError, r"\(N, C, \.\.\.\)"),
+    (lambda: F.group_norm(np.ones((2, 3)), 2), ValueError, "2 groups"),
+    (lambda: F.layer_norm(X, (4,)), ValueError, "normalized_shape"),
+    (lambda: F.clip(X), ValueError, "min, max, or both"),
+    (lambda: F.dropout(X, 2.0), ValueError, r"\[0, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), ERRORS)
+def test_errors(wrong, kind, message):
+    with pytest.raises(kind, match=message):
+        wrong()

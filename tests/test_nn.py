@@ -1,0 +1,290 @@
+"""Modules: what they find among their attributes, state, modes, summary; the layers; the initialisers."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from tinygrad_bn import Tensor, functional, manual_seed, nn, testing
+from tinygrad_bn.nn import init
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+class Residual(nn.Module):
+    """Modules in a list, a shared layer, a buffer, and no super().__init__()."""
+
+    def __init__(self):
+        self.blocks = [nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4))]
+        self.again = self.blocks[0]
+        self.scale = nn.Parameter([2.0])
+        self.count = nn.Buffer(np.int64(7))
+        self.constant = Tensor([1.0])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x) * self.scale
+        return self.again(x)
+
+
+def test_what_is_found_and_under_which_key():
+    model = Residual()
+    keys = ["scale", "count", "blocks.0.weight", "blocks.0.bias", "blocks.1.1.weight", "blocks.1.1.bias"]
+    assert list(model.state_dict()) == [*keys, "again.weight", "again.bias"]
+    assert [name for name, _ in model.named_parameters()] == [k for k in keys if k != "count"]
+    assert [name for name, _ in model.named_buffers()] == ["count"]
+    assert len(list(model.parameters())) == 5
+    model(np.ones((2, 4), np.float32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_train_eval_apply_and_requires_grad():
+    model = network()
+    assert model.training
+    model.eval()
+    assert not any(m.training for m in model.modules())
+    model[1].train()
+    with nn.evaluating(model):
+        assert not model[1].training
+    assert [m.training for m in model] == [False, True, False, False, False]
+    seen = []
+    model.apply(lambda m: seen.append(type(m).__name__))
+    assert seen == ["Sequential", "Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
+    model.requires_grad_(False)
+    assert not model(np.ones((2, 4), np.float32)).requires_grad
+
+
+def test_state_moves_a_model_exactly():
+    a, b = network(), network()
+    a(np.random.default_rng(0).normal(size=(8, 4)))
+    b.load_state_dict(a.state_dict())
+    x = np.random.default_rng(1).normal(size=(5, 4))
+    np.testing.assert_array_equal(a.eval()(x).numpy(), b.eval()(x).numpy())
+    a.state_dict()["0.weight"][:] = 0  # a copy
+    assert a[0].weight.numpy().any()
+
+
+def test_loading_is_all_or_nothing_and_names_what_is_wrong():
+    model = network()
+    before, state = model.state_dict(), model.state_dict()
+    del state["0.bias"]
+    state["5.weight"] = state["0.weight"] * 0
+    state["0.weight"] *= 0
+    with pytest.raises(KeyError, match=r"missing keys: \['0.bias'\]; unexpected keys: \['5.weight'\]"):
+        model.load_state_dict(state)
+    wrong = {**before, "0.weight": np.zeros((8, 5)), "4.bias": np.zeros(2), "0.bias": np.ones(8)}
+    with pytest.raises(ValueError, match=r"0.weight: \(8, 5\) for \(8, 4\); 4.bias: \(2,\) for \(3,\)"):
+        model.load_state_dict(wrong)
+    for key, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+    model.load_state_dict(state, strict=False)
+    assert not model[0].weight.numpy().any()
+
+
+def test_old_checkpoints_have_no_counter_or_one_of_shape_1():
+    model = network()
+    state = model.state_dict()
+    model.load_state_dict({k: v for k, v in state.items() if k != "1.num_batches_tracked"})
+    model.load_state_dict({**state, "1.num_batches_tracked": np.array([5])})
+    assert model[1].num_batches_tracked.item() == 5
+    assert model[1].num_batches_tracked.shape == ()
+
+
+def test_deepcopy_is_independent():
+    a = network()
+    b = copy.deepcopy(a)
+    b[0].weight.data = np.zeros((8, 4))
+    assert a[0].weight.numpy().any()
+
+
+def test_summary_counts_4c_for_batch_norm_as_keras_does(capsys):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    model[2].weight.data = np.full(32, 3.0)
+    model.summary((28, 28))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line or "Parameters:" in line]
+    words = [line.replace("│", " ").split() for line in lines]
+    assert ["BatchNorm1d", "(N,", "32)", "128"] in words
+    assert ["Linear", "(N,", "32)", "25,120"] in words
+    assert "Parameters: 25,578 = 25,514 trainable + 64 non-trainable" in lines[-1]
+    assert model.training
+    assert model[2].num_batches_tracked.item() == 0
+
+
+def test_observe_sees_every_output():
+    model, seen = network(), []
+    with nn.observe(lambda module, y: seen.append((type(module).__name__, y.shape))):
+        model(np.ones((2, 4), np.float32))
+    model(np.ones((2, 4), np.float32))
+    assert seen[0] == ("Linear", (2, 8))
+    assert seen[-1] == ("Sequential", (2, 3))
+    assert len(seen) == 6
+
+
+def test_repr_is_nested():
+    assert repr(nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Dropout(0.2)))) == (
+        "Sequential(\n  (0): Linear(2, 3, bias=True)\n  (1): Sequential(\n    (0): Dropout(p=0.2)\n  )\n)"
+    )
+
+
+def test_sequential_as_a_list():
+    model = network()
+    assert len(model) == 5
+    assert isinstance(model[-1], nn.Linear)
+    assert [type(m) for m in model[1:3]] == [nn.BatchNorm1d, nn.ReLU]
+    with pytest.raises(TypeError, match="layer 1 is a function"):
+        nn.Sequential(nn.ReLU(), functional.relu)
+    with pytest.raises(TypeError, match="defines no forward"):
+        nn.Module()(1)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------
+
+
+def test_linear():
+    layer = nn.Linear(3, 2).astype(np.float64)
+    assert layer.weight.shape == (2, 3)
+    x = np.random.default_rng(0).normal(size=(4, 5, 3))
+    np.testing.assert_allclose(layer(x).numpy(), x @ layer.weight.numpy().T + layer.bias.numpy())
+    assert nn.Linear(3, 2, bias=False).bias is None
+    assert np.abs(nn.Linear(100, 50).weight.numpy()).max() <= 0.1
+    with pytest.raises(ValueError, match=r"Linear\(3, 2, bias=True\) got an input of shape \(4, 5\)"):
+        layer(np.ones((4, 5)))
+    with pytest.raises(ValueError, match="at least one feature"):
+        nn.Linear(0, 2)
+
+
+ACTIVATIONS = {
+    nn.ReLU(): lambda x: np.maximum(x, 0),
+    nn.LeakyReLU(0.2): lambda x: np.where(x > 0, x, 0.2 * x),
+    nn.ELU(0.5): lambda x: np.where(x > 0, x, 0.5 * np.expm1(x)),
+    nn.Sigmoid(): lambda x: 1 / (1 + np.exp(-x)),
+    nn.Tanh(): np.tanh,
+    nn.Softplus(): lambda x: np.log1p(np.exp(x)),
+    nn.SiLU(): lambda x: x / (1 + np.exp(-x)),
+    nn.GELU(): lambda x: x * functional.erf(x / np.sqrt(2)) / 2 + x / 2,
+    nn.Softmax(): lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+    nn.Flatten(): lambda x: x.reshape(len(x), -1),
+}
+
+
+@pytest.mark.parametrize("layer", ACTIVATIONS, ids=repr)
+def test_layers_without_parameters(layer):
+    x = np.random.default_rng(0).normal(size=(2, 3, 2)) * 3
+    np.testing.assert_allclose(layer(x).numpy(), ACTIVATIONS[layer](x), rtol=1e-12)
+    testing.gradcheck(layer, x)
+
+
+def test_dropout():
+    layer = nn.Dropout(0.25, rng=np.random.default_rng(0))
+    x = Tensor(np.ones((200, 200), np.float32), requires_grad=True)
+    y = layer(x)
+    assert y.dtype == np.float32
+    assert set(np.unique(y.numpy()).round(6)) == {0.0, np.float32(4 / 3).round(6)}
+    assert abs((y.numpy() == 0).mean() - 0.25) < 0.01
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad.numpy(), y.numpy())  # the same mask backwards
+    assert layer.eval()(x) is x
+    assert not nn.Dropout(1.0)(x).numpy().any()
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        nn.Dropout(1.5)
+
+
+def test_manual_seed_makes_initialisation_and_dropout_reproducible():
+    def draw():
+        manual_seed(3)
+        model = network()
+        return model[0].weight.numpy(), model(np.ones((3, 4), np.float32)).numpy()
+
+    for a, b in zip(draw(), draw(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["layer", "instance", "group", "rms"])
+def test_normalisation_siblings(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4, 6)) * 5 + 2
+    layer, axis = {
+        "layer": (nn.LayerNorm((4, 6)), (1, 2)),
+        "instance": (nn.InstanceNorm1d(4, affine=True), (2,)),
+        "group": (nn.GroupNorm(2, 4), None),
+        "rms": (nn.RMSNorm(6), (2,)),
+    }[kind]
+    layer.astype(np.float64)
+    y = layer(x).numpy()
+    if kind == "rms":
+        want = x / np.sqrt((x**2).mean(2, keepdims=True) + 1e-5)
+    elif kind == "group":
+        grouped = x.reshape(3, 2, 12)
+        want = (grouped - grouped.mean(2, keepdims=True)) / np.sqrt(grouped.var(2, keepdims=True) + 1e-5)
+        want = want.reshape(x.shape)
+    else:
+        want = (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, want, rtol=1e-12, atol=1e-12)
+    layer.weight.data = rng.normal(size=layer.weight.shape)
+    testing.gradcheck(layer, x)
+    testing.gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (nn.LayerNorm(4), (2, 3), "normalized_shape"),
+        (nn.RMSNorm((3, 4)), (2, 4), "normalized_shape"),
+        (nn.GroupNorm(2, 4), (2, 3, 5), "divide into 2 groups"),
+        (nn.InstanceNorm2d(3), (2, 3, 4), r"4 axes with 3 channels; got \(2, 3, 4\)"),
+        (nn.InstanceNorm1d(3), (2, 3, 1), "more than one value per channel"),
+    ],
+)
+def test_siblings_refuse_wrong_shapes(layer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        layer(np.ones(shape, np.float32))
+
+
+# ---- initialisers ----------------------------------------------------------------------------------------
+
+WEIGHT = (300, 200)
+DEVIATIONS = {
+    "kaiming_normal_": (np.sqrt(2 / 200), {}),
+    "kaiming_uniform_": (np.sqrt(1 / 300), {"mode": "fan_out", "nonlinearity": "linear"}),
+    "xavier_normal_": (np.sqrt(2 / 500), {}),
+    "xavier_uniform_": (2 * np.sqrt(2 / 500), {"gain": 2.0}),
+    "normal_": (0.5, {"std": 0.5}),
+    "uniform_": (1 / np.sqrt(12), {}),
+    "orthogonal_": (np.sqrt(1 / 300), {}),
+}
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_the_deviation_of_an_initialiser(name):
+    deviation, options = DEVIATIONS[name]
+    t = Tensor(np.zeros(WEIGHT, np.float32))
+    assert getattr(init, name)(t, **options, rng=np.random.default_rng(0)) is t
+    assert abs(t.numpy().std() / deviation - 1) < 0.02
+    if "uniform" in name:
+        centre = 0.5 if name == "uniform_" else 0
+        assert np.abs(t.numpy() - centre).max() <= deviation * np.sqrt(3) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 2, 3, 1)])
+def test_orthogonal(shape):
+    m = init.orthogonal_(Tensor(np.zeros(shape)), rng=np.random.default_rng(0)).numpy().reshape(shape[0], -1)
+    gram = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-12)
+
+
+def test_constants_fans_and_errors():
+    t = Tensor(np.zeros((2, 3, 5)))
+    assert init.constant_(t, 4.0).numpy().min() == 4
+    assert init.ones_(t).numpy().max() == 1
+    assert init.zeros_(t).numpy().max() == 0
+    assert init.fans(t) == (15, 10)
+    with pytest.raises(ValueError, match="two axes"):
+        init.kaiming_normal_(Tensor([1.0]))
+    with pytest.raises(ValueError, match="no gain is known for 'swish'"):
+        init.gain("swish")
+    with pytest.raises(ValueError, match="fan_in"):
+        init.kaiming_normal_(t, mode="fan")

@@ -1,0 +1,21 @@
+"""The README's Python runs as it stands there, and its layout names files that exist."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_python_block_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_what_the_readme_names_exists():
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for test, keyword in re.findall(r"`pytest (tests/\w+\.py) -k \"?([\w]+)\"?`", README):
+        assert keyword in (ROOT / test).read_text(encoding="utf-8"), (test, keyword)
