@@ -6,7 +6,6 @@ start from the same weights and see the same batches; in one, BatchNorm stands b
 
 import argparse
 import json
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from demos.common import options, output_folder, positive
-from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
+from demos.common import OPTIMIZERS, options, output_folder, training_options
+from tinygrad_bn import datasets, manual_seed, nn, train, viz
 
 SIZES = (784, 256, 128, 512, 64, 128, 256, 10)
-OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
 
 
 def build(batch_norm: bool, seed: int) -> nn.Sequential:
@@ -36,6 +34,9 @@ def data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
     if args.data == "mnist5k":
         return datasets.load("mnist5k").scaled().split(1000, seed=args.seed)
     training, validation = (datasets.load(Path(args.data).name, args.data, part) for part in ("train", "test"))
+    for part in (training, validation):
+        if part.x.shape[1:] != (28, 28) or len(part.classes) > 10:
+            raise datasets.DataError(f"{part!r} does not fit a network for 28 × 28 images of 10 classes")
     return training.scaled(), validation.scaled()
 
 
@@ -71,19 +72,15 @@ def write(folder: Path, histories: dict[str, train.History], args: argparse.Name
 def main(argv: list[str] | None = None) -> dict[str, train.History]:
     """Train both networks, print the table, write the figure and the numbers."""
     parser = options("deep_mlp", __doc__)
-    parser.add_argument("--epochs", type=positive, default=20, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=500, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
-    parser.add_argument("--data", default="mnist5k", help="mnist5k, or a folder of IDX files (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="where to write (default: runs/deep_mlp/DATE-TIME)")
-    parser.add_argument("--no-plot", action="store_true", help="write no figure")
+    training_options(parser, epochs=20, batch_size=500, lr=1e-3)
     args = parser.parse_args(argv)
     start = time.perf_counter()
     try:
         training, validation = data(args)
     except datasets.DataError as error:
-        sys.exit(f"python -m demos deep_mlp: {error}")
+        parser.error(str(error))
+    if len(training) % args.batch_size == 1 or args.batch_size == 1:
+        parser.error(f"{len(training):,} images in batches of {args.batch_size} leave a batch of one for BatchNorm")
     folder = output_folder("deep_mlp", args.out)
     console = Console(quiet=args.quiet)
     console.print(f"{training!r}\n{len(training):,} images to train on, {len(validation):,} to validate on")

@@ -16,6 +16,11 @@ import numpy as np
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Array, Tensor
 
+__all__ = [
+    "SGD", "Adagrad", "Adam", "AdamW", "CosineAnnealingLR", "Optimizer", "RMSprop", "Schedule", "StepLR", "WarmupLR",
+    "clip_grad_norm_", "clip_grad_value_", "param_groups",
+]  # fmt: skip
+
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 
@@ -32,6 +37,8 @@ class Optimizer:
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
+        if isinstance(params, Tensor):
+            raise TypeError("params is one tensor; give a list of tensors")
         given: list[Any] = list(params)
         groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
         self.param_groups: list[Group] = [{**defaults, **g, "params": list(g["params"])} for g in groups]
@@ -45,8 +52,8 @@ class Optimizer:
             for option in group:
                 if option not in defaults and option != "params":
                     raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
-            for option in ("lr", "weight_decay", "eps"):
-                if group.get(option, 0) < 0:
+            for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
+                if not group.get(option, 0) >= 0:  # nor NaN
                     raise ValueError(f"{option} has to be 0 or more; got {group[option]}")
 
     def zero_grad(self) -> None:
@@ -85,6 +92,9 @@ class Optimizer:
         everything = [p for group in self.param_groups for p in group["params"]]
         if len(state["param_groups"]) != len(self.param_groups):
             raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
+        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
+            if options.keys() != group.keys() - {"params"}:
+                raise ValueError(f"the saved options {', '.join(options)} are not those of {type(self).__name__}")
         for i, saved in state["state"].items():
             arrays = [v for v in saved.values() if isinstance(v, np.ndarray)]
             if i >= len(everything) or any(a.shape != everything[i].shape for a in arrays):
@@ -294,6 +304,8 @@ class StepLR(Schedule):
     """Multiplies the learning rate by `gamma` every `step_size` steps."""
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
+        if step_size < 1:
+            raise ValueError(f"step_size has to be at least 1; got {step_size}")
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer)
 
@@ -302,9 +314,14 @@ class StepLR(Schedule):
 
 
 class CosineAnnealingLR(Schedule):
-    """Lowers the learning rate to `eta_min` along half a cosine of `T_max` steps (Loshchilov & Hutter 2017)."""
+    """Lowers the learning rate to `eta_min` along half a cosine of `T_max` steps (Loshchilov & Hutter 2017).
+
+    After that it rises again, as in PyTorch.
+    """
 
     def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
+        if T_max < 1:
+            raise ValueError(f"T_max has to be at least 1; got {T_max}")
         self.T_max, self.eta_min = T_max, eta_min
         super().__init__(optimizer)
 

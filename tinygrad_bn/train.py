@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -69,8 +70,8 @@ class History:
         return sum(e.seconds for e in self.epochs)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The epochs as dictionaries; NaN as None, which JSON can say."""
-        return [{k: None if v != v else v for k, v in asdict(e).items()} for e in self.epochs]
+        """The epochs as dictionaries; None for a number that is not finite, which JSON cannot say."""
+        return [{k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for e in self.epochs]
 
     def save(self, path: str | Path) -> None:
         """Write the epochs to a `.json` or `.csv` file. Raises ValueError for another ending."""
@@ -188,7 +189,8 @@ def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batc
 
 
 def _accuracy(outputs: Tensor, y: Array) -> float:
-    if y.dtype.kind not in "iu" or outputs.shape[:1] + outputs.shape[2:] != y.shape:
+    classes = outputs.shape[1] if outputs.ndim > 1 else 1
+    if y.dtype.kind not in "iu" or classes == 1 or outputs.shape[:1] + outputs.shape[2:] != y.shape:
         return float("nan")
     return float(np.mean(np.argmax(outputs.numpy(), axis=1) == y))
 
@@ -199,11 +201,10 @@ def _arrays(data: Data) -> tuple[Array, Array]:
 
 
 def _warn_of_a_batch_of_one(model: nn.Module, batches: Batches) -> None:
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    if batches.smallest == 1 and any(isinstance(m, norms) and not m.stats_frozen for m in model.modules()):
+    if batches.smallest == 1 and any(isinstance(m, nn.BatchNorm1d) and not m.stats_frozen for m in model.modules()):
         warnings.warn(
-            f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one, from which BatchNorm "
-            "cannot take statistics; use drop_last=True or another batch_size",
+            f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one, from which BatchNorm1d "
+            "cannot take statistics of (N, C); use drop_last=True or another batch_size",
             stacklevel=3,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import math
 import zlib
 from pathlib import Path
@@ -57,7 +58,10 @@ def read_idx(path: str | Path, sha256: str | None = None) -> Array:
     expected = start + math.prod(shape) * dtype.itemsize
     if len(content) != expected:
         raise DataError(f"{path} is damaged: an array of shape {shape} takes {expected} bytes, not {len(content)}")
-    array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    try:
+        array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    except ValueError as error:  # more axes, or a larger product of sides, than NumPy knows
+        raise DataError(f"{path} is damaged: an array of {ndim} axes {shape}: {error}") from error
     return array.astype(dtype.newbyteorder("="))
 
 
@@ -68,13 +72,18 @@ def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], li
         DataError: the file is missing, damaged, empty, or a row has not as many fields as the header.
     """
     path = Path(path)
+    content = read_bytes(path, sha256)
+    rows: list[list[str]] = []
     try:
-        header, *rows = csv.reader(read_bytes(path, sha256).decode().splitlines(), strict=True)
-    except (ValueError, csv.Error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is not a CSV file with a header: {error}") from error
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise DataError(f"{path}, line {number}: {len(row)} fields, where the header has {len(header)}")
-    return header, rows
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        for row in reader:
+            rows.append(row)
+            if len(row) != len(rows[0]):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, where the header has {len(rows[0])}"
+                )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    if not rows:
+        raise DataError(f"{path} is not a CSV file with a header: it is empty")
+    return rows[0], rows[1:]

@@ -1,0 +1,263 @@
+"""Optimisers against their formulas, resuming, parameter groups, clipping and schedules."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from tinygrad_bn import Tensor, nn, optim
+from tinygrad_bn import functional as F
+
+START = (1.0, 2.0, -3.0)
+G = np.array([0.5, -2.0, 0.125])
+ALL = [
+    (optim.SGD, {}),
+    (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
+    (optim.Adam, {"weight_decay": 0.1}),
+    (optim.AdamW, {}),
+    (optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    (optim.Adagrad, {"lr_decay": 0.1, "weight_decay": 0.1}),
+]
+
+
+def parameter(value=START, dtype=np.float64) -> nn.Parameter:
+    return nn.Parameter(np.array(value, dtype))
+
+
+def step(optimizer: optim.Optimizer, p: Tensor, g: np.ndarray) -> np.ndarray:
+    """One step along a given gradient; how far it moved the parameter."""
+    before = np.array(p)
+    p.grad = Tensor(g)
+    optimizer.step()
+    return np.array(p) - before
+
+
+def train(model: nn.Module, optimizer: optim.Optimizer, steps: range) -> None:
+    for i in steps:
+        x = np.random.default_rng(i).normal(size=(6, 3)).astype(np.float32)
+        optimizer.zero_grad()
+        F.mse_loss(model(Tensor(x)), x[:, :2] ** 2).backward()
+        optimizer.step()
+
+
+def test_sgd_momentum_by_hand():
+    p, mu, lr = parameter(), 0.9, 0.1
+    optimizer = optim.SGD([p], lr=lr, momentum=mu)
+    moves = [step(optimizer, p, g * G) for g in (1, 2, 3)]
+    velocities = [1, mu + 2, mu * (mu + 2) + 3]
+    for move, v in zip(moves, velocities, strict=True):
+        np.testing.assert_allclose(move, -lr * v * G, rtol=1e-12)
+
+
+def test_sgd_nesterov_dampening_and_decay_by_hand():
+    p = parameter()
+    optimizer = optim.SGD([p], lr=0.1, momentum=0.5, nesterov=True)
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 * 1.5 * G, rtol=1e-12)
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 * (1 + 0.5 * 1.5) * G, rtol=1e-12)
+    p = parameter()
+    optimizer = optim.SGD([p], lr=0.1, momentum=0.5, dampening=0.2)
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 * G, rtol=1e-12)  # the first gradient is not dampened
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 * (0.5 + 0.8) * G, rtol=1e-12)
+    np.testing.assert_allclose(
+        step(optim.SGD([q := parameter()], lr=0.1, weight_decay=0.5), q, G), -0.1 * (G + 0.5 * np.array(START))
+    )
+
+
+@given(arrays(np.float64, 3, elements=st.floats(0.01, 1e6) | st.floats(-1e6, -0.01)), st.floats(1e-6, 1.0))
+def test_first_step_of_adam_is_lr_in_the_direction_of_the_sign(g, lr):
+    p = parameter((0.0, 0.0, 0.0))
+    np.testing.assert_allclose(step(optim.Adam([p], lr=lr), p, g), -lr * np.sign(g), rtol=1e-5)
+
+
+def test_adam_second_step_by_hand():
+    p = parameter()
+    optimizer = optim.Adam([p], lr=0.1, betas=(0.8, 0.9), eps=0.5)
+    step(optimizer, p, G)
+    m, v = (0.8 * 0.2 + 0.2 * 3) * G / (1 - 0.8**2), (0.9 * 0.1 + 0.1 * 9) * G**2 / (1 - 0.9**2)
+    np.testing.assert_allclose(step(optimizer, p, 3 * G), -0.1 * m / (np.sqrt(v) + 0.5), rtol=1e-12)
+
+
+def test_decay_of_adamw_is_decoupled_from_the_gradient_and_that_of_adam_is_not():
+    for scale in (1.0, 1000.0):
+        plain, decayed, coupled = parameter(), parameter(), parameter()
+        step(optim.Adam([plain], lr=0.1), plain, scale * G)
+        step(optim.AdamW([decayed], lr=0.1, weight_decay=0.5), decayed, scale * G)
+        step(optim.Adam([coupled], lr=0.1, weight_decay=0.5), coupled, scale * G)
+        np.testing.assert_allclose(np.array(decayed), np.array(plain) - 0.1 * 0.5 * np.array(START), rtol=1e-9)
+        turned = np.sign(scale * G + 0.5 * np.array(START))  # for scale 1 the decay turns the last sign
+        np.testing.assert_allclose(np.array(coupled), START - 0.1 * turned, rtol=1e-6)
+
+
+def test_rmsprop_and_adagrad_by_hand():
+    p = parameter()
+    optimizer = optim.RMSprop([p], lr=0.1, alpha=0.75, eps=0.5)
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 * G / (np.sqrt(0.25 * G**2) + 0.5))
+    optimizer = optim.RMSprop([p], lr=0.1, alpha=0.75, eps=0.5, centered=True)
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 * G / (np.sqrt((0.25 - 0.25**2) * G**2) + 0.5))
+    optimizer = optim.Adagrad([p], lr=0.1, lr_decay=0.5, initial_accumulator_value=1.0)
+    step(optimizer, p, G)
+    np.testing.assert_allclose(step(optimizer, p, G), -0.1 / 1.5 * G / np.sqrt(1 + 2 * G**2))
+
+
+@pytest.mark.parametrize(("kind", "options"), ALL)
+def test_dtype_is_kept_a_graph_is_warned_and_groups_have_their_own_options(kind, options):
+    p, q = parameter(dtype=np.float32), parameter(dtype=np.float32)
+    optimizer = kind([{"params": [p], "lr": 0.0}, {"params": [q]}], lr=0.5, **options)
+    y = (q * q).sum()
+    p.grad = q.grad = Tensor(G.astype(np.float32))
+    given = q.data
+    optimizer.step()
+    assert p.dtype == q.dtype == np.float32
+    assert given.tolist() == [1, 2, -3], "the array is replaced, not written into"
+    assert np.all(q.numpy() != given)
+    assert p.numpy().tolist() == [1, 2, -3], "its learning rate is 0"
+    with pytest.raises(RuntimeError):
+        y.backward()
+
+
+def test_what_has_no_gradient_or_wants_none_is_left_alone():
+    frozen, ungraded, trained = parameter(), parameter(), parameter()
+    optimizer = optim.AdamW([frozen, ungraded, trained], lr=0.1)
+    frozen.requires_grad = False
+    frozen.grad = trained.grad = Tensor(G)
+    optimizer.step()
+    assert frozen.numpy().tolist() == ungraded.numpy().tolist() == [1, 2, -3]
+    assert trained.numpy().tolist() != [1, 2, -3]
+    assert list(optimizer.state) == [trained]
+    optimizer.zero_grad()
+    assert frozen.grad is ungraded.grad is trained.grad is None
+
+
+@pytest.mark.parametrize(("kind", "options"), ALL)
+def test_resuming_is_exact(kind, options):
+    models = [nn.Linear(3, 2, rng=np.random.default_rng(0)) for _ in range(2)]
+    optimizer = kind(models[0].parameters(), lr=0.05, **options)
+    train(models[0], optimizer, range(10))
+
+    first = kind(models[1].parameters(), lr=0.05, **options)
+    train(models[1], first, range(5))
+    saved = first.state_dict()
+    copy = nn.Linear(3, 2)
+    copy.load_state_dict(models[1].state_dict())
+    train(models[1], first, range(5, 7))  # what goes on afterwards changes nothing that was saved
+    resumed = kind(copy.parameters(), lr=123.0)
+    resumed.load_state_dict(saved)
+    train(copy, resumed, range(5, 10))
+    for a, b in zip(models[0].parameters(), copy.parameters(), strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def test_state_that_does_not_fit():
+    optimizer = optim.SGD([parameter()], momentum=0.9)
+    step(optimizer, optimizer.param_groups[0]["params"][0], G)
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match="parameter 0 does not fit"):
+        optim.SGD([parameter((1.0, 2.0))], momentum=0.9).load_state_dict(saved)
+    with pytest.raises(ValueError, match="parameter 5 does not fit"):
+        optimizer.load_state_dict({**saved, "state": {5: {}}})
+    two = optim.SGD([{"params": [parameter()]}, {"params": [parameter()]}])
+    with pytest.raises(ValueError, match="1 parameter groups for 2"):
+        two.load_state_dict(saved)
+
+
+def test_errors():
+    p = parameter()
+    with pytest.raises(ValueError, match="no parameters"):
+        optim.SGD([])
+    for twice in ([p, p], [{"params": [p]}, {"params": [p]}]):
+        with pytest.raises(ValueError, match="more than once"):
+            optim.SGD(twice)
+    with pytest.raises(ValueError, match="Adam has no option 'momentum'; it has lr, betas"):
+        optim.Adam([{"params": [p], "momentum": 0.9}])
+    for option in ("lr", "weight_decay", "eps"):
+        with pytest.raises(ValueError, match=rf"{option} has to be 0 or more; got -1\.0"):
+            optim.RMSprop([{"params": [p], option: -1.0}])
+    with pytest.raises(ValueError, match=r"betas have to be in \[0, 1\)"):
+        optim.AdamW([p], betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="Nesterov"):
+        optim.SGD([p], nesterov=True)
+
+
+def test_normalisations_and_biases_do_not_decay():
+    norms = (
+        nn.BatchNorm1d(6),
+        nn.LayerNorm((2, 3)),
+        nn.RMSNorm((2, 3)),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4, affine=True),
+    )
+    model = nn.Sequential(nn.Linear(3, 6), *norms, nn.Linear(6, 2, bias=False))
+    decayed, others = optim.param_groups(model, 0.5)
+    names = {p: name for name, p in model.named_parameters()}
+    assert [names[p] for p in decayed["params"]] == ["0.weight", "6.weight"]
+    assert len(others["params"]) == len(names) - 2
+    before = model.state_dict()
+    for p in model.parameters():
+        p.grad = Tensor(np.zeros(p.shape, np.float32))
+    optim.AdamW([decayed, others], lr=0.1).step()
+    for name, p in model.named_parameters():
+        factor = 0.95 if name in ("0.weight", "6.weight") else 1
+        np.testing.assert_allclose(p.numpy(), before[name] * factor, rtol=1e-6)
+
+
+@given(arrays(np.float64, 3, elements=st.floats(-1e3, 1e3)), arrays(np.float64, 3, elements=st.floats(-1e3, 1e3)))
+def test_clip_grad_norm(g, h):
+    p, q, ungraded = parameter(), parameter(), parameter()
+    p.grad, q.grad = Tensor(g), Tensor(h)
+    norm = optim.clip_grad_norm_((t for t in (p, ungraded, q)), 5.0)
+    assert norm == pytest.approx(math.sqrt((g**2).sum() + (h**2).sum()))
+    scale = min(1.0, 5.0 / norm) if norm else 1.0
+    np.testing.assert_allclose(p.grad.numpy(), g * scale, rtol=1e-6)
+    np.testing.assert_allclose(q.grad.numpy(), h * scale, rtol=1e-6)
+    assert ungraded.grad is None
+
+
+def test_clipping_leaves_what_is_not_finite_and_keeps_the_dtype():
+    for wrong in (np.inf, np.nan):
+        p, q = parameter(), parameter()
+        p.grad, q.grad = Tensor([wrong, 1.0, 2.0]), Tensor(G)
+        assert not math.isfinite(optim.clip_grad_norm_([p, q], 0.1))
+        np.testing.assert_array_equal(q.grad.numpy(), G)
+    q.grad = Tensor(G.astype(np.float32))
+    optim.clip_grad_value_([q, parameter()], 0.25)
+    assert q.grad.numpy().tolist() == [0.25, -0.25, 0.125]
+    assert optim.clip_grad_norm_([q], 0.1) == 0.375
+    assert q.grad.dtype == np.float32
+
+
+def test_schedules():
+    def rates(schedule, steps: int = 7, **options) -> list[float]:
+        optimizer = optim.SGD([{"params": [parameter()], "lr": 8.0}, {"params": [parameter()]}], lr=0.8)
+        s, seen = schedule(optimizer, **options), []
+        for _ in range(steps):
+            seen.append(optimizer.param_groups[0]["lr"])
+            assert options.get("eta_min") or optimizer.param_groups[1]["lr"] == pytest.approx(seen[-1] / 10)
+            s.step()
+        return seen
+
+    def warm_cosine(optimizer: optim.Optimizer) -> optim.Schedule:
+        return optim.WarmupLR(optimizer, 3, after=optim.CosineAnnealingLR(optimizer, 2))
+
+    assert rates(optim.StepLR, step_size=2, gamma=0.5) == [8, 8, 4, 4, 2, 2, 1]
+    cosine = [1 + 7 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)]
+    assert rates(optim.CosineAnnealingLR, 5, T_max=4, eta_min=1.0) == pytest.approx(cosine)
+    assert rates(optim.WarmupLR, warmup_steps=3) == [2, 4, 6, 8, 8, 8, 8]
+    assert rates(warm_cosine, 6) == pytest.approx([2, 4, 6, 8, 4, 0])
+
+
+def test_what_is_refused_since_it_would_train_nothing_or_wrongly():
+    p = Tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(TypeError, match="one tensor"):
+        optim.SGD(p)
+    for wrong in ({"lr": float("nan")}, {"momentum": -1.0}):
+        with pytest.raises(ValueError, match="0 or more"):
+            optim.SGD([p], **wrong)
+    with pytest.raises(ValueError, match="not those of Adam"):
+        optim.Adam([p]).load_state_dict(optim.SGD([p]).state_dict())
+    for schedule in (optim.StepLR, optim.CosineAnnealingLR):
+        with pytest.raises(ValueError, match="at least 1"):
+            schedule(optim.SGD([p]), 0)

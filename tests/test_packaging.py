@@ -1,0 +1,111 @@
+"""What importing costs, what is installed, and that everything public is documented."""
+
+import importlib
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from tinygrad_bn import Tensor
+from tinygrad_bn import functional as F
+from tinygrad_bn.device import kernels_disabled
+
+MODULES = [
+    f"tinygrad_bn{name}"
+    for name in ("", ".functional", ".nn", ".optim", ".train", ".datasets", ".testing", ".viz", ".device")
+]
+
+LAZY = """
+import sys
+HEAVY = ("numba", "matplotlib", "rich")
+def loaded():
+    return [name for name in HEAVY if name in sys.modules]
+import tinygrad_bn
+assert not loaded(), f"importing loaded {loaded()}"
+import tinygrad_bn.viz
+x = tinygrad_bn.Tensor([[1.0, 2.0], [3.0, 5.0]], requires_grad=True)
+y = tinygrad_bn.functional.batch_norm(x @ x.T + x.exp(), training=True)
+(y * y * x).sum().backward()
+assert not loaded(), f"arithmetic loaded {loaded()}"
+tinygrad_bn.functional.cross_entropy(x, tinygrad_bn.Tensor([0, 1]))
+assert loaded() == ["numba"], f"cross_entropy loaded {loaded()}"
+"""
+
+KERNELS = """
+import sys, tinygrad_bn_kernels
+for (name, device), module in tinygrad_bn_kernels.MODULES.items():
+    assert tinygrad_bn_kernels.lookup(name, device).__module__ == module
+assert "tinygrad_bn" not in sys.modules, "a kernel imports the framework"
+"""
+
+
+def public(name: str) -> dict[str, object]:
+    """What a module offers: the names of `__all__`, or else the functions and classes written in it."""
+    module = importlib.import_module(name)
+    if hasattr(module, "__all__"):
+        assert len(set(module.__all__)) == len(module.__all__)
+        return {n: getattr(module, n) for n in module.__all__}
+    written = {n: v for n, v in vars(module).items() if getattr(v, "__module__", None) == name and callable(v)}
+    return {n: v for n, v in written.items() if not n.startswith("_")}
+
+
+@pytest.mark.parametrize("program", [LAZY, KERNELS], ids=["lazy", "kernels"])
+def test_imports_in_a_fresh_interpreter(program):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cross_entropy_is_the_same_without_kernels():
+    rng = np.random.default_rng(0)
+    logits, target = rng.normal(size=(6, 4)), rng.integers(0, 4, 6)
+
+    def run() -> tuple[np.ndarray, np.ndarray]:
+        x = Tensor(logits, requires_grad=True)
+        loss = F.cross_entropy(x, target, label_smoothing=0.1)
+        loss.backward()
+        return loss.numpy(), x.grad.numpy()
+
+    fused = run()
+    with kernels_disabled():
+        composed = run()
+    for a, b in zip(fused, composed, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("package", ["tinygrad_bn", "tinygrad_bn_kernels"])
+def test_types_are_published(package):
+    assert files(package).joinpath("py.typed").is_file()
+
+
+def test_data_and_licenses_are_with_the_package():
+    assert "MNIST" in files("tinygrad_bn.datasets").joinpath("data", "LICENSES.md").read_text()
+    metadata = importlib.metadata.metadata("tinygrad-bn")
+    assert metadata["Requires-Python"] == ">=3.11"
+    required = {r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
+    assert required == {"numpy", "numba", "matplotlib", "rich"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_exists_and_is_documented(name):
+    assert (importlib.import_module(name).__doc__ or "").strip()
+    offered = public(name)
+    assert offered
+    for n, value in offered.items():
+        if callable(value) or inspect.ismodule(value):
+            # a class without a docstring of its own must not pass with its base's
+            doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+            assert (doc or "").strip(), f"{name}.{n} has no docstring"
+
+
+@pytest.mark.parametrize("name", ["tinygrad_bn.nn", "tinygrad_bn.optim", "tinygrad_bn.train"])
+def test_public_methods_are_documented(name):
+    """All but `forward`, which `Module` documents."""
+    for n, value in public(name).items():
+        if inspect.isclass(value):
+            for method, function in vars(value).items():
+                if inspect.isfunction(function) and not method.startswith("_") and method not in ("forward",):
+                    assert inspect.getdoc(getattr(value, method)), f"{n}.{method} has no docstring"
