@@ -7,7 +7,7 @@ start from the same weights and see the same batches; in one, BatchNorm stands b
 import argparse
 import json
 import time
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from rich import box
@@ -48,22 +48,26 @@ def table(histories: dict[str, train.History]) -> Table:
     for name in histories:
         for head in (f"{name.split()[0]}\ntrain\nloss", "\n\nacc", "\nvalid\nloss", "\n\nacc"):
             out.add_column(head, justify="right", no_wrap=True)
-    for epochs in zip(*(h.epochs for h in histories.values()), strict=False):
-        numbers = (f"{e.loss:.4f} {e.accuracy:.3f} {e.val_loss:.4f} {e.val_accuracy:.3f}" for e in epochs)
-        out.add_row(str(epochs[0].epoch), *" ".join(numbers).split())
+    for number, epochs in enumerate(zip_longest(*(h.epochs for h in histories.values())), start=1):
+        cells = [
+            f"{e.loss:.4f} {e.accuracy:.3f} {e.val_loss:.4f} {e.val_accuracy:.3f}" if e else "- - - -" for e in epochs
+        ]
+        out.add_row(str(number), *" ".join(cells).split())
     return out
 
 
 def write(folder: Path, histories: dict[str, train.History], args: argparse.Namespace) -> list[Path]:
     """The numbers as JSON and CSV, and the figure."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    models = {name: {"seconds": h.seconds, "epochs": h.rows()} for name, h in histories.items()}
+    models = {
+        name: {"seconds": h.seconds, "interrupted": h.interrupted, "epochs": h.rows()} for name, h in histories.items()
+    }
     paths = [folder / "history.json"]
     paths[0].write_text(json.dumps({"settings": settings, "models": models}, indent=1))
     for name, history in histories.items():
         paths.append(folder / f"{name.replace(' ', '_')}.csv")
         history.save(paths[-1])
-    if not args.no_plot and all(len(h) for h in histories.values()):
+    if not args.no_plot and any(len(h) for h in histories.values()):
         figure = viz.plot_histories(histories, f"784-256-128-512-64-128-256-10 on {args.data}, {args.optimizer}")
         paths.append(viz.save(figure, folder / "history.png"))
     return paths

@@ -238,3 +238,45 @@ def test_functions_of_arrays_give_arrays():
     for f in (functional.exp, functional.softmax, functional.mean, functional.gelu):
         assert not isinstance(f(a), Tensor)
         np.testing.assert_allclose(f(a), f(Tensor(a)).numpy(), rtol=1e-15)
+
+
+def test_arrays_are_let_go_during_the_backward_pass(monkeypatch):
+    """Each result's array goes as soon as its gradient has been passed on, so a backward needs little more memory."""
+    from tinygrad_bn import autograd
+
+    alive, counts = [], []
+    x = y = Tensor(np.ones(3), requires_grad=True)
+    for _ in range(10):
+        y = y.tanh()
+        alive.append(weakref.ref(y))
+    pull = autograd._pull
+
+    def counting(*args):
+        counts.append(sum(ref() is not None for ref in alive))
+        return pull(*args)
+
+    monkeypatch.setattr(autograd, "_pull", counting)
+    last = y.sum()
+    del y
+    last.backward()
+    assert counts == [10, *range(10, 0, -1)]
+    assert x.grad is not None
+
+
+def test_after_a_refused_backward_the_graph_is_whole():
+    x = leaf(1.0)
+    w = leaf(2.0)
+    y = (x * w).exp()
+    old = w.numpy().copy()
+    w.data = [3.0]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="changed"):
+            y.backward()
+    assert old == [2.0]
+
+
+def test_only_tensors_can_be_differentiated():
+    x = leaf(1.0)
+    for args in ((3.0, x), (x * 2, np.ones(1)), (x * 2, [x, 1.0])):
+        with pytest.raises(TypeError, match="a tensor by tensors"):
+            grad(*args)

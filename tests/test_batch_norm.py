@@ -96,10 +96,18 @@ def test_a_constant_channel_gives_exactly_bias_and_finite_gradients(shape, value
     assert np.isfinite(x.grad.numpy()).all()
 
 
+@pytest.mark.parametrize("count", [3, 10, 1000])
+@pytest.mark.parametrize("value", [0.1, 1e10 + 0.1, 1e15 / 3, -1e-30])
+def test_a_constant_channel_that_the_sum_cannot_hold(count, value):
+    y = functional.batch_norm(np.full((count, 2), value), training=True)
+    assert np.abs(y).max() == 0
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
-def test_float32_is_exact_at_any_mean(offset):
+@pytest.mark.parametrize("shape", [(256, 3), (8, 3, 7, 7)])
+def test_float32_is_exact_at_any_mean(offset, shape):
     rng = np.random.default_rng(0)
-    x = (rng.normal(size=(256, 3)) + offset).astype(np.float32)
+    x = (rng.normal(size=shape) + offset).astype(np.float32)
     t = Tensor(x, requires_grad=True)
     y = functional.batch_norm(t, training=True)
     assert np.abs(y.numpy() - reference(x, np.ones(3), np.zeros(3), 1e-5)).max() < 1e-6
@@ -282,6 +290,13 @@ def test_presets(preset, old, eps):
     np.testing.assert_allclose(y, reference(x, np.ones(3), np.zeros(3), eps), atol=1e-5)
     np.testing.assert_allclose(layer.running_mean.numpy(), (1 - old) * x.mean(axes(x)), rtol=1e-4)
     np.testing.assert_allclose(layer.running_var.numpy(), old + (1 - old) * x.var(axes(x)), rtol=1e-4)
+
+
+def test_freezing_one_thing_leaves_the_other_and_float16_is_too_narrow_for_statistics():
+    layer = nn.BatchNorm1d(2).requires_grad_(False).freeze(affine=False)
+    assert not layer.weight.requires_grad
+    assert nn.BatchNorm1d(2).astype(np.float16).running_var.dtype == np.float32
+    assert nn.BatchNorm1d.keras(2, momentum=0.01).momentum == 0.99  # and no warning
 
 
 def test_affine_false_and_freezing():

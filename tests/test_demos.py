@@ -117,7 +117,7 @@ def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
     assert (saved["settings"]["epochs"], saved["settings"]["seed"]) == (2, 5)
     for name, history in histories.items():
         assert history["epoch"] == [1, 2]
-        assert saved["models"][name] == {"seconds": history.seconds, "epochs": history.rows()}
+        assert saved["models"][name] == {"seconds": history.seconds, "interrupted": False, "epochs": history.rows()}
         with (tmp_path / "a" / f"{name.replace(' ', '_')}.csv").open(newline="") as file:
             assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == history.rows()
         assert f"{name:17} accuracy {history['val_accuracy'][-1]:.3f}" in printed.out

@@ -1,12 +1,14 @@
 """Compositions: statistics, softmax family, losses with all their options; and what they refuse."""
 
+from contextlib import nullcontext
+
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
 
-from tinygrad_bn import Tensor, testing
+from tinygrad_bn import Tensor, manual_seed, testing
 from tinygrad_bn import functional as F
 from tinygrad_bn.device import kernels_disabled
 
@@ -129,6 +131,11 @@ ERRORS = [
     (lambda: F.batch_norm(np.ones(3), training=True), ValueError, r"\(N, C, \.\.\.\)"),
     (lambda: F.group_norm(np.ones((2, 3)), 2), ValueError, "2 groups"),
     (lambda: F.layer_norm(X, (4,)), ValueError, "normalized_shape"),
+    (lambda: F.batch_norm(np.ones((2, 3), int), training=True), TypeError, "floating-point input; got int64"),
+    (lambda: F.batch_norm(X, np.zeros(3)), ValueError, "go together"),
+    (lambda: F.cross_entropy(X, np.zeros(4, int), Tensor(np.ones(3), requires_grad=True)), ValueError, "constants"),
+    (lambda: F.huber_loss(X, X, delta=0.0), ValueError, "delta"),
+    (lambda: F.pad(X, width=((1, 1),)), ValueError, "each of 2 axes"),
     (lambda: F.clip(X), ValueError, "min, max, or both"),
     (lambda: F.dropout(X, 2.0), ValueError, r"\[0, 1\]"),
 ]
@@ -138,3 +145,34 @@ ERRORS = [
 def test_errors(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+def test_half_precision_does_not_overflow_in_a_sum():
+    ones = np.ones(70_000, np.float16)
+    assert F.mean(ones) == 1
+    assert F.var(ones * np.float16(3)) == 0
+    x = Tensor(np.zeros((70_000, 2), np.float16), requires_grad=True)
+    loss = F.cross_entropy(x, np.zeros(70_000, np.int64))
+    loss.backward()
+    assert abs(loss.item() - np.log(2)) < 1e-3
+    assert loss.dtype == x.grad.dtype == np.float16
+    for norm in (lambda x: F.group_norm(x, 1, np.ones(2, np.float32)), lambda x: F.layer_norm(x, 2, np.ones(2))):
+        assert norm(x).dtype == np.float16
+
+
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_class_masked_by_minus_infinity(disable):
+    x = Tensor([[0.0, -np.inf, 1.0]], requires_grad=True)
+    with kernels_disabled() if disable else nullcontext():
+        loss = F.cross_entropy(x, np.array([0]))
+        loss.backward()
+    assert abs(loss.item() - np.log(1 + np.e)) < 1e-6
+    np.testing.assert_allclose(x.grad.numpy(), [[-0.7310586, 0, 0.7310586]], rtol=1e-6)
+
+
+def test_dropout_follows_the_package_seed():
+    def draw():
+        manual_seed(5)
+        return F.dropout(np.ones(100))
+
+    np.testing.assert_array_equal(draw(), draw())

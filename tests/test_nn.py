@@ -216,7 +216,7 @@ def test_normalisation_siblings(kind):
     layer.astype(np.float64)
     y = layer(x).numpy()
     if kind == "rms":
-        want = x / np.sqrt((x**2).mean(2, keepdims=True) + 1e-5)
+        want = x / np.sqrt((x**2).mean(2, keepdims=True) + np.finfo(np.float64).eps)
     elif kind == "group":
         grouped = x.reshape(3, 2, 12)
         want = (grouped - grouped.mean(2, keepdims=True)) / np.sqrt(grouped.var(2, keepdims=True) + 1e-5)
@@ -234,7 +234,7 @@ def test_normalisation_siblings(kind):
     [
         (nn.LayerNorm(4), (2, 3), "normalized_shape"),
         (nn.RMSNorm((3, 4)), (2, 4), "normalized_shape"),
-        (nn.GroupNorm(2, 4), (2, 3, 5), "divide into 2 groups"),
+        (nn.GroupNorm(2, 4), (2, 3, 5), r"takes \(N, 4, \.\.\.\)"),
         (nn.InstanceNorm2d(3), (2, 3, 4), r"4 axes with 3 channels; got \(2, 3, 4\)"),
         (nn.InstanceNorm1d(3), (2, 3, 1), "more than one value per channel"),
     ],
@@ -288,3 +288,33 @@ def test_constants_fans_and_errors():
         init.gain("swish")
     with pytest.raises(ValueError, match="fan_in"):
         init.kaiming_normal_(t, mode="fan")
+
+
+def test_parameters_that_would_not_be_found_are_refused():
+    model = Residual()
+    model.extra = [nn.Parameter([1.0])]
+    with pytest.raises(TypeError, match=r"Residual\.extra is a list of parameters"):
+        list(model.parameters())
+    model.extra = {"a": nn.Linear(1, 1)}
+    with pytest.raises(TypeError, match=r"Residual\.extra is a dictionary"):
+        model.state_dict()
+    model.extra = model
+    with pytest.raises(ValueError, match="contains itself, as 'extra'"):
+        model.eval()
+
+
+def test_loading_other_kinds_of_numbers_is_refused():
+    model = network()
+    before = model.state_dict()
+    for key, value in (("4.bias", np.array(["a", "b", "c"])), ("1.num_batches_tracked", np.array(3.7))):
+        with pytest.raises(TypeError, match=key):
+            model.load_state_dict({**{k: v + 1 for k, v in before.items()}, key: value})
+    for k, v in model.state_dict().items():
+        np.testing.assert_array_equal(v, before[k])
+
+
+def test_summary_has_a_row_for_parameters_beside_children(capsys):
+    Residual().summary((4,))
+    out = capsys.readouterr().out
+    assert any("Residual" in line and line.rstrip(" │").endswith(" 1") for line in out.splitlines())
+    assert "Parameters: 41 = 41 trainable" in out

@@ -251,8 +251,13 @@ def test_schedules():
 
 def test_what_is_refused_since_it_would_train_nothing_or_wrongly():
     p = Tensor([1.0, 2.0], requires_grad=True)
-    with pytest.raises(TypeError, match="one tensor"):
-        optim.SGD(p)
+    with pytest.raises(TypeError, match=r"model\.parameters\(\)"):
+        optim.SGD(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="result of an op"):
+        optim.SGD([p * 2])
+    for group in ({"betas": (2.0, 0.9)}, {"nesterov": True}):
+        with pytest.raises(ValueError, match=r"betas|Nesterov"):
+            (optim.Adam if "betas" in group else optim.SGD)([{"params": p, **group}])
     for wrong in ({"lr": float("nan")}, {"momentum": -1.0}):
         with pytest.raises(ValueError, match="0 or more"):
             optim.SGD([p], **wrong)
@@ -261,3 +266,15 @@ def test_what_is_refused_since_it_would_train_nothing_or_wrongly():
     for schedule in (optim.StepLR, optim.CosineAnnealingLR):
         with pytest.raises(ValueError, match="at least 1"):
             schedule(optim.SGD([p]), 0)
+
+
+def test_one_tensor_does_for_a_list_of_one():
+    p = Tensor([3.0, 4.0], requires_grad=True)
+    for optimizer in (optim.SGD(p, lr=0.5), optim.SGD([{"params": p}], lr=0.5)):
+        p.grad = Tensor([1.0, 1.0])
+        before = p.numpy()
+        optimizer.step()
+        np.testing.assert_array_equal(p.numpy(), before - 0.5)
+    p.grad = Tensor([3.0, 4.0])
+    assert optim.clip_grad_norm_(p, 1.0) == 5.0
+    np.testing.assert_allclose(p.grad.numpy(), [0.6, 0.8], rtol=1e-6)

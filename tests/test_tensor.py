@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tinygrad_bn import Tensor, no_grad
+from tinygrad_bn import Tensor, functional, nn, no_grad
 
 REALS = st.floats(-8, 8, width=32)
 
@@ -288,3 +288,47 @@ ERRORS = [
 def test_errors_name_the_op_shapes_and_dtypes(wrong, kind, message):
     with pytest.raises(kind, match=message):
         wrong()
+
+
+def test_repeated_indices_in_tuples_accumulate_and_an_empty_list_is_empty():
+    x = Tensor(np.zeros((2, 2)), requires_grad=True)
+    x[(0, 0, 0), (1, 1, 1)].sum().backward()
+    assert x.grad.numpy().tolist() == [[0, 3], [0, 0]]
+    assert x[[]].shape == (0, 2)
+    assert x[(0, 0, 1),].shape == (3, 2)
+
+
+def test_operands_are_positional_and_options_are_named():
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    for call in (lambda: functional.relu(x=x), lambda: functional.where(x > 1, a=x, b=x), lambda: functional.sum(x, 0)):
+        with pytest.raises(TypeError, match="operands by position, and by name"):
+            call()
+    with pytest.raises(TypeError, match="by name: axis, keepdims"):
+        functional.sum(x, dim=0)
+
+
+def test_in_place_operators_do_not_lose_a_tensor_or_its_fractions():
+    for kind in (nn.Parameter, nn.Buffer):
+        t = same = kind([2.0])
+        with pytest.raises(RuntimeError, match="while recording"):
+            t += 1
+        with no_grad():
+            t **= 2
+        assert t is same
+        assert t.item() == 4
+    total = Tensor(0.0)
+    total += Tensor([1.0, 2.0], requires_grad=True).sum()  # a plain constant may grow into a graph
+    assert total.requires_grad
+    count = Tensor([1, 2])
+    with no_grad(), pytest.raises(TypeError, match="fractions"):
+        count += 0.7
+
+
+def test_astype_converts_and_its_gradient_comes_back_in_the_operands_dtype():
+    x = Tensor([1.5], requires_grad=True)
+    for dtype in (np.float16, np.float64):
+        y = x.astype(dtype)
+        assert y.dtype == dtype
+        y.backward()
+        assert x.grad.dtype == np.float32
+    assert not x.astype(np.int64).requires_grad

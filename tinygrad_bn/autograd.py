@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ParamSpec, TypeAlias, overload
 
 import numpy as np
@@ -82,14 +82,21 @@ def primitive(
 
     def register(forward: Callable[P, Any]) -> Callable[P, Tensor]:
         name = forward.__name__
-        if name in OPS:
-            raise ValueError(f"there is an op called {name!r} already")
-        op = OPS[name] = Op(name, forward, rules, each, fuses, formula, sample)
+        if name in OPS or not name.isidentifier():
+            raise ValueError(f"{name!r} is no name for an op" + " as there is one already" * (name in OPS))
         parameters = signature(forward).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+        count = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)])
+        if rules and len(rules) != count:
+            raise ValueError(f"{name!r} has {count} operands and {len(rules)} rules; give None for no gradient")
+        op = OPS[name] = Op(name, forward, rules, each, fuses, formula, sample)
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        defaults = {option: default for option, default in options.items() if default is not Parameter.empty}
 
         @wraps(forward)
         def call(*operands: Any, **params: Any) -> Any:
+            if not params.keys() <= options.keys() or (count and len(operands) != count):
+                by_name = ", ".join(options) or "nothing"
+                raise TypeError(f"{name}() takes {count or 'its'} operands by position, and by name: {by_name}")
             return apply(op, operands, {**defaults, **params})
 
         call.__doc__ = f"{forward.__doc__}\n\n{formula}"
@@ -203,14 +210,8 @@ def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, c
     wanted = [t for t in order if (t.node is None and t._requires_grad) or t._retains_grad]
     keep = create_graph if retain_graph is None else retain_graph
     grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
-    owned = {id(cotangent._data)}  # no two gradients may share memory
-    for t in wanted:
-        if t in grads:
-            gt = _to_tensor(grads[t])
-            if not gt._data.flags.c_contiguous or gt._data.base is not None or id(gt._data) in owned:
-                gt = gt + 0 if create_graph else Tensor(gt)
-            owned.add(id(gt._data))
-            t.grad = gt if t.grad is None else t.grad + gt
+    for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, cotangent).items():
+        t.grad = gt if t.grad is None else t.grad + gt
 
 
 @overload
@@ -235,6 +236,7 @@ def grad(
 
     Raises:
         RuntimeError: `y`, or one of `xs`, does not require a gradient; or see `Tensor.backward`.
+        TypeError: `y` or one of `xs` is no tensor.
         ValueError: `g` is missing or has the wrong shape.
 
     >>> x = Tensor(3.0, requires_grad=True)
@@ -243,12 +245,28 @@ def grad(
     (108.0, 108.0)
     """
     wanted = [xs] if isinstance(xs, Tensor) else list(xs)
+    if not all(isinstance(t, Tensor) for t in (y, *wanted)):
+        raise TypeError("grad() differentiates a tensor by tensors")
     for i, x in enumerate(wanted):
         if not x.requires_grad:
             raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")
-    grads = _backprop(y, _cotangent(y, g), _topological(y), wanted, create_graph)
-    out = [_to_tensor(grads[x]) if x in grads else Tensor(np.zeros(x.shape, x.dtype)) for x in wanted]
+    cotangent = _cotangent(y, g)
+    grads = _separate(_backprop(y, cotangent, _topological(y), wanted, create_graph), cotangent)
+    out = [grads[x] if x in grads else Tensor(np.zeros(x.shape, x.dtype)) for x in wanted]
     return out[0] if isinstance(xs, Tensor) else out
+
+
+def _separate(grads: dict[Tensor, Any], cotangent: Tensor) -> dict[Tensor, Tensor]:
+    """The gradients as tensors that share no memory with each other or with the cotangent."""
+    out: dict[Tensor, Tensor] = {}
+    taken = {id(cotangent._data)}
+    for t, g in grads.items():
+        gt = _to_tensor(g)
+        if not gt._data.flags.c_contiguous or gt._data.base is not None or id(gt._data) in taken:
+            gt = gt + 0 if gt.requires_grad else Tensor(gt)
+        taken.add(id(gt._data))
+        out[t] = gt
+    return out
 
 
 def _cotangent(y: Tensor, g: object) -> Tensor:
@@ -307,6 +325,7 @@ def _backprop(
     for t in order:
         if t.node and any(isinstance(x, Tensor) and x in leads for x in t.node.inputs):
             leads.add(t)
+            _expect_unchanged(t, t.node)  # before anything is computed, or freed
     grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
     with recording(create_graph):
         while order:
@@ -320,6 +339,7 @@ def _backprop(
                     if gx is not None:
                         gx = _fit(gx, x)
                         grads[x] = grads[x] + gx if x in grads else gx
+            leads.discard(t)  # so that it can go, with its array, as soon as its gradient has been passed on
             if free:
                 t.node.free()
     return {t: grads[t] for t in wanted if t in grads}
@@ -337,35 +357,44 @@ def _to_tensor(g: Any) -> Tensor:
     return g if isinstance(g, Tensor) else Tensor._of(np.asarray(g))
 
 
+def _expect_unchanged(t: Tensor, node: Node) -> None:
+    for x, seen in zip((t, *node.inputs), (node.output, *node.arrays), strict=True):
+        if isinstance(x, Tensor) and x._data is not seen:
+            error = RuntimeError(
+                f"{node.op.name!r} needs a tensor of shape {x.shape} for its backward pass, and that was changed "
+                "(by an update, +=, or an assignment to data) since the forward pass; call backward() first"
+            )
+            _add_notes(error, node)
+            raise error
+
+
+def _add_notes(error: Exception, node: Node) -> None:
+    """Tell of the op and, in debug mode, of its place in the program."""
+    error.add_note(f"in the backward pass of {describe(node.op, node.arrays, node.params)}")
+    if node.caller:
+        error.add_note(f"whose forward pass was called here:\n{node.caller}")
+
+
 def _explained_pull(t: Tensor, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
-    """`_pull`, with the op and (in debug mode) its place in the program added to an error."""
+    """`_pull`, with notes on an error."""
     node = t.node
     assert node is not None
     try:
         return _pull(t, node, g, needs, create_graph)
     except Exception as error:
-        error.add_note(f"in the backward pass of {describe(node.op, node.arrays, node.params)}")
-        if node.caller:
-            error.add_note(f"whose forward pass was called here:\n{node.caller}")
+        _add_notes(error, node)
         raise
 
 
 def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
     """One step back from `t`: for each operand of its op the gradient, or None where none is needed."""
-    for x, seen in zip((t, *node.inputs), (node.output, *node.arrays), strict=True):
-        if isinstance(x, Tensor) and x._data is not seen:
-            raise RuntimeError(
-                f"{node.op.name!r} needs a tensor of shape {x.shape} for its backward pass, and that was changed "
-                "(by an update, +=, or an assignment to data) since the forward pass; call backward() first"
-            )
     op, params = node.op, node.params
-    if op.fuses:
-        fused = None if create_graph else find_kernel(f"{op.name}.vjp", t.device)
-        if fused:  # nobody will differentiate this gradient: the fast route
-            gxs = fused(g, t._data, *node.arrays, **params)
-        else:
-            gxs = _pull_composition(op.fuses, g, node.inputs, needs, params, create_graph)
+    fast = None if create_graph else find_kernel(f"{op.name}.vjp", t.device)
+    if fast:  # nobody will differentiate this gradient
+        gxs = fast(g, t._data, *node.arrays, **params)
         return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
+    if op.fuses:
+        return _pull_composition(op.fuses, g, node.inputs, needs, params, create_graph)
     y, xs = (t, node.inputs) if create_graph else (t._data, node.arrays)
     if op.each:
         return [op.each(i, g, y, *xs, **params) if need else None for i, need in enumerate(needs)]

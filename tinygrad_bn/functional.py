@@ -1,6 +1,6 @@
 """Compositions: ordinary functions of tensors, whose gradients need no code. Beside each, the op that fuses it.
 
-Every primitive of `tinygrad_bn.ops` can be had from here too. Called with arrays, a function gives an array.
+The primitives of `tinygrad_bn.ops` can be had from here too. Called with arrays, a function gives an array.
 """
 
 from __future__ import annotations
@@ -13,45 +13,25 @@ import numpy as np
 
 from tinygrad_bn import ops
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.ops import (
-    abs,
-    argmax,
-    astype,
-    broadcast_to,
-    clip,
-    erf,
-    exp,
-    expm1,
-    log,
-    matmul,
-    max,
-    maximum,
-    min,
-    minimum,
-    pad,
-    pow,
-    relu,
-    reshape,
-    rsqrt,
-    sigmoid,
-    sign,
-    softplus,
-    sqrt,
-    sum,
-    tanh,
-    transpose,
-    where,
-)  # fmt: skip
+from tinygrad_bn.random import generator
 from tinygrad_bn.sample import REAL, Draw
 from tinygrad_bn.tensor import Axis, Tensor
 
+# isort: off
+from tinygrad_bn.ops import (
+    abs, add, argmax, astype, broadcast_to, clip, div, erf, exp, expm1, log, matmul, max, maximum, min, minimum, mul,
+    neg, pad, pow, relu, reshape, rsqrt, sigmoid, sign, softplus, sqrt, sub, sum, tanh, transpose, where,
+)  # fmt: skip
+# isort: on
+
 __all__ = [
-    "Normalization", "abs", "argmax", "astype", "batch_norm", "batch_norm_steps", "binary_cross_entropy_with_logits",
-    "broadcast_to", "clip", "concatenate", "cross_entropy", "dropout", "elu", "erf", "exp", "expm1", "flatten", "gelu",
-    "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm", "leaky_relu", "linear", "log", "log_softmax",
-    "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mse_loss", "nll_loss", "normalization_steps",
-    "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt", "sigmoid", "sign", "silu", "softmax", "softplus", "sqrt",
-    "stack", "std", "sum", "tanh", "transpose", "var", "where",
+    "Normalization", "abs", "add", "argmax", "astype", "batch_norm", "batch_norm_steps",
+    "binary_cross_entropy_with_logits", "broadcast_to", "clip", "concatenate", "cross_entropy", "div", "dropout", "elu",
+    "erf", "exp", "expm1", "flatten", "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm",
+    "leaky_relu", "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum",
+    "mse_loss", "mul", "neg", "nll_loss", "normalization_steps", "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt",
+    "sigmoid", "sign", "silu", "softmax", "softplus", "sqrt", "stack", "std", "sub", "sum", "tanh", "transpose", "var",
+    "where",
 ]  # fmt: skip
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -73,6 +53,8 @@ def _count(x: Operand, axis: Axis) -> int:
 
 def mean(x: Operand, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Arithmetic mean over `axis` (an int, a tuple, or None for all)."""
+    if x.dtype == np.float16:  # whose sum may be too large for it
+        return astype(mean(astype(x, dtype=np.float32), axis, keepdims), dtype=np.float16)
     return sum(x, axis=axis, keepdims=keepdims) / _count(x, axis)
 
 
@@ -81,6 +63,8 @@ def var(x: Operand, axis: Axis = None, keepdims: bool = False, correction: float
 
     As in NumPy and the array API the default is the biased estimate; PyTorch's default is `correction=1`.
     """
+    if x.dtype == np.float16:
+        return astype(var(astype(x, dtype=np.float32), axis, keepdims, correction), dtype=np.float16)
     xmu = x - mean(x, axis, keepdims=True)
     return sum(xmu * xmu, axis=axis, keepdims=keepdims) / (_count(x, axis) - correction)
 
@@ -98,15 +82,21 @@ def logsumexp(x: Operand, axis: Axis = None, keepdims: bool = False) -> Tensor:
     The largest element, subtracted and added again, is a constant to the gradient; for any constant the formula
     is the same function of x, so derivatives of every order are right.
     """
-    largest = np.max(_values(x), axis=axis, keepdims=True, initial=-np.inf)
-    largest = np.where(np.isfinite(largest), largest, 0).astype(x.dtype)
+    largest = _largest(x, axis)
     y = log(sum(exp(x - largest), axis=axis, keepdims=True)) + largest
     return y if keepdims else reshape(y, shape=np.sum(_values(x), axis=axis).shape)
 
 
+def _largest(x: Operand, axis: Axis) -> Any:
+    """The largest element over `axis`, as an array; 0 where that is not finite."""
+    largest = np.max(_values(x), axis=axis, keepdims=True, initial=-np.inf)
+    return np.where(np.isfinite(largest), largest, 0).astype(x.dtype)
+
+
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     """Logarithm of `softmax`, without overflow or underflow."""
-    return ops.sub(x, logsumexp(x, axis, keepdims=True))
+    shifted = x - _largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
+    return sub(shifted, log(sum(exp(shifted), axis=axis, keepdims=True)))
 
 
 def softmax(x: Operand, axis: int = -1) -> Tensor:
@@ -168,6 +158,8 @@ def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> Tensor:
 def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Generator | None = None) -> Operand:
     """In training, zero each element with probability `p` and scale the others by 1 / (1 − p).
 
+    Draws from `rng`, or else from the package's generator (see `manual_seed`).
+
     Raises:
         ValueError: `p` is not in [0, 1].
     """
@@ -175,7 +167,7 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
         raise ValueError(f"dropout probability has to be in [0, 1]; got {p}")
     if not training or p == 0:
         return x
-    kept = (rng or np.random.default_rng()).random(x.shape, dtype=np.float32) >= p
+    kept = (rng or generator()).random(x.shape, dtype=np.float32) >= p
     return x * kept.astype(x.dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
@@ -196,6 +188,13 @@ class Normalization(NamedTuple):
     out: Tensor  #     gammax + bias, in x's dtype
 
 
+def _widened(x: Operand) -> Operand:
+    """`x` in the precision that its statistics are computed in."""
+    if x.dtype.kind != "f":
+        raise TypeError(f"normalisation takes floating-point input; got {x.dtype}")
+    return astype(x, dtype=np.float32 if x.dtype == np.float16 else np.float64)
+
+
 def normalization_steps(
     x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, axis: Axis, eps: float
 ) -> Normalization:
@@ -211,8 +210,10 @@ def normalization_steps(
         axis: the axes over which mean and variance are taken.
         eps: added to the variance.
     """
-    wide = astype(x, dtype=np.float32 if x.dtype == np.float16 else np.float64)
+    wide = _widened(x)
     mu = mean(wide, axis, keepdims=True)
+    # What rounding left of the mean. It is 0 in exact arithmetic, so a constant to derivatives of every order.
+    mu = mu + _values(mean(_values(wide) - _values(mu), axis, keepdims=True))
     xmu = wide - mu
     sq = xmu * xmu
     var = mean(sq, axis, keepdims=True)
@@ -265,7 +266,9 @@ def batch_norm(
             [ 0.       ],
             [ 1.2247357]], shape=(3, 1), dtype=float32, leaf)
     """
-    if training or running_mean is None or running_var is None:
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together: give both, or neither")
+    if training or running_mean is None:
         return batch_norm_steps(x, weight, bias, eps=eps).out
     mu, variance = per_channel(running_mean, x.ndim), per_channel(running_var, x.ndim)
     weight, bias = per_channel(weight, x.ndim), per_channel(bias, x.ndim)
@@ -277,14 +280,13 @@ def batch_norm(
 
 def layer_norm(
     x: Operand,
-    normalized_shape: tuple[int, ...],
+    normalized_shape: int | tuple[int, ...],
     weight: Operand | None = None,
     bias: Operand | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
-    _check_last_axes(x, normalized_shape)
-    axis = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    axis = _last_axes(x, normalized_shape)
     return normalization_steps(x, weight, bias, axis=axis, eps=eps).out
 
 
@@ -292,12 +294,12 @@ def group_norm(
     x: Operand, num_groups: int, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Group normalisation (Wu & He 2018) of x (N, C, ...): each sample over groups of C / num_groups channels."""
-    if x.ndim < 2 or x.shape[1] % num_groups:
+    if num_groups < 1 or x.ndim < 2 or x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
     grouped = reshape(x, shape=(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups))
-    y = reshape(normalization_steps(grouped, axis=2, eps=eps).out, shape=x.shape)
+    y = reshape(normalization_steps(grouped, axis=2, eps=eps).xhat, shape=x.shape)
     y = y if weight is None else y * per_channel(weight, x.ndim)
-    return y if bias is None else y + per_channel(bias, x.ndim)
+    return astype(y if bias is None else y + per_channel(bias, x.ndim), dtype=x.dtype)
 
 
 def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
@@ -305,18 +307,26 @@ def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | Non
     return group_norm(x, x.shape[1], weight, bias, eps)
 
 
-def rms_norm(x: Operand, normalized_shape: tuple[int, ...], weight: Operand | None = None, eps: float = 1e-5) -> Tensor:
-    """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias."""
-    _check_last_axes(x, normalized_shape)
-    axis = tuple(range(x.ndim - len(normalized_shape), x.ndim))
-    wide = astype(x, dtype=np.float32 if x.dtype == np.float16 else np.float64)
+def rms_norm(
+    x: Operand, normalized_shape: int | tuple[int, ...], weight: Operand | None = None, eps: float | None = None
+) -> Tensor:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias.
+
+    As in PyTorch `eps` is by default the machine epsilon of x's dtype.
+    """
+    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    axis = _last_axes(x, normalized_shape)
+    wide = _widened(x)
     y = wide * rsqrt(mean(wide * wide, axis, keepdims=True) + eps)
     return astype(y if weight is None else y * weight, dtype=x.dtype)
 
 
-def _check_last_axes(x: Operand, normalized_shape: tuple[int, ...]) -> None:
-    if tuple(normalized_shape) != x.shape[x.ndim - len(normalized_shape) :]:
-        raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {tuple(normalized_shape)}")
+def _last_axes(x: Operand, normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of x that have the shape `normalized_shape`, checked."""
+    wanted = tuple(int(n) for n in np.atleast_1d(normalized_shape))
+    if wanted != x.shape[x.ndim - len(wanted) :]:
+        raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {wanted}")
+    return tuple(range(x.ndim - len(wanted), x.ndim))
 
 
 # ---- losses ---------------------------------------------------------------------------------------------
@@ -349,6 +359,8 @@ def l1_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tenso
 
 def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduction = "mean") -> Tensor:
     """½ d² where |d| ≤ delta, delta · (|d| − ½ delta) elsewhere, with d = x − target (Huber 1964)."""
+    if not delta > 0:
+        raise ValueError(f"delta has to be greater than 0; got {delta}")
     distance = abs(_difference(x, target))
     inner = clip(distance, max=delta)
     return _reduced(inner * (distance - 0.5 * inner), reduction)
@@ -390,13 +402,16 @@ def _as_rows(x: Operand, target: Operand, ignore_index: int) -> tuple[Operand, A
 def _weighted(loss: Tensor, classes: Any, counts: Any, weight: Any, reduction: Reduction, shape: Any) -> Tensor:
     loss = where(counts, loss, 0.0)
     if reduction == "mean":
-        return sum(loss) / float(np.sum(weight[classes], where=counts))
+        wide = astype(loss, dtype=np.result_type(loss.dtype, np.float32))
+        return astype(sum(wide) / np.sum(weight[classes], where=counts, dtype=np.float64), dtype=loss.dtype)
     return _reduced(reshape(loss, shape=shape) if reduction == "none" else loss, reduction)
 
 
 def _class_weight(weight: Operand | None, x: Operand) -> Any:
     if weight is None:
         return np.ones(x.shape[1], x.dtype)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError("class weights are constants here; pass weight.detach()")
     if _values(weight).shape != (x.shape[1],):
         raise ValueError(f"weight has shape {_values(weight).shape}, for {x.shape[1]} classes")
     return _values(weight).astype(x.dtype)
@@ -413,9 +428,9 @@ def nll_loss(
 
     Arguments and errors are those of `cross_entropy`.
     """
-    weight = _class_weight(weight, x)
     rows, classes, counts = _as_rows(x, target, ignore_index)
-    loss = ops.mul(rows[np.arange(len(classes)), classes], -weight[classes])
+    weight = _class_weight(weight, x)
+    loss = mul(rows[np.arange(len(classes)), classes], -weight[classes])
     return _weighted(loss, classes, counts, weight, reduction, _values(target).shape)
 
 
@@ -423,6 +438,8 @@ def softmax_cross_entropy_composed(x: Operand, target: Operand, weight: Operand,
     """−Σ_c q_c · weight_c · log softmax(x)_c, where q is 1 − smoothing at the target plus smoothing / C everywhere."""
     log_p = log_softmax(x, axis=1) * weight
     at_target = log_p[np.arange(x.shape[0]), _values(target)]
+    if smoothing == 0:  # not a shortcut: 0 · log p would be NaN for a class that is masked by −inf
+        return -at_target
     return -(1 - smoothing) * at_target - smoothing * mean(log_p, axis=1)
 
 
@@ -469,7 +486,7 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is in [0, 1]; got {label_smoothing}")
-    weight = _class_weight(weight, x)
     rows, classes, counts = _as_rows(x, target, ignore_index)
+    weight = _class_weight(weight, x)
     loss = softmax_cross_entropy(rows, classes, weight, smoothing=label_smoothing)
     return _weighted(loss, classes, counts, weight, reduction, _values(target).shape)

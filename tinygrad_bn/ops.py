@@ -161,7 +161,9 @@ def erf(x: Operand) -> Operand:
     return np.vectorize(math.erf, otypes=[np.asarray(x).dtype])(x)
 
 
-@primitive(lambda g, y, x: g * (y > 0), formula="y = max(x, 0);  ∂x = g where y > 0", sample=elementwise(NONZERO))
+@primitive(
+    lambda g, y, x: where(y > 0, g, 0.0), formula="y = max(x, 0);  ∂x = g where y > 0", sample=elementwise(NONZERO)
+)
 def relu(x: Operand) -> Operand:
     """Rectified linear unit, elementwise. Gradient 0 at 0."""
     return np.maximum(x, 0)
@@ -189,7 +191,7 @@ def _sample_clip(d: Draw) -> Any:
 
 
 @primitive(
-    lambda g, y, x, *, min, max: g * (x == y),
+    lambda g, y, x, *, min, max: where(x == y, g, 0.0),
     formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
     sample=_sample_clip,
 )
@@ -386,13 +388,16 @@ def matmul(a: Operand, b: Operand) -> Operand:
 # ---- shape and indexing ---------------------------------------------------------------------------------
 
 
+def _sample_reshape(d: Draw) -> Any:
+    shape = d.shape(min_side=1)
+    x = d.array(REAL, shape)
+    return (x,), {"shape": d.choice([(x.size,), -1, (1, *shape), shape[::-1], (*shape[:1], -1)])}
+
+
 @primitive(
     lambda g, y, x, *, shape: reshape(g, shape=x.shape),
     formula="y = x in another shape;  ∂x = g in x's shape",
-    sample=lambda d: (
-        (d.array(REAL, (2, 3, 2)),),
-        {"shape": d.choice([(12,), (3, 4), (2, -1), (2, 3, 2, 1)])},
-    ),
+    sample=_sample_reshape,
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
     """The same elements in another shape; one -1 stands for what is left."""
@@ -415,13 +420,21 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
 def plain_index(index: Any) -> Any:
     """An index without tensors, and without arrays that somebody may change before the backward pass."""
     if isinstance(index, tuple):
-        return tuple(plain_index(i) for i in index)
-    return np.array(index) if isinstance(index, Tensor | np.ndarray | list) else index
+        return tuple(_plain_part(i) for i in index)
+    return _plain_part(index)
+
+
+def _plain_part(part: Any) -> Any:
+    if not isinstance(part, Tensor | np.ndarray | list | tuple):
+        return part
+    array = np.array(part)
+    return array if array.size or isinstance(part, Tensor | np.ndarray) else array.astype(np.intp)  # [] is no float
 
 
 _INDICES: list[Any] = [
     1, -1, slice(None, None, -2), (0, slice(1, None)), (Ellipsis, 1), (None, 0), [2, 0, 2], ([0, 2, 0], [1, 1, 1]),
     np.array([[True, False, True], [False] * 3, [True] * 3]), (slice(None), [0, 0]), np.array([True, False, True]),
+    ((0, 0, 0), (1, 1, 1)), ((0, 0, 1),),
 ]  # fmt: skip
 
 
@@ -448,7 +461,7 @@ def _sample_scatter_add(d: Draw) -> Any:
 def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
     out = np.zeros(shape, x.dtype)
-    if any(isinstance(i, np.ndarray | list) for i in (index if isinstance(index, tuple) else (index,))):
+    if any(isinstance(i, np.ndarray | list | tuple) for i in (index if isinstance(index, tuple) else (index,))):
         np.add.at(out, index, x)
     else:  # basic indices do not repeat
         out[index] = x
@@ -460,6 +473,12 @@ def _part(g: Any, axis: int, start: int, stop: int) -> Any:
     return getitem(g, index=(slice(None),) * (axis % g.ndim) + (slice(start, stop),))
 
 
+def _sample_concatenate(d: Draw) -> Any:
+    axis = d.choice([0, 1, -1])
+    shapes = [tuple(n if i != axis % 2 else d.integer(0, 3) for i, n in enumerate((2, 3))) for _ in range(3)]
+    return tuple(d.array(REAL, shape) for shape in shapes), {"axis": axis}
+
+
 def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
     stops = np.cumsum([x.shape[axis] for x in xs])
     return _part(g, axis, int(stops[i]) - xs[i].shape[axis], int(stops[i]))
@@ -468,10 +487,7 @@ def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
 @primitive(
     each=_concatenate_rule,
     formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
-    sample=lambda d: (
-        (d.array(REAL, (2, 3)), d.array(REAL, (2, 3)), d.array(REAL, (2, 3))),
-        {"axis": d.choice([0, -1])},
-    ),
+    sample=_sample_concatenate,
 )
 def concatenate(*xs: Operand, axis: int = 0) -> Operand:
     """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
@@ -488,16 +504,24 @@ def stack(*xs: Operand, axis: int = 0) -> Operand:
     return np.stack(xs, axis=axis)
 
 
+def _sample_pad(d: Draw) -> Any:
+    x = d.array(REAL, d.shape())
+    width = tuple((d.integer(0, 2), d.integer(0, 2)) for _ in range(x.ndim))
+    return (x,), {"width": width, "value": d.choice([0.0, 1.5])}
+
+
 @primitive(
     lambda g, y, x, *, width, value: getitem(
         g, index=tuple(slice(before, before + n) for (before, _), n in zip(width, x.shape, strict=True))
     ),
     formula="y = x with a border of value;  ∂x = g without the border",
-    sample=lambda d: ((d.array(REAL, (2, 3)),), {"width": ((1, 0), (2, 1)), "value": d.choice([0.0, 1.5])}),
+    sample=_sample_pad,
 )
 def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""
-    return np.pad(x, width, constant_values=value)
+    if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
+        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
+    return np.pad(x, width, constant_values=value) if x.ndim else np.array(x)
 
 
 @primitive(

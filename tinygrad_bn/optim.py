@@ -37,24 +37,27 @@ class Optimizer:
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
-        if isinstance(params, Tensor):
-            raise TypeError("params is one tensor; give a list of tensors")
-        given: list[Any] = list(params)
+        given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
-        self.param_groups: list[Group] = [{**defaults, **g, "params": list(g["params"])} for g in groups]
+        self.param_groups: list[Group] = [
+            {**defaults, **g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])}
+            for g in groups
+        ]
         self.state: dict[Tensor, State] = {}
         everything = [p for g in self.param_groups for p in g["params"]]
+        if not all(isinstance(p, Tensor) for p in everything):
+            raise TypeError("params are tensors, as model.parameters() gives them, or groups of tensors")
         if not everything:
             raise ValueError("there are no parameters to optimise")
         if len(set(everything)) < len(everything):
             raise ValueError("a parameter is given more than once")
+        if not all(p.is_leaf for p in everything):
+            raise ValueError("a parameter is the result of an op, so an update would not last; give leaves")
         for group in self.param_groups:
             for option in group:
                 if option not in defaults and option != "params":
                     raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
-            for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
-                if not group.get(option, 0) >= 0:  # nor NaN
-                    raise ValueError(f"{option} has to be 0 or more; got {group[option]}")
+            self._check(group)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -70,6 +73,16 @@ class Optimizer:
                     state = self.state.setdefault(p, {"step": 0})
                     state["step"] += 1
                     p._data = np.asarray(self._update(p._data, p.grad._data, state, **group), p.dtype)
+
+    def _check(self, group: Group) -> None:
+        """Raise ValueError for options that are out of range."""
+        for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
+            if not group.get(option, 0) >= 0:  # nor NaN
+                raise ValueError(f"{option} has to be 0 or more; got {group[option]}")
+        if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
+        if not all(0 <= beta < 1 for beta in group.get("betas", ())):
+            raise ValueError(f"betas have to be in [0, 1); got {group['betas']}")
 
     def _update(self, p: Array, g: Array, state: State, **options: Any) -> Array:
         """The new value of `p`."""
@@ -119,8 +132,6 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
         super().__init__(
             params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
         )
@@ -148,8 +159,6 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas have to be in [0, 1); got {betas}")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
@@ -254,12 +263,16 @@ def param_groups(model: Module, decay: float) -> list[Group]:
     ]
 
 
-def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> float:
+def _listed(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their common 2-norm is at most `max_norm`; gives the norm before.
 
     A norm that is not finite leaves the gradients as they are, so that the fault shows.
     """
-    graded = [(p, p.grad._data) for p in params if p.grad is not None]
+    graded = [(p, p.grad._data) for p in _listed(params) if p.grad is not None]
     norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for _, g in graded))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in graded:
@@ -267,11 +280,11 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> float:
     return norm
 
 
-def clip_grad_value_(params: Iterable[Tensor], clip_value: float) -> None:
+def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> None:
     """Limit every element of every gradient to [−clip_value, clip_value]."""
-    for p in params:
+    for p in _listed(params):
         if p.grad is not None:
-            p.grad = Tensor._of(np.clip(p.grad._data, -clip_value, clip_value))
+            p.grad = Tensor._of(np.asarray(np.clip(p.grad._data, -clip_value, clip_value)))
 
 
 # ---- schedules ------------------------------------------------------------------------------------------
@@ -335,6 +348,8 @@ class WarmupLR(Schedule):
     """Raises the learning rate linearly over `warmup_steps`; then `after` (started at its step 0) goes on."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, after: Schedule | None = None) -> None:
+        if warmup_steps < 1:
+            raise ValueError(f"warmup_steps has to be at least 1; got {warmup_steps}")
         self.warmup_steps, self.after = warmup_steps, after
         super().__init__(optimizer)
 

@@ -159,9 +159,10 @@ class Tensor:
         return self._data.item()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
-        if copy or (dtype is not None and np.dtype(dtype) != self.dtype):
-            return np.array(self._data, dtype=dtype)
-        return self.data
+        converts = dtype is not None and np.dtype(dtype) != self.dtype
+        if converts and copy is False:
+            raise ValueError(f"{self.dtype} cannot be given as {np.dtype(dtype)} without a copy")
+        return np.array(self._data, dtype=dtype) if copy or converts else self.data
 
     def __float__(self) -> float:
         return float(self.item())
@@ -242,15 +243,23 @@ class Tensor:
     def __itruediv__(self, other: object) -> Tensor:
         return self._updated("/=", self / other)
 
+    def __ipow__(self, other: object) -> Tensor:
+        return self._updated("**=", self**other)
+
+    def __imatmul__(self, other: object) -> Tensor:
+        return self._updated("@=", self @ other)
+
     def _updated(self, operator: str, result: Tensor) -> Tensor:
         """`x += y` makes a new tensor while recording, as a graph may need the old x; under no_grad it changes x."""
         if not autograd.is_recording():
+            if result.dtype.kind == "f" and self.dtype.kind != "f":
+                raise TypeError(f"x {operator} y would cut the fractions off, as x is {self.dtype}")
             self.data = result._data
             return self
-        if self.is_leaf and self.requires_grad:
+        if self.is_leaf and (self.requires_grad or type(self) is not Tensor):  # such as a buffer of a module
             raise RuntimeError(
-                f"x {operator} y on a leaf that requires a gradient: write x = x {operator[0]} y to compute with it, "
-                "or put the update under `with no_grad():`"
+                f"x {operator} y on a {type(self).__name__} while recording: write x = x {operator[:-1]} y to compute "
+                "with it, or put the update under `with no_grad():`"
             )
         return result
 
@@ -335,9 +344,9 @@ class Tensor:
         """`t.reshape(2, 3)` or `t.reshape((2, 3))`; one -1 stands for what is left."""
         return ops.reshape(self, shape=shape[0] if len(shape) == 1 else shape)
 
-    def transpose(self, *axes: int) -> Tensor:
-        """Permute the axes, in reverse order if none are given."""
-        return ops.transpose(self, axes=axes or None)
+    def transpose(self, *axes: Any) -> Tensor:
+        """`t.transpose(1, 0)` or `t.transpose((1, 0))`: permute the axes, in reverse order if none are given."""
+        return ops.transpose(self, axes=(axes[0] if len(axes) == 1 and isinstance(axes[0], tuple) else axes) or None)
 
     def astype(self, dtype: DTypeLike) -> Tensor:
         return ops.astype(self, dtype=dtype)
@@ -347,10 +356,14 @@ class Tensor:
         return ops.transpose(self, axes=None)
 
 
+def _holds_a_tensor(data: object) -> bool:
+    return isinstance(data, list | tuple) and any(isinstance(d, Tensor) or _holds_a_tensor(d) for d in data)
+
+
 def _to_array(data: object, dtype: DTypeLike | None) -> Array:
     if isinstance(data, Tensor):
         data = data._data
-    elif isinstance(data, list | tuple) and any(isinstance(item, Tensor) for item in data):
+    elif _holds_a_tensor(data):
         raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
     array = np.array(data, dtype=dtype)

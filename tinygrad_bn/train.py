@@ -100,7 +100,7 @@ def fit(
     drop_last: bool = False,
     schedule: Schedule | None = None,
     clip_norm: float | None = None,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     progress: bool = True,
     description: str = "training",
 ) -> History:
@@ -124,15 +124,20 @@ def fit(
         The history. Ctrl-C ends the training and returns what there is so far; the model keeps what it learned.
 
     Raises:
-        ValueError: no data, or data and targets of different lengths.
+        ValueError: no data, data and targets of different lengths, or an option out of range.
+        TypeError: data or optimizer are not what they should be.
     """
+    if epochs < 0:
+        raise ValueError(f"epochs has to be 0 or more; got {epochs}")
+    if not (optimizer is None or isinstance(optimizer, Optimizer)):
+        raise TypeError("optimizer is not an optimiser; make one, such as optim.Adam(model.parameters())")
     x, y = _arrays(data)
     batches = Batches(x, y, batch_size, seed=seed, drop_last=drop_last)
     if not len(batches):
         raise ValueError(f"{len(x)} samples make no batch of {batch_size} (drop_last={drop_last})")
     _warn_of_a_batch_of_one(model, batches)
     optimizer = optimizer or Adam(model.parameters())
-    callbacks = list(callbacks)
+    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     history = History()
     model.train()
     bar = _progress(progress)
@@ -196,6 +201,8 @@ def _accuracy(outputs: Tensor, y: Array) -> float:
 
 
 def _arrays(data: Data) -> tuple[Array, Array]:
+    if not isinstance(data, Dataset) and not (isinstance(data, tuple) and len(data) == 2):
+        raise TypeError(f"data are a Dataset or a pair of arrays (x, y), not a {type(data).__name__}")
     x, y = (data.x, data.y) if isinstance(data, Dataset) else data
     return np.asarray(x), np.asarray(y)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for (name, history), colour in zip(histories.items(), COLOURS, strict=False):
+        for (name, history), colour in zip(histories.items(), cycle(COLOURS), strict=False):
             marker = "o" if len(history) == 1 else ""
             for column, style, of in ((f"val_{measure}", "-", "validation"), (measure, "--", "training")):
                 axes.plot(history["epoch"], history[column], style, color=colour, label=f"{name}, {of}", marker=marker)

@@ -7,6 +7,7 @@ An op without a kernel runs its NumPy reference.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ MODULES: dict[tuple[str, str], str] = {
 }
 
 _kernels: dict[tuple[str, str], Kernel] = {}
-_enabled = True
+_enabled: ContextVar[bool] = ContextVar("enabled", default=True)
 
 
 def kernel(name: str, device: str) -> Callable[[F], F]:
@@ -31,9 +32,10 @@ def kernel(name: str, device: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        taken = _kernels.setdefault((name, device), function)
-        if taken is not function:
-            raise ValueError(f"{name!r} has a kernel for {device!r} already: {taken.__module__}.{taken.__name__}")
+        place = name, device
+        if place in _kernels or MODULES.get(place, function.__module__) != function.__module__:
+            raise ValueError(f"{name!r} has a kernel for {device!r} already")
+        _kernels[place] = function
         return function
 
     return register
@@ -41,7 +43,7 @@ def kernel(name: str, device: str) -> Callable[[F], F]:
 
 def lookup(name: str, device: str) -> Kernel | None:
     """The kernel `name` of `device`, or None where there is none (or kernels are `disabled`)."""
-    if not _enabled:
+    if not _enabled.get():
         return None
     found = _kernels.get((name, device))
     if found is None and (name, device) in MODULES:
@@ -57,10 +59,9 @@ def names() -> list[tuple[str, str]]:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Inside this block every op runs its NumPy reference, and fused ops run their composition backwards."""
-    global _enabled
-    before, _enabled = _enabled, False
+    """In this block and thread every op runs its NumPy reference, and a fused op its composition backwards."""
+    token = _enabled.set(False)
     try:
         yield
     finally:
-        _enabled = before
+        _enabled.reset(token)

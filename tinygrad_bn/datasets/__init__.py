@@ -58,8 +58,8 @@ class Dataset:
 
         Raises ValueError if one part would be empty.
         """
-        if not 0 < held_out < len(self):
-            raise ValueError(f"cannot hold out {held_out} of {len(self)} samples")
+        if not (isinstance(held_out, int | np.integer) and 0 < held_out < len(self)):
+            raise ValueError(f"cannot hold out {held_out} of {len(self)} samples; give a number of samples")
         order = np.random.default_rng(seed).permutation(len(self))
         rank = np.empty(len(self))  # of each sample within its class, as a fraction: the cut takes as much of each
         for c in np.unique(self.y):
@@ -85,6 +85,8 @@ def load(name: str = "mnist5k", source: str | Path | None = None, part: str = "t
     """
     if source is not None:
         return _load_idx_folder(name, Path(source), part)
+    if part != "train":
+        raise ValueError(f"{name} comes in one part; hold some of it out with load({name!r}).split(...)")
     if name == "mnist5k":
         images, labels = "mnist5k-images-idx3-ubyte.gz", "mnist5k-labels-idx1-ubyte.gz"
         x, y = read_idx(_DATA / images, _HASHES[images]), read_idx(_DATA / labels, _HASHES[labels])
@@ -107,9 +109,9 @@ def _load_idx_folder(name: str, folder: Path, part: str) -> Dataset:
         if not found:
             raise DataError(f"there is neither {stem}.gz nor {stem} in {folder}")
         arrays.append(read_idx(found[0]))
+        if arrays[-1].ndim != (axes := 3 if "images" in stem else 1):
+            raise DataError(f"{found[0]} holds an array of shape {arrays[-1].shape}, not one of {axes} axes")
     x, y = arrays
-    if y.ndim != 1:
-        raise DataError(f"{folder}: labels have shape {y.shape}, not (N,)")
     classes = tuple(str(c) for c in range(int(y.max(initial=0)) + 1))
     return Dataset(name, x, y.astype(np.int64), classes, str(folder))
 

@@ -11,7 +11,6 @@ import numpy as np
 from tinygrad_bn import functional as F
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import Module, Parameter
-from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Tensor
 
 
@@ -88,7 +87,7 @@ class Dropout(Module):
         self.p, self.rng = p, rng
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, F.dropout(x, self.p, self.training, self.rng or generator()))
+        return cast(Tensor, F.dropout(x, self.p, self.training, self.rng))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

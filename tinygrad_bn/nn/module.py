@@ -50,13 +50,13 @@ class Module:
 
     training: bool = True
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, *args: Any, **options: Any) -> Tensor:
         """The layer's function; `module(x)` calls it."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
-    def __call__(self, *args: Any) -> Tensor:
-        """Run `forward`; arrays among the arguments become tensors."""
-        y = self.forward(*(Tensor(a) if isinstance(a, np.ndarray) else a for a in args))
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """Run `forward`; arrays and lists among the positional arguments become tensors."""
+        y = self.forward(*(Tensor(a) if isinstance(a, np.ndarray | list) else a for a in args), **options)
         observer = _observer.get()
         if observer is not None:
             observer(self, y)
@@ -65,7 +65,10 @@ class Module:
     # ---- what it consists of ----------------------------------------------------------------------------
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Modules among the attributes; one in a list is called `attribute.index`."""
+        """Modules among the attributes; one in a list is called `attribute.index`.
+
+        Raises TypeError for parameters in a list, or anything in a dictionary, where they would not be found.
+        """
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
@@ -73,12 +76,18 @@ class Module:
                 for i, item in enumerate(value):
                     if isinstance(item, Module):
                         yield f"{name}.{i}", item
+                    elif isinstance(item, Parameter):
+                        raise TypeError(f"{type(self).__name__}.{name} is a list of parameters; give each an attribute")
+            elif isinstance(value, dict) and any(isinstance(item, Module | Parameter) for item in value.values()):
+                raise TypeError(f"{type(self).__name__}.{name} is a dictionary; use attributes, or a list of modules")
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    def named_modules(self, prefix: str = "", _above: tuple[Module, ...] = ()) -> Iterator[tuple[str, Module]]:
         """This module (named "") and all below it."""
+        if self in _above:
+            raise ValueError(f"{type(self).__name__} contains itself, as {prefix!r}")
         yield prefix, self
         for name, child in self.named_children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, (*_above, self))
 
     def modules(self) -> Iterator[Module]:
         """This module and all below it."""
@@ -106,6 +115,14 @@ class Module:
     def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
         """The buffers, under their keys."""
         return ((name, t) for name, t in self.named_tensors() if isinstance(t, Buffer))
+
+    def buffers(self) -> Iterator[Buffer]:
+        """The buffers."""
+        return (t for _, t in self.named_buffers())
+
+    def children(self) -> Iterator[Module]:
+        """The modules directly below this one."""
+        return (child for _, child in self.named_children())
 
     # ---- modes ------------------------------------------------------------------------------------------
 
@@ -157,6 +174,7 @@ class Module:
         Raises:
             KeyError: with `strict`, naming the keys that are missing and those that are unexpected.
             ValueError: naming every key whose shape differs.
+            TypeError: naming every key whose dtype is of another kind.
         """
         own = dict(self.named_tensors())
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -171,6 +189,11 @@ class Module:
         ]
         if wrong:
             raise ValueError(f"shapes do not fit: {'; '.join(wrong)}")
+        wrong = [k for k, a in arrays.items() if not np.can_cast(a.dtype, own[k].dtype, "same_kind")]
+        if wrong:
+            raise TypeError(
+                "dtypes do not fit: " + "; ".join(f"{k}: {arrays[k].dtype} for {own[k].dtype}" for k in wrong)
+            )
         for k, a in arrays.items():
             own[k].data = a.reshape(own[k].shape)
 
@@ -200,8 +223,9 @@ class Module:
         counted: set[Tensor] = set()
 
         def add(module: Module, y: Tensor) -> None:
-            if not any(module.named_children()):
-                tensors = {t for _, t in module.named_tensors() if t.dtype.kind == "f"} - counted
+            own = {t for t in vars(module).values() if isinstance(t, Parameter | Buffer) and t.dtype.kind == "f"}
+            if own or not any(module.named_children()):
+                tensors = own - counted
                 counted.update(tensors)
                 shape = ", ".join(["N", *map(str, y.shape[1:])])
                 table.add_row(type(module).__name__, f"({shape})", f"{sum(t.size for t in tensors):,}")

@@ -6,6 +6,7 @@ import warnings
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
@@ -31,7 +32,7 @@ class _BatchNorm(Module):
             raise ValueError(f"eps has to be greater than 0; got {eps}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum has to be in [0, 1], or None for the cumulative mean; got {momentum}")
-        if momentum is not None and 0.5 < momentum < 1:
+        if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # else it comes from a preset
             warnings.warn(
                 f"momentum={momentum} is the weight of the NEW batch here, as in PyTorch; did you mean "
                 f"{1 - momentum:.3g}? ({type(self).__name__}.keras and .onnx take the weight of the old value)",
@@ -75,12 +76,16 @@ class _BatchNorm(Module):
         if stats and not self.track_running_stats:
             raise ValueError(f"{self!r} has no running statistics to freeze; call freeze(stats=False)")
         self.stats_frozen = stats
-        return self.requires_grad_(not affine)
+        return self.requires_grad_(False) if affine else self
 
     def unfreeze(self) -> Self:
         """Undo `freeze`."""
         self.stats_frozen = False
         return self.requires_grad_(True)
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """Convert parameters and statistics; to float32 if float16 is asked for, which could not hold them."""
+        return super().astype(np.result_type(dtype, np.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -208,45 +213,54 @@ class BatchNorm3d(_BatchNorm):
 class LayerNorm(Module):
     """Layer normalisation (Ba et al. 2016) over the last axes, which have the shape `normalized_shape`."""
 
-    def __init__(self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, affine: bool = True) -> None:
-        self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    def __init__(
+        self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, elementwise_affine: bool = True
+    ) -> None:
+        self.normalized_shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
         self.eps = eps
-        self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if affine else None
-        self.bias = Parameter(np.zeros(self.normalized_shape, np.float32)) if affine else None
+        self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
+        self.bias = Parameter(np.zeros(self.normalized_shape, np.float32)) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, eps={self.eps:g}, affine={self.weight is not None}"
+        return f"{self.normalized_shape}, eps={self.eps:g}, elementwise_affine={self.weight is not None}"
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias."""
+    """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias.
 
-    def __init__(self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, affine: bool = True) -> None:
-        self.normalized_shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    As in PyTorch `eps` is by default the machine epsilon of the input's dtype.
+    """
+
+    def __init__(
+        self, normalized_shape: int | tuple[int, ...], eps: float | None = None, elementwise_affine: bool = True
+    ) -> None:
+        self.normalized_shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
         self.eps = eps
-        self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if affine else None
+        self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, eps={self.eps:g}, affine={self.weight is not None}"
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.weight is not None}"
 
 
 class GroupNorm(Module):
     """Group normalisation (Wu & He 2018) of (N, C, ...): each sample over groups of C / num_groups channels."""
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
-        if num_channels % num_groups:
+        if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"{num_channels} channels do not divide into {num_groups} groups")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = Parameter(np.ones(num_channels, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_channels, np.float32)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != self.num_channels:
+            raise ValueError(f"{self!r} takes (N, {self.num_channels}, ...); got shape {x.shape}")
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -256,7 +270,7 @@ class GroupNorm(Module):
 class _InstanceNorm(Module):
     _ndim: int
 
-    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = False) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = False) -> None:
         self.num_features, self.eps = num_features, eps
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_features, np.float32)) if affine else None

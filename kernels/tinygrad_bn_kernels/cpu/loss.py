@@ -50,7 +50,8 @@ def _backward(g: Array, x: Array, target: Array, weight: Array, smoothing: float
         for c in range(classes):
             log_p = x[i, c] - largest - log_sum
             gx[i, c] = g[i] * (mass * np.exp(log_p) - smoothing / classes * weight[c])
-            gweight[c] -= g[i] * smoothing / classes * log_p
+            if smoothing > 0:  # 0 · log_p would be NaN for a class that is masked by −inf
+                gweight[c] -= g[i] * smoothing / classes * log_p
         gx[i, t] -= g[i] * (1 - smoothing) * weight[t]
         gweight[t] -= g[i] * (1 - smoothing) * (x[i, t] - largest - log_sum)
 

@@ -1,0 +1,158 @@
+"""Layers and networks against PyTorch's: the same state dict gives the same function, gradients and training."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from compare import close, peer  # noqa: E402
+
+from tinygrad_bn import Tensor, nn, optim  # noqa: E402
+from tinygrad_bn import functional as F  # noqa: E402
+
+T = torch.nn
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+TRAINED = 1e-7  # float64, after 20 steps: Adam scales up what rounding makes of a gradient that should be 0
+LAYERS = {  # ours, PyTorch's, and the shape of the input
+    "Linear": (lambda: nn.Linear(4, 3), lambda: T.Linear(4, 3), (5, 4)),
+    "Linear, more axes": (lambda: nn.Linear(4, 3), lambda: T.Linear(4, 3), (2, 5, 4)),
+    "Linear, no bias": (lambda: nn.Linear(4, 3, bias=False), lambda: T.Linear(4, 3, bias=False), (5, 4)),
+    "LayerNorm": (lambda: nn.LayerNorm(4), lambda: T.LayerNorm(4), (5, 4)),
+    "LayerNorm, axes": (lambda: nn.LayerNorm((3, 4), eps=0.1), lambda: T.LayerNorm((3, 4), eps=0.1), (5, 3, 4)),
+    "LayerNorm, plain": (
+        lambda: nn.LayerNorm(4, elementwise_affine=False),
+        lambda: T.LayerNorm(4, elementwise_affine=False),
+        (5, 4),
+    ),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), lambda: T.GroupNorm(2, 4), (3, 4, 3, 2)),
+    "GroupNorm, no space": (lambda: nn.GroupNorm(1, 6, eps=0.1), lambda: T.GroupNorm(1, 6, eps=0.1), (3, 6)),
+    "GroupNorm, plain": (lambda: nn.GroupNorm(2, 4, affine=False), lambda: T.GroupNorm(2, 4, affine=False), (3, 4, 5)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4), lambda: T.InstanceNorm1d(4), (3, 4, 5)),
+    "InstanceNorm1d, affine": (
+        lambda: nn.InstanceNorm1d(4, affine=True),
+        lambda: T.InstanceNorm1d(4, affine=True),
+        (3, 4, 5),
+    ),
+    "InstanceNorm2d": (
+        lambda: nn.InstanceNorm2d(4, eps=0.1, affine=True),
+        lambda: T.InstanceNorm2d(4, eps=0.1, affine=True),
+        (3, 4, 3, 2),
+    ),
+    # PyTorch's eps is, by default, that of the dtype
+    "RMSNorm": (lambda: nn.RMSNorm(4, eps=1e-5), lambda: T.RMSNorm(4, eps=1e-5), (5, 4)),
+    "RMSNorm, axes": (lambda: nn.RMSNorm((3, 4), eps=0.1), lambda: T.RMSNorm((3, 4), eps=0.1), (5, 3, 4)),
+    "RMSNorm, plain": (
+        lambda: nn.RMSNorm(4, eps=1e-5, elementwise_affine=False),
+        lambda: T.RMSNorm(4, eps=1e-5, elementwise_affine=False),
+        (5, 4),
+    ),
+    "activations": (
+        lambda: nn.Sequential(nn.ELU(), nn.GELU(), nn.LeakyReLU(), nn.SiLU(), nn.Softplus(), nn.Tanh(), nn.Sigmoid()),
+        lambda: T.Sequential(T.ELU(), T.GELU(), T.LeakyReLU(), T.SiLU(), T.Softplus(), T.Tanh(), T.Sigmoid()),
+        (5, 4),
+    ),
+    "ReLU, Flatten, Softmax": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Softmax(axis=-1)),
+        lambda: T.Sequential(T.ReLU(), T.Flatten(), T.Softmax(dim=-1)),
+        (5, 2, 3),
+    ),
+    "nested": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.BatchNorm1d(6), nn.ELU(0.5)), nn.Linear(6, 2)),
+        lambda: T.Sequential(T.Linear(4, 6), T.Sequential(T.BatchNorm1d(6), T.ELU(0.5)), T.Linear(6, 2)),
+        (5, 4),
+    ),
+}
+
+
+def load(ours, theirs, rng):
+    """Random values for all of PyTorch's parameters, and its state dict into ours."""
+    for p in theirs.parameters():
+        p.data = torch.tensor(rng.normal(0.5, 1, tuple(p.shape)), dtype=p.dtype)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def same_gradients(ours, theirs, tolerance):
+    for (key, p), (name, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert key == name
+        close(p.grad, q.grad, tolerance, f"gradient of {key}")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(list(TOLERANCE)))
+def test_layers(name, seed, dtype):
+    ours, theirs, shape = LAYERS[name]
+    ours, theirs, rng = ours(), theirs(), np.random.default_rng(seed)
+    load(ours, theirs, rng)  # both in float32, so that the numbers are the same in float64
+    ours.astype(dtype)
+    theirs.double()
+    for training in (True, False):
+        ours.train(training).zero_grad()
+        theirs.train(training).zero_grad()
+        a = rng.normal(size=shape).astype(dtype)
+        x, t = Tensor(a, requires_grad=True), peer(a).requires_grad_()
+        y, z = ours(x), theirs(t)
+        close(y, z, TOLERANCE[dtype], "output")
+        g = rng.normal(size=y.shape).astype(dtype)
+        y.backward(g)
+        z.backward(peer(g))
+        close(x.grad, t.grad, TOLERANCE[dtype], "gradient of x")
+        same_gradients(ours, theirs, TOLERANCE[dtype])
+
+
+def networks():
+    sizes = [5, 16, 12, 3]
+    layers, peers = [], []
+    for n, m in pairwise(sizes[:-1]):
+        layers += [nn.Linear(n, m), nn.BatchNorm1d(m), nn.ReLU()]
+        peers += [T.Linear(n, m), T.BatchNorm1d(m), T.ReLU()]
+    return (
+        nn.Sequential(*layers, nn.Linear(*sizes[-2:])).astype("float64"),
+        T.Sequential(*peers, T.Linear(*sizes[-2:])).double(),
+    )
+
+
+def test_a_network_learns_the_same():
+    rng = np.random.default_rng(3)
+    torch.manual_seed(3)
+    ours, theirs = networks()
+    ours.load_state_dict(theirs.state_dict())
+    mine, their = optim.Adam(ours.parameters(), lr=0.03), torch.optim.Adam(theirs.parameters(), lr=0.03)
+    losses = []
+    for _ in range(20):
+        x, target = rng.normal(size=(16, 5)), rng.integers(0, 3, 16)
+        x[:, 0] += 2 * target  # something to learn
+        mine.zero_grad()
+        their.zero_grad()
+        loss, peers_loss = F.cross_entropy(ours(x), target), T.functional.cross_entropy(theirs(peer(x)), peer(target))
+        close(loss, peers_loss, TRAINED, "loss")
+        loss.backward()
+        peers_loss.backward()
+        mine.step()
+        their.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    ours.eval()
+    theirs.eval()
+    x = rng.normal(size=(16, 5))
+    close(ours(x), theirs(peer(x)), TRAINED, "evaluation")
+
+
+def test_state_dicts_of_a_network_go_both_ways():
+    rng = np.random.default_rng(5)
+    ours, theirs = networks()
+    ours(rng.normal(size=(8, 5)))  # so that the running statistics are no longer those of a new network
+    theirs.load_state_dict({key: torch.tensor(value) for key, value in ours.state_dict().items()})
+    again, _ = networks()
+    again.load_state_dict(theirs.state_dict())
+    for (key, a), (name, b) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
+        assert key == name
+        np.testing.assert_array_equal(a, b)
+    x = rng.normal(size=(6, 5))
+    ours.eval()
+    theirs.eval()
+    close(ours(x), theirs(peer(x)), TOLERANCE["float64"])

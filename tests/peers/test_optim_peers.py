@@ -1,0 +1,150 @@
+"""Optimisers, schedules and gradient clipping against PyTorch's, over 50 steps on the same random gradients."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from compare import close  # noqa: E402
+
+from tinygrad_bn import Tensor, optim  # noqa: E402
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
+STEPS = 50
+SHAPES = [(3, 4), (5,), ()]
+SCHEDULES = torch.optim.lr_scheduler
+DECAYS = {"weight_decay": st.sampled_from([0.0, 0.1])}
+LRS = {"lr": st.sampled_from([1e-3, 1e-2])}
+BETAS = {"betas": st.sampled_from([(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)]), "eps": st.sampled_from([1e-8, 1e-2])}
+OPTIMIZERS = {
+    "SGD": LRS | DECAYS,
+    "SGD, momentum": LRS
+    | DECAYS
+    | {"momentum": st.sampled_from([0.5, 0.9]), "dampening": st.sampled_from([0.0, 0.3, 1.0])},
+    "SGD, Nesterov": LRS | DECAYS | {"momentum": st.sampled_from([0.5, 0.9]), "nesterov": st.just(True)},
+    "Adam": LRS | DECAYS | BETAS,
+    "AdamW": LRS | DECAYS | BETAS,
+    "RMSprop": LRS
+    | DECAYS
+    | {
+        "alpha": st.sampled_from([0.9, 0.99]),
+        "momentum": st.sampled_from([0.0, 0.8]),
+        "centered": st.booleans(),
+        "eps": st.sampled_from([1e-8, 1e-2]),
+    },
+    "Adagrad": LRS
+    | DECAYS
+    | {"lr_decay": st.sampled_from([0.0, 0.1]), "initial_accumulator_value": st.sampled_from([0.0, 0.5])},
+}
+
+
+def parameters(dtype, rng):
+    """The same parameters, ours and PyTorch's."""
+    values = [np.asarray(rng.normal(size=shape), dtype) for shape in SHAPES]
+    return [Tensor(a, requires_grad=True) for a in values], [torch.tensor(a, requires_grad=True) for a in values]
+
+
+def give_gradients(ours, theirs, rng, without=()):
+    """Each pair of parameters the same new random gradient, but for those whose places are in `without`."""
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        g = np.asarray(rng.normal(size=p.shape), p.dtype)
+        p.grad, q.grad = (None, None) if i in without else (Tensor(g), torch.tensor(g))
+
+
+def same_parameters(ours, theirs, what):
+    for p, q in zip(ours, theirs, strict=True):
+        assert p.dtype == q.detach().numpy().dtype
+        close(p, q, TOLERANCE[str(p.dtype)], what)
+
+
+def same_steps(ours, theirs, mine, their, rng, after=()):
+    for step in range(STEPS):
+        # a parameter that now and then has no gradient counts its own steps
+        give_gradients(ours, theirs, rng, without=[1] if step % 3 == 0 else [])
+        mine.step()
+        their.step()
+        same_parameters(ours, theirs, f"after step {step}")
+        for schedule in after:
+            schedule.step()
+        for a, b in zip(mine.param_groups, their.param_groups, strict=True):
+            assert a["lr"] == pytest.approx(b["lr"], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(data=st.data(), dtype=st.sampled_from(list(TOLERANCE)), seed=st.integers(0, 2**32))
+def test_optimizers(name, data, dtype, seed):
+    options = data.draw(st.fixed_dictionaries(OPTIMIZERS[name]))
+    rng = np.random.default_rng(seed)
+    ours, theirs = parameters(dtype, rng)
+    kind = name.split(",")[0]
+    same_steps(ours, theirs, getattr(optim, kind)(ours, **options), getattr(torch.optim, kind)(theirs, **options), rng)
+
+
+@pytest.mark.parametrize("kind", sorted({name.split(",")[0] for name in OPTIMIZERS}))
+def test_default_options(kind):
+    rng = np.random.default_rng(0)
+    ours, theirs = parameters("float64", rng)
+    same_steps(ours, theirs, getattr(optim, kind)(ours), getattr(torch.optim, kind)(theirs), rng)
+
+
+GROUPS = {
+    "SGD": [{"lr": 0.1}, {"momentum": 0.9, "weight_decay": 0.0}, {}],
+    "Adam": [{"lr": 0.1}, {"betas": (0.5, 0.9)}, {"weight_decay": 0.0}],
+    "AdamW": [{"lr": 0.1, "weight_decay": 0.5}, {"eps": 1e-2}, {"weight_decay": 0.0}],
+    "RMSprop": [{"lr": 0.1}, {"centered": True, "alpha": 0.5}, {"momentum": 0.5}],
+    "Adagrad": [{"lr": 0.1}, {"lr_decay": 0.2}, {"weight_decay": 0.0}],
+}
+FOLLOWED_BY = {
+    "no schedule": None,
+    "StepLR": ("StepLR", {"step_size": 7, "gamma": 0.5}),
+    "CosineAnnealingLR": ("CosineAnnealingLR", {"T_max": 30, "eta_min": 1e-3}),  # and up again, after 30 steps
+    "CosineAnnealingLR to 0": ("CosineAnnealingLR", {"T_max": STEPS}),
+}
+
+
+@pytest.mark.parametrize("schedule", FOLLOWED_BY)
+@pytest.mark.parametrize("kind", GROUPS)
+def test_parameter_groups_and_schedules(kind, schedule):
+    rng = np.random.default_rng(1)
+    ours, theirs = parameters("float64", rng)
+    mine, their = (
+        getattr(module, kind)(
+            [{"params": [p], **group} for p, group in zip(params, GROUPS[kind], strict=True)], lr=0.02, weight_decay=0.1
+        )
+        for module, params in ((optim, ours), (torch.optim, theirs))
+    )
+    after = []
+    if FOLLOWED_BY[schedule]:
+        name, options = FOLLOWED_BY[schedule]
+        after = [getattr(optim, name)(mine, **options), getattr(SCHEDULES, name)(their, **options)]
+    same_steps(ours, theirs, mine, their, rng, after)
+
+
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_"])
+@given(
+    seed=st.integers(0, 2**32), dtype=st.sampled_from(list(TOLERANCE)), limit=st.sampled_from([1e-3, 0.5, 3.0, 100.0])
+)
+def test_clipping(name, seed, dtype, limit):
+    rng = np.random.default_rng(seed)
+    ours, theirs = parameters(dtype, rng)
+    if name == "clip_grad_value_":  # the 0-d parameter is the subject of the next test
+        ours, theirs = ours[:2], theirs[:2]
+    give_gradients(ours, theirs, rng, without=[1])
+    mine, their = getattr(optim, name)(ours, limit), getattr(torch.nn.utils, name)(theirs, limit)
+    assert mine is their is None or mine == pytest.approx(their.item(), rel=TOLERANCE[dtype])
+    for p, q in zip(ours, theirs, strict=True):
+        if q.grad is None:
+            assert p.grad is None
+        else:
+            assert p.grad.dtype == p.dtype
+            close(p.grad, q.grad, TOLERANCE[dtype], name)
+
+
+def test_clipping_the_value_of_a_0d_gradient():
+    ours, theirs = Tensor(1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    give_gradients([ours], [theirs], np.random.default_rng(0))
+    optim.clip_grad_value_([ours], 1e-3)
+    torch.nn.utils.clip_grad_value_([theirs], 1e-3)
+    close(ours.grad, theirs.grad, TOLERANCE["float32"])
