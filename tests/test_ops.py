@@ -149,7 +149,7 @@ def product_composed(a, b):
 
 def fused_like(name, composition, sample):
     """An op that fuses a composition and has no kernel."""
-    return autograd.Op(name, lambda *xs, **p: composition(*xs, **p), (), None, composition, "y", sample)
+    return autograd.Op(name, lambda *xs, **p: composition(*xs, **p), (), None, composition, (), "y", sample)
 
 
 FUSED = {

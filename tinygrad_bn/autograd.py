@@ -47,6 +47,7 @@ class Op:
     rules: tuple[Rule | None, ...]  # one per operand: (g, y, *operands, **params) to its gradient
     each: Rule | None  # or, for any number of operands, one rule that is told which: (i, g, y, *operands)
     fuses: Callable[..., Any] | None  # or the composition that this op computes in one go
+    saves: tuple[str, ...]  # what a fused forward gives beside its result, by the names its `.vjp` takes them under
     formula: str
     sample: Sample
 
@@ -61,6 +62,7 @@ def primitive(
     sample: Sample,
     each: Rule | None = None,
     fuses: Callable[..., Any] | None = None,
+    saves: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, Any]], Callable[P, Tensor]]:
     """Declare an op: the decorated function is its forward, from arrays to an array.
 
@@ -73,6 +75,8 @@ def primitive(
         each: instead of `rules`, for ops of any number of operands: `(i, g, y, *operands, **params)`.
         fuses: instead of `rules`: the composition that defines this op. Its gradients, of every order, are
             the composition's; a kernel `NAME.vjp` may compute the first order faster.
+        saves: names of arrays that a fused forward gives after its result, `(y, *saved)`. `run` gives them too, and
+            the kernel `NAME.vjp` gets them by name; no composition sees them, as they are constants.
 
     Raises:
         ValueError: an op of this name exists, or it is not exactly one of `rules`, `each` and `fuses`.
@@ -88,7 +92,7 @@ def primitive(
         count = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)])
         if rules and len(rules) != count:
             raise ValueError(f"{name!r} has {count} operands and {len(rules)} rules; give None for no gradient")
-        op = OPS[name] = Op(name, forward, rules, each, fuses, formula, sample)
+        op = OPS[name] = Op(name, forward, rules, each, fuses, saves, formula, sample)
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         defaults = {option: default for option, default in options.items() if default is not Parameter.empty}
 
@@ -116,11 +120,12 @@ class Node:
     inputs: tuple[Any, ...]  # Tensors, and Python's numbers
     arrays: tuple[Any, ...]
     output: Array
+    saved: tuple[Array, ...]
     params: dict[str, Any]
     caller: str | None  # where the op was called, in debug mode
 
     def free(self) -> None:
-        self.inputs = self.arrays = ()
+        self.inputs = self.arrays = self.saved = ()
         self.params = {}
 
 
@@ -155,12 +160,18 @@ def debug() -> Iterator[None]:
 
 
 def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """The result of `run`, without what it saves."""
+    return run(op, operands, params)[0]
+
+
+def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Array, ...]]:
     """Run `op` and, if one of its operands requires a gradient, remember how on the result."""
     if not any(isinstance(o, Tensor) for o in operands):
         return _execute(op, operands, params)
     inputs = tuple(o if isinstance(o, Tensor) else _constant(o) for o in operands)
     arrays = tuple(o._data if isinstance(o, Tensor) else o for o in inputs)
-    y = Tensor._of(np.asarray(_execute(op, arrays, params)))
+    result, saved = _execute(op, arrays, params)
+    y = Tensor._of(np.asarray(result))
     if (
         _recording.get()
         and op.differentiable
@@ -168,8 +179,8 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
         and any(isinstance(o, Tensor) and o._requires_grad for o in inputs)
     ):
         caller = _caller() if _debugging.get() else None
-        y._requires_grad, y.node = True, Node(op, inputs, arrays, y._data, params, caller)
-    return y
+        y._requires_grad, y.node = True, Node(op, inputs, arrays, y._data, saved, params, caller)
+    return y, saved
 
 
 def _constant(operand: Any) -> Any:
@@ -185,10 +196,11 @@ def _caller() -> str:
     return "".join(traceback.format_list(frames[-2:]))
 
 
-def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
-    run = find_kernel(op.name, device_of(arrays[0])) if arrays else None
+def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Array, ...]]:
+    kernel = find_kernel(op.name, device_of(arrays[0])) if arrays else None
     try:
-        return (run or op.forward)(*arrays, **params)
+        result = (kernel or op.forward)(*arrays, **params)
+        return (result[0], tuple(result[1:])) if op.saves else (result, ())
     except (IndexError, ValueError, TypeError) as error:
         kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
         raise kind(f"{describe(op, arrays, params)}: {error}") from error
@@ -391,7 +403,7 @@ def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) 
     op, params = node.op, node.params
     fast = None if create_graph else find_kernel(f"{op.name}.vjp", t.device)
     if fast:  # nobody will differentiate this gradient
-        gxs = fast(g, t._data, *node.arrays, **params)
+        gxs = fast(g, t._data, *node.arrays, **params, **dict(zip(op.saves, node.saved, strict=True)))
         return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
     if op.fuses:
         return _pull_composition(op.fuses, g, node.inputs, needs, params, create_graph)

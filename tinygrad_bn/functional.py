@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from tinygrad_bn import ops
-from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.autograd import OPS, Operand, primitive, run
 from tinygrad_bn.random import generator
 from tinygrad_bn.sample import REAL, Draw
 from tinygrad_bn.tensor import Axis, Tensor
@@ -25,7 +25,7 @@ from tinygrad_bn.ops import (
 # isort: on
 
 __all__ = [
-    "Normalization", "abs", "add", "argmax", "astype", "batch_norm", "batch_norm_steps",
+    "Normalization", "abs", "add", "argmax", "astype", "batch_norm", "batch_norm_steps", "batch_norm_with_statistics",
     "binary_cross_entropy_with_logits", "broadcast_to", "clip", "concatenate", "cross_entropy", "div", "dropout", "elu",
     "erf", "exp", "expm1", "flatten", "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm",
     "leaky_relu", "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum",
@@ -151,8 +151,7 @@ def gelu(x: Operand) -> Tensor:
 
 def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> Tensor:
     """x Wᵀ + b: x (..., in), weight (out, in), bias (out,) or None; gives (..., out)."""
-    y = matmul(x, transpose(weight))
-    return y if bias is None else y + bias
+    return matmul(x, transpose(weight)) if bias is None else ops.linear(x, weight, bias)
 
 
 def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Generator | None = None) -> Operand:
@@ -188,10 +187,14 @@ class Normalization(NamedTuple):
     out: Tensor  #     gammax + bias, in x's dtype
 
 
-def _widened(x: Operand) -> Operand:
-    """`x` in the precision that its statistics are computed in."""
+def _expect_floats(x: Operand) -> None:
     if x.dtype.kind != "f":
         raise TypeError(f"normalisation takes floating-point input; got {x.dtype}")
+
+
+def _widened(x: Operand) -> Operand:
+    """`x` in the precision that its statistics are computed in."""
+    _expect_floats(x)
     return astype(x, dtype=np.float32 if x.dtype == np.float16 else np.float64)
 
 
@@ -223,6 +226,70 @@ def normalization_steps(
     gammax = xhat if weight is None else xhat * weight
     out = astype(gammax if bias is None else gammax + bias, dtype=x.dtype)
     return Normalization(mu, xmu, sq, var, sqrtvar, ivar, xhat, gammax, out)
+
+
+def _sample_batch_norm(d: Draw) -> Any:
+    shape = d.shape(min_dims=2, max_dims=4, min_side=1, max_side=3)
+    weight, bias = d.array(REAL, shape[1:2]), d.array(REAL, shape[1:2])
+    x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
+    return (x, weight, bias), {"eps": 0.3}
+
+
+def _batch_norm_composed(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Tensor:
+    return batch_norm_steps(x, weight, bias, eps=eps).out
+
+
+@primitive(
+    fuses=_batch_norm_composed,
+    saves=("mean", "var"),
+    formula="y = (x − μ) / √(σ² + eps) · weight + bias;  ∂x = weight / √(σ² + eps) · (g − ḡ − x̂ · mean(g x̂))",
+    sample=_sample_batch_norm,
+)
+def batch_norm_fused(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Operand:
+    """BatchNorm of x (N, C, ...) by the batch's statistics; saves its mean and biased variance, float64 (C,)."""
+    steps = batch_norm_steps(x, weight, bias, eps=eps)
+    return steps.out, *(np.asarray(v, np.float64).reshape(-1) for v in (steps.mu, steps.var))
+
+
+def _batch_norm_relu_composed(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Tensor:
+    return relu(batch_norm_steps(x, weight, bias, eps=eps).out)
+
+
+def _sample_batch_norm_relu(d: Draw) -> Any:
+    """Operands whose outputs keep a distance from the kink."""
+    n, c = d.integer(3, 4), d.integer(1, 3)
+    x = d.distinct((n, c)) * 10
+    xhat = (x - x.mean(0)) / np.sqrt(x.var(0) + 0.3)
+    ranked = np.sort(xhat, axis=0)
+    middle = ranked[n // 2 - 1 : n // 2 + 1].mean(0)  # the output is 0 half-way between two samples
+    weight = np.where(np.arange(c) % 2, -1.5, 1.0)
+    return (x, weight, -weight * middle), {"eps": 0.3}
+
+
+@primitive(
+    fuses=_batch_norm_relu_composed,
+    saves=("mean", "var"),
+    formula="y = max((x − μ) / √(σ² + eps) · weight + bias, 0)",
+    sample=_sample_batch_norm_relu,
+)
+def batch_norm_relu_fused(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Operand:
+    """`batch_norm_fused` and the ReLU after it in one go, without an array between them."""
+    y, saved = run(OPS["batch_norm_fused"], (x, weight, bias), {"eps": eps})
+    return relu(y), *saved
+
+
+def batch_norm_with_statistics(
+    x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5, relu: bool = False
+) -> tuple[Tensor, Any, Any]:
+    """BatchNorm by the batch's statistics, and those: the output, and mean and biased variance as arrays (C,)."""
+    _expect_floats(x)
+    if x.ndim < 2:
+        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    weight = np.ones(x.shape[1], x.dtype) if weight is None else weight
+    bias = np.zeros(x.shape[1], x.dtype) if bias is None else bias
+    op = OPS["batch_norm_relu_fused" if relu else "batch_norm_fused"]
+    y, (mean, var) = run(op, (x, weight, bias), {"eps": eps})
+    return y, mean, var
 
 
 def per_channel(v: Operand, ndim: int) -> Operand:
@@ -269,7 +336,7 @@ def batch_norm(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both, or neither")
     if training or running_mean is None:
-        return batch_norm_steps(x, weight, bias, eps=eps).out
+        return batch_norm_with_statistics(x, weight, bias, eps=eps)[0]
     mu, variance = per_channel(running_mean, x.ndim), per_channel(running_var, x.ndim)
     weight, bias = per_channel(weight, x.ndim), per_channel(bias, x.ndim)
     # (x − mu) first: x · a + b would lose as many digits as the mean is larger than the deviation.

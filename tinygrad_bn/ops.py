@@ -20,10 +20,10 @@ from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, Draw, broadcasting, elem
 from tinygrad_bn.tensor import Axis, Tensor
 
 __all__ = [
-    "abs", "add", "argmax", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1", "getitem",
-    "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad", "pow", "relu", "reshape", "rsqrt",
-    "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum", "sum_to", "tanh", "transpose",
-    "where",
+    "abs", "add", "argmax", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1",
+    "getitem", "linear", "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad", "pow", "relu",
+    "reshape", "rsqrt", "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum", "sum_to",
+    "tanh", "transpose", "where",
 ]  # fmt: skip
 
 # ---- arithmetic -----------------------------------------------------------------------------------------
@@ -383,6 +383,30 @@ def _sample_matmul(d: Draw) -> Any:
 def matmul(a: Operand, b: Operand) -> Operand:
     """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
     return np.matmul(a, b)
+
+
+def _sample_linear(d: Draw) -> Any:
+    n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
+    x = d.choice([(n, k), (k,), (2, n, k)])
+    return (d.array(REAL, x), d.array(REAL, (m, k)), d.array(REAL, (m,))), {}
+
+
+def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
+    rows = -1 if x.size else 0
+    return matmul(_swap(reshape(g, shape=(rows, y.shape[-1]))), reshape(x, shape=(rows, x.shape[-1])))
+
+
+@primitive(
+    lambda g, y, x, weight, bias: matmul(g, weight),
+    _linear_by_weight,
+    lambda g, y, x, weight, bias: g,
+    formula="y = x Wᵀ + b;  ∂x = g W,  ∂W = gᵀ x,  ∂b = Σ g",
+    sample=_sample_linear,
+)
+def linear(x: Operand, weight: Operand, bias: Operand) -> Operand:
+    """Affine map of the last axis: x (..., in), weight (out, in), bias (out,); gives (..., out)."""
+    y = np.matmul(x, weight.T)
+    return np.add(y, bias, out=y) if y.ndim and y.dtype == np.result_type(y, bias) else y + bias
 
 
 # ---- shape and indexing ---------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ F = TypeVar("F", bound=Kernel)
 MODULES: dict[tuple[str, str], str] = {
     ("softmax_cross_entropy", "cpu"): "tinygrad_bn_kernels.cpu.loss",
     ("softmax_cross_entropy.vjp", "cpu"): "tinygrad_bn_kernels.cpu.loss",
+    ("batch_norm_fused", "cpu"): "tinygrad_bn_kernels.cpu.norm",
+    ("batch_norm_fused.vjp", "cpu"): "tinygrad_bn_kernels.cpu.norm",
+    ("batch_norm_relu_fused", "cpu"): "tinygrad_bn_kernels.cpu.norm",
+    ("batch_norm_relu_fused.vjp", "cpu"): "tinygrad_bn_kernels.cpu.norm",
+    ("relu.vjp", "cpu"): "tinygrad_bn_kernels.cpu.elementwise",
+    ("erf", "cpu"): "tinygrad_bn_kernels.cpu.elementwise",
 }
 
 _kernels: dict[tuple[str, str], Kernel] = {}

@@ -10,7 +10,8 @@ import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.nn import init
-from tinygrad_bn.nn.module import Module, Parameter
+from tinygrad_bn.nn.module import Module, Parameter, being_observed
+from tinygrad_bn.nn.norm import BATCH_NORMS
 from tinygrad_bn.tensor import Tensor
 
 
@@ -24,8 +25,14 @@ class Sequential(Module):
             setattr(self, str(i), layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x)
+        layers = iter(self)
+        for layer in layers:
+            following = next(layers, None) if isinstance(layer, BATCH_NORMS) and not being_observed() else None
+            if type(following) is ReLU:  # one pass over memory for the two
+                x = layer(x, relu=True)
+            else:
+                x = layer(x)
+                x = x if following is None else following(x)
         return x
 
     def __iter__(self) -> Iterator[Module]:

@@ -249,6 +249,11 @@ def observe(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
+def being_observed() -> bool:
+    """Whether somebody wants to see every module's output."""
+    return _observer.get() is not None
+
+
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
     """Evaluation mode for this block; afterwards every module is in the mode it was in."""

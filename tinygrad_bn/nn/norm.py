@@ -87,22 +87,24 @@ class _BatchNorm(Module):
         """Convert parameters and statistics; to float32 if float16 is asked for, which could not hold them."""
         return super().astype(np.result_type(dtype, np.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Normalise `x`, and with `relu` take the ReLU of the result in the same pass over memory."""
         self._check(x)
         per_channel = x.size // self.num_features
         uses_batch = (self.training and not self.stats_frozen) or not self.track_running_stats
         if not uses_batch or not per_channel:
-            return self._normalize_by_running(x)
+            y = self._normalize_by_running(x)
+            return y.relu() if relu else y
         if self.training and per_channel == 1:
             raise ValueError(
                 f"{self!r} in training needs more than one value per channel, and got an input of shape {x.shape}. "
                 "Leave out the last small batch (drop_last=True), or call eval() to use the running statistics, "
                 "or freeze() this layer"
             )
-        steps = F.batch_norm_steps(x, self.weight, self.bias, eps=self.eps)
+        y, mean, var = F.batch_norm_with_statistics(x, self.weight, self.bias, eps=self.eps, relu=relu)
         if self.training:
-            self._track(steps.mu.numpy().reshape(-1), steps.var.numpy().reshape(-1), per_channel)
-        return steps.out
+            self._track(mean, var, per_channel)
+        return y
 
     def _check(self, x: Tensor) -> None:
         if x.ndim not in self._shapes or x.shape[1] != self.num_features:
@@ -208,6 +210,9 @@ class BatchNorm2d(_BatchNorm):
 class BatchNorm3d(_BatchNorm):
     __doc__ = _DOC.format(shapes="(N, C, D, H, W)", table="See `BatchNorm1d` for a table.")
     _shapes: ClassVar = {5: "(N, C, D, H, W)"}
+
+
+BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 class LayerNorm(Module):

@@ -1,0 +1,56 @@
+"""Elementwise functions that NumPy has not, or has only in several passes over memory."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.threads import use_threads
+
+Array = NDArray[Any]
+
+OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "nogil": True}
+
+
+@njit(**OPTIONS)
+def _relu_vjp_serial(g, y, out):
+    zero = g.dtype.type(0)
+    for i in range(g.size):
+        out[i] = g[i] if y[i] > 0 else zero
+
+
+@njit(parallel=True, **OPTIONS)
+def _relu_vjp_parallel(g, y, out):
+    zero = g.dtype.type(0)
+    for i in prange(g.size):
+        out[i] = g[i] if y[i] > 0 else zero
+
+
+def _flat(x: Array) -> Array:
+    return np.require(x, np.result_type(x, np.float32), ["C", "W"]).reshape(-1)
+
+
+@kernel("relu.vjp", "cpu")
+def relu_vjp(g: Array, y: Array, x: Array) -> tuple[Array]:
+    """g where the output was positive, 0 elsewhere."""
+    flat, out = _flat(g), np.empty(g.size, np.result_type(g, np.float32))
+    (_relu_vjp_parallel if use_threads(g.size) else _relu_vjp_serial)(flat, _flat(y), out)
+    return (out.reshape(g.shape),)
+
+
+@njit(**OPTIONS)
+def _erf(x: Array, out: Array) -> None:
+    for i in range(x.size):
+        out[i] = math.erf(x[i])
+
+
+@kernel("erf", "cpu")
+def erf(x: Array) -> Array:
+    """The error function."""
+    flat = _flat(x)
+    out = np.empty_like(flat)
+    _erf(flat, out)
+    return out.reshape(np.shape(x)).astype(x.dtype, copy=False)
