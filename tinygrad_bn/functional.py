@@ -258,7 +258,7 @@ def _batch_norm_relu_composed(x: Operand, weight: Operand, bias: Operand, *, eps
 def _sample_batch_norm_relu(d: Draw) -> Any:
     """Operands whose outputs keep a distance from the kink."""
     n, c = d.integer(3, 4), d.integer(1, 3)
-    x = d.distinct((n, c)) * 10
+    x = np.stack([d.distinct((n,)) * 10 for _ in range(c)], axis=1)
     xhat = (x - x.mean(0)) / np.sqrt(x.var(0) + 0.3)
     ranked = np.sort(xhat, axis=0)
     middle = ranked[n // 2 - 1 : n // 2 + 1].mean(0)  # the output is 0 half-way between two samples
