@@ -280,3 +280,28 @@ def test_only_tensors_can_be_differentiated():
     for args in ((3.0, x), (x * 2, np.ones(1)), (x * 2, [x, 1.0])):
         with pytest.raises(TypeError, match="a tensor by tensors"):
             grad(*args)
+
+
+def test_what_was_frozen_in_the_forward_pass_gets_no_gradient_when_it_is_thawed():
+    x, w = Tensor([2.0]), leaf(3.0)
+    y = ((x * 2) * w + x * w).sum()
+    x.requires_grad = True
+    y.backward()
+    assert w.grad.item() == 6
+    assert x.grad is None
+
+
+def test_create_graph_under_no_grad_does_not_depend_on_the_layout():
+    for operand in (lambda a: a, lambda a: a.T):
+        x = Tensor(np.arange(1.0, 5.0).reshape(2, 2), requires_grad=True)
+        y = (operand(x) ** 3).sum()
+        with no_grad():
+            assert grad(y, x, create_graph=True).requires_grad
+            y.backward(create_graph=True)
+            y.backward(create_graph=True)
+        assert x.grad.requires_grad
+
+
+def test_a_tensor_is_no_option():
+    with pytest.raises(TypeError, match="value is an option"):
+        functional.pad(leaf(1.0), width=((1, 1),), value=leaf(2.0))

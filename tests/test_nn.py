@@ -293,8 +293,11 @@ def test_constants_fans_and_errors():
 def test_parameters_that_would_not_be_found_are_refused():
     model = Residual()
     model.extra = [nn.Parameter([1.0])]
-    with pytest.raises(TypeError, match=r"Residual\.extra is a list of parameters"):
+    with pytest.raises(TypeError, match=r"Residual\.extra\[0\] would not be found"):
         list(model.parameters())
+    model.extra = [[nn.Linear(1, 1)]]
+    with pytest.raises(TypeError, match="would not be found"):
+        model.state_dict()
     model.extra = {"a": nn.Linear(1, 1)}
     with pytest.raises(TypeError, match=r"Residual\.extra is a dictionary"):
         model.state_dict()

@@ -104,7 +104,7 @@ MUTANT_RULES = {
     "layout assumed": lambda: dataclasses.replace(
         OPS["neg"],
         name="mutant",
-        forward=lambda x: -np.lib.stride_tricks.as_strided(x, x.shape, np.empty(x.shape).strides),
+        forward=lambda x: -np.lib.stride_tricks.as_strided(x, x.shape, np.empty(x.shape, x.dtype).strides),
     ),
 }
 

@@ -101,6 +101,9 @@ def primitive(
             if not params.keys() <= options.keys() or (count and len(operands) != count):
                 by_name = ", ".join(options) or "nothing"
                 raise TypeError(f"{name}() takes {count or 'its'} operands by position, and by name: {by_name}")
+            for option, value in params.items():
+                if isinstance(value, Tensor):
+                    raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
             return apply(op, operands, {**defaults, **params})
 
         call.__doc__ = f"{forward.__doc__}\n\n{formula}"
@@ -118,6 +121,7 @@ class Node:
 
     op: Op
     inputs: tuple[Any, ...]  # Tensors, and Python's numbers
+    needs: tuple[bool, ...]  # which of them required a gradient at the time; thawing one later does not count
     arrays: tuple[Any, ...]
     output: Array
     saved: tuple[Array, ...]
@@ -125,7 +129,7 @@ class Node:
     caller: str | None  # where the op was called, in debug mode
 
     def free(self) -> None:
-        self.inputs = self.arrays = self.saved = ()
+        self.inputs = self.needs = self.arrays = self.saved = ()
         self.params = {}
 
 
@@ -172,20 +176,16 @@ def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, t
     arrays = tuple(o._data if isinstance(o, Tensor) else o for o in inputs)
     result, saved = _execute(op, arrays, params)
     y = Tensor._of(np.asarray(result))
-    if (
-        _recording.get()
-        and op.differentiable
-        and y._data.dtype.kind == "f"
-        and any(isinstance(o, Tensor) and o._requires_grad for o in inputs)
-    ):
+    needs = tuple(isinstance(o, Tensor) and o._requires_grad for o in inputs)
+    if any(needs) and _recording.get() and op.differentiable and y._data.dtype.kind == "f":
         caller = _caller() if _debugging.get() else None
-        y._requires_grad, y.node = True, Node(op, inputs, arrays, y._data, saved, params, caller)
+        y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, y._data, saved, params, caller)
     return y, saved
 
 
 def _constant(operand: Any) -> Any:
     """Numbers stay Python numbers, which take the dtype of the other operand; anything else is copied in."""
-    if isinstance(operand, np.generic):
+    if isinstance(operand, np.generic) and operand.dtype.kind in "fiub":
         return operand.item()
     return operand if isinstance(operand, bool | int | float) else Tensor(operand)
 
@@ -222,8 +222,9 @@ def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, c
     wanted = [t for t in order if (t.node is None and t._requires_grad) or t._retains_grad]
     keep = create_graph if retain_graph is None else retain_graph
     grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
-    for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, cotangent).items():
-        t.grad = gt if t.grad is None else t.grad + gt
+    with recording(create_graph):
+        for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, cotangent).items():
+            t.grad = gt if t.grad is None else t.grad + gt
 
 
 @overload
@@ -263,7 +264,8 @@ def grad(
         if not x.requires_grad:
             raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")
     cotangent = _cotangent(y, g)
-    grads = _separate(_backprop(y, cotangent, _topological(y), wanted, create_graph), cotangent)
+    with recording(create_graph):
+        grads = _separate(_backprop(y, cotangent, _topological(y), wanted, create_graph), cotangent)
     out = [grads[x] if x in grads else Tensor(np.zeros(x.shape, x.dtype)) for x in wanted]
     return out[0] if isinstance(xs, Tensor) else out
 
@@ -319,7 +321,7 @@ def _topological(y: Tensor, stop: Iterable[Tensor] = ()) -> list[Tensor]:
                         f"the graph behind this result of {t.node.op.name!r} was freed by an earlier backward(); "
                         "call that one with retain_graph=True to walk it again"
                     )
-                todo += [(x, False) for x in t.node.inputs if isinstance(x, Tensor) and x._requires_grad]
+                todo += [(x, False) for x, need in zip(t.node.inputs, t.node.needs, strict=True) if need]
     return order
 
 
@@ -335,7 +337,7 @@ def _backprop(
     wanted = set(wanted)
     leads = set(wanted)  # the tensors on a way from y to something wanted
     for t in order:
-        if t.node and any(isinstance(x, Tensor) and x in leads for x in t.node.inputs):
+        if t.node and any(need and x in leads for x, need in zip(t.node.inputs, t.node.needs, strict=True)):
             leads.add(t)
             _expect_unchanged(t, t.node)  # before anything is computed, or freed
     grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
@@ -345,7 +347,9 @@ def _backprop(
             if t.node is None or t not in grads or t not in leads:
                 continue
             gt = grads[t] if t in wanted else grads.pop(t)
-            needs = [isinstance(x, Tensor) and x._requires_grad and x in leads for x in t.node.inputs]
+            needs = [
+                need and x._requires_grad and x in leads for x, need in zip(t.node.inputs, t.node.needs, strict=True)
+            ]
             if any(needs):
                 for x, gx in zip(t.node.inputs, _explained_pull(t, gt, needs, create_graph), strict=True):
                     if gx is not None:

@@ -260,10 +260,9 @@ def _sample_batch_norm_relu(d: Draw) -> Any:
     n, c = d.integer(3, 4), d.integer(1, 3)
     x = np.stack([d.distinct((n,)) * 10 for _ in range(c)], axis=1)
     xhat = (x - x.mean(0)) / np.sqrt(x.var(0) + 0.3)
-    ranked = np.sort(xhat, axis=0)
-    middle = ranked[n // 2 - 1 : n // 2 + 1].mean(0)  # the output is 0 half-way between two samples
+    between = np.sort(xhat, axis=0)[:2].mean(0)  # the output is 0 half-way between two samples
     weight = np.where(np.arange(c) % 2, -1.5, 1.0)
-    return (x, weight, -weight * middle), {"eps": 0.3}
+    return (x, weight, -weight * between), {"eps": 0.3}
 
 
 @primitive(
@@ -333,6 +332,7 @@ def batch_norm(
             [ 0.       ],
             [ 1.2247357]], shape=(3, 1), dtype=float32, leaf)
     """
+    _expect_floats(x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both, or neither")
     if training or running_mean is None:
@@ -453,6 +453,8 @@ def binary_cross_entropy_with_logits(
 def _as_rows(x: Operand, target: Operand, ignore_index: int) -> tuple[Operand, Any, Any]:
     """Class scores (N, C, ...) as rows (M, C), targets as (M,), and which rows count; checked."""
     classes = np.asarray(_values(target))
+    if x.dtype.kind != "f":
+        raise TypeError(f"scores have to be floating-point; got {x.dtype}")
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
         raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
     if classes.dtype.kind not in "iu":

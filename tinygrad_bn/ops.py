@@ -92,7 +92,7 @@ def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
 )
 def pow(a: Operand, b: Operand) -> Operand:
     """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0 and ∂b of 0ᵇ is 0, also at a = 0."""
-    return np.asarray(a) ** b  # the operator has fast paths for the exponents 0.5, 1 and 2
+    return (a if isinstance(a, int | float) else np.asarray(a)) ** b  # unlike np.power it is fast for 0.5, 1 and 2
 
 
 # ---- functions of one operand ---------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def softplus(x: Operand) -> Operand:
 )
 def erf(x: Operand) -> Operand:
     """Error function, elementwise."""
-    return np.vectorize(math.erf, otypes=[np.asarray(x).dtype])(x)
+    return np.vectorize(math.erf, otypes=[np.result_type(x, np.float16)])(x)
 
 
 @primitive(

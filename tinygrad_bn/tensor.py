@@ -71,7 +71,10 @@ class Tensor:
 
     @data.setter
     def data(self, value: object) -> None:
-        new = np.array(value, dtype=self.dtype)
+        given = np.asarray(value)
+        if not np.can_cast(given.dtype, self.dtype, "same_kind"):
+            raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {self.dtype}")
+        new = np.array(given, dtype=self.dtype)
         if new.shape != self.shape:
             raise ValueError(f"data of shape {new.shape} do not fit a tensor of shape {self.shape}")
         self._data = new
@@ -252,8 +255,6 @@ class Tensor:
     def _updated(self, operator: str, result: Tensor) -> Tensor:
         """`x += y` makes a new tensor while recording, as a graph may need the old x; under no_grad it changes x."""
         if not autograd.is_recording():
-            if result.dtype.kind == "f" and self.dtype.kind != "f":
-                raise TypeError(f"x {operator} y would cut the fractions off, as x is {self.dtype}")
             self.data = result._data
             return self
         if self.is_leaf and (self.requires_grad or type(self) is not Tensor):  # such as a buffer of a module
@@ -346,7 +347,9 @@ class Tensor:
 
     def transpose(self, *axes: Any) -> Tensor:
         """`t.transpose(1, 0)` or `t.transpose((1, 0))`: permute the axes, in reverse order if none are given."""
-        return ops.transpose(self, axes=(axes[0] if len(axes) == 1 and isinstance(axes[0], tuple) else axes) or None)
+        return ops.transpose(
+            self, axes=(tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], list | tuple) else axes) or None
+        )
 
     def astype(self, dtype: DTypeLike) -> Tensor:
         return ops.astype(self, dtype=dtype)

@@ -67,7 +67,8 @@ class Module:
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Modules among the attributes; one in a list is called `attribute.index`.
 
-        Raises TypeError for parameters in a list, or anything in a dictionary, where they would not be found.
+        Raises TypeError for what would not be found: parameters and buffers in a list, anything deeper, or in a
+        dictionary.
         """
         for name, value in vars(self).items():
             if isinstance(value, Module):
@@ -76,9 +77,9 @@ class Module:
                 for i, item in enumerate(value):
                     if isinstance(item, Module):
                         yield f"{name}.{i}", item
-                    elif isinstance(item, Parameter):
-                        raise TypeError(f"{type(self).__name__}.{name} is a list of parameters; give each an attribute")
-            elif isinstance(value, dict) and any(isinstance(item, Module | Parameter) for item in value.values()):
+                    elif _holds_state(item):
+                        raise TypeError(f"{type(self).__name__}.{name}[{i}] would not be found; give it an attribute")
+            elif isinstance(value, dict) and _holds_state(value):
                 raise TypeError(f"{type(self).__name__}.{name} is a dictionary; use attributes, or a list of modules")
 
     def named_modules(self, prefix: str = "", _above: tuple[Module, ...] = ()) -> Iterator[tuple[str, Module]]:
@@ -155,10 +156,14 @@ class Module:
 
     def astype(self, dtype: DTypeLike) -> Self:
         """Convert the floating-point parameters and buffers."""
-        for _, t in self.named_tensors():
-            if t.dtype.kind == "f":
-                t._data = t._data.astype(dtype)
+        for module in self.modules():
+            module._convert(dtype)
         return self
+
+    def _convert(self, dtype: DTypeLike) -> None:
+        for t in vars(self).values():
+            if isinstance(t, Parameter | Buffer) and t.dtype.kind == "f":
+                t._data = t._data.astype(dtype)
 
     # ---- state ------------------------------------------------------------------------------------------
 
@@ -237,6 +242,15 @@ class Module:
         trainable = sum(p.size for p in self.parameters() if p.requires_grad)
         total = sum({t: t.size for _, t in self.named_tensors() if t.dtype.kind == "f"}.values())
         console.print(f"Parameters: {total:,} = {trainable:,} trainable + {total - trainable:,} non-trainable")
+
+
+def _holds_state(value: object) -> bool:
+    """Whether `value` is, or somewhere contains, a module, a parameter or a buffer."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, Module | Parameter | Buffer) or (
+        isinstance(value, list | tuple) and any(_holds_state(item) for item in value)
+    )
 
 
 @contextmanager

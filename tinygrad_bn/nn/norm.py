@@ -83,9 +83,8 @@ class _BatchNorm(Module):
         self.stats_frozen = False
         return self.requires_grad_(True)
 
-    def astype(self, dtype: DTypeLike) -> Self:
-        """Convert parameters and statistics; to float32 if float16 is asked for, which could not hold them."""
-        return super().astype(np.result_type(dtype, np.float32))
+    def _convert(self, dtype: DTypeLike) -> None:
+        super()._convert(np.result_type(dtype, np.float32))  # float16 could not hold statistics
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Normalise `x`, and with `relu` take the ReLU of the result in the same pass over memory."""
@@ -283,7 +282,7 @@ class _InstanceNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != self._ndim or x.shape[1] != self.num_features:
             raise ValueError(f"{self!r} takes {self._ndim} axes with {self.num_features} channels; got {x.shape}")
-        if x.size == x.shape[0] * x.shape[1]:
+        if x.size and x.size == x.shape[0] * x.shape[1]:
             raise ValueError(f"{self!r} needs more than one value per channel; got shape {x.shape}")
         return F.instance_norm(x, self.weight, self.bias, self.eps)
 

@@ -53,4 +53,4 @@ def erf(x: Array) -> Array:
     flat = _flat(x)
     out = np.empty_like(flat)
     _erf(flat, out)
-    return out.reshape(np.shape(x)).astype(x.dtype, copy=False)
+    return out.reshape(np.shape(x)).astype(np.result_type(x, np.float16), copy=False)

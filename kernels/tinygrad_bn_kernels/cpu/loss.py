@@ -58,6 +58,10 @@ def _backward(g: Array, x: Array, target: Array, weight: Array, smoothing: float
 
 def _prepared(x: Array, target: Array, weight: Array) -> tuple[Array, Array, Array]:
     """Contiguous, writable-typed and in one of the two compiled precisions: one signature for each."""
+    if target.shape != x.shape[:1] or weight.shape != x.shape[1:]:
+        raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
+    if target.size and not 0 <= target.min() <= target.max() < x.shape[1]:
+        raise IndexError(f"targets lie in {target.min()} to {target.max()}, classes in 0 to {x.shape[1] - 1}")
     dtype = np.result_type(x, np.float32)
     return (
         np.require(x, dtype, ["C", "W"]),

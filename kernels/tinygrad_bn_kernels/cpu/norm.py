@@ -1,6 +1,6 @@
 """BatchNorm over (N, C, S), one channel or one block of channels at a time, so that memory is read once.
 
-S = 1 is a batch of vectors (`_columns_…`: a block of channels at a time, as a row holds them side by side), otherwise
+S = 1 is a batch of vectors (`_rows_…`: a block of channels at a time, as a row holds them side by side), otherwise
 the planes of images (`_planes_…`). Statistics are taken of x − shift, with the channel's first element as shift, and
 summed in float64: exact at any mean, and 0 for a constant channel. A channel has one writer, so results do not depend
 on the number of threads.
@@ -25,9 +25,8 @@ OPTIONS: dict[str, Any] = {
     "nogil": True,
 }
 
-# Channels of a block of vectors: 64 float32 are four cache lines of a row, and a block of some thousand rows stays in
-# the second-level cache between the passes.
-BLOCK = 64
+# Rows that one thread takes at a time of a batch of vectors.
+CHUNK = 64
 
 # Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
 FAR = 16.0
@@ -164,148 +163,171 @@ def _planes_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gwei
         _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
 
 
-# ---- columns: (N, C) ------------------------------------------------------------------------------------
-# What is kept for each channel of a block lies in the rows of one small array: with an array for each, the compiler
-# would need so many checks for overlap that it gives up on vector registers.
+# ---- rows: (N, C) ---------------------------------------------------------------------------------------
+# A chunk of rows at a time, with the sums of each chunk added up in order: the chunks, and so the results, are the
+# same for any number of threads. What is kept for each channel lies in the rows of one small array: with an array for
+# each, the compiler would need so many checks for overlap that it gives up on vector registers.
 
 
 @njit(**OPTIONS)
-def _block_statistics(x: Array, lo: int, hi: int, mean: Array, var: Array) -> None:
-    n = x.shape[0]
-    width = hi - lo
-    shift = x[0, lo:hi].copy()
-    for _ in range(2):
-        sums = np.zeros((2, width))
-        for i in range(n):
-            row = x[i, lo:hi]
-            for j in range(width):
-                d = np.float64(row[j] - shift[j])
-                sums[0, j] += d
-                sums[1, j] += d * d
-        far = False
-        for j in range(width):
-            off = sums[0, j] / n
-            spread = max(sums[1, j] / n - off * off, 0.0)
-            mean[lo + j] = shift[j] + off
-            var[lo + j] = spread
-            far = far or off * off > FAR * FAR * spread
-            shift[j] = x.dtype.type(mean[lo + j])
-        if not far:
-            break
+def _chunk_sums(x: Array, t: int, shift: Array, sums: Array) -> None:
+    """Σ (x − shift) and Σ (x − shift)² of each channel over chunk t."""
+    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
+        row = x[i]
+        for j in range(x.shape[1]):
+            d = np.float64(row[j] - shift[j])
+            sums[t, 0, j] += d
+            sums[t, 1, j] += d * d
 
 
 @njit(**OPTIONS)
-def _block_constants(
-    dtype_of: Array, lo: int, hi: int, weight: Array, bias: Array, mean: Array, var: Array, eps: float
-) -> Array:
+def _statistics_of_sums(sums: Array, n: int, shift: Array, mean: Array, var: Array) -> bool:
+    """Whether the shift was good enough; if not, it is set to the mean for another try."""
+    good = True
+    for j in range(shift.size):
+        s1 = 0.0
+        s2 = 0.0
+        for t in range(sums.shape[0]):
+            s1 += sums[t, 0, j]
+            s2 += sums[t, 1, j]
+        off = s1 / n
+        mean[j] = shift[j] + off
+        var[j] = max(s2 / n - off * off, 0.0)
+        if off * off > FAR * FAR * var[j]:
+            good = False
+        shift[j] = shift.dtype.type(mean[j])
+    return good
+
+
+@njit(**OPTIONS)
+def _constants(x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float) -> Array:
     """Rows m, a, b, of which y = (x − m) · a + b, and two more for the backward pass."""
-    k = np.empty((5, hi - lo), dtype_of.dtype)
-    for j in range(hi - lo):
-        scale = weight[lo + j] / np.sqrt(var[lo + j] + eps)
-        k[0, j] = mean[lo + j]
+    k = np.empty((5, x.shape[1]), x.dtype)
+    for j in range(x.shape[1]):
+        scale = weight[j] / np.sqrt(var[j] + eps)
+        k[0, j] = mean[j]
         k[1, j] = scale
-        k[2, j] = bias[lo + j] - (mean[lo + j] - k[0, j]) * scale
+        k[2, j] = bias[j] - (mean[j] - k[0, j]) * scale
     return k
 
 
 @njit(**OPTIONS)
-def _block_normalize(
-    x: Array, lo: int, hi: int, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, y: Array
-) -> None:
-    k = _block_constants(x, lo, hi, weight, bias, mean, var, eps)
+def _chunk_normalize(x: Array, t: int, k: Array, relu: bool, y: Array) -> None:
     zero = x.dtype.type(0)
-    for i in range(x.shape[0]):
-        source, target = x[i, lo:hi], y[i, lo:hi]
+    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
+        row, out = x[i], y[i]
         if relu:
-            for j in range(hi - lo):
-                target[j] = max((source[j] - k[0, j]) * k[1, j] + k[2, j], zero)
+            for j in range(x.shape[1]):
+                out[j] = max((row[j] - k[0, j]) * k[1, j] + k[2, j], zero)
         else:
-            for j in range(hi - lo):
-                target[j] = (source[j] - k[0, j]) * k[1, j] + k[2, j]
+            for j in range(x.shape[1]):
+                out[j] = (row[j] - k[0, j]) * k[1, j] + k[2, j]
 
 
 @njit(**OPTIONS)
-def _block_backward(
-    g: Array,
-    x: Array,
-    lo: int,
-    hi: int,
-    weight: Array,
-    bias: Array,
-    mean: Array,
-    var: Array,
-    eps: float,
-    relu: bool,
-    gx: Array,
-    gweight: Array,
-    gbias: Array,
-) -> None:
-    n = x.shape[0]
+def _chunk_backward_sums(g: Array, x: Array, t: int, k: Array, relu: bool, sums: Array) -> None:
+    """Σ g and Σ g (x − m) of each channel over chunk t."""
     zero = x.dtype.type(0)
-    k = _block_constants(x, lo, hi, weight, bias, mean, var, eps)
-    sums = np.zeros((2, hi - lo))
-    for i in range(n):
-        gs, xs = g[i, lo:hi], x[i, lo:hi]
+    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
+        gs, row = g[i], x[i]
         if relu:
-            for j in range(hi - lo):
-                d = xs[j] - k[0, j]
+            for j in range(x.shape[1]):
+                d = row[j] - k[0, j]
                 gj = gs[j] if d * k[1, j] + k[2, j] > zero else zero
-                sums[0, j] += np.float64(gj)
-                sums[1, j] += np.float64(gj) * np.float64(d)
+                sums[t, 0, j] += np.float64(gj)
+                sums[t, 1, j] += np.float64(gj) * np.float64(d)
         else:
-            for j in range(hi - lo):
-                sums[0, j] += np.float64(gs[j])
-                sums[1, j] += np.float64(gs[j]) * np.float64(xs[j] - k[0, j])
-    for j in range(hi - lo):
-        c = lo + j
-        ivar = 1 / np.sqrt(var[c] + eps)
-        rest = mean[c] - k[0, j]
-        by_weight = (sums[1, j] - rest * sums[0, j]) * ivar
-        gbias[c] = sums[0, j]
-        gweight[c] = by_weight
-        by_x = -weight[c] * ivar * ivar * by_weight / n
+            for j in range(x.shape[1]):
+                sums[t, 0, j] += np.float64(gs[j])
+                sums[t, 1, j] += np.float64(gs[j]) * np.float64(row[j] - k[0, j])
+
+
+@njit(**OPTIONS)
+def _gradients_of_sums(
+    sums: Array, n: int, weight: Array, mean: Array, var: Array, eps: float, k: Array, gweight: Array, gbias: Array
+) -> None:
+    for j in range(weight.size):
+        s1 = 0.0
+        s2 = 0.0
+        for t in range(sums.shape[0]):
+            s1 += sums[t, 0, j]
+            s2 += sums[t, 1, j]
+        ivar = 1 / np.sqrt(var[j] + eps)
+        rest = mean[j] - k[0, j]
+        gbias[j] = s1
+        gweight[j] = (s2 - rest * s1) * ivar
+        by_x = -weight[j] * ivar * ivar * gweight[j] / n
         k[3, j] = by_x
-        k[4, j] = -weight[c] * ivar * sums[0, j] / n - rest * by_x
-    for i in range(n):
-        gs, xs, out = g[i, lo:hi], x[i, lo:hi], gx[i, lo:hi]
+        k[4, j] = -weight[j] * ivar * s1 / n - rest * by_x
+
+
+@njit(**OPTIONS)
+def _chunk_backward(g: Array, x: Array, t: int, k: Array, relu: bool, gx: Array) -> None:
+    zero = x.dtype.type(0)
+    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
+        gs, row, out = g[i], x[i], gx[i]
         if relu:
-            for j in range(hi - lo):
-                d = xs[j] - k[0, j]
+            for j in range(x.shape[1]):
+                d = row[j] - k[0, j]
                 gj = gs[j] if d * k[1, j] + k[2, j] > zero else zero
                 out[j] = k[1, j] * gj + k[3, j] * d + k[4, j]
         else:
-            for j in range(hi - lo):
-                out[j] = k[1, j] * gs[j] + k[3, j] * (xs[j] - k[0, j]) + k[4, j]
+            for j in range(x.shape[1]):
+                out[j] = k[1, j] * gs[j] + k[3, j] * (row[j] - k[0, j]) + k[4, j]
 
 
 @njit(**OPTIONS)
-def _columns_forward_serial(x, weight, bias, eps, relu, y, mean, var):
-    for lo in range(0, x.shape[1], BLOCK):
-        hi = min(lo + BLOCK, x.shape[1])
-        _block_statistics(x, lo, hi, mean, var)
-        _block_normalize(x, lo, hi, weight, bias, mean, var, eps, relu, y)
+def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
+    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
+    shift = x[0].copy()
+    for _ in range(2):
+        sums = np.zeros((chunks, 2, x.shape[1]))
+        for t in range(chunks):
+            _chunk_sums(x, t, shift, sums)
+        if _statistics_of_sums(sums, n, shift, mean, var):
+            break
+    k = _constants(x, weight, bias, mean, var, eps)
+    for t in range(chunks):
+        _chunk_normalize(x, t, k, relu, y)
 
 
 @njit(parallel=True, **OPTIONS)
-def _columns_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
-    for block in prange((x.shape[1] + BLOCK - 1) // BLOCK):
-        lo, hi = block * BLOCK, min((block + 1) * BLOCK, x.shape[1])
-        _block_statistics(x, lo, hi, mean, var)
-        _block_normalize(x, lo, hi, weight, bias, mean, var, eps, relu, y)
+def _rows_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
+    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
+    shift = x[0].copy()
+    for _ in range(2):
+        sums = np.zeros((chunks, 2, x.shape[1]))
+        for t in prange(chunks):
+            _chunk_sums(x, t, shift, sums)
+        if _statistics_of_sums(sums, n, shift, mean, var):
+            break
+    k = _constants(x, weight, bias, mean, var, eps)
+    for t in prange(chunks):
+        _chunk_normalize(x, t, k, relu, y)
 
 
 @njit(**OPTIONS)
-def _columns_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    for lo in range(0, x.shape[1], BLOCK):
-        hi = min(lo + BLOCK, x.shape[1])
-        _block_backward(g, x, lo, hi, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
+def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
+    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
+    k = _constants(x, weight, bias, mean, var, eps)
+    sums = np.zeros((chunks, 2, x.shape[1]))
+    for t in range(chunks):
+        _chunk_backward_sums(g, x, t, k, relu, sums)
+    _gradients_of_sums(sums, n, weight, mean, var, eps, k, gweight, gbias)
+    for t in range(chunks):
+        _chunk_backward(g, x, t, k, relu, gx)
 
 
 @njit(parallel=True, **OPTIONS)
-def _columns_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    for block in prange((x.shape[1] + BLOCK - 1) // BLOCK):
-        lo, hi = block * BLOCK, min((block + 1) * BLOCK, x.shape[1])
-        _block_backward(g, x, lo, hi, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
+def _rows_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
+    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
+    k = _constants(x, weight, bias, mean, var, eps)
+    sums = np.zeros((chunks, 2, x.shape[1]))
+    for t in prange(chunks):
+        _chunk_backward_sums(g, x, t, k, relu, sums)
+    _gradients_of_sums(sums, n, weight, mean, var, eps, k, gweight, gbias)
+    for t in prange(chunks):
+        _chunk_backward(g, x, t, k, relu, gx)
 
 
 # ---- the ops --------------------------------------------------------------------------------------------
@@ -322,7 +344,7 @@ def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tu
     y, mean, var = np.empty_like(channels), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
     if x.size:
         serial, parallel = (
-            (_columns_forward_serial, _columns_forward_parallel)
+            (_rows_forward_serial, _rows_forward_parallel)
             if channels.ndim == 2
             else (_planes_forward_serial, _planes_forward_parallel)
         )
@@ -347,7 +369,7 @@ def _backward(
     gx, gweight, gbias = np.empty_like(channels), np.zeros(x.shape[1]), np.zeros(x.shape[1])
     if x.size:
         serial, parallel = (
-            (_columns_backward_serial, _columns_backward_parallel)
+            (_rows_backward_serial, _rows_backward_parallel)
             if channels.ndim == 2
             else (_planes_backward_serial, _planes_backward_parallel)
         )
