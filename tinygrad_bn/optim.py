@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tinygrad_bn.device import device_of, find_kernel
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -163,13 +164,43 @@ class Adam(Optimizer):
 
     def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
         (beta1, beta2), t = o["betas"], state["step"]
-        if self.decoupled:
-            p = p * (1 - o["lr"] * o["weight_decay"])
-        elif o["weight_decay"]:
-            g = g + o["weight_decay"] * p
-        m = state["exp_avg"] = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * g
-        v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * (g * g)
-        return p - o["lr"] / (1 - beta1**t) * m / (np.sqrt(v) / math.sqrt(1 - beta2**t) + o["eps"])
+        m, v = (state.setdefault(name, np.zeros_like(p)) for name in ("exp_avg", "exp_avg_sq"))
+        compiled = p.dtype in (np.float32, np.float64) and p.ndim
+        update = (find_kernel("optim.adam", device_of(p)) if compiled else None) or _adam
+        return update(
+            p,
+            g,
+            m,
+            v,
+            beta1=beta1,
+            beta2=beta2,
+            step_size=o["lr"] / (1 - beta1**t),
+            root_scale=1 / math.sqrt(1 - beta2**t),
+            eps=o["eps"],
+            shrink=1 - o["lr"] * o["weight_decay"] if self.decoupled else 1.0,
+            decay=0.0 if self.decoupled else o["weight_decay"],
+        )
+
+
+def _adam(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    *,
+    beta1: float,
+    beta2: float,
+    step_size: float,
+    root_scale: float,
+    eps: float,
+    shrink: float,
+    decay: float,
+) -> Array:
+    """The new p = shrink · p − step_size · m / (root_scale · √v + eps), after m and v have taken in g + decay · p."""
+    g = g + decay * p
+    m[...] = beta1 * m + (1 - beta1) * g
+    v[...] = beta2 * v + (1 - beta2) * (g * g)
+    return shrink * p - step_size * m / (np.sqrt(v) * root_scale + eps)
 
 
 class AdamW(Adam):

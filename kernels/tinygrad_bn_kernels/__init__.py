@@ -2,7 +2,7 @@
 
 A kernel takes arrays and gives arrays; it knows no Tensor. Its name is the op's name (the forward) or the op's
 name with ``.vjp`` (the backward: ``(g, y, *operands, **params)`` to one gradient, or None, for each operand).
-An op without a kernel runs its NumPy reference.
+An op without a kernel runs its NumPy reference. Kernels called ``optim.…`` are optimisers' updates.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ MODULES: dict[tuple[str, str], str] = {
     ("batch_norm_relu_fused", "cpu"): "tinygrad_bn_kernels.cpu.norm",
     ("batch_norm_relu_fused.vjp", "cpu"): "tinygrad_bn_kernels.cpu.norm",
     ("relu.vjp", "cpu"): "tinygrad_bn_kernels.cpu.elementwise",
+    ("optim.adam", "cpu"): "tinygrad_bn_kernels.cpu.optim",
     ("erf", "cpu"): "tinygrad_bn_kernels.cpu.elementwise",
 }
 

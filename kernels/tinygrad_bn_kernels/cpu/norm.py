@@ -38,8 +38,7 @@ FAR = 16.0
 @njit(**OPTIONS)
 def _plane_statistics(x: Array, c: int) -> tuple[float, float]:
     n, _, size = x.shape
-    shift = x[0, c, 0]
-    off = 0.0
+    shift = np.float64(x[0, c, 0])
     var = 0.0
     for _ in range(2):
         s1 = 0.0
@@ -47,15 +46,15 @@ def _plane_statistics(x: Array, c: int) -> tuple[float, float]:
         for i in range(n):
             plane = x[i, c]
             for j in range(size):
-                d = np.float64(plane[j] - shift)
+                d = plane[j] - shift
                 s1 += d
                 s2 += d * d
         off = s1 / (n * size)
         var = max(s2 / (n * size) - off * off, 0.0)
+        shift += off
         if not off * off > FAR * FAR * var:
             break
-        shift = x.dtype.type(shift + off)
-    return shift + off, var
+    return shift, var
 
 
 @njit(**OPTIONS)
@@ -175,7 +174,7 @@ def _chunk_sums(x: Array, t: int, shift: Array, sums: Array) -> None:
     for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
         row = x[i]
         for j in range(x.shape[1]):
-            d = np.float64(row[j] - shift[j])
+            d = row[j] - shift[j]
             sums[t, 0, j] += d
             sums[t, 1, j] += d * d
 
@@ -195,7 +194,7 @@ def _statistics_of_sums(sums: Array, n: int, shift: Array, mean: Array, var: Arr
         var[j] = max(s2 / n - off * off, 0.0)
         if off * off > FAR * FAR * var[j]:
             good = False
-        shift[j] = shift.dtype.type(mean[j])
+        shift[j] = mean[j]
     return good
 
 
@@ -279,7 +278,7 @@ def _chunk_backward(g: Array, x: Array, t: int, k: Array, relu: bool, gx: Array)
 @njit(**OPTIONS)
 def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
     n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
-    shift = x[0].copy()
+    shift = x[0].astype(np.float64)
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         for t in range(chunks):
@@ -294,7 +293,7 @@ def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
 @njit(parallel=True, **OPTIONS)
 def _rows_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
     n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
-    shift = x[0].copy()
+    shift = x[0].astype(np.float64)
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         for t in prange(chunks):

@@ -1,0 +1,201 @@
+"""The CPU kernels: exact at any mean, the same for any number of threads, safe with threads and forks.
+
+That each equals its op's reference and its composition's gradient is tested for every op in test_ops.py.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+
+import hypothesis.strategies as st
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from tinygrad_bn_kernels import kernel, names
+from tinygrad_bn_kernels.cpu import threads
+
+from tinygrad_bn import Tensor, functional, nn, optim
+from tinygrad_bn.device import find_kernel, kernels_disabled
+
+SHAPES = [(37, 5), (130, 70), (6, 5, 4), (8, 3, 5, 5)]
+
+
+def training_step(x, g, weight, bias, relu=False):
+    """Output, statistics and gradients of BatchNorm, through the kernels unless they are disabled."""
+    t = Tensor(x, requires_grad=True)
+    w, b = Tensor(weight, requires_grad=True), Tensor(bias, requires_grad=True)
+    y, mean, var = functional.batch_norm_with_statistics(t, w, b, relu=relu)
+    y.backward(g)
+    return [np.asarray(a) for a in (y, mean, var, t.grad, w.grad, b.grad)]
+
+
+def operands(shape, seed=0, dtype=np.float32, offset=0.0):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=shape) + offset).astype(dtype)
+    return x, rng.normal(size=shape).astype(dtype), *rng.normal(size=(2, shape[1])).astype(dtype)
+
+
+@pytest.fixture(params=["serial", "parallel"])
+def driver(request, monkeypatch):
+    """Run small work through either driver."""
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1 << 60 if request.param == "serial" else 1)
+
+
+@pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_norm_is_exact_at_any_mean(shape, offset, driver):
+    x, g, weight, bias = operands(shape, offset=offset)
+    got = training_step(x, g, weight, bias)
+    want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)))
+    scale = np.abs(weight).max() + np.abs(bias).max()
+    assert np.abs(got[0] - want[0]).max() <= 1e-6 * scale
+    assert np.abs(got[3] - want[3]).max() <= 1e-5 * np.abs(want[3]).max()
+    for a, b in zip(got[1:3], want[1:3], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@given(st.sampled_from(SHAPES), st.integers(0, 999), st.booleans(), st.sampled_from([np.float32, np.float64]))
+def test_kernels_equal_the_composition(shape, seed, relu, dtype):
+    args = operands(shape, seed, dtype)
+    got = training_step(*args, relu)
+    with kernels_disabled():
+        want = training_step(*args, relu)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 if dtype == np.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("value", [1e-30, 1.0, -3.3, 1e10])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_constant_channel_gives_exactly_bias(shape, value, driver):
+    x, g, weight, bias = operands(shape)
+    x[:, 0] = value
+    y, _, var, gx, *_ = training_step(x, g, weight, bias)
+    assert (y[:, 0] == bias[0]).all()
+    assert var[0] == 0
+    assert np.isfinite(gx).all()
+
+
+def test_a_first_element_far_from_the_others_does_not_spoil_the_statistics(driver):
+    for shape in SHAPES:
+        x, g, weight, bias = operands(shape, offset=1e4)
+        x[0, :] = -1e7
+        got = training_step(x, g, weight, bias)
+        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)))
+        assert np.abs(got[0] - want[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(300, 260), (16, 6, 40, 40)])
+def test_the_number_of_threads_changes_no_bit(shape, monkeypatch):
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
+    args, results = operands(shape), []
+    before = numba.get_num_threads()
+    try:
+        for count in range(1, before + 1):
+            numba.set_num_threads(count)
+            results += [training_step(*args), training_step(*args)]
+    finally:
+        numba.set_num_threads(before)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1 << 60)
+    results.append(training_step(*args))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_nan_and_inf_stay_in_their_channel(driver):
+    for shape in SHAPES:
+        x, g, weight, bias = operands(shape)
+        x[2, 1] = np.nan
+        x[1, 2] = np.inf
+        with np.errstate(invalid="ignore"):
+            y, mean, *_ = training_step(x, g, weight, bias)
+        assert np.isnan(y[:, 1]).all()
+        assert np.isnan(mean[1])
+        assert not np.isfinite(mean[2])
+        assert np.isfinite(np.delete(y, [1, 2], axis=1)).all()
+
+
+def test_an_empty_batch_reads_nothing():
+    y, mean, _, gx, gw, gb = training_step(*operands((0, 3)))
+    assert y.shape == gx.shape == (0, 3)
+    assert np.isnan(mean).all()
+    assert gw.tolist() == gb.tolist() == [0, 0, 0]
+
+
+def test_two_python_threads(monkeypatch):
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
+    args = operands((300, 64))
+    want = training_step(*args)[3]
+    wrong = []
+
+    def work():
+        wrong.extend(1 for _ in range(20) if not np.array_equal(training_step(*args)[3], want))
+
+    pool = [threading.Thread(target=work) for _ in range(2)]
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    assert not wrong
+
+
+FORK = """
+import os, numpy as np
+from tinygrad_bn import functional as F
+x = np.random.default_rng(0).normal(size=(600, 256)).astype("f4")
+want = F.batch_norm(x, training=True)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(F.batch_norm(x, training=True), want) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_gets_the_right_answer():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
+
+
+def test_sequential_fuses_batch_norm_and_relu_only_when_nobody_looks():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    fused = model(x)
+    seen = []
+    with nn.observe(lambda module, y: seen.append(type(module).__name__)):
+        plain = model(x)
+    assert seen == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "Sequential"]
+    np.testing.assert_allclose(fused.numpy(), plain.numpy(), rtol=1e-5, atol=1e-6)
+    assert model[1].num_batches_tracked.item() == 2
+    model.eval()
+    with nn.observe(lambda module, y: None):
+        looked_at = model(x)
+    np.testing.assert_array_equal(model(x).numpy(), looked_at.numpy())
+
+
+@given(st.integers(0, 999), st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([np.float32, np.float64]))
+def test_adams_kernel_equals_its_reference(seed, decoupled, decay, dtype):
+    def run():
+        rng = np.random.default_rng(seed)
+        p = Tensor(rng.normal(size=(3, 5)), requires_grad=True, dtype=dtype)
+        optimizer = (optim.AdamW if decoupled else optim.Adam)([p], lr=0.1, weight_decay=decay)
+        for _ in range(5):
+            p.grad = Tensor(rng.normal(size=(3, 5)), dtype=dtype)
+            optimizer.step()
+        return p.numpy()
+
+    with kernels_disabled():
+        want = run()
+    np.testing.assert_allclose(run(), want, rtol=1e-5 if dtype == np.float32 else 1e-12)
+
+
+def test_every_name_of_the_table_is_found_and_a_place_is_taken_once():
+    for name, device in names():
+        assert callable(find_kernel(name, device))
+        with pytest.raises(ValueError, match="already"):
+            kernel(name, device)(lambda: None)
+    with kernels_disabled():
+        assert find_kernel("batch_norm_fused", "cpu") is None
+    assert find_kernel("batch_norm_fused", "gpu") is None
