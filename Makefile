@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers lint format clean
+.PHONY: help demo test test-peers bench bench-quick lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,12 @@ test: $(VENV)/.test  ## run the test-suite
 
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
+
+bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them); wants a quiet machine
+	$(BIN)/python tests/benchmarks/bench.py
+
+bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly
+	$(BIN)/python tests/benchmarks/bench.py --seconds 3
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .
@@ -39,6 +45,6 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.peers $(VENV)/.lint: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@

@@ -164,7 +164,9 @@ class Adam(Optimizer):
 
     def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
         (beta1, beta2), t = o["betas"], state["step"]
-        m, v = (state.setdefault(name, np.zeros_like(p)) for name in ("exp_avg", "exp_avg_sq"))
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = np.zeros_like(p), np.zeros_like(p)
+        m, v = state["exp_avg"], state["exp_avg_sq"]
         compiled = p.dtype in (np.float32, np.float64) and p.ndim
         update = (find_kernel("optim.adam", device_of(p)) if compiled else None) or _adam
         return update(

@@ -123,12 +123,12 @@ class _BatchNorm(Module):
         """Move the running statistics towards those that normalised this batch, unless they are not finite."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        tracked = self.num_batches_tracked.numpy() + 1
+        tracked = self.num_batches_tracked._data + 1
         m = 1 / tracked if self.momentum is None else self.momentum
         with np.errstate(over="ignore", invalid="ignore"):
             var = var * (count / (count - self.running_var_correction))
-            new_mean = ((1 - m) * self.running_mean.numpy() + m * mean).astype(self.running_mean.dtype)
-            new_var = ((1 - m) * self.running_var.numpy() + m * var).astype(self.running_var.dtype)
+            new_mean = ((1 - m) * self.running_mean._data + m * mean).astype(self.running_mean.dtype)
+            new_var = ((1 - m) * self.running_var._data + m * var).astype(self.running_var.dtype)
         if not (np.isfinite(new_mean).all() and np.isfinite(new_var).all()):
             self.num_batches_skipped += 1
             if self.num_batches_skipped == 1:
@@ -139,8 +139,8 @@ class _BatchNorm(Module):
                     stacklevel=2,
                 )
             return
-        self.num_batches_tracked.data = tracked
-        self.running_mean.data, self.running_var.data = new_mean, new_var
+        self.num_batches_tracked._data = np.asarray(tracked)
+        self.running_mean._data, self.running_var._data = new_mean, new_var
 
     def extra_repr(self) -> str:
         words = [str(self.num_features), f"eps={self.eps:g}"]

@@ -8,6 +8,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import compiled
 from tinygrad_bn_kernels.cpu.threads import use_threads
 
 Array = NDArray[Any]
@@ -30,7 +31,7 @@ def _relu_vjp_parallel(g, y, out):
 
 
 def _flat(x: Array) -> Array:
-    return np.require(x, np.result_type(x, np.float32), ["C", "W"]).reshape(-1)
+    return compiled(x).reshape(-1)
 
 
 @kernel("relu.vjp", "cpu")

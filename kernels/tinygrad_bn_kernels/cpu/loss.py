@@ -7,6 +7,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import compiled
 
 Array = NDArray[Any]
 
@@ -57,17 +58,13 @@ def _backward(g: Array, x: Array, target: Array, weight: Array, smoothing: float
 
 
 def _prepared(x: Array, target: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """Contiguous, writable-typed and in one of the two compiled precisions: one signature for each."""
+    """Checked, since the loops would read and write outside the arrays, and as the loops want them."""
     if target.shape != x.shape[:1] or weight.shape != x.shape[1:]:
         raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
     if target.size and not 0 <= target.min() <= target.max() < x.shape[1]:
         raise IndexError(f"targets lie in {target.min()} to {target.max()}, classes in 0 to {x.shape[1] - 1}")
-    dtype = np.result_type(x, np.float32)
-    return (
-        np.require(x, dtype, ["C", "W"]),
-        np.require(target, np.int64, ["C", "W"]),
-        np.require(weight, dtype, ["C", "W"]),
-    )
+    x = compiled(x)
+    return x, compiled(target, np.int64), compiled(weight, x.dtype)
 
 
 @kernel("softmax_cross_entropy", "cpu")
@@ -85,5 +82,5 @@ def softmax_cross_entropy_vjp(
     """Gradients of the rows' losses with respect to logits and class weights: g (M,) to (M, C) and (C,)."""
     x, target, weight = _prepared(x, target, weight)
     gx, gweight = np.empty_like(x), np.zeros_like(weight)
-    _backward(np.require(g, x.dtype, ["C", "W"]), x, target, weight, smoothing, gx, gweight)
+    _backward(compiled(g, x.dtype), x, target, weight, smoothing, gx, gweight)
     return gx, None, gweight

@@ -13,6 +13,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import compiled
 from tinygrad_bn_kernels.cpu.threads import use_threads
 
 Array = NDArray[Any]
@@ -334,7 +335,7 @@ def _rows_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweigh
 
 def _as_channels(x: Array) -> Array:
     """Contiguous, in a precision that is compiled, as (N, C) or (N, C, S)."""
-    x = np.require(x, np.result_type(x, np.float32), ["C", "W"])
+    x = compiled(x)
     return x if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
 
 
@@ -350,8 +351,8 @@ def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tu
         run = parallel if use_threads(x.size) else serial
         run(
             channels,
-            np.require(weight, np.float64, ["C", "W"]),
-            np.require(bias, np.float64, ["C", "W"]),
+            compiled(weight, np.float64),
+            compiled(bias, np.float64),
             eps,
             relu,
             y,
@@ -373,8 +374,8 @@ def _backward(
             else (_planes_backward_serial, _planes_backward_parallel)
         )
         run = parallel if use_threads(x.size) else serial
-        g = np.require(g, channels.dtype, ["C", "W"]).reshape(channels.shape)
-        weight, bias = np.require(weight, np.float64, ["C", "W"]), np.require(bias, np.float64, ["C", "W"])
+        g = compiled(g, channels.dtype).reshape(channels.shape)
+        weight, bias = compiled(weight, np.float64), compiled(bias, np.float64)
         run(g, channels, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
     return gx.reshape(x.shape), gweight, gbias
 

@@ -10,6 +10,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import compiled
 from tinygrad_bn_kernels.cpu.threads import use_threads
 
 Array = NDArray[Any]
@@ -54,7 +55,7 @@ def adam(
 ) -> Array:
     """The new p = shrink · p − step_size · m / (root_scale · √v + eps), after m and v have taken in g + decay · p."""
     kind = p.dtype.type
-    p, g = np.require(p, p.dtype, ["C", "W"]), np.require(g, p.dtype, ["C", "W"])
+    p, g = compiled(p), compiled(g, p.dtype)
     out = np.empty_like(p)
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, step_size, root_scale, eps, shrink, decay)
     run = _adam_parallel if use_threads(p.size) else _adam_serial
