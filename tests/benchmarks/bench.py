@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-# Before a peer is loaded: idle threads sleep, instead of taking the core of the contender whose turn it is.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Before a peer loads OpenMP: this sets how long an idle thread spins, for all contenders alike.
+import tinygrad_bn_kernels.cpu.threads  # noqa: F401
 import torch
 from rich import box
 from rich.console import Console
@@ -243,9 +243,8 @@ def main() -> None:
     print(
         f"copy rate {rate / 1e6:.1f} GB/s; load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores, {platform.machine()}"
     )
-    print(
-        f"NumPy {np.__version__}, PyTorch {torch.__version__}, JAX {jax.__version__}, Python {platform.python_version()}"
-    )
+    versions = {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": torch.__version__}
+    print(", ".join(f"{name} {version}" for name, version in {**versions, "JAX": jax.__version__}.items()))
 
 
 def cells(times: dict[str, float]) -> list[str]:

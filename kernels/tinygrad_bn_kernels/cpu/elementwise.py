@@ -30,16 +30,13 @@ def _relu_vjp_parallel(g, y, out):
         out[i] = g[i] if y[i] > 0 else zero
 
 
-def _flat(x: Array) -> Array:
-    return compiled(x).reshape(-1)
-
-
 @kernel("relu.vjp", "cpu")
 def relu_vjp(g: Array, y: Array, x: Array) -> tuple[Array]:
     """g where the output was positive, 0 elsewhere."""
-    flat, out = _flat(g), np.empty(g.size, np.result_type(g, np.float32))
-    (_relu_vjp_parallel if use_threads(g.size) else _relu_vjp_serial)(flat, _flat(y), out)
-    return (out.reshape(g.shape),)
+    g, y = compiled(g), compiled(y)
+    out = np.empty_like(g)
+    (_relu_vjp_parallel if use_threads(g.size) else _relu_vjp_serial)(g.reshape(-1), y.reshape(-1), out.reshape(-1))
+    return (out,)
 
 
 @njit(**OPTIONS)
@@ -51,7 +48,7 @@ def _erf(x: Array, out: Array) -> None:
 @kernel("erf", "cpu")
 def erf(x: Array) -> Array:
     """The error function."""
-    flat = _flat(x)
-    out = np.empty_like(flat)
-    _erf(flat, out)
-    return out.reshape(np.shape(x)).astype(np.result_type(x, np.float16), copy=False)
+    source = compiled(x)
+    out = np.empty_like(source)
+    _erf(source.reshape(-1), out.reshape(-1))
+    return out.astype(np.result_type(x, np.float16), copy=False)

@@ -333,51 +333,46 @@ def _rows_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweigh
 # ---- the ops --------------------------------------------------------------------------------------------
 
 
-def _as_channels(x: Array) -> Array:
-    """Contiguous, in a precision that is compiled, as (N, C) or (N, C, S)."""
-    x = compiled(x)
+# The drivers by whether x is (N, C) and whether threads are used.
+FORWARD = {
+    (True, False): _rows_forward_serial,
+    (True, True): _rows_forward_parallel,
+    (False, False): _planes_forward_serial,
+    (False, True): _planes_forward_parallel,
+}
+BACKWARD = {
+    (True, False): _rows_backward_serial,
+    (True, True): _rows_backward_parallel,
+    (False, False): _planes_backward_serial,
+    (False, True): _planes_backward_parallel,
+}
+
+
+def _channels(x: Array) -> Array:
+    """(N, C) as it is, anything longer as (N, C, S)."""
     return x if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
 
 
 def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
-    channels = _as_channels(x)
-    y, mean, var = np.empty_like(channels), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
+    source = compiled(x)
+    y, mean, var = np.empty_like(source), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
     if x.size:
-        serial, parallel = (
-            (_rows_forward_serial, _rows_forward_parallel)
-            if channels.ndim == 2
-            else (_planes_forward_serial, _planes_forward_parallel)
-        )
-        run = parallel if use_threads(x.size) else serial
-        run(
-            channels,
-            compiled(weight, np.float64),
-            compiled(bias, np.float64),
-            eps,
-            relu,
-            y,
-            mean,
-            var,
-        )
-    return y.reshape(x.shape).astype(x.dtype, copy=False), mean, var
+        run = FORWARD[x.ndim == 2, use_threads(x.size)]
+        weight, bias = compiled(weight, np.float64), compiled(bias, np.float64)
+        run(_channels(source), weight, bias, eps, relu, _channels(y), mean, var)
+    return y.astype(x.dtype, copy=False), mean, var
 
 
 def _backward(
     g: Array, x: Array, weight: Array, bias: Array, eps: float, mean: Array, var: Array, relu: bool
 ) -> tuple[Array, Array, Array]:
-    channels = _as_channels(x)
-    gx, gweight, gbias = np.empty_like(channels), np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    source = compiled(x)
+    gx, gweight, gbias = np.empty_like(source), np.zeros(x.shape[1]), np.zeros(x.shape[1])
     if x.size:
-        serial, parallel = (
-            (_rows_backward_serial, _rows_backward_parallel)
-            if channels.ndim == 2
-            else (_planes_backward_serial, _planes_backward_parallel)
-        )
-        run = parallel if use_threads(x.size) else serial
-        g = compiled(g, channels.dtype).reshape(channels.shape)
-        weight, bias = compiled(weight, np.float64), compiled(bias, np.float64)
-        run(g, channels, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
-    return gx.reshape(x.shape), gweight, gbias
+        run = BACKWARD[x.ndim == 2, use_threads(x.size)]
+        g, weight, bias = compiled(g, source.dtype), compiled(weight, np.float64), compiled(bias, np.float64)
+        run(_channels(g), _channels(source), weight, bias, mean, var, eps, relu, _channels(gx), gweight, gbias)
+    return gx, gweight, gbias
 
 
 @kernel("batch_norm_fused", "cpu")
