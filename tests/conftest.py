@@ -4,6 +4,8 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+collect_ignore = ["benchmarks"]  # a program, and it needs the peers
+
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=15, derandomize=True, **COMMON)
 settings.register_profile("ci", max_examples=40, derandomize=True, **COMMON)
