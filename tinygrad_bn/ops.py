@@ -16,8 +16,15 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, Draw, broadcasting, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Tensor
+
+# isort: off
+from tinygrad_bn.sample import (
+    NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing, sample_broadcast_to, sample_clip,
+    sample_concatenate, sample_distinct_pair, sample_getitem, sample_linear, sample_matmul, sample_pad,
+    sample_reshape, sample_scatter_add, sample_sum_to, sample_where,
+)  # fmt: skip
+# isort: on
 
 __all__ = [
     "abs", "add", "argmax", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1",
@@ -181,19 +188,10 @@ def sign(x: Operand) -> Operand:
     return np.sign(x)
 
 
-def _sample_clip(d: Draw) -> Any:
-    low, high = d.choice([(-1.0, 1.0), (None, 0.5), (-0.5, None)])
-    x = d.array(NONZERO, d.shape())
-    for bound in (low, high):
-        if bound is not None:
-            x = np.where(np.abs(x - bound) < 0.1, 0.2, x)  # away from the kinks
-    return (x,), {"min": low, "max": high}
-
-
 @primitive(
     lambda g, y, x, *, min, max: where(x == y, g, 0.0),
     formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
-    sample=_sample_clip,
+    sample=sample_clip,
 )
 def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
     """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
@@ -205,16 +203,11 @@ def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> O
 # ---- choosing -------------------------------------------------------------------------------------------
 
 
-def _sample_distinct_pair(d: Draw) -> Any:
-    shapes = d.broadcastable(2)
-    return (d.distinct(shapes[0]), d.distinct(shapes[1]) + 0.1), {}
-
-
 @primitive(
     lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, g, 0.0)),
     lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, g, 0.0)),
     formula="y = max(a, b);  the larger gets g, both half of it in a tie",
-    sample=_sample_distinct_pair,
+    sample=sample_distinct_pair,
 )
 def maximum(a: Operand, b: Operand) -> Operand:
     """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
@@ -225,16 +218,11 @@ def maximum(a: Operand, b: Operand) -> Operand:
     lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, g, 0.0)),
     lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, g, 0.0)),
     formula="y = min(a, b);  the smaller gets g, both half of it in a tie",
-    sample=_sample_distinct_pair,
+    sample=sample_distinct_pair,
 )
 def minimum(a: Operand, b: Operand) -> Operand:
     """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
     return np.minimum(a, b)
-
-
-def _sample_where(d: Draw) -> Any:
-    shapes = d.broadcastable(3)
-    return (d.integers(0, 1, shapes[0]).astype(bool), d.array(REAL, shapes[1]), d.array(REAL, shapes[2])), {}
 
 
 @primitive(
@@ -242,7 +230,7 @@ def _sample_where(d: Draw) -> Any:
     lambda g, y, condition, a, b: where(condition, g, 0.0),
     lambda g, y, condition, a, b: where(condition, 0.0, g),
     formula="y = a where condition, else b;  ∂a = g where condition,  ∂b = g elsewhere",
-    sample=_sample_where,
+    sample=sample_where,
 )
 def where(condition: Operand, a: Operand, b: Operand) -> Operand:
     """`a` where `condition` (boolean) holds, `b` elsewhere, with NumPy broadcasting."""
@@ -299,20 +287,10 @@ def min(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     return np.min(x, axis=axis, keepdims=keepdims)
 
 
-def _sample_broadcast_to(d: Draw) -> Any:
-    narrow, wide = d.choice([((2, 1), (2, 3)), ((2, 1), (4, 2, 3)), ((), (3, 2)), ((3,), (3,)), ((1,), (0,))])
-    return (d.array(REAL, narrow),), {"shape": wide}
-
-
-def _sample_sum_to(d: Draw) -> Any:
-    (x,), params = _sample_broadcast_to(d)
-    return (d.array(REAL, params["shape"]),), {"shape": x.shape}
-
-
 @primitive(
     lambda g, y, x, *, shape: sum_to(g, shape=x.shape),
     formula="y = x, repeated to shape;  ∂x = g, summed back",
-    sample=_sample_broadcast_to,
+    sample=sample_broadcast_to,
 )
 def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Repeat `x` to `shape` by NumPy's rules, without a copy."""
@@ -322,7 +300,7 @@ def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: broadcast_to(g, shape=x.shape),
     formula="y = Σ x over what broadcasting to x's shape repeated;  ∂x = g, repeated",
-    sample=_sample_sum_to,
+    sample=sample_sum_to,
 )
 def sum_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Sum `x` down to `shape`: the adjoint of `broadcast_to`."""
@@ -364,31 +342,15 @@ def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
     return matmul(_swap(a), g)
 
 
-def _sample_matmul(d: Draw) -> Any:
-    n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
-    shapes = [
-        ((n, k), (k, m)), ((2, n, k), (k, m)), ((1, n, k), (2, k, m)), ((2, 1, n, k), (3, k, m)), ((k,), (k,)),
-        ((n, k), (k,)), ((k,), (k, m)), ((2, n, k), (k,)), ((k,), (2, k, m)),
-    ]  # fmt: skip
-    a, b = d.choice(shapes)
-    return (d.array(REAL, a), d.array(REAL, b)), {}
-
-
 @primitive(
     _matmul_by_left,
     _matmul_by_right,
     formula="y = a b;  ∂a = g bᵀ,  ∂b = aᵀ g",
-    sample=_sample_matmul,
+    sample=sample_matmul,
 )
 def matmul(a: Operand, b: Operand) -> Operand:
     """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
     return np.matmul(a, b)
-
-
-def _sample_linear(d: Draw) -> Any:
-    n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
-    x = d.choice([(n, k), (k,), (2, n, k)])
-    return (d.array(REAL, x), d.array(REAL, (m, k)), d.array(REAL, (m,))), {}
 
 
 def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
@@ -401,7 +363,7 @@ def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
     _linear_by_weight,
     lambda g, y, x, weight, bias: g,
     formula="y = x Wᵀ + b;  ∂x = g W,  ∂W = gᵀ x,  ∂b = Σ g",
-    sample=_sample_linear,
+    sample=sample_linear,
 )
 def linear(x: Operand, weight: Operand, bias: Operand) -> Operand:
     """Affine map of the last axis: x (..., in), weight (out, in), bias (out,); gives (..., out)."""
@@ -412,16 +374,10 @@ def linear(x: Operand, weight: Operand, bias: Operand) -> Operand:
 # ---- shape and indexing ---------------------------------------------------------------------------------
 
 
-def _sample_reshape(d: Draw) -> Any:
-    shape = d.shape(min_side=1)
-    x = d.array(REAL, shape)
-    return (x,), {"shape": d.choice([(x.size,), -1, (1, *shape), shape[::-1], (*shape[:1], -1)])}
-
-
 @primitive(
     lambda g, y, x, *, shape: reshape(g, shape=x.shape),
     formula="y = x in another shape;  ∂x = g in x's shape",
-    sample=_sample_reshape,
+    sample=sample_reshape,
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
     """The same elements in another shape; one -1 stands for what is left."""
@@ -455,32 +411,20 @@ def _plain_part(part: Any) -> Any:
     return array if array.size or isinstance(part, Tensor | np.ndarray) else array.astype(np.intp)  # [] is no float
 
 
-_INDICES: list[Any] = [
-    1, -1, slice(None, None, -2), (0, slice(1, None)), (Ellipsis, 1), (None, 0), [2, 0, 2], ([0, 2, 0], [1, 1, 1]),
-    np.array([[True, False, True], [False] * 3, [True] * 3]), (slice(None), [0, 0]), np.array([True, False, True]),
-    ((0, 0, 0), (1, 1, 1)), ((0, 0, 1),),
-]  # fmt: skip
-
-
 @primitive(
     lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
     formula="y = x[index];  ∂x = g, added up at index",
-    sample=lambda d: ((d.array(REAL, (3, 3)),), {"index": d.choice(_INDICES)}),
+    sample=sample_getitem,
 )
 def getitem(x: Operand, *, index: Any) -> Operand:
     """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
     return x[index]
 
 
-def _sample_scatter_add(d: Draw) -> Any:
-    index = d.choice(_INDICES)
-    return (d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)}
-
-
 @primitive(
     lambda g, y, x, *, index, shape: getitem(g, index=index),
     formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
-    sample=_sample_scatter_add,
+    sample=sample_scatter_add,
 )
 def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
@@ -497,12 +441,6 @@ def _part(g: Any, axis: int, start: int, stop: int) -> Any:
     return getitem(g, index=(slice(None),) * (axis % g.ndim) + (slice(start, stop),))
 
 
-def _sample_concatenate(d: Draw) -> Any:
-    axis = d.choice([0, 1, -1])
-    shapes = [tuple(n if i != axis % 2 else d.integer(0, 3) for i, n in enumerate((2, 3))) for _ in range(3)]
-    return tuple(d.array(REAL, shape) for shape in shapes), {"axis": axis}
-
-
 def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
     stops = np.cumsum([x.shape[axis] for x in xs])
     return _part(g, axis, int(stops[i]) - xs[i].shape[axis], int(stops[i]))
@@ -511,7 +449,7 @@ def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
 @primitive(
     each=_concatenate_rule,
     formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
-    sample=_sample_concatenate,
+    sample=sample_concatenate,
 )
 def concatenate(*xs: Operand, axis: int = 0) -> Operand:
     """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
@@ -528,18 +466,12 @@ def stack(*xs: Operand, axis: int = 0) -> Operand:
     return np.stack(xs, axis=axis)
 
 
-def _sample_pad(d: Draw) -> Any:
-    x = d.array(REAL, d.shape())
-    width = tuple((d.integer(0, 2), d.integer(0, 2)) for _ in range(x.ndim))
-    return (x,), {"width": width, "value": d.choice([0.0, 1.5])}
-
-
 @primitive(
     lambda g, y, x, *, width, value: getitem(
         g, index=tuple(slice(before, before + n) for (before, _), n in zip(width, x.shape, strict=True))
     ),
     formula="y = x with a border of value;  ∂x = g without the border",
-    sample=_sample_pad,
+    sample=sample_pad,
 )
 def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""

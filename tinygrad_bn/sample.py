@@ -7,6 +7,7 @@ Hypothesis, `testing.check_op` one that asks a seeded generator; the op need not
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -45,13 +46,14 @@ class Draw(Protocol):
     def choice(self, options: Sequence[T]) -> T: ...
 
 
-Sample: TypeAlias = Callable[[Draw], tuple[tuple[Array, ...], dict[str, Any]]]
+Drawn: TypeAlias = tuple[tuple[Array, ...], dict[str, Any]]
+Sample: TypeAlias = Callable[[Draw], Drawn]
 
 
 def elementwise(*domains: Domain, **params: Any) -> Sample:
     """Operands of one shape, one for each domain; and fixed params."""
 
-    def sample(d: Draw) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    def sample(d: Draw) -> Drawn:
         shape = d.shape()
         return tuple(d.array(domain, shape) for domain in domains), params
 
@@ -61,7 +63,7 @@ def elementwise(*domains: Domain, **params: Any) -> Sample:
 def broadcasting(*domains: Domain) -> Sample:
     """Operands whose shapes broadcast with each other, one for each domain."""
 
-    def sample(d: Draw) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    def sample(d: Draw) -> Drawn:
         shapes = d.broadcastable(len(domains))
         return tuple(d.array(domain, shape) for domain, shape in zip(domains, shapes, strict=True)), {}
 
@@ -74,7 +76,7 @@ def reducing(*, distinct: bool = False, tuples: bool = True) -> Sample:
     `distinct` values have no ties, and are not empty; `tuples` of axes are drawn too.
     """
 
-    def sample(d: Draw) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    def sample(d: Draw) -> Drawn:
         shape = d.shape(min_side=1 if distinct else 0)
         axes = [None, *range(-len(shape), len(shape))]
         if tuples and len(shape) > 1:
@@ -83,3 +85,85 @@ def reducing(*, distinct: bool = False, tuples: bool = True) -> Sample:
         return (d.distinct(shape) if distinct else d.array(REAL, shape),), params
 
     return sample
+
+
+# ---- of single ops --------------------------------------------------------------------------------------
+
+
+def sample_clip(d: Draw) -> Drawn:
+    low, high = d.choice([(-1.0, 1.0), (None, 0.5), (-0.5, None)])
+    x = d.array(NONZERO, d.shape())
+    for bound in (low, high):
+        if bound is not None:
+            x = np.where(np.abs(x - bound) < 0.1, 0.2, x)  # away from the kinks
+    return (x,), {"min": low, "max": high}
+
+
+def sample_distinct_pair(d: Draw) -> Drawn:
+    shapes = d.broadcastable(2)
+    return (d.distinct(shapes[0]), d.distinct(shapes[1]) + 0.1), {}
+
+
+def sample_where(d: Draw) -> Drawn:
+    shapes = d.broadcastable(3)
+    return (d.integers(0, 1, shapes[0]).astype(bool), d.array(REAL, shapes[1]), d.array(REAL, shapes[2])), {}
+
+
+def sample_broadcast_to(d: Draw) -> Drawn:
+    narrow, wide = d.choice([((2, 1), (2, 3)), ((2, 1), (4, 2, 3)), ((), (3, 2)), ((3,), (3,)), ((1,), (0,))])
+    return (d.array(REAL, narrow),), {"shape": wide}
+
+
+def sample_sum_to(d: Draw) -> Drawn:
+    (x,), params = sample_broadcast_to(d)
+    return (d.array(REAL, params["shape"]),), {"shape": x.shape}
+
+
+def sample_matmul(d: Draw) -> Drawn:
+    n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
+    shapes = [
+        ((n, k), (k, m)), ((2, n, k), (k, m)), ((1, n, k), (2, k, m)), ((2, 1, n, k), (3, k, m)), ((k,), (k,)),
+        ((n, k), (k,)), ((k,), (k, m)), ((2, n, k), (k,)), ((k,), (2, k, m)),
+    ]  # fmt: skip
+    a, b = d.choice(shapes)
+    return (d.array(REAL, a), d.array(REAL, b)), {}
+
+
+def sample_linear(d: Draw) -> Drawn:
+    n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
+    x = d.choice([(n, k), (k,), (2, n, k)])
+    return (d.array(REAL, x), d.array(REAL, (m, k)), d.array(REAL, (m,))), {}
+
+
+def sample_reshape(d: Draw) -> Drawn:
+    shape = d.shape(min_side=1)
+    x = d.array(REAL, shape)
+    return (x,), {"shape": d.choice([(x.size,), -1, (1, *shape), shape[::-1], (*shape[:1], -1)])}
+
+
+_INDICES: list[Any] = [
+    1, -1, slice(None, None, -2), (0, slice(1, None)), (Ellipsis, 1), (None, 0), [2, 0, 2], ([0, 2, 0], [1, 1, 1]),
+    np.array([[True, False, True], [False] * 3, [True] * 3]), (slice(None), [0, 0]), np.array([True, False, True]),
+    ((0, 0, 0), (1, 1, 1)), ((0, 0, 1),),
+]  # fmt: skip
+
+
+def sample_getitem(d: Draw) -> Drawn:
+    return (d.array(REAL, (3, 3)),), {"index": d.choice(_INDICES)}
+
+
+def sample_scatter_add(d: Draw) -> Drawn:
+    index = d.choice(_INDICES)
+    return (d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)}
+
+
+def sample_concatenate(d: Draw) -> Drawn:
+    axis = d.choice([0, 1, -1])
+    shapes = [tuple(n if i != axis % 2 else d.integer(0, 3) for i, n in enumerate((2, 3))) for _ in range(3)]
+    return tuple(d.array(REAL, shape) for shape in shapes), {"axis": axis}
+
+
+def sample_pad(d: Draw) -> Drawn:
+    x = d.array(REAL, d.shape())
+    width = tuple((d.integer(0, 2), d.integer(0, 2)) for _ in range(x.ndim))
+    return (x,), {"width": width, "value": d.choice([0.0, 1.5])}

@@ -1,0 +1,32 @@
+"""Compositions: ordinary functions of tensors, whose gradients need no code. Beside each, the op that fuses it.
+
+The primitives of `tinygrad_bn.ops` can be had from here too. Called with arrays, a function gives an array.
+"""
+
+# isort: off
+from tinygrad_bn.functional.basics import (
+    concatenate, dropout, elu, flatten, gelu, leaky_relu, linear, log_softmax, logsumexp, mean, silu, softmax, stack,
+    std, var,
+)  # fmt: skip
+from tinygrad_bn.functional.losses import (
+    binary_cross_entropy_with_logits, cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss, softmax_cross_entropy,
+)  # fmt: skip
+from tinygrad_bn.functional.normalization import (
+    Normalization, batch_norm, batch_norm_fused, batch_norm_relu_fused, batch_norm_steps, batch_norm_with_statistics,
+    group_norm, instance_norm, layer_norm, normalization_steps, rms_norm,
+)  # fmt: skip
+from tinygrad_bn.ops import (
+    abs, add, argmax, astype, broadcast_to, clip, div, erf, exp, expm1, log, matmul, max, maximum, min, minimum, mul,
+    neg, pad, pow, relu, reshape, rsqrt, sigmoid, sign, softplus, sqrt, sub, sum, tanh, transpose, where,
+)  # fmt: skip
+# isort: on
+
+__all__ = [
+    "Normalization", "abs", "add", "argmax", "astype", "batch_norm", "batch_norm_fused", "batch_norm_relu_fused",
+    "batch_norm_steps", "batch_norm_with_statistics", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
+    "concatenate", "cross_entropy", "div", "dropout", "elu", "erf", "exp", "expm1", "flatten", "gelu", "group_norm",
+    "huber_loss", "instance_norm", "l1_loss", "layer_norm", "leaky_relu", "linear", "log", "log_softmax", "logsumexp",
+    "matmul", "max", "maximum", "mean", "min", "minimum", "mse_loss", "mul", "neg", "nll_loss", "normalization_steps",
+    "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt", "sigmoid", "sign", "silu", "softmax",
+    "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "tanh", "transpose", "var", "where",
+]  # fmt: skip

@@ -1,0 +1,244 @@
+"""BatchNorm from primitive operations, in nine named steps; its siblings; and the ops that fuse it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinygrad_bn import ops
+from tinygrad_bn.autograd import OPS, Operand, primitive, run
+from tinygrad_bn.functional.basics import mean, values
+from tinygrad_bn.ops import astype, reshape, rsqrt, sqrt
+from tinygrad_bn.sample import REAL, Draw
+from tinygrad_bn.tensor import Axis, Tensor
+
+
+class Normalization(NamedTuple):
+    """Every step of a normalisation, by its customary name (Ioffe & Szegedy 2015, Algorithm 1; Kratzert 2016)."""
+
+    mu: Tensor  #      mean over the axes
+    xmu: Tensor  #     x − mu
+    sq: Tensor  #      xmu²
+    var: Tensor  #     mean of sq: the biased variance
+    sqrtvar: Tensor  # √(var + eps)
+    ivar: Tensor  #    1 / sqrtvar
+    xhat: Tensor  #    xmu · ivar: mean 0, variance var / (var + eps)
+    gammax: Tensor  #  weight · xhat
+    out: Tensor  #     gammax + bias, in x's dtype
+
+
+def _expect_floats(x: Operand) -> None:
+    if x.dtype.kind != "f":
+        raise TypeError(f"normalisation takes floating-point input; got {x.dtype}")
+
+
+def _widened(x: Operand) -> Operand:
+    """`x` in the precision that its statistics are computed in."""
+    _expect_floats(x)
+    return astype(x, dtype=np.float32 if x.dtype == np.float16 else np.float64)
+
+
+def normalization_steps(
+    x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, axis: Axis, eps: float
+) -> Normalization:
+    """Normalise `x` over `axis`, scale by `weight` and shift by `bias`, step by step.
+
+    This is the definition of BatchNorm and its siblings; faster ways of computing it are measured against it.
+    float16 is computed in float32, float32 in float64. So the statistics are exact at any mean, a constant
+    channel gives exactly `bias`, and derivatives of every order follow from the steps.
+
+    Args:
+        x: any shape.
+        weight, bias: shapes that broadcast with `x`; None is 1 and 0.
+        axis: the axes over which mean and variance are taken.
+        eps: added to the variance.
+    """
+    wide = _widened(x)
+    mu = mean(wide, axis, keepdims=True)
+    # What rounding left of the mean. It is 0 in exact arithmetic, so a constant to derivatives of every order.
+    mu = mu + values(mean(values(wide) - values(mu), axis, keepdims=True))
+    xmu = wide - mu
+    sq = xmu * xmu
+    var = mean(sq, axis, keepdims=True)
+    sqrtvar = sqrt(var + eps)
+    ivar = 1 / sqrtvar
+    xhat = xmu * ivar
+    gammax = xhat if weight is None else xhat * weight
+    out = astype(gammax if bias is None else gammax + bias, dtype=x.dtype)
+    return Normalization(mu, xmu, sq, var, sqrtvar, ivar, xhat, gammax, out)
+
+
+def per_channel(v: Operand, ndim: int) -> Operand:
+    """A vector (C,) in the shape that broadcasts along axis 1 of `ndim` axes: (C, 1, 1) for (N, C, H, W)."""
+    return v if v is None or ndim <= 2 else reshape(v, shape=(-1, *(1,) * (ndim - 2)))
+
+
+def batch_norm_steps(
+    x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5
+) -> Normalization:
+    """BatchNorm with the batch's statistics, every step by name: x (N, C, ...), weight and bias (C,)."""
+    if x.ndim < 2:
+        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    axis = (0, *range(2, x.ndim))
+    return normalization_steps(x, per_channel(weight, x.ndim), per_channel(bias, x.ndim), axis=axis, eps=eps)
+
+
+# ---- fused -----------------------------------------------------------------------------------------------
+
+
+def _sample_batch_norm(d: Draw) -> Any:
+    shape = d.shape(min_dims=2, max_dims=4, min_side=1, max_side=3)
+    weight, bias = d.array(REAL, shape[1:2]), d.array(REAL, shape[1:2])
+    x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
+    return (x, weight, bias), {"eps": 0.3}
+
+
+def _batch_norm_composed(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Tensor:
+    return batch_norm_steps(x, weight, bias, eps=eps).out
+
+
+@primitive(
+    fuses=_batch_norm_composed,
+    saves=("mean", "var"),
+    formula="y = (x − μ) / √(σ² + eps) · weight + bias;  ∂x = weight / √(σ² + eps) · (g − ḡ − x̂ · mean(g x̂))",
+    sample=_sample_batch_norm,
+)
+def batch_norm_fused(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Operand:
+    """BatchNorm of x (N, C, ...) by the batch's statistics; saves its mean and biased variance, float64 (C,)."""
+    steps = batch_norm_steps(x, weight, bias, eps=eps)
+    return steps.out, *(np.asarray(v, np.float64).reshape(-1) for v in (steps.mu, steps.var))
+
+
+def _batch_norm_relu_composed(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Tensor:
+    return ops.relu(batch_norm_steps(x, weight, bias, eps=eps).out)
+
+
+def _sample_batch_norm_relu(d: Draw) -> Any:
+    """Operands whose outputs keep a distance from the kink."""
+    n, c = d.integer(3, 4), d.integer(1, 3)
+    x = np.stack([d.distinct((n,)) * 10 for _ in range(c)], axis=1)
+    xhat = (x - x.mean(0)) / np.sqrt(x.var(0) + 0.3)
+    between = np.sort(xhat, axis=0)[:2].mean(0)  # the output is 0 half-way between two samples
+    weight = np.where(np.arange(c) % 2, -1.5, 1.0)
+    return (x, weight, -weight * between), {"eps": 0.3}
+
+
+@primitive(
+    fuses=_batch_norm_relu_composed,
+    saves=("mean", "var"),
+    formula="y = max((x − μ) / √(σ² + eps) · weight + bias, 0)",
+    sample=_sample_batch_norm_relu,
+)
+def batch_norm_relu_fused(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Operand:
+    """`batch_norm_fused` and the ReLU after it in one go, without an array between them."""
+    y, saved = run(OPS["batch_norm_fused"], (x, weight, bias), {"eps": eps})
+    return ops.relu(y), *saved
+
+
+def batch_norm_with_statistics(
+    x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5, relu: bool = False
+) -> tuple[Tensor, Any, Any]:
+    """BatchNorm by the batch's statistics, and those: the output, and mean and biased variance as arrays (C,)."""
+    _expect_floats(x)
+    if x.ndim < 2:
+        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    weight = np.ones(x.shape[1], x.dtype) if weight is None else weight
+    bias = np.zeros(x.shape[1], x.dtype) if bias is None else bias
+    op = OPS["batch_norm_relu_fused" if relu else "batch_norm_fused"]
+    y, (mean, var) = run(op, (x, weight, bias), {"eps": eps})
+    return y, mean, var
+
+
+# ---- functions -------------------------------------------------------------------------------------------
+
+
+def batch_norm(
+    x: Operand,
+    running_mean: Operand | None = None,
+    running_var: Operand | None = None,
+    weight: Operand | None = None,
+    bias: Operand | None = None,
+    training: bool = False,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation (Ioffe & Szegedy 2015, Algorithm 1) of x (N, C, ...), each channel over all other axes.
+
+    In training, or without running statistics, the batch's own mean and biased variance normalise it; otherwise
+    the running ones do. The function is pure: unlike PyTorch's it updates nothing; `nn.BatchNorm1d` does that.
+
+    Args:
+        x: (N, C, ...).
+        running_mean, running_var, weight, bias: (C,) each, or None.
+        training: use the batch's statistics.
+        eps: added to the variance.
+
+    >>> batch_norm(Tensor([[1.0], [2.0], [3.0]]), training=True)
+    Tensor([[-1.2247357],
+            [ 0.       ],
+            [ 1.2247357]], shape=(3, 1), dtype=float32, leaf)
+    """
+    _expect_floats(x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together: give both, or neither")
+    if training or running_mean is None:
+        return batch_norm_with_statistics(x, weight, bias, eps=eps)[0]
+    mu, variance = per_channel(running_mean, x.ndim), per_channel(running_var, x.ndim)
+    weight, bias = per_channel(weight, x.ndim), per_channel(bias, x.ndim)
+    # (x − mu) first: x · a + b would lose as many digits as the mean is larger than the deviation.
+    y = (x - mu) * rsqrt(variance + eps)
+    y = y if weight is None else y * weight
+    return astype(y if bias is None else y + bias, dtype=x.dtype)
+
+
+def layer_norm(
+    x: Operand,
+    normalized_shape: int | tuple[int, ...],
+    weight: Operand | None = None,
+    bias: Operand | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
+    axis = _last_axes(x, normalized_shape)
+    return normalization_steps(x, weight, bias, axis=axis, eps=eps).out
+
+
+def group_norm(
+    x: Operand, num_groups: int, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Group normalisation (Wu & He 2018) of x (N, C, ...): each sample over groups of C / num_groups channels."""
+    if num_groups < 1 or x.ndim < 2 or x.shape[1] % num_groups:
+        raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
+    grouped = reshape(x, shape=(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups))
+    y = reshape(normalization_steps(grouped, axis=2, eps=eps).xhat, shape=x.shape)
+    y = y if weight is None else y * per_channel(weight, x.ndim)
+    return astype(y if bias is None else y + per_channel(bias, x.ndim), dtype=x.dtype)
+
+
+def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
+    """Instance normalisation (Ulyanov et al. 2016) of x (N, C, ...): each channel of each sample by itself."""
+    return group_norm(x, x.shape[1], weight, bias, eps)
+
+
+def rms_norm(
+    x: Operand, normalized_shape: int | tuple[int, ...], weight: Operand | None = None, eps: float | None = None
+) -> Tensor:
+    """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias.
+
+    As in PyTorch `eps` is by default the machine epsilon of x's dtype.
+    """
+    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    axis = _last_axes(x, normalized_shape)
+    wide = _widened(x)
+    y = wide * rsqrt(mean(wide * wide, axis, keepdims=True) + eps)
+    return astype(y if weight is None else y * weight, dtype=x.dtype)
+
+
+def _last_axes(x: Operand, normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of x that have the shape `normalized_shape`, checked."""
+    wanted = tuple(int(n) for n in np.atleast_1d(normalized_shape))
+    if wanted != x.shape[x.ndim - len(wanted) :]:
+        raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {wanted}")
+    return tuple(range(x.ndim - len(wanted), x.ndim))
