@@ -34,6 +34,16 @@ def _expect_floats(x: Operand) -> None:
         raise TypeError(f"normalisation takes floating-point input; got {x.dtype}")
 
 
+def _expect_channels(x: Operand, **vectors: Operand | None) -> None:
+    """Raise unless x is (N, C, ...) of floats, and each vector (C,) or None."""
+    _expect_floats(x)
+    if x.ndim < 2:
+        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    for name, v in vectors.items():
+        if v is not None and np.shape(values(v)) != x.shape[1:2]:
+            raise ValueError(f"{name} has shape {np.shape(values(v))}, for {x.shape[1]} channels of x {x.shape}")
+
+
 def _widened(x: Operand) -> Operand:
     """`x` in the precision that its statistics are computed in."""
     _expect_floats(x)
@@ -79,8 +89,7 @@ def batch_norm_steps(
     x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5
 ) -> Normalization:
     """BatchNorm with the batch's statistics, every step by name: x (N, C, ...), weight and bias (C,)."""
-    if x.ndim < 2:
-        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    _expect_channels(x, weight=weight, bias=bias)
     axis = (0, *range(2, x.ndim))
     return normalization_steps(x, per_channel(weight, x.ndim), per_channel(bias, x.ndim), axis=axis, eps=eps)
 
@@ -141,9 +150,7 @@ def batch_norm_with_statistics(
     x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5, relu: bool = False
 ) -> tuple[Tensor, Any, Any]:
     """BatchNorm by the batch's statistics, and those: the output, and mean and biased variance as arrays (C,)."""
-    _expect_floats(x)
-    if x.ndim < 2:
-        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    _expect_channels(x, weight=weight, bias=bias)
     weight = np.ones(x.shape[1], x.dtype) if weight is None else weight
     bias = np.zeros(x.shape[1], x.dtype) if bias is None else bias
     op = OPS["batch_norm_relu_fused" if relu else "batch_norm_fused"]
@@ -175,12 +182,16 @@ def batch_norm(
         training: use the batch's statistics.
         eps: added to the variance.
 
+    Raises:
+        ValueError: x has no channels, or a vector has not the shape (C,).
+        TypeError: x is not floating-point.
+
     >>> batch_norm(Tensor([[1.0], [2.0], [3.0]]), training=True)
     Tensor([[-1.2247357],
             [ 0.       ],
             [ 1.2247357]], shape=(3, 1), dtype=float32, leaf)
     """
-    _expect_floats(x)
+    _expect_channels(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both, or neither")
     if training or running_mean is None:

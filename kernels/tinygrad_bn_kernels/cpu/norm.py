@@ -354,6 +354,8 @@ def _channels(x: Array) -> Array:
 
 
 def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
+    if not weight.shape == bias.shape == x.shape[1:2]:  # or the loops would read beyond them
+        raise ValueError(f"weight {weight.shape} and bias {bias.shape} do not fit the channels of x {x.shape}")
     source = compiled(x)
     y, mean, var = np.empty_like(source), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
     if x.size:
