@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from tinygrad_bn_kernels import kernel, names
-from tinygrad_bn_kernels.cpu import threads
+from tinygrad_bn_kernels.cpu import jit, threads
 
 from tinygrad_bn import Tensor, functional, nn, optim
 from tinygrad_bn.device import find_kernel, kernels_disabled
@@ -201,3 +201,14 @@ def test_every_name_of_the_table_is_found_and_a_place_is_taken_once():
     with kernels_disabled():
         assert find_kernel("batch_norm_fused", "cpu") is None
     assert find_kernel("batch_norm_fused", "gpu") is None
+
+
+def test_without_a_cache_folder_loops_are_compiled_anew_with_one_warning(monkeypatch):
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    jit._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="cannot be cached .* NUMBA_CACHE_DIR") as caught:
+        double, triple = jit.njit()(lambda x: 2 * x), jit.njit()(lambda x: 3 * x)
+    assert len(caught) == 1
+    assert (double(21), triple(14)) == (42, 42)

@@ -4,26 +4,25 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import use_threads
 
 Array = NDArray[Any]
 
-OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "nogil": True}
 
-
-@njit(**OPTIONS)
+@njit()
 def _relu_vjp_serial(g, y, out):
     zero = g.dtype.type(0)
     for i in range(g.size):
         out[i] = g[i] if y[i] > 0 else zero
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True)
 def _relu_vjp_parallel(g, y, out):
     zero = g.dtype.type(0)
     for i in prange(g.size):
@@ -39,7 +38,7 @@ def relu_vjp(g: Array, y: Array, x: Array) -> tuple[Array]:
     return (out,)
 
 
-@njit(**OPTIONS)
+@njit()
 def _erf(x: Array, out: Array) -> None:
     for i in range(x.size):
         out[i] = math.erf(x[i])

@@ -3,16 +3,16 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.jit import njit
 
 Array = NDArray[Any]
 
 
-@njit(cache=True, error_model="numpy")
+@njit()
 def _log_normalizer(row: Array) -> tuple[float, float]:
     """The largest logit, and the log of the sum of exp(logit - largest), in float64."""
     largest = row[0]
@@ -25,7 +25,7 @@ def _log_normalizer(row: Array) -> tuple[float, float]:
     return np.float64(largest), np.log(total)
 
 
-@njit(cache=True, error_model="numpy")
+@njit()
 def _forward(x: Array, target: Array, weight: Array, smoothing: float, loss: Array) -> None:
     classes = x.shape[1]
     for i in range(x.shape[0]):
@@ -38,7 +38,7 @@ def _forward(x: Array, target: Array, weight: Array, smoothing: float, loss: Arr
         loss[i] = total
 
 
-@njit(cache=True, error_model="numpy")
+@njit()
 def _backward(g: Array, x: Array, target: Array, weight: Array, smoothing: float, gx: Array, gweight: Array) -> None:
     classes = x.shape[1]
     spread = 0.0  # what label smoothing takes from the target and gives to all classes

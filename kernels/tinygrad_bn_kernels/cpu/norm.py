@@ -9,22 +9,15 @@ on the number of threads.
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.threads import use_threads
 
 Array = NDArray[Any]
-
-# reassoc lets sums use vector registers; nnan and ninf are left out, as they would break NaN and Inf.
-OPTIONS: dict[str, Any] = {
-    "cache": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
-    "nogil": True,
-}
 
 # Rows that one thread takes at a time of a batch of vectors.
 CHUNK = 64
@@ -36,7 +29,7 @@ FAR = 16.0
 # ---- planes: (N, C, S) ----------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _plane_statistics(x: Array, c: int) -> tuple[float, float]:
     n, _, size = x.shape
     shift = np.float64(x[0, c, 0])
@@ -58,7 +51,7 @@ def _plane_statistics(x: Array, c: int) -> tuple[float, float]:
     return shift, var
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _plane_forward(
     x: Array, c: int, weight: Array, bias: Array, eps: float, relu: bool, y: Array, mean: Array, var: Array
 ) -> None:
@@ -66,7 +59,7 @@ def _plane_forward(
     _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _plane_normalize(x: Array, c: int, mean: float, scale: float, bias: float, relu: bool, y: Array) -> None:
     """y = (x − mean) · scale + bias, with the part of the mean that x's dtype cannot hold moved into the bias."""
     n, _, size = x.shape
@@ -84,7 +77,7 @@ def _plane_normalize(x: Array, c: int, mean: float, scale: float, bias: float, r
                 target[j] = (source[j] - m) * a + b
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _plane_backward(
     g: Array,
     x: Array,
@@ -139,25 +132,25 @@ def _plane_backward(
                 out[j] = a * gs[j] + p * (xs[j] - m) + q
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _planes_forward_serial(x, weight, bias, eps, relu, y, mean, var):
     for c in range(x.shape[1]):
         _plane_forward(x, c, weight, bias, eps, relu, y, mean, var)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, fastmath=SUMS)
 def _planes_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
     for c in prange(x.shape[1]):
         _plane_forward(x, c, weight, bias, eps, relu, y, mean, var)
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _planes_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     for c in range(x.shape[1]):
         _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, fastmath=SUMS)
 def _planes_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     for c in prange(x.shape[1]):
         _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
@@ -169,7 +162,7 @@ def _planes_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gwei
 # each, the compiler would need so many checks for overlap that it gives up on vector registers.
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _chunk_sums(x: Array, t: int, shift: Array, sums: Array) -> None:
     """Σ (x − shift) and Σ (x − shift)² of each channel over chunk t."""
     for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
@@ -180,7 +173,7 @@ def _chunk_sums(x: Array, t: int, shift: Array, sums: Array) -> None:
             sums[t, 1, j] += d * d
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _statistics_of_sums(sums: Array, n: int, shift: Array, mean: Array, var: Array) -> bool:
     """Whether the shift was good enough; if not, it is set to the mean for another try."""
     good = True
@@ -199,7 +192,7 @@ def _statistics_of_sums(sums: Array, n: int, shift: Array, mean: Array, var: Arr
     return good
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _constants(x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float) -> Array:
     """Rows m, a, b, of which y = (x − m) · a + b, and two more for the backward pass."""
     k = np.empty((5, x.shape[1]), x.dtype)
@@ -211,7 +204,7 @@ def _constants(x: Array, weight: Array, bias: Array, mean: Array, var: Array, ep
     return k
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _chunk_normalize(x: Array, t: int, k: Array, relu: bool, y: Array) -> None:
     zero = x.dtype.type(0)
     for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
@@ -224,7 +217,7 @@ def _chunk_normalize(x: Array, t: int, k: Array, relu: bool, y: Array) -> None:
                 out[j] = (row[j] - k[0, j]) * k[1, j] + k[2, j]
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _chunk_backward_sums(g: Array, x: Array, t: int, k: Array, relu: bool, sums: Array) -> None:
     """Σ g and Σ g (x − m) of each channel over chunk t."""
     zero = x.dtype.type(0)
@@ -242,7 +235,7 @@ def _chunk_backward_sums(g: Array, x: Array, t: int, k: Array, relu: bool, sums:
                 sums[t, 1, j] += np.float64(gs[j]) * np.float64(row[j] - k[0, j])
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _gradients_of_sums(
     sums: Array, n: int, weight: Array, mean: Array, var: Array, eps: float, k: Array, gweight: Array, gbias: Array
 ) -> None:
@@ -261,7 +254,7 @@ def _gradients_of_sums(
         k[4, j] = -weight[j] * ivar * s1 / n - rest * by_x
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _chunk_backward(g: Array, x: Array, t: int, k: Array, relu: bool, gx: Array) -> None:
     zero = x.dtype.type(0)
     for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
@@ -276,7 +269,7 @@ def _chunk_backward(g: Array, x: Array, t: int, k: Array, relu: bool, gx: Array)
                 out[j] = k[1, j] * gs[j] + k[3, j] * (row[j] - k[0, j]) + k[4, j]
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
     n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
     shift = x[0].astype(np.float64)
@@ -291,7 +284,7 @@ def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
         _chunk_normalize(x, t, k, relu, y)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, fastmath=SUMS)
 def _rows_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
     n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
     shift = x[0].astype(np.float64)
@@ -306,7 +299,7 @@ def _rows_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
         _chunk_normalize(x, t, k, relu, y)
 
 
-@njit(**OPTIONS)
+@njit(fastmath=SUMS)
 def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
     k = _constants(x, weight, bias, mean, var, eps)
@@ -318,7 +311,7 @@ def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight,
         _chunk_backward(g, x, t, k, relu, gx)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, fastmath=SUMS)
 def _rows_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
     k = _constants(x, weight, bias, mean, var, eps)

@@ -6,19 +6,18 @@ Each gives the new parameter as a new array (a graph may still hold the old one)
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import use_threads
 
 Array = NDArray[Any]
 
-OPTIONS: dict[str, Any] = {"cache": True, "error_model": "numpy", "nogil": True}
 
-
-@njit(**OPTIONS)
+@njit()
 def _adam(p, g, m, v, out, i, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay):
     gi = g[i] + decay * p[i]
     m[i] = beta1 * m[i] + one_beta1 * gi
@@ -26,13 +25,13 @@ def _adam(p, g, m, v, out, i, beta1, one_beta1, beta2, one_beta2, step_size, roo
     out[i] = shrink * p[i] - step_size * m[i] / (np.sqrt(v[i]) * root_scale + eps)
 
 
-@njit(**OPTIONS)
+@njit()
 def _adam_serial(p, g, m, v, out, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay):
     for i in range(p.size):
         _adam(p, g, m, v, out, i, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True)
 def _adam_parallel(p, g, m, v, out, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay):
     for i in prange(p.size):
         _adam(p, g, m, v, out, i, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay)
