@@ -175,6 +175,16 @@ def test_sequential_fuses_batch_norm_and_relu_only_when_nobody_looks():
     np.testing.assert_array_equal(model(x).numpy(), looked_at.numpy())
 
 
+def test_a_batch_norm_of_your_own_keeps_its_forward_in_a_sequential():
+    class Doubled(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    want = 2 * np.maximum(np.asarray(nn.BatchNorm1d(3)(x)), 0)
+    np.testing.assert_allclose(nn.Sequential(Doubled(3), nn.ReLU())(x).numpy(), want, rtol=1e-6)
+
+
 @given(st.integers(0, 999), st.booleans(), st.sampled_from([0.0, 0.1]), st.sampled_from([np.float32, np.float64]))
 def test_adams_kernel_equals_its_reference(seed, decoupled, decay, dtype):
     def run():

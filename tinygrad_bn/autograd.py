@@ -79,7 +79,8 @@ def primitive(
             the kernel `NAME.vjp` gets them by name; no composition sees them, as they are constants.
 
     Raises:
-        ValueError: an op of this name exists, or it is not exactly one of `rules`, `each` and `fuses`.
+        ValueError: an op of this name exists, the function has no name, there is not one rule for each operand, or
+            it is not exactly one of `rules`, `each` and `fuses`.
     """
     if sum(map(bool, (rules, each, fuses))) != 1:
         raise ValueError("an op needs exactly one of: a rule for each operand, `each`, or `fuses`")

@@ -91,6 +91,7 @@ def reducing(*, distinct: bool = False, tuples: bool = True) -> Sample:
 
 
 def sample_clip(d: Draw) -> Drawn:
+    """Values away from the limits, which may be missing."""
     low, high = d.choice([(-1.0, 1.0), (None, 0.5), (-0.5, None)])
     x = d.array(NONZERO, d.shape())
     for bound in (low, high):
@@ -100,26 +101,31 @@ def sample_clip(d: Draw) -> Drawn:
 
 
 def sample_distinct_pair(d: Draw) -> Drawn:
+    """Two operands that broadcast with each other, without ties."""
     shapes = d.broadcastable(2)
     return (d.distinct(shapes[0]), d.distinct(shapes[1]) + 0.1), {}
 
 
 def sample_where(d: Draw) -> Drawn:
+    """A boolean condition and two operands that broadcast with it."""
     shapes = d.broadcastable(3)
     return (d.integers(0, 1, shapes[0]).astype(bool), d.array(REAL, shapes[1]), d.array(REAL, shapes[2])), {}
 
 
 def sample_broadcast_to(d: Draw) -> Drawn:
+    """An operand and a shape that it broadcasts to, by repeated and by new axes."""
     narrow, wide = d.choice([((2, 1), (2, 3)), ((2, 1), (4, 2, 3)), ((), (3, 2)), ((3,), (3,)), ((1,), (0,))])
     return (d.array(REAL, narrow),), {"shape": wide}
 
 
 def sample_sum_to(d: Draw) -> Drawn:
+    """The reverse: an operand and the shape that broadcasting made it from."""
     (x,), params = sample_broadcast_to(d)
     return (d.array(REAL, params["shape"]),), {"shape": x.shape}
 
 
 def sample_matmul(d: Draw) -> Drawn:
+    """Matrices, stacks of matrices that broadcast, and vectors on either side."""
     n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
     shapes = [
         ((n, k), (k, m)), ((2, n, k), (k, m)), ((1, n, k), (2, k, m)), ((2, 1, n, k), (3, k, m)), ((k,), (k,)),
@@ -130,12 +136,14 @@ def sample_matmul(d: Draw) -> Drawn:
 
 
 def sample_linear(d: Draw) -> Drawn:
+    """Inputs of one, two and three axes, which may be empty, with a weight and a bias."""
     n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
     x = d.choice([(n, k), (k,), (2, n, k)])
     return (d.array(REAL, x), d.array(REAL, (m, k)), d.array(REAL, (m,))), {}
 
 
 def sample_reshape(d: Draw) -> Drawn:
+    """An operand and a shape of as many elements, with and without -1."""
     shape = d.shape(min_side=1)
     x = d.array(REAL, shape)
     return (x,), {"shape": d.choice([(x.size,), -1, (1, *shape), shape[::-1], (*shape[:1], -1)])}
@@ -149,21 +157,25 @@ _INDICES: list[Any] = [
 
 
 def sample_getitem(d: Draw) -> Drawn:
+    """A matrix and an index of one of NumPy's kinds, repeated ones among them."""
     return (d.array(REAL, (3, 3)),), {"index": d.choice(_INDICES)}
 
 
 def sample_scatter_add(d: Draw) -> Drawn:
+    """What such an index would take from a matrix, to be put back."""
     index = d.choice(_INDICES)
     return (d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)}
 
 
 def sample_concatenate(d: Draw) -> Drawn:
+    """Three operands of unequal lengths along the axis."""
     axis = d.choice([0, 1, -1])
     shapes = [tuple(n if i != axis % 2 else d.integer(0, 3) for i, n in enumerate((2, 3))) for _ in range(3)]
     return tuple(d.array(REAL, shape) for shape in shapes), {"axis": axis}
 
 
 def sample_pad(d: Draw) -> Drawn:
+    """An operand with a border of its own before and after each axis."""
     x = d.array(REAL, d.shape())
     width = tuple((d.integer(0, 2), d.integer(0, 2)) for _ in range(x.ndim))
     return (x,), {"width": width, "value": d.choice([0.0, 1.5])}

@@ -16,7 +16,10 @@ from tinygrad_bn.tensor import Tensor
 
 
 class Sequential(Module):
-    """Layers one after the other, called "0", "1", … in the state dict."""
+    """Layers one after the other, called "0", "1", … in the state dict.
+
+    A BatchNorm and the ReLU after it are computed in one pass over memory, unless somebody observes their outputs.
+    """
 
     def __init__(self, *layers: Module) -> None:
         for i, layer in enumerate(layers):
@@ -27,8 +30,9 @@ class Sequential(Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = iter(self)
         for layer in layers:
-            following = next(layers, None) if isinstance(layer, BATCH_NORMS) and not being_observed() else None
-            if type(following) is ReLU:  # one pass over memory for the two
+            # type(), as a subclass may have a forward of its own, which knows nothing of relu=True
+            following = next(layers, None) if type(layer) in BATCH_NORMS and not being_observed() else None
+            if type(following) is ReLU:
                 x = layer(x, relu=True)
             else:
                 x = layer(x)
