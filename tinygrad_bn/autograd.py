@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from inspect import Parameter, signature
 from typing import Any, ParamSpec, TypeAlias, overload
 
@@ -51,9 +51,14 @@ class Op:
     formula: str
     sample: Sample
 
-    @property
+    @cached_property
     def differentiable(self) -> bool:
         return bool(self.each or self.fuses or any(self.rules))
+
+    @cached_property
+    def vjp(self) -> str:
+        """The name of the kernel that may compute the gradients."""
+        return f"{self.name}.vjp"
 
 
 def primitive(
@@ -75,7 +80,7 @@ def primitive(
         each: instead of `rules`, for ops of any number of operands: `(i, g, y, *operands, **params)`.
         fuses: instead of `rules`: the composition that defines this op. Its gradients, of every order, are
             the composition's; a kernel `NAME.vjp` may compute the first order faster.
-        saves: names of arrays that a fused forward gives after its result, `(y, *saved)`. `run` gives them too, and
+        saves: names of constants that a fused forward gives after its result, `(y, *saved)`. `run` gives them too, and
             the kernel `NAME.vjp` gets them by name; no composition sees them, as they are constants.
 
     Raises:
@@ -99,13 +104,13 @@ def primitive(
 
         @wraps(forward)
         def call(*operands: Any, **params: Any) -> Any:
-            if not params.keys() <= options.keys() or (count and len(operands) != count):
+            if (count and len(operands) != count) or (params and not params.keys() <= options.keys()):
                 by_name = ", ".join(options) or "nothing"
                 raise TypeError(f"{name}() takes {count or 'its'} operands by position, and by name: {by_name}")
             for option, value in params.items():
                 if isinstance(value, Tensor):
                     raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
-            return apply(op, operands, {**defaults, **params})
+            return run(op, operands, {**defaults, **params} if params else defaults)[0]
 
         call.__doc__ = f"{forward.__doc__}\n\n{formula}"
         return call
@@ -121,11 +126,11 @@ class Node:
     """How a tensor was computed: the op, its operands, and the arrays that the forward pass saw."""
 
     op: Op
-    inputs: tuple[Any, ...]  # Tensors, and Python's numbers
-    needs: tuple[bool, ...]  # which of them required a gradient at the time; thawing one later does not count
-    arrays: tuple[Any, ...]
+    inputs: Sequence[Any]  # Tensors, and Python's numbers
+    needs: Sequence[bool]  # which of them required a gradient at the time; thawing one later does not count
+    arrays: Sequence[Any]
     output: Array
-    saved: tuple[Array, ...]
+    saved: tuple[Any, ...]
     params: dict[str, Any]
     caller: str | None  # where the op was called, in debug mode
 
@@ -169,18 +174,22 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
     return run(op, operands, params)[0]
 
 
-def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Array, ...]]:
+def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """Run `op` and, if one of its operands requires a gradient, remember how on the result."""
-    if not any(isinstance(o, Tensor) for o in operands):
+    for o in operands:
+        if isinstance(o, Tensor):
+            break
+    else:
         return _execute(op, operands, params)
-    inputs = tuple(o if isinstance(o, Tensor) else _constant(o) for o in operands)
-    arrays = tuple(o._data if isinstance(o, Tensor) else o for o in inputs)
+    inputs = [o if isinstance(o, Tensor) else _constant(o) for o in operands]
+    arrays = [o._data if isinstance(o, Tensor) else o for o in inputs]
     result, saved = _execute(op, arrays, params)
     y = Tensor._of(np.asarray(result))
-    needs = tuple(isinstance(o, Tensor) and o._requires_grad for o in inputs)
-    if any(needs) and _recording.get() and op.differentiable and y._data.dtype.kind == "f":
-        caller = _caller() if _debugging.get() else None
-        y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, y._data, saved, params, caller)
+    if _recording.get() and op.differentiable and y._data.dtype.kind == "f":
+        needs = [isinstance(o, Tensor) and o._requires_grad for o in inputs]
+        if True in needs:
+            caller = _caller() if _debugging.get() else None
+            y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, y._data, saved, params, caller)
     return y, saved
 
 
@@ -197,10 +206,12 @@ def _caller() -> str:
     return "".join(traceback.format_list(frames[-2:]))
 
 
-def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Array, ...]]:
+def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     kernel = find_kernel(op.name, device_of(arrays[0])) if arrays else None
     try:
-        result = (kernel or op.forward)(*arrays, **params)
+        result = NotImplemented if kernel is None else kernel(*arrays, **params)
+        if result is NotImplemented:
+            result = op.forward(*arrays, **params)
         return (result[0], tuple(result[1:])) if op.saves else (result, ())
     except (IndexError, ValueError, TypeError) as error:
         kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
@@ -222,8 +233,8 @@ def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, c
     order = _topological(y)
     wanted = [t for t in order if (t.node is None and t._requires_grad) or t._retains_grad]
     keep = create_graph if retain_graph is None else retain_graph
-    grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
     with recording(create_graph):
+        grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
         for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, cotangent).items():
             t.grad = gt if t.grad is None else t.grad + gt
 
@@ -315,14 +326,18 @@ def _topological(y: Tensor, stop: Iterable[Tensor] = ()) -> list[Tensor]:
             order.append(t)
         elif t not in seen:
             seen.add(t)
+            if t.node is None:
+                order.append(t)
+                continue
+            if not t.node.inputs:
+                raise RuntimeError(
+                    f"the graph behind this result of {t.node.op.name!r} was freed by an earlier backward(); "
+                    "call that one with retain_graph=True to walk it again"
+                )
             todo.append((t, True))
-            if t.node is not None:
-                if not t.node.inputs:
-                    raise RuntimeError(
-                        f"the graph behind this result of {t.node.op.name!r} was freed by an earlier backward(); "
-                        "call that one with retain_graph=True to walk it again"
-                    )
-                todo += [(x, False) for x, need in zip(t.node.inputs, t.node.needs, strict=True) if need]
+            for x, need in zip(t.node.inputs, t.node.needs, strict=True):
+                if need and x not in seen:
+                    todo.append((x, False))
     return order
 
 
@@ -334,40 +349,45 @@ def _backprop(
     create_graph: bool,
     free: bool = False,
 ) -> dict[Tensor, Any]:
-    """The gradient of every wanted tensor: arrays, or tensors with `create_graph`. Eats up `order`."""
+    """The gradient of every wanted tensor: arrays, or tensors with `create_graph`. Eats up `order`.
+
+    To be called while `recording(create_graph)`.
+    """
     wanted = set(wanted)
     leads = set(wanted)  # the tensors on a way from y to something wanted
     for t in order:
-        if t.node and any(need and x in leads for x, need in zip(t.node.inputs, t.node.needs, strict=True)):
+        if t.node is not None and _leads_to(leads, t.node):
             leads.add(t)
             _expect_unchanged(t, t.node)  # before anything is computed, or freed
     grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
-    with recording(create_graph):
-        while order:
-            t = order.pop()
-            if t.node is None or t not in grads or t not in leads:
-                continue
-            gt = grads[t] if t in wanted else grads.pop(t)
-            needs = [
-                need and x._requires_grad and x in leads for x, need in zip(t.node.inputs, t.node.needs, strict=True)
-            ]
-            if any(needs):
-                for x, gx in zip(t.node.inputs, _explained_pull(t, gt, needs, create_graph), strict=True):
-                    if gx is not None:
-                        gx = _fit(gx, x)
-                        grads[x] = grads[x] + gx if x in grads else gx
-            leads.discard(t)  # so that it can go, with its array, as soon as its gradient has been passed on
-            if free:
-                t.node.free()
+    while order:
+        t = order.pop()
+        node = t.node
+        if node is None or t not in leads or t not in grads:
+            continue
+        gt = grads[t] if t in wanted else grads.pop(t)
+        needs = [need and x._requires_grad and x in leads for x, need in zip(node.inputs, node.needs, strict=True)]
+        if True in needs:
+            for x, gx in zip(node.inputs, _explained_pull(t, node, gt, needs, create_graph), strict=True):
+                if gx is not None:
+                    gx = _fit(gx, x)
+                    grads[x] = grads[x] + gx if x in grads else gx
+        leads.discard(t)  # so that it can go, with its array, as soon as its gradient has been passed on
+        if free:
+            node.free()
     return {t: grads[t] for t in wanted if t in grads}
+
+
+def _leads_to(some: set[Tensor], node: Node) -> bool:
+    return any(need and x in some for x, need in zip(node.inputs, node.needs, strict=True))
 
 
 def _fit(gx: Any, x: Tensor) -> Any:
     """Undo what broadcasting and promotion did to the operand `x`: its gradient gets its shape and dtype."""
     gx = gx if isinstance(gx, Tensor) else np.asarray(gx)
-    if gx.shape != x.shape:
+    if gx.shape != x._data.shape:
         gx = apply(OPS["sum_to"], (gx,), {"shape": x.shape})
-    return gx if gx.dtype == x.dtype else gx.astype(x.dtype)
+    return gx if gx.dtype == x._data.dtype else gx.astype(x.dtype)
 
 
 def _to_tensor(g: Any) -> Tensor:
@@ -376,7 +396,7 @@ def _to_tensor(g: Any) -> Tensor:
 
 def _expect_unchanged(t: Tensor, node: Node) -> None:
     for x, seen in zip((t, *node.inputs), (node.output, *node.arrays), strict=True):
-        if isinstance(x, Tensor) and x._data is not seen:
+        if x is not seen and x._data is not seen:  # a number is its own array
             error = RuntimeError(
                 f"{node.op.name!r} needs a tensor of shape {x.shape} for its backward pass, and that was changed "
                 "(by an update, +=, or an assignment to data) since the forward pass; call backward() first"
@@ -392,10 +412,8 @@ def _add_notes(error: Exception, node: Node) -> None:
         error.add_note(f"whose forward pass was called here:\n{node.caller}")
 
 
-def _explained_pull(t: Tensor, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
+def _explained_pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
     """`_pull`, with notes on an error."""
-    node = t.node
-    assert node is not None
     try:
         return _pull(t, node, g, needs, create_graph)
     except Exception as error:
@@ -406,10 +424,12 @@ def _explained_pull(t: Tensor, g: Any, needs: list[bool], create_graph: bool) ->
 def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
     """One step back from `t`: for each operand of its op the gradient, or None where none is needed."""
     op, params = node.op, node.params
-    fast = None if create_graph else find_kernel(f"{op.name}.vjp", t.device)
+    fast = None if create_graph else find_kernel(op.vjp, t.device)
     if fast:  # nobody will differentiate this gradient
-        gxs = fast(g, t._data, *node.arrays, **params, **dict(zip(op.saves, node.saved, strict=True)))
-        return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
+        saved = dict(zip(op.saves, node.saved, strict=True)) if op.saves else {}
+        gxs = fast(g, t._data, *node.arrays, needs=needs, **params, **saved)
+        if gxs is not NotImplemented:
+            return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
     if op.fuses:
         return _pull_composition(op.fuses, g, node.inputs, needs, params, create_graph)
     y, xs = (t, node.inputs) if create_graph else (t._data, node.arrays)

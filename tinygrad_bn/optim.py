@@ -1,8 +1,8 @@
 """Optimisers, gradient clipping and learning-rate schedules, with PyTorch's names, defaults and results.
 
-An optimiser is one function of a parameter, its gradient and its state to a new value; the loop over parameter
-groups is common to all. A parameter's array is replaced, never written into, so a graph that still needs the old
-values notices.
+An optimiser is one function of parameters, their gradients and their state to new values, elementwise, and so one for
+many parameters at once: small ones of a group lie one after the other in one flat array, of which each is a view. An
+array of parameters is replaced, never written into, so a graph that still needs the old values notices.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ __all__ = [
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
 
+# A parameter of so many elements is worth a call of its own; laying it beside others would only copy it.
+LARGE = 1 << 16
+
 
 class Optimizer:
     """Base of the optimisers: parameter groups, their options, and the state kept for each parameter.
@@ -45,6 +48,7 @@ class Optimizer:
             for g in groups
         ]
         self.state: dict[Tensor, State] = {}
+        self._flats: dict[tuple[int, ...], _Flat] = {}
         everything = [p for g in self.param_groups for p in g["params"]]
         if not all(isinstance(p, Tensor) for p in everything):
             raise TypeError("params are tensors, as model.parameters() gives them, or groups of tensors")
@@ -68,12 +72,22 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        flats: dict[tuple[int, ...], _Flat] = {}
         for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[Tensor]] = {}  # what one call can update
             for p in group["params"]:
-                if p.grad is not None and p.requires_grad:
-                    state = self.state.setdefault(p, {"step": 0})
+                if p.grad is not None and p._requires_grad:
+                    state = self.state.get(p)
+                    if state is None:
+                        state = self.state[p] = {"step": 0, **self._initial_state(p, group)}
                     state["step"] += 1
-                    p._data = np.asarray(self._update(p._data, p.grad._data, state, **group), p.dtype)
+                    alone = id(p) if p.size >= LARGE else None
+                    alike.setdefault((p.dtype, state["step"], alone), []).append(p)
+            for (_, step, _), params in alike.items():
+                key = tuple(map(id, params))
+                flat = flats[key] = self._flats.get(key) or _Flat(params, self.state)
+                flat.replace(self._update(flat.values(), flat.gradients(), flat.state, step=step, **group))
+        self._flats = flats  # any other way of being laid out is over
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for options that are out of range."""
@@ -85,8 +99,12 @@ class Optimizer:
         if not all(0 <= beta < 1 for beta in group.get("betas", ())):
             raise ValueError(f"betas have to be in [0, 1); got {group['betas']}")
 
-    def _update(self, p: Array, g: Array, state: State, **options: Any) -> Array:
-        """The new value of `p`."""
+    def _initial_state(self, p: Tensor, group: Group) -> State:
+        """The arrays that are kept for a parameter, as they are before the first step."""
+        return {}
+
+    def _update(self, p: Array, g: Array, state: State, *, step: int, **options: Any) -> Array:
+        """The new values of p, which is flat like g and the arrays of `state`; those are written in place."""
         raise TypeError(f"{type(self).__name__} defines no _update")
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,10 +133,53 @@ class Optimizer:
                 raise ValueError(f"the saved state of parameter {i} does not fit the parameters here")
         for group, options in zip(self.param_groups, state["param_groups"], strict=True):
             group.update(options)
+        self._flats = {}
         self.state = {
             everything[i]: {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in saved.items()}
             for i, saved in state["state"].items()
         }
+
+
+class _Flat:
+    """Some parameters, one after the other in one array, and their state likewise."""
+
+    def __init__(self, params: list[Tensor], state: dict[Tensor, State]) -> None:
+        self.params = params
+        self.stops = np.cumsum([p.size for p in params])[:-1].tolist()
+        self.state = {
+            name: _joined([state[p][name] for p in params])
+            for name, value in state[params[0]].items()
+            if isinstance(value, np.ndarray)
+        }
+        for name, array in self.state.items():
+            for p, part in zip(params, self._parts(array), strict=True):
+                state[p][name] = part
+        self.replace(_joined([p._data for p in params]))
+
+    def values(self) -> Array:
+        """The parameters; gathered anew if somebody assigned to one."""
+        if any(p._data is not part for p, part in zip(self.params, self.parts, strict=True)):
+            self.replace(_joined([p._data for p in self.params]))
+        return self.whole
+
+    def gradients(self) -> Array:
+        """Their gradients, in the parameters' dtype."""
+        return _joined([p.grad._data for p in self.params if p.grad is not None]).astype(self.whole.dtype, copy=False)
+
+    def replace(self, whole: Array) -> None:
+        """Give the parameters new values."""
+        self.whole = whole.astype(self.params[0].dtype, copy=False)
+        self.parts = self._parts(self.whole)
+        for p, part in zip(self.params, self.parts, strict=True):
+            p._data = part
+
+    def _parts(self, whole: Array) -> list[Array]:
+        bounds = zip([0, *self.stops], [*self.stops, whole.size], self.params, strict=True)
+        return [whole[start:stop].reshape(p.shape) for start, stop, p in bounds]
+
+
+def _joined(arrays: list[Array]) -> Array:
+    return np.concatenate([a.reshape(-1) for a in arrays]) if len(arrays) > 1 else arrays[0].reshape(-1)
 
 
 class SGD(Optimizer):
@@ -137,14 +198,36 @@ class SGD(Optimizer):
             params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
         )
 
-    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
-        g = g + o["weight_decay"] * p if o["weight_decay"] else g
-        if o["momentum"]:
-            v = state.get("momentum_buffer")
-            v = g if v is None else o["momentum"] * v + (1 - o["dampening"]) * g
-            state["momentum_buffer"] = v
-            g = g + o["momentum"] * v if o["nesterov"] else v
-        return p - o["lr"] * g
+    def _initial_state(self, p: Tensor, group: Group) -> State:
+        return {"momentum_buffer": np.zeros_like(p._data)} if group["momentum"] else {}
+
+    def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
+        if not o["momentum"]:
+            return p - o["lr"] * (g + o["weight_decay"] * p if o["weight_decay"] else g)
+        return _kernel("sgd", p, _sgd)(
+            p,
+            g,
+            state["momentum_buffer"],
+            lr=o["lr"],
+            momentum=o["momentum"],
+            dampening=o["dampening"] if step > 1 else 0.0,  # the first gradient counts in full
+            decay=o["weight_decay"],
+            nesterov=o["nesterov"],
+        )
+
+
+def _sgd(
+    p: Array, g: Array, v: Array, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
+) -> Array:
+    """The new p = p − lr · v, or p − lr · (g + momentum · v), after v has taken in g + decay · p."""
+    g = g + decay * p
+    v[...] = momentum * v + (1 - dampening) * g
+    return p - lr * (g + momentum * v if nesterov else v)
+
+
+def _kernel(name: str, p: Array, reference: Any) -> Any:
+    """The kernel for parameters p, or else the reference; kernels know float32 and float64."""
+    return (find_kernel(f"optim.{name}", device_of(p)) if p.dtype.char in "fd" else None) or reference
 
 
 class Adam(Optimizer):
@@ -162,22 +245,20 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
-        (beta1, beta2), t = o["betas"], state["step"]
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = np.zeros_like(p), np.zeros_like(p)
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        compiled = p.dtype in (np.float32, np.float64) and p.ndim
-        update = (find_kernel("optim.adam", device_of(p)) if compiled else None) or _adam
-        return update(
+    def _initial_state(self, p: Tensor, group: Group) -> State:
+        return {"exp_avg": np.zeros_like(p._data), "exp_avg_sq": np.zeros_like(p._data)}
+
+    def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
+        beta1, beta2 = o["betas"]
+        return _kernel("adam", p, _adam)(
             p,
             g,
-            m,
-            v,
+            state["exp_avg"],
+            state["exp_avg_sq"],
             beta1=beta1,
             beta2=beta2,
-            step_size=o["lr"] / (1 - beta1**t),
-            root_scale=1 / math.sqrt(1 - beta2**t),
+            step_size=o["lr"] / (1 - beta1**step),
+            root_scale=1 / math.sqrt(1 - beta2**step),
             eps=o["eps"],
             shrink=1 - o["lr"] * o["weight_decay"] if self.decoupled else 1.0,
             decay=0.0 if self.decoupled else o["weight_decay"],
@@ -238,15 +319,23 @@ class RMSprop(Optimizer):
             params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
         )
 
-    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
+    def _initial_state(self, p: Tensor, group: Group) -> State:
+        names = ["square_avg", *["grad_avg"] * group["centered"], *["momentum_buffer"] * bool(group["momentum"])]
+        return {name: np.zeros_like(p._data) for name in names}
+
+    def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         g = g + o["weight_decay"] * p if o["weight_decay"] else g
-        v = state["square_avg"] = o["alpha"] * state.get("square_avg", 0.0) + (1 - o["alpha"]) * (g * g)
+        v = state["square_avg"]
+        v[...] = o["alpha"] * v + (1 - o["alpha"]) * (g * g)
         if o["centered"]:
-            mean = state["grad_avg"] = o["alpha"] * state.get("grad_avg", 0.0) + (1 - o["alpha"]) * g
+            mean = state["grad_avg"]
+            mean[...] = o["alpha"] * mean + (1 - o["alpha"]) * g
             v = v - mean * mean
         update = g / (np.sqrt(v) + o["eps"])
         if o["momentum"]:
-            update = state["momentum_buffer"] = o["momentum"] * state.get("momentum_buffer", 0.0) + update
+            buffer = state["momentum_buffer"]
+            buffer[...] = o["momentum"] * buffer + update
+            update = buffer
         return p - o["lr"] * update
 
 
@@ -271,10 +360,14 @@ class Adagrad(Optimizer):
             eps=eps,
         )
 
-    def _update(self, p: Array, g: Array, state: State, **o: Any) -> Array:
+    def _initial_state(self, p: Tensor, group: Group) -> State:
+        return {"sum": np.full_like(p._data, group["initial_accumulator_value"])}
+
+    def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         g = g + o["weight_decay"] * p if o["weight_decay"] else g
-        total = state["sum"] = state.get("sum", o["initial_accumulator_value"]) + g * g
-        lr = o["lr"] / (1 + (state["step"] - 1) * o["lr_decay"])
+        total = state["sum"]
+        total += g * g
+        lr = o["lr"] / (1 + (step - 1) * o["lr_decay"])
         return p - lr * g / (np.sqrt(total) + o["eps"])
 
 
@@ -300,13 +393,19 @@ def _listed(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
+def _sum_of_squares(g: Array) -> float:
+    kernel = find_kernel("optim.sum_of_squares", device_of(g))
+    total = NotImplemented if kernel is None else kernel(g)
+    return float(np.sum(np.square(g, dtype=np.float64)) if total is NotImplemented else total)
+
+
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their common 2-norm is at most `max_norm`; gives the norm before.
 
     A norm that is not finite leaves the gradients as they are, so that the fault shows.
     """
     graded = [(p, p.grad._data) for p in _listed(params) if p.grad is not None]
-    norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for _, g in graded))
+    norm = math.sqrt(sum(_sum_of_squares(g) for _, g in graded))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in graded:
             p.grad = Tensor._of(np.asarray(g * (max_norm / (norm + 1e-6))))

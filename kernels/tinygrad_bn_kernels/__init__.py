@@ -1,8 +1,10 @@
 """The table of kernels: which loop computes an op, or its vector-Jacobian product, on which device.
 
 A kernel takes arrays and gives arrays; it knows no Tensor. Its name is the op's name (the forward) or the op's
-name with ``.vjp`` (the backward: ``(g, y, *operands, **params)`` to one gradient, or None, for each operand).
-An op without a kernel runs its NumPy reference. Kernels called ``optim.…`` are optimisers' updates.
+name with ``.vjp`` (the backward: ``(g, y, *operands, needs=…, **params)`` to one gradient for each operand, or None for
+one that `needs` says nobody wants).
+An op without a kernel, or whose kernel gives NotImplemented for these arguments, runs its NumPy reference. Kernels
+called ``optim.…`` are optimisers' updates.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,15 +19,19 @@ F = TypeVar("F", bound=Kernel)
 # Where the package's own kernels are written. A module is imported when one of its kernels is first asked for,
 # so that a program which needs none never pays for importing Numba.
 MODULES: dict[tuple[str, str], str] = {
-    ("softmax_cross_entropy", "cpu"): "tinygrad_bn_kernels.cpu.loss",
-    ("softmax_cross_entropy.vjp", "cpu"): "tinygrad_bn_kernels.cpu.loss",
-    ("batch_norm_fused", "cpu"): "tinygrad_bn_kernels.cpu.norm",
-    ("batch_norm_fused.vjp", "cpu"): "tinygrad_bn_kernels.cpu.norm",
-    ("batch_norm_relu_fused", "cpu"): "tinygrad_bn_kernels.cpu.norm",
-    ("batch_norm_relu_fused.vjp", "cpu"): "tinygrad_bn_kernels.cpu.norm",
-    ("relu.vjp", "cpu"): "tinygrad_bn_kernels.cpu.elementwise",
-    ("optim.adam", "cpu"): "tinygrad_bn_kernels.cpu.optim",
-    ("erf", "cpu"): "tinygrad_bn_kernels.cpu.elementwise",
+    (name, "cpu"): f"tinygrad_bn_kernels.cpu.{module}"
+    for module, kernels in {
+        "reduce": "sum sum_to mean_fused mean_fused.vjp mean_and_var_fused var_fused sum_of_squares max min argmax "
+        "argmin optim.sum_of_squares",
+        "norm": "batch_norm_fused batch_norm_fused.vjp batch_norm_relu_fused batch_norm_relu_fused.vjp "
+        "batch_norm_inference",
+        "blocks": "block_norm_fused block_norm_fused.vjp",
+        "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp_fused",
+        "elementwise": "relu.vjp erf dropout_by_key",
+        "linear": "linear.vjp",
+        "optim": "optim.sgd optim.adam",
+    }.items()
+    for name in kernels.split()
 }
 
 _kernels: dict[tuple[str, str], Kernel] = {}

@@ -5,8 +5,7 @@ The primitives of `tinygrad_bn.ops` can be had from here too. Called with arrays
 
 # isort: off
 from tinygrad_bn.functional.basics import (
-    concatenate, dropout, elu, flatten, gelu, leaky_relu, linear, log_softmax, logsumexp, mean, silu, softmax, stack,
-    std, var,
+    concatenate, dropout, elu, flatten, gelu, leaky_relu, linear, log_softmax, silu, softmax, stack,
 )  # fmt: skip
 from tinygrad_bn.functional.losses import (
     binary_cross_entropy_with_logits, cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss, softmax_cross_entropy,
@@ -15,18 +14,20 @@ from tinygrad_bn.functional.normalization import (
     Normalization, batch_norm, batch_norm_fused, batch_norm_relu_fused, batch_norm_steps, batch_norm_with_statistics,
     group_norm, instance_norm, layer_norm, normalization_steps, rms_norm,
 )  # fmt: skip
+from tinygrad_bn.functional.statistics import logsumexp, mean, mean_and_var, std, sum_of_squares, var
 from tinygrad_bn.ops import (
-    abs, add, argmax, astype, broadcast_to, clip, div, erf, exp, expm1, log, matmul, max, maximum, min, minimum, mul,
-    neg, pad, pow, relu, reshape, rsqrt, sigmoid, sign, softplus, sqrt, sub, sum, tanh, transpose, where,
+    abs, add, argmax, argmin, astype, broadcast_to, clip, div, erf, exp, expm1, log, matmul, max, maximum, min, minimum,
+    mul, neg, pad, pow, relu, reshape, rsqrt, sigmoid, sign, softplus, sqrt, sub, sum, tanh, transpose, where,
 )  # fmt: skip
 # isort: on
 
 __all__ = [
-    "Normalization", "abs", "add", "argmax", "astype", "batch_norm", "batch_norm_fused", "batch_norm_relu_fused",
-    "batch_norm_steps", "batch_norm_with_statistics", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
-    "concatenate", "cross_entropy", "div", "dropout", "elu", "erf", "exp", "expm1", "flatten", "gelu", "group_norm",
-    "huber_loss", "instance_norm", "l1_loss", "layer_norm", "leaky_relu", "linear", "log", "log_softmax", "logsumexp",
-    "matmul", "max", "maximum", "mean", "min", "minimum", "mse_loss", "mul", "neg", "nll_loss", "normalization_steps",
-    "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt", "sigmoid", "sign", "silu", "softmax",
-    "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "tanh", "transpose", "var", "where",
+    "Normalization", "abs", "add", "argmax", "argmin", "astype", "batch_norm", "batch_norm_fused",
+    "batch_norm_relu_fused", "batch_norm_steps", "batch_norm_with_statistics", "binary_cross_entropy_with_logits",
+    "broadcast_to", "clip", "concatenate", "cross_entropy", "div", "dropout", "elu", "erf", "exp", "expm1", "flatten",
+    "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm", "leaky_relu", "linear", "log",
+    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "mean_and_var", "min", "minimum", "mse_loss", "mul",
+    "neg", "nll_loss", "normalization_steps", "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt", "sigmoid", "sign",
+    "silu", "softmax", "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "sum_of_squares",
+    "tanh", "transpose", "var", "where",
 ]  # fmt: skip

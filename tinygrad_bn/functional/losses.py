@@ -7,20 +7,23 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.functional.basics import log_softmax, mean, values
-from tinygrad_bn.ops import abs, astype, clip, mul, reshape, softplus, sum, transpose, where
+from tinygrad_bn.functional.basics import log_softmax
+from tinygrad_bn.functional.statistics import largest, mean, values
+from tinygrad_bn.ops import abs, astype, clip, getitem, mul, reshape, softplus, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw
 from tinygrad_bn.tensor import Tensor
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
-def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return loss
-    if reduction not in ("mean", "sum"):
+def _expect_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is one of 'mean', 'sum' and 'none'; got {reduction!r}")
-    return mean(loss) if reduction == "mean" else sum(loss)
+
+
+def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
+    _expect_reduction(reduction)
+    return mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
 
 
 def _difference(x: Operand, target: Operand) -> Operand:
@@ -66,8 +69,8 @@ def binary_cross_entropy_with_logits(
     return _reduced(loss if weight is None else loss * weight, reduction)
 
 
-def _as_rows(x: Operand, target: Operand, ignore_index: int) -> tuple[Operand, Any, Any]:
-    """Class scores (N, C, ...) as rows (M, C), targets as (M,), and which rows count; checked."""
+def _classes(x: Operand, target: Operand) -> Any:
+    """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
     classes = np.asarray(values(target))
     if x.dtype.kind != "f":
         raise TypeError(f"scores have to be floating-point; got {x.dtype}")
@@ -75,21 +78,14 @@ def _as_rows(x: Operand, target: Operand, ignore_index: int) -> tuple[Operand, A
         raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
     if classes.dtype.kind not in "iu":
         raise TypeError(f"targets are class indices, of an integer dtype; got {classes.dtype}")
-    counts = classes != ignore_index
-    wrong = classes[counts & ((classes < 0) | (classes >= x.shape[1]))]
-    if wrong.size:
-        raise ValueError(f"target {wrong[0]} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
-    if x.ndim > 2:
-        x = reshape(transpose(x, axes=(0, *range(2, x.ndim), 1)), shape=(-1, x.shape[1]))
-    return x, np.where(counts, classes, 0).astype(np.int64).reshape(-1), counts.reshape(-1)
+    return classes
 
 
-def _weighted(loss: Tensor, classes: Any, counts: Any, weight: Any, reduction: Reduction, shape: Any) -> Tensor:
-    loss = where(counts, loss, 0.0)
-    if reduction == "mean":
-        wide = astype(loss, dtype=np.result_type(loss.dtype, np.float32))
-        return astype(sum(wide) / np.sum(weight[classes], where=counts, dtype=np.float64), dtype=loss.dtype)
-    return _reduced(reshape(loss, shape=shape) if reduction == "none" else loss, reduction)
+def _as_rows(x: Operand) -> Operand:
+    """(N, C, ...) as rows (M, C)."""
+    if x.ndim == 2:
+        return x
+    return reshape(transpose(x, axes=(0, *range(2, x.ndim), 1)), shape=(-1, x.shape[1]))
 
 
 def _class_weight(weight: Operand | None, x: Operand) -> Any:
@@ -113,35 +109,80 @@ def nll_loss(
 
     Arguments and errors are those of `cross_entropy`.
     """
-    rows, classes, counts = _as_rows(x, target, ignore_index)
-    weight = _class_weight(weight, x)
-    loss = mul(rows[np.arange(len(classes)), classes], -weight[classes])
-    return _weighted(loss, classes, counts, weight, reduction, values(target).shape)
+    classes, weight = _classes(x, target), _class_weight(weight, x)
+    _expect_reduction(reduction)
+    loss = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
+    return reshape(loss, shape=classes.shape) if reduction == "none" else loss
 
 
-def softmax_cross_entropy_composed(x: Operand, target: Operand, weight: Operand, *, smoothing: float) -> Tensor:
-    """−Σ_c q_c · weight_c · log softmax(x)_c, where q is 1 − smoothing at the target plus smoothing / C everywhere."""
-    log_p = log_softmax(x, axis=1) * weight
-    at_target = log_p[np.arange(x.shape[0]), values(target)]
-    if smoothing == 0:  # not a shortcut: 0 · log p would be NaN for a class that is masked by −inf
-        return -at_target
-    return -(1 - smoothing) * at_target - smoothing * mean(log_p, axis=1)
+def _picked(
+    log_p: Operand, target: Any, weight: Operand, ignore_index: int, reduction: Reduction, smoothing: float = 0.0
+) -> Tensor:
+    """−Σ_c q_c · weight_c · log_p_c of each row, where q is 1 − smoothing at the target plus smoothing / C everywhere.
+
+    Rows whose target is `ignore_index` count 0; the mean divides by the sum of the other targets' weights.
+    """
+    counts = target != ignore_index
+    classes = np.where(counts, target, 0)
+    wrong = classes[(classes < 0) | (classes >= log_p.shape[1])]
+    if wrong.size:
+        raise ValueError(f"target {wrong[0]} is not one of the {log_p.shape[1]} classes 0 to {log_p.shape[1] - 1}")
+    at_target = getitem(weight, index=classes)
+    loss = -mul(log_p[np.arange(len(classes)), classes], at_target)
+    if smoothing > 0:  # not only a shortcut: 0 · log p would be NaN for a class that is masked by −inf
+        loss = loss * (1 - smoothing) - mean(log_p * weight, axis=1) * smoothing
+    loss = where(counts, loss, 0.0)
+    if reduction == "none":
+        return loss
+    total = sum(astype(loss, dtype=np.result_type(loss.dtype, np.float32)))  # float16 could not hold it
+    if reduction == "mean":
+        total = total / sum(where(counts, at_target, 0.0))
+    return astype(total, dtype=loss.dtype)
+
+
+def softmax_cross_entropy_composed(
+    x: Operand, target: Operand, weight: Operand, *, smoothing: float, ignore_index: int, reduction: Reduction
+) -> Tensor:
+    """Softmax, its logarithm, and what the targets pick of it."""
+    return _picked(log_softmax(x, axis=1), values(target), weight, ignore_index, reduction, smoothing)
 
 
 def _sample_cross_entropy(d: Draw) -> Any:
-    n, c = d.integer(0, 4), d.integer(1, 4)
-    operands = (d.array(REAL, (n, c)), d.integers(0, c - 1, (n,)), np.linspace(0.5, 1.5, c))
-    return operands, {"smoothing": d.choice([0.0, 0.3])}
+    n, c = d.integer(1, 4), d.integer(1, 4)
+    target = d.integers(0, c - 1, (n,))
+    target[0] = d.choice([target[0], -100])
+    operands = d.array(REAL, (n, c)), target, np.linspace(0.5, 1.5, c)
+    some = (target != -100).any()
+    reduction = d.choice(["mean", "sum", "none"] if some else ["sum", "none"])
+    return operands, {"smoothing": d.choice([0.0, 0.3]), "ignore_index": -100, "reduction": reduction}
 
 
 @primitive(
     fuses=softmax_cross_entropy_composed,
+    saves=("normalizer", "total"),
     formula="yᵢ = −Σ_c q_ic · w_c · log softmax(xᵢ)_c;  ∂x_ic = g_i · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c)",
     sample=_sample_cross_entropy,
 )
-def softmax_cross_entropy(x: Operand, target: Operand, weight: Operand, *, smoothing: float) -> Operand:
-    """The loss of each row: x (M, C) logits, target (M,) class indices, weight (C,) of the classes; gives (M,)."""
-    return softmax_cross_entropy_composed(x, target, weight, smoothing=smoothing)
+def softmax_cross_entropy(
+    x: Operand,
+    target: Operand,
+    weight: Operand,
+    *,
+    smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Operand:
+    """x (M, C) logits, target (M,) class indices, weight (C,) of the classes: the loss, or (M,) without a reduction.
+
+    Saves what softmax subtracts from each row (M, 2), its largest logit and the log of its sum, and the sum of the
+    targets' weights.
+    """
+    options: Any = {"smoothing": smoothing, "ignore_index": ignore_index, "reduction": reduction}
+    loss = softmax_cross_entropy_composed(x, target, weight, **options)
+    top = largest(x, 1).astype(np.float64)
+    normalizer = np.concatenate([top, np.log(np.sum(np.exp(x - top), axis=1, keepdims=True))], axis=1)
+    counted = target[target != ignore_index]
+    return loss, normalizer, float(np.sum(weight[counted], dtype=np.float64))
 
 
 def cross_entropy(
@@ -171,7 +212,15 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is in [0, 1]; got {label_smoothing}")
-    rows, classes, counts = _as_rows(x, target, ignore_index)
+    classes = _classes(x, target)
     weight = _class_weight(weight, x)
-    loss = softmax_cross_entropy(rows, classes, weight, smoothing=label_smoothing)
-    return _weighted(loss, classes, counts, weight, reduction, values(target).shape)
+    _expect_reduction(reduction)
+    loss = softmax_cross_entropy(
+        _as_rows(x),
+        classes.reshape(-1),
+        weight,
+        smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return reshape(loss, shape=classes.shape) if reduction == "none" and classes.ndim > 1 else loss

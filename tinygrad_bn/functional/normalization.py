@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from tinygrad_bn import ops
 from tinygrad_bn.autograd import OPS, Operand, primitive, run
-from tinygrad_bn.functional.basics import mean, values
+from tinygrad_bn.functional.statistics import mean_composed, values
 from tinygrad_bn.ops import astype, reshape, rsqrt, sqrt
-from tinygrad_bn.sample import REAL, Draw
+from tinygrad_bn.sample import POSITIVE, REAL, Draw
 from tinygrad_bn.tensor import Axis, Tensor
+
+Blocks: TypeAlias = tuple[int, int, int, int]
 
 
 class Normalization(NamedTuple):
@@ -66,12 +68,12 @@ def normalization_steps(
         eps: added to the variance.
     """
     wide = _widened(x)
-    mu = mean(wide, axis, keepdims=True)
+    mu = mean_composed(wide, axis=axis, keepdims=True)
     # What rounding left of the mean. It is 0 in exact arithmetic, so a constant to derivatives of every order.
-    mu = mu + values(mean(values(wide) - values(mu), axis, keepdims=True))
+    mu = mu + values(mean_composed(values(wide) - values(mu), axis=axis, keepdims=True))
     xmu = wide - mu
     sq = xmu * xmu
-    var = mean(sq, axis, keepdims=True)
+    var = mean_composed(sq, axis=axis, keepdims=True)
     sqrtvar = sqrt(var + eps)
     ivar = 1 / sqrtvar
     xhat = xmu * ivar
@@ -146,6 +148,69 @@ def batch_norm_relu_fused(x: Operand, weight: Operand, bias: Operand, *, eps: fl
     return ops.relu(y), *saved
 
 
+def _batch_norm_inference_composed(
+    x: Operand, mean: Operand, var: Operand, weight: Operand, bias: Operand, *, eps: float
+) -> Tensor:
+    mean, var, weight, bias = (per_channel(v, x.ndim) for v in (mean, var, weight, bias))
+    # (x − mean) first: x · a + b would lose as many digits as the mean is larger than the deviation.
+    return astype((x - mean) * rsqrt(var + eps) * weight + bias, dtype=x.dtype)
+
+
+def _sample_batch_norm_inference(d: Draw) -> Any:
+    (x, weight, _), params = _sample_batch_norm(d)
+    return (x, *(d.array(POSITIVE, weight.shape) for _ in range(4))), params
+
+
+@primitive(
+    fuses=_batch_norm_inference_composed,
+    formula="y = (x − mean) / √(var + eps) · weight + bias",
+    sample=_sample_batch_norm_inference,
+)
+def batch_norm_inference(
+    x: Operand, mean: Operand, var: Operand, weight: Operand, bias: Operand, *, eps: float
+) -> Operand:
+    """BatchNorm of x (N, C, ...) by a mean and variance that are given, (C,) like weight and bias."""
+    return _batch_norm_inference_composed(x, mean, var, weight, bias, eps=eps)
+
+
+def _block_norm_composed(
+    x: Operand, weight: Operand, bias: Operand, *, blocks: Blocks, eps: float, centered: bool
+) -> Tensor:
+    wide = reshape(_widened(x), shape=blocks)
+    weight, bias = (reshape(v, shape=(*blocks[1:3], 1)) for v in (weight, bias))
+    if centered:
+        y = normalization_steps(wide, weight, bias, axis=(2, 3), eps=eps).out
+    else:
+        y = wide * rsqrt(mean_composed(wide * wide, axis=(2, 3), keepdims=True) + eps) * weight + bias
+    return astype(reshape(y, shape=x.shape), dtype=x.dtype)
+
+
+def _sample_block_norm(d: Draw) -> Any:
+    blocks = d.shape(min_dims=4, max_dims=4, min_side=1, max_side=3)
+    weight, bias = d.array(REAL, (blocks[1] * blocks[2],)), d.array(REAL, (blocks[1] * blocks[2],))
+    x = d.array(REAL, (blocks[0], math.prod(blocks[1:])))
+    return (x, weight, bias), {"blocks": blocks, "eps": 0.3, "centered": d.choice([True, False])}
+
+
+@primitive(
+    fuses=_block_norm_composed,
+    saves=("mean", "var"),
+    formula="y = (x − μ) / √(σ² + eps) · weight + bias, block by block;  not centered, μ = 0",
+    sample=_sample_block_norm,
+)
+def block_norm_fused(
+    x: Operand, weight: Operand, bias: Operand, *, blocks: Blocks, eps: float, centered: bool = True
+) -> Operand:
+    """Normalise each of the N · G blocks of P planes of S elements that x consists of: `blocks` is (N, G, P, S).
+
+    Weight and bias have G · P elements, one for each plane. Saves mean and variance of each block, float64 (N · G,).
+    """
+    wide = _widened(x).reshape(-1, blocks[2] * blocks[3])
+    mu = wide.mean(axis=1, dtype=np.float64) if centered else np.zeros(len(wide))
+    var = np.square(wide - mu[:, None]).mean(axis=1)
+    return _block_norm_composed(x, weight, bias, blocks=blocks, eps=eps, centered=centered), mu, var
+
+
 def batch_norm_with_statistics(
     x: Operand, weight: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5, relu: bool = False
 ) -> tuple[Tensor, Any, Any]:
@@ -196,12 +261,11 @@ def batch_norm(
         raise ValueError("running_mean and running_var go together: give both, or neither")
     if training or running_mean is None:
         return batch_norm_with_statistics(x, weight, bias, eps=eps)[0]
-    mu, variance = per_channel(running_mean, x.ndim), per_channel(running_var, x.ndim)
-    weight, bias = per_channel(weight, x.ndim), per_channel(bias, x.ndim)
-    # (x − mu) first: x · a + b would lose as many digits as the mean is larger than the deviation.
-    y = (x - mu) * rsqrt(variance + eps)
-    y = y if weight is None else y * weight
-    return astype(y if bias is None else y + bias, dtype=x.dtype)
+    if weight is None:
+        weight = np.ones(x.shape[1], x.dtype)
+    if bias is None:
+        bias = np.zeros(x.shape[1], x.dtype)
+    return batch_norm_inference(x, running_mean, running_var, weight, bias, eps=eps)
 
 
 def layer_norm(
@@ -212,8 +276,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
-    axis = _last_axes(x, normalized_shape)
-    return normalization_steps(x, weight, bias, axis=axis, eps=eps).out
+    blocks = (*_sample_and_features(x, normalized_shape), 1)
+    return _block_norm(x, weight, bias, blocks, eps)
 
 
 def group_norm(
@@ -222,10 +286,8 @@ def group_norm(
     """Group normalisation (Wu & He 2018) of x (N, C, ...): each sample over groups of C / num_groups channels."""
     if num_groups < 1 or x.ndim < 2 or x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
-    grouped = reshape(x, shape=(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups))
-    y = reshape(normalization_steps(grouped, axis=2, eps=eps).xhat, shape=x.shape)
-    y = y if weight is None else y * per_channel(weight, x.ndim)
-    return astype(y if bias is None else y + per_channel(bias, x.ndim), dtype=x.dtype)
+    planes = x.shape[1] // num_groups
+    return _block_norm(x, weight, bias, (x.shape[0], num_groups, planes, math.prod(x.shape[2:])), eps)
 
 
 def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
@@ -241,15 +303,26 @@ def rms_norm(
     As in PyTorch `eps` is by default the machine epsilon of x's dtype.
     """
     eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-    axis = _last_axes(x, normalized_shape)
-    wide = _widened(x)
-    y = wide * rsqrt(mean(wide * wide, axis, keepdims=True) + eps)
-    return astype(y if weight is None else y * weight, dtype=x.dtype)
+    blocks = (*_sample_and_features(x, normalized_shape), 1)
+    return _block_norm(x, weight, None, blocks, eps, centered=False)
 
 
-def _last_axes(x: Operand, normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of x that have the shape `normalized_shape`, checked."""
+def _block_norm(
+    x: Operand, weight: Operand | None, bias: Operand | None, blocks: Blocks, eps: float, centered: bool = True
+) -> Tensor:
+    _expect_floats(x)
+    planes = blocks[1] * blocks[2]
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v is not None and values(v).size != planes:
+            raise ValueError(f"{name} has shape {np.shape(values(v))}; for x {x.shape} it needs {planes} elements")
+    weight = np.ones(planes, x.dtype) if weight is None else weight
+    bias = np.zeros(planes, x.dtype) if bias is None else bias
+    return block_norm_fused(x, weight, bias, blocks=blocks, eps=eps, centered=centered)
+
+
+def _sample_and_features(x: Operand, normalized_shape: int | tuple[int, ...]) -> tuple[int, int, int]:
+    """(N, 1, P) of x (N..., P...), whose last axes have the shape `normalized_shape`, checked."""
     wanted = tuple(int(n) for n in np.atleast_1d(normalized_shape))
     if wanted != x.shape[x.ndim - len(wanted) :]:
         raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {wanted}")
-    return tuple(range(x.ndim - len(wanted), x.ndim))
+    return math.prod(x.shape[: x.ndim - len(wanted)]), 1, math.prod(wanted)

@@ -1,33 +1,32 @@
-"""BatchNorm over (N, C, S), one channel or one block of channels at a time, so that memory is read once.
+"""BatchNorm over (N, C, S): statistics, output and gradients, a channel or a block of channels at a time.
 
-S = 1 is a batch of vectors (`_rows_…`: a block of channels at a time, as a row holds them side by side), otherwise
-the planes of images (`_planes_…`). Statistics are taken of x − shift, with the channel's first element as shift, and
-summed in float64: exact at any mean, and 0 for a constant channel. A channel has one writer, so results do not depend
-on the number of threads.
+S = 1 is a batch of vectors (`_rows_…`), of which a part is a block of columns; otherwise the planes of images
+(`_planes_…`), of which a part is a range of channels, so that a channel is read again while it is in cache.
+Statistics are taken of x − shift, with the channel's first element as shift, and summed in float64: exact at any mean,
+and 0 for a constant channel.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
-from tinygrad_bn_kernels.cpu.threads import use_threads
+from tinygrad_bn_kernels.cpu.threads import split
 
 Array = NDArray[Any]
 
-# Rows that one thread takes at a time of a batch of vectors.
-CHUNK = 64
+# Columns of a batch of vectors are cut into parts of whole blocks, as narrower ones waste cache lines.
+BLOCK = 64
 
 # Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
 FAR = 16.0
 
 
 @njit()
-def _floor(x: Array, relu: bool) -> float:
+def _floor(x, relu):
     """What the output is not below: one loop then serves with and without a ReLU, at half the compilation."""
     return x.dtype.type(0) if relu else x.dtype.type(-np.inf)
 
@@ -36,7 +35,7 @@ def _floor(x: Array, relu: bool) -> float:
 
 
 @njit(fastmath=SUMS)
-def _plane_statistics(x: Array, c: int) -> tuple[float, float]:
+def _plane_statistics(x, c):
     n, _, size = x.shape
     shift = np.float64(x[0, c, 0])
     var = 0.0
@@ -58,15 +57,7 @@ def _plane_statistics(x: Array, c: int) -> tuple[float, float]:
 
 
 @njit(fastmath=SUMS)
-def _plane_forward(
-    x: Array, c: int, weight: Array, bias: Array, eps: float, relu: bool, y: Array, mean: Array, var: Array
-) -> None:
-    mean[c], var[c] = _plane_statistics(x, c)
-    _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
-
-
-@njit(fastmath=SUMS)
-def _plane_normalize(x: Array, c: int, mean: float, scale: float, bias: float, relu: bool, y: Array) -> None:
+def _plane_normalize(x, c, mean, scale, bias, relu, y):
     """y = (x − mean) · scale + bias, with the part of the mean that x's dtype cannot hold moved into the bias."""
     n, _, size = x.shape
     floor = _floor(x, relu)
@@ -81,20 +72,20 @@ def _plane_normalize(x: Array, c: int, mean: float, scale: float, bias: float, r
 
 
 @njit(fastmath=SUMS)
-def _plane_backward(
-    g: Array,
-    x: Array,
-    c: int,
-    weight: Array,
-    bias: Array,
-    mean: Array,
-    var: Array,
-    eps: float,
-    relu: bool,
-    gx: Array,
-    gweight: Array,
-    gbias: Array,
-) -> None:
+def _planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
+    for c in range(start, stop):
+        mean[c], var[c] = _plane_statistics(x, c)
+        _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
+
+
+@njit(fastmath=SUMS)
+def _planes_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
+    for c in range(start, stop):
+        _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
+
+
+@njit(fastmath=SUMS)
+def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     n, _, size = x.shape
     count = n * size
     zero, floor = x.dtype.type(0), _floor(x, relu)
@@ -127,70 +118,62 @@ def _plane_backward(
 
 
 @njit(fastmath=SUMS)
-def _planes_forward_serial(x, weight, bias, eps, relu, y, mean, var):
-    for c in range(x.shape[1]):
-        _plane_forward(x, c, weight, bias, eps, relu, y, mean, var)
-
-
-@njit(parallel=True, fastmath=SUMS)
-def _planes_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
-    for c in prange(x.shape[1]):
-        _plane_forward(x, c, weight, bias, eps, relu, y, mean, var)
-
-
-@njit(fastmath=SUMS)
-def _planes_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    for c in range(x.shape[1]):
-        _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
-
-
-@njit(parallel=True, fastmath=SUMS)
-def _planes_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    for c in prange(x.shape[1]):
+def _planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, start, stop):
+    for c in range(start, stop):
         _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
 
 
 # ---- rows: (N, C) ---------------------------------------------------------------------------------------
-# A chunk of rows at a time, with the sums of each chunk added up in order: the chunks, and so the results, are the
-# same for any number of threads. What is kept for each channel lies in the rows of one small array: with an array for
-# each, the compiler would need so many checks for overlap that it gives up on vector registers.
+# Rows are taken four at a time, so that the sums of a column are loaded and stored once for four of its elements.
+# What is kept for each column lies in the rows of one small array: with an array for each, the compiler would need so
+# many checks for overlap that it gives up on vector registers.
 
 
 @njit(fastmath=SUMS)
-def _chunk_sums(x: Array, t: int, shift: Array, sums: Array) -> None:
-    """Σ (x − shift) and Σ (x − shift)² of each channel over chunk t."""
-    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
-        row = x[i]
-        for j in range(x.shape[1]):
+def _row_sums(x, first, shift, sums):
+    """Σ (x − shift) and Σ (x − shift)² of the columns from `first` on."""
+    n, width = x.shape[0], shift.size
+    i = 0
+    while i + 4 <= n:
+        r0, r1, r2, r3 = x[i, first:], x[i + 1, first:], x[i + 2, first:], x[i + 3, first:]
+        for j in range(width):
+            d0, d1, d2, d3 = r0[j] - shift[j], r1[j] - shift[j], r2[j] - shift[j], r3[j] - shift[j]
+            sums[0, j] += (d0 + d1) + (d2 + d3)
+            sums[1, j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        i += 4
+    while i < n:
+        row = x[i, first:]
+        for j in range(width):
             d = row[j] - shift[j]
-            sums[t, 0, j] += d
-            sums[t, 1, j] += d * d
+            sums[0, j] += d
+            sums[1, j] += d * d
+        i += 1
 
 
 @njit(fastmath=SUMS)
-def _statistics_of_sums(sums: Array, n: int, shift: Array, mean: Array, var: Array) -> bool:
-    """Whether the shift was good enough; if not, it is set to the mean for another try."""
-    good = True
-    for j in range(shift.size):
-        s1 = 0.0
-        s2 = 0.0
-        for t in range(sums.shape[0]):
-            s1 += sums[t, 0, j]
-            s2 += sums[t, 1, j]
-        off = s1 / n
-        mean[j] = shift[j] + off
-        var[j] = max(s2 / n - off * off, 0.0)
-        if off * off > FAR * FAR * var[j]:
-            good = False
-        shift[j] = mean[j]
-    return good
+def _row_statistics(x, first, mean, var):
+    n, width = x.shape[0], mean.size
+    shift = x[0, first : first + width].astype(np.float64)
+    for _ in range(2):
+        sums = np.zeros((2, width))
+        _row_sums(x, first, shift, sums)
+        good = True
+        for j in range(width):
+            off = sums[0, j] / n
+            mean[j] = shift[j] + off
+            var[j] = max(sums[1, j] / n - off * off, 0.0)
+            if off * off > FAR * FAR * var[j]:
+                good = False
+        if good:
+            break
+        shift = mean.copy()
 
 
 @njit(fastmath=SUMS)
-def _constants(x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float) -> Array:
+def _row_constants(x, weight, bias, mean, var, eps):
     """Rows m, a, b, of which y = (x − m) · a + b, and two more for the backward pass."""
-    k = np.empty((5, x.shape[1]), x.dtype)
-    for j in range(x.shape[1]):
+    k = np.empty((5, mean.size), x.dtype)
+    for j in range(mean.size):
         scale = weight[j] / np.sqrt(var[j] + eps)
         k[0, j] = mean[j]
         k[1, j] = scale
@@ -199,128 +182,81 @@ def _constants(x: Array, weight: Array, bias: Array, mean: Array, var: Array, ep
 
 
 @njit(fastmath=SUMS)
-def _chunk_normalize(x: Array, t: int, k: Array, relu: bool, y: Array) -> None:
+def _rows_normalize(x, first, k, relu, y):
     floor = _floor(x, relu)
-    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
-        row, out = x[i], y[i]
-        for j in range(x.shape[1]):
+    for i in range(x.shape[0]):
+        row, out = x[i, first:], y[i, first:]
+        for j in range(k.shape[1]):
             v = (row[j] - k[0, j]) * k[1, j] + k[2, j]
             out[j] = floor if v < floor else v
 
 
 @njit(fastmath=SUMS)
-def _chunk_backward_sums(g: Array, x: Array, t: int, k: Array, relu: bool, sums: Array) -> None:
-    """Σ g and Σ g (x − m) of each channel over chunk t."""
-    zero, floor = x.dtype.type(0), _floor(x, relu)
-    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
-        gs, row = g[i], x[i]
-        for j in range(x.shape[1]):
-            d = row[j] - k[0, j]
-            gj = zero if d * k[1, j] + k[2, j] <= floor else gs[j]
-            sums[t, 0, j] += np.float64(gj)
-            sums[t, 1, j] += np.float64(gj) * np.float64(d)
+def _rows_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
+    first, last = start * BLOCK, min(stop * BLOCK, x.shape[1])
+    mean, var = mean[first:last], var[first:last]
+    _row_statistics(x, first, mean, var)
+    _rows_normalize(x, first, _row_constants(x, weight[first:last], bias[first:last], mean, var, eps), relu, y)
 
 
 @njit(fastmath=SUMS)
-def _gradients_of_sums(
-    sums: Array, n: int, weight: Array, mean: Array, var: Array, eps: float, k: Array, gweight: Array, gbias: Array
-) -> None:
-    for j in range(weight.size):
-        s1 = 0.0
-        s2 = 0.0
-        for t in range(sums.shape[0]):
-            s1 += sums[t, 0, j]
-            s2 += sums[t, 1, j]
+def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
+    first, last = start * BLOCK, min(stop * BLOCK, x.shape[1])
+    mean, var = mean[first:last], var[first:last]
+    _rows_normalize(x, first, _row_constants(x, weight[first:last], bias[first:last], mean, var, eps), relu, y)
+
+
+@njit(fastmath=SUMS)
+def _row_gradient_sums(g, x, first, k, relu, sums):
+    """Σ g and Σ g (x − m) of the columns from `first` on."""
+    n, width = x.shape[0], k.shape[1]
+    zero, floor = x.dtype.type(0), _floor(x, relu)
+    i = 0
+    while i + 2 <= n:
+        g0, g1, r0, r1 = g[i, first:], g[i + 1, first:], x[i, first:], x[i + 1, first:]
+        for j in range(width):
+            d0, d1 = r0[j] - k[0, j], r1[j] - k[0, j]
+            e0 = zero if d0 * k[1, j] + k[2, j] <= floor else g0[j]
+            e1 = zero if d1 * k[1, j] + k[2, j] <= floor else g1[j]
+            sums[0, j] += np.float64(e0) + np.float64(e1)
+            sums[1, j] += np.float64(e0) * np.float64(d0) + np.float64(e1) * np.float64(d1)
+        i += 2
+    if i < n:
+        g0, r0 = g[i, first:], x[i, first:]
+        for j in range(width):
+            d0 = r0[j] - k[0, j]
+            e0 = zero if d0 * k[1, j] + k[2, j] <= floor else g0[j]
+            sums[0, j] += np.float64(e0)
+            sums[1, j] += np.float64(e0) * np.float64(d0)
+
+
+@njit(fastmath=SUMS)
+def _rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, start, stop):
+    first, last = start * BLOCK, min(stop * BLOCK, x.shape[1])
+    n, width = x.shape[0], last - first
+    weight, mean, var = weight[first:last], mean[first:last], var[first:last]
+    k = _row_constants(x, weight, bias[first:last], mean, var, eps)
+    sums = np.zeros((2, width))
+    _row_gradient_sums(g, x, first, k, relu, sums)
+    for j in range(width):
         ivar = 1 / np.sqrt(var[j] + eps)
         rest = mean[j] - k[0, j]
-        gbias[j] = s1
-        gweight[j] = (s2 - rest * s1) * ivar
-        by_x = -weight[j] * ivar * ivar * gweight[j] / n
+        dot = (sums[1, j] - rest * sums[0, j]) * ivar
+        gbias[first + j] = sums[0, j]
+        gweight[first + j] = dot
+        by_x = -weight[j] * ivar * ivar * dot / n
         k[3, j] = by_x
-        k[4, j] = -weight[j] * ivar * s1 / n - rest * by_x
-
-
-@njit(fastmath=SUMS)
-def _chunk_backward(g: Array, x: Array, t: int, k: Array, relu: bool, gx: Array) -> None:
+        k[4, j] = -weight[j] * ivar * sums[0, j] / n - rest * by_x
     zero, floor = x.dtype.type(0), _floor(x, relu)
-    for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
-        gs, row, out = g[i], x[i], gx[i]
-        for j in range(x.shape[1]):
+    for i in range(n):
+        gs, row, out = g[i, first:], x[i, first:], gx[i, first:]
+        for j in range(width):
             d = row[j] - k[0, j]
             gj = zero if d * k[1, j] + k[2, j] <= floor else gs[j]
             out[j] = k[1, j] * gj + k[3, j] * d + k[4, j]
 
 
-@njit(fastmath=SUMS)
-def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
-    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
-    shift = x[0].astype(np.float64)
-    for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
-        for t in range(chunks):
-            _chunk_sums(x, t, shift, sums)
-        if _statistics_of_sums(sums, n, shift, mean, var):
-            break
-    k = _constants(x, weight, bias, mean, var, eps)
-    for t in range(chunks):
-        _chunk_normalize(x, t, k, relu, y)
-
-
-@njit(parallel=True, fastmath=SUMS)
-def _rows_forward_parallel(x, weight, bias, eps, relu, y, mean, var):
-    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
-    shift = x[0].astype(np.float64)
-    for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
-        for t in prange(chunks):
-            _chunk_sums(x, t, shift, sums)
-        if _statistics_of_sums(sums, n, shift, mean, var):
-            break
-    k = _constants(x, weight, bias, mean, var, eps)
-    for t in prange(chunks):
-        _chunk_normalize(x, t, k, relu, y)
-
-
-@njit(fastmath=SUMS)
-def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
-    k = _constants(x, weight, bias, mean, var, eps)
-    sums = np.zeros((chunks, 2, x.shape[1]))
-    for t in range(chunks):
-        _chunk_backward_sums(g, x, t, k, relu, sums)
-    _gradients_of_sums(sums, n, weight, mean, var, eps, k, gweight, gbias)
-    for t in range(chunks):
-        _chunk_backward(g, x, t, k, relu, gx)
-
-
-@njit(parallel=True, fastmath=SUMS)
-def _rows_backward_parallel(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    n, chunks = x.shape[0], (x.shape[0] + CHUNK - 1) // CHUNK
-    k = _constants(x, weight, bias, mean, var, eps)
-    sums = np.zeros((chunks, 2, x.shape[1]))
-    for t in prange(chunks):
-        _chunk_backward_sums(g, x, t, k, relu, sums)
-    _gradients_of_sums(sums, n, weight, mean, var, eps, k, gweight, gbias)
-    for t in prange(chunks):
-        _chunk_backward(g, x, t, k, relu, gx)
-
-
 # ---- the ops --------------------------------------------------------------------------------------------
-
-
-# The drivers by whether x is (N, C) and whether threads are used.
-FORWARD = {
-    (True, False): _rows_forward_serial,
-    (True, True): _rows_forward_parallel,
-    (False, False): _planes_forward_serial,
-    (False, True): _planes_forward_parallel,
-}
-BACKWARD = {
-    (True, False): _rows_backward_serial,
-    (True, True): _rows_backward_parallel,
-    (False, False): _planes_backward_serial,
-    (False, True): _planes_backward_parallel,
-}
 
 
 def _channels(x: Array) -> Array:
@@ -328,27 +264,40 @@ def _channels(x: Array) -> Array:
     return x if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
 
 
-def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
-    if not weight.shape == bias.shape == x.shape[1:2]:  # or the loops would read beyond them
+def _parts(x: Array) -> int:
+    """How many parts the work on x can be cut into."""
+    return -(-x.shape[1] // BLOCK) if x.ndim == 2 else x.shape[1]
+
+
+def _normalized(
+    loop: Any, x: Array, weight: Array, bias: Array, eps: float, relu: bool, mean: Array, var: Array
+) -> Array:
+    if not weight.shape == bias.shape == mean.shape == var.shape == x.shape[1:2]:  # or the loops would read beyond them
         raise ValueError(f"weight {weight.shape} and bias {bias.shape} do not fit the channels of x {x.shape}")
     source = compiled(x)
-    y, mean, var = np.empty_like(source), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
+    y = np.empty_like(source)
     if x.size:
-        run = FORWARD[x.ndim == 2, use_threads(x.size)]
         weight, bias = compiled(weight, np.float64), compiled(bias, np.float64)
-        run(_channels(source), weight, bias, eps, relu, _channels(y), mean, var)
-    return y.astype(x.dtype, copy=False), mean, var
+        split(loop, _parts(x), x.size, _channels(source), weight, bias, eps, relu, _channels(y), mean, var)
+    return y.astype(x.dtype, copy=False)
+
+
+def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
+    mean, var = np.full((2, *x.shape[1:2]), np.nan)
+    loop = _rows_forward if x.ndim == 2 else _planes_forward
+    return _normalized(loop, x, weight, bias, eps, relu, mean, var), mean, var
 
 
 def _backward(
     g: Array, x: Array, weight: Array, bias: Array, eps: float, mean: Array, var: Array, relu: bool
 ) -> tuple[Array, Array, Array]:
     source = compiled(x)
-    gx, gweight, gbias = np.empty_like(source), np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    gx, (gweight, gbias) = np.empty_like(source), np.zeros((2, x.shape[1]))
     if x.size:
-        run = BACKWARD[x.ndim == 2, use_threads(x.size)]
+        loop = _rows_backward if x.ndim == 2 else _planes_backward
         g, weight, bias = compiled(g, source.dtype), compiled(weight, np.float64), compiled(bias, np.float64)
-        run(_channels(g), _channels(source), weight, bias, mean, var, eps, relu, _channels(gx), gweight, gbias)
+        arrays = _channels(g), _channels(source), weight, bias, mean, var, eps, relu, _channels(gx), gweight, gbias
+        split(loop, _parts(x), x.size, *arrays)
     return gx, gweight, gbias
 
 
@@ -364,9 +313,16 @@ def batch_norm_relu_fused(x: Array, weight: Array, bias: Array, *, eps: float) -
     return _forward(x, weight, bias, eps, True)
 
 
+@kernel("batch_norm_inference", "cpu")
+def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+    """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
+    loop = _rows_inference if x.ndim == 2 else _planes_inference
+    return _normalized(loop, x, weight, bias, eps, False, compiled(mean, np.float64), compiled(var, np.float64))
+
+
 @kernel("batch_norm_fused.vjp", "cpu")
 def batch_norm_fused_vjp(
-    g: Array, y: Array, x: Array, weight: Array, bias: Array, *, eps: float, mean: Array, var: Array
+    g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], eps: float, mean: Array, var: Array
 ) -> tuple[Array, Array, Array]:
     """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
     return _backward(g, x, weight, bias, eps, mean, var, False)
@@ -374,7 +330,7 @@ def batch_norm_fused_vjp(
 
 @kernel("batch_norm_relu_fused.vjp", "cpu")
 def batch_norm_relu_fused_vjp(
-    g: Array, y: Array, x: Array, weight: Array, bias: Array, *, eps: float, mean: Array, var: Array
+    g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], eps: float, mean: Array, var: Array
 ) -> tuple[Array, Array, Array]:
     """The same behind a ReLU; which outputs were positive is computed again, which is cheaper than reading them."""
     return _backward(g, x, weight, bias, eps, mean, var, True)

@@ -1,30 +1,85 @@
-"""When a kernel runs on several threads, and what makes that safe: after a fork, and beside BLAS.
+"""When a loop runs on several threads, and what makes that safe: beside BLAS, after a fork, and for every result.
 
-A kernel has a serial and a parallel driver over the same loops. OpenMP's threads do not survive a fork (libgomp ends
-the child that tries), so a forked child runs the serial drivers; the results are the same, bit for bit.
+A loop takes `(*arrays, start, stop)` and does that part of its work. Large work is cut into one part for each thread
+of a pool of Python's own threads; compiled loops hold no GIL. An item has one writer and its terms are added in one
+order, so a result does not depend, in any bit, on how many threads there are.
+
+OpenMP (Numba's `prange`) was measured and left: its threads spin between loops while those of BLAS spin between
+products, so that on 2 cores each stalls the other, a forked child that uses it is killed, and a parallel loop takes
+several times longer to compile.
 """
 
+import ctypes
 import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-# Read by libgomp when it is loaded: a thread that has nothing to do sleeps after about a microsecond instead of
-# spinning for milliseconds, during which the next BLAS call would have to share its core.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Elements from which two threads are faster than one. Measured on 2 cores: waking a thread takes 50 to 100 µs, a pass
+# over a million float32 elements about 300 µs.
+PARALLEL_FROM = int(os.environ.get("TINYGRAD_BN_PARALLEL_FROM", 1 << 20))
 
-# Elements from which two threads are faster than one. Measured on 2 cores: a launch takes 2 to 12 µs, a pass over
-# 64 k float32 elements about 20 µs.
-PARALLEL_FROM = int(os.environ.get("TINYGRAD_BN_PARALLEL_FROM", 1 << 16))
-
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
+_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_threads = int(os.environ.get("TINYGRAD_BN_NUM_THREADS", _cores))
+_pool: ThreadPoolExecutor | None = None
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def num_threads() -> int:
+    """How many threads large work is cut for: the cores, TINYGRAD_BN_NUM_THREADS, or what was set."""
+    return _threads
 
 
-def use_threads(elements: int) -> bool:
-    """Whether to run the parallel driver for work on so many elements."""
-    return elements >= PARALLEL_FROM and not _forked
+def set_num_threads(count: int) -> None:
+    """Use `count` threads for large work from now on. Raises ValueError if that is less than 1."""
+    global _threads, _pool
+    if count < 1:
+        raise ValueError(f"there has to be at least one thread; got {count}")
+    _threads, _pool = count, None
+
+
+def split(loop: Callable[..., object], items: int, elements: int, *args: object) -> None:
+    """Run `loop(*args, start, stop)` over all of `items`, in parts if there are `elements` enough for threads."""
+    parts = min(_threads, items) if elements >= PARALLEL_FROM else 1
+    if parts <= 1:
+        loop(*args, 0, items)
+        return
+    bounds = [i * items // parts for i in range(parts + 1)]
+    others = [_executor().submit(loop, *args, *bounds[i : i + 2]) for i in range(1, parts)]
+    try:
+        loop(*args, 0, bounds[1])
+    finally:
+        for other in others:
+            other.result()
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(_threads - 1, 1), thread_name_prefix="tinygrad_bn")
+    return _pool
+
+
+def _forget_pool() -> None:
+    """Threads do not survive a fork: the child makes its own when it first needs them."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep up to 256 MB of freed memory, and to serve arrays up to 32 MB from it.
+
+    By default it gives freed arrays of a few MB back to the system and gets them again, cleared page by page, for the
+    next result: a third of the time of BatchNorm on (4096, 1024). TINYGRAD_BN_KEEP_MEMORY=0 leaves it as it is.
+    """
+    if sys.platform == "linux" and os.environ.get("TINYGRAD_BN_KEEP_MEMORY") != "0":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # the C library is glibc
+            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+
+
+_keep_freed_memory()

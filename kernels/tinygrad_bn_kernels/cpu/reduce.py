@@ -1,0 +1,433 @@
+"""Reductions over any axes: sums, moments, extremes and their places.
+
+Neighbouring axes that are all reduced, or all kept, are one axis to a loop. What is left is either *rows*, when the
+last axis is reduced (each of M rows of D elements), or *columns*, when it is kept (B rows of C columns, A times).
+A loop takes its work in pieces whose bounds follow from the shape alone, and leaves a partial result for each; the
+partial results, which are few, are put together in one order. So the number of threads changes nothing.
+
+float32 is summed in float64. What NumPy does as well is declined (`NotImplemented`): other dtypes, empty arrays, and
+axes that are wrong.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu import threads
+from tinygrad_bn_kernels.cpu.threads import split
+
+Array = NDArray[Any]
+Axis = int | tuple[int, ...] | None
+
+# Elements of a piece.
+PIECE = 1 << 18
+
+# Columns of a piece at most, and at least: of narrower arrays several rows lie side by side, to fill vector registers.
+WIDE = 2048
+NARROW = 64
+
+# What a pass that only reads counts for in the decision about threads: it is quicker than one that writes.
+READING = 8
+
+# Up to so many elements a call of NumPy's own reduction costs less than the planning here.
+SMALL = 1 << 12
+
+# Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
+FAR = 16.0
+
+
+# NumPy's reductions, without the keyword handling of np.sum and its kin.
+ADD: Any = np.add.reduce
+MAXIMUM: Any = np.maximum.reduce
+MINIMUM: Any = np.minimum.reduce
+
+# ---- which elements make up a result ---------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How arrays of one shape are reduced over some axes."""
+
+    view: tuple[int, ...]  # x as (A, B, C, D) if its rows are reduced, as (A, B, C) if its columns: B, and D, go
+    copied: tuple[int, ...]  # the permutation of the axes in which x has to be copied first; empty for none
+    shape: tuple[int, ...]  # of the result
+    terms: int  # elements that make up one number of the result
+
+
+@lru_cache(maxsize=4096)
+def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
+    """How to reduce C-contiguous arrays of `shape`; None for what is left to NumPy."""
+    given = tuple(range(len(shape))) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if 0 in shape or not given or not all(isinstance(a, int) and -len(shape) <= a < len(shape) for a in given):
+        return None
+    axes = {a % len(shape) for a in given}
+    if len(axes) < len(given):
+        return None
+    merged: list[tuple[str, int]] = []
+    for i, n in enumerate(shape):
+        kind = "R" if i in axes else "K"
+        if n > 1 and merged and merged[-1][0] == kind:
+            merged[-1] = kind, merged[-1][1] * n
+        elif n > 1:
+            merged.append((kind, n))
+    pattern, sides = "".join(kind for kind, _ in merged), [n for _, n in merged]
+    result = tuple(1 if i in axes else n for i, n in enumerate(shape) if keepdims or i not in axes)
+    count = math.prod(shape[i] for i in axes)
+    if pattern in ("", "K"):
+        return None
+    if pattern in ("RK", "KRK"):
+        view: tuple[int, ...] = (1, *sides)[-3:]
+    elif pattern in ("R", "KR") or (pattern in ("RKR", "KRKR") and sides[-1] >= 16):
+        view = {"R": (1, 1, 1), "KR": (1, 1, *sides[:1]), "RKR": (1, *sides[:2]), "KRKR": tuple(sides[:3])}[pattern]
+        view = (*view, sides[-1])
+    else:
+        kept = [i for i in range(len(shape)) if i not in axes]
+        return Plan((1, 1, math.prod(shape) // count, count), (*kept, *sorted(axes)), result, count)
+    return Plan(view, (), result, count)
+
+
+Reduce = Callable[[Array, Plan], Any]
+
+
+def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool) -> Any:
+    """`reduce(x in the plan's view, the plan)`, which gives one or several results, in the result's shape."""
+    if x.dtype.char not in "fd":
+        return NotImplemented
+    found = plan(x.shape, axis, keepdims)
+    if found is None:
+        return NotImplemented
+    if not x.flags.c_contiguous:
+        return _reduced_in_memory_order(reduce, x, axis, found)
+    if found.copied:
+        x = np.ascontiguousarray(x.transpose(found.copied))
+    return reduce(x.reshape(found.view), found)
+
+
+def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan) -> Any:
+    """A transposed array needs no copy: its axes are put in the order in which they lie in memory."""
+    order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
+    axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
+    inner = tuple(sorted(order.index(int(a)) for a in axes))
+    result = _reduced(reduce, np.ascontiguousarray(x.transpose(order)), inner, True)
+    back = np.argsort(order)
+    if isinstance(result, tuple):
+        return tuple(r.transpose(back).reshape(found.shape) for r in result)
+    return result.transpose(back).reshape(found.shape)
+
+
+class _Pieces(NamedTuple):
+    """Columns in pieces: of so many rows (in multiples of `fold`, which lie side by side) and columns."""
+
+    rows: int
+    columns: int
+    fold: int
+    number: tuple[int, int, int]  # of the pieces: along A, B and C
+
+
+def _pieces(view: tuple[int, ...]) -> _Pieces:
+    a, b, c = view
+    columns = min(c, WIDE)
+    fold = max(1, NARROW // c)
+    rows = b if c > WIDE else -(-max(PIECE // columns, 4) // fold) * fold
+    return _Pieces(rows, columns, fold, (a, -(-b // rows), -(-c // columns)))
+
+
+@cache
+def _loop(name: str) -> Any:
+    """A loop of `reduce_loops`, imported when work first is large enough for it: small work never needs Numba."""
+    return getattr(import_module("tinygrad_bn_kernels.cpu.reduce_loops"), name)
+
+
+def _run_rows(loop: str, x: Array, partial: Array, *args: Any) -> None:
+    """Run a loop over the pieces of x (A, B, C, D); partial is (A·B·C, pieces, ...)."""
+    split(
+        _loop(loop),
+        partial.shape[0] * partial.shape[1],
+        x.size // READING,
+        x.reshape(-1, x.shape[-1]),
+        PIECE,
+        *args,
+        partial,
+    )
+
+
+def _run_columns(loop: str, x: Array, partial: Array, pieces: _Pieces, *args: Any) -> None:
+    """Run a loop over the pieces of x (A, B, C); partial is (..., A, pieces of B, C)."""
+    split(
+        _loop(loop),
+        math.prod(pieces.number),
+        x.size // READING,
+        x,
+        pieces.rows,
+        pieces.columns,
+        pieces.fold,
+        *args,
+        partial,
+    )
+
+
+def _row_pieces(x: Array) -> tuple[int, int]:
+    """Rows of x (A, B, C, D), and pieces of each."""
+    return x.size // x.shape[-1], -(-x.shape[-1] // PIECE)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------
+
+
+def _sums(x: Array, found: Plan) -> Array:
+    """Sums in float64, in the result's shape."""
+    if x.ndim == 4:
+        partial = np.empty(_row_pieces(x))
+        _run_rows("row_sums", x, partial)
+        if x.shape[1] > 1 or partial.shape[1] > 1:
+            partial = partial.reshape(*x.shape[:3], -1).sum(axis=(1, 3))
+    else:
+        pieces = _pieces(x.shape)
+        partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]))
+        _run_columns("column_sums", x, partial, pieces)
+        if partial.shape[1] > 1:
+            partial = partial.sum(axis=1)
+    return partial.reshape(found.shape)
+
+
+def _summed(x: Array, axis: Axis, keepdims: bool) -> Any:
+    """Sums in float64."""
+    if x.dtype.char not in "fd":
+        return NotImplemented
+    if x.size > SMALL:
+        total = _reduced(_sums, x, axis, keepdims)
+        if total is NotImplemented or math.isfinite(ADD(total, None)):
+            return total  # otherwise four large elements may have overflowed where float64 does not
+    return ADD(x, axis, np.float64, None, keepdims)
+
+
+@kernel("sum", "cpu")
+def sum_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Sum over `axis`, added up in float64, in x's dtype."""
+    total = _summed(x, axis, keepdims)
+    return total if total is NotImplemented else total.astype(x.dtype)
+
+
+@kernel("sum_to", "cpu")
+def sum_to(x: Array, *, shape: tuple[int, ...]) -> Any:
+    """Sum x down to `shape`, over the axes along which broadcasting repeated it."""
+    lead = x.ndim - len(shape)
+    repeated = (i for i, n in enumerate(shape, start=lead) if n == 1 and x.shape[i] != 1)
+    total = sum_(x, axis=(*range(lead), *repeated), keepdims=True)
+    return total if total is NotImplemented else total.reshape(shape)
+
+
+@kernel("mean_fused", "cpu")
+def mean_fused(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Arithmetic mean over `axis`, from a sum in float64, in x's dtype."""
+    total = _summed(x, axis, keepdims)
+    if total is NotImplemented or not x.size:
+        return NotImplemented
+    return (total / (x.size // total.size)).astype(x.dtype)
+
+
+def _kept(y: Array, axis: Axis, keepdims: bool) -> Array:
+    """A reduction's result in the shape that broadcasts against its operand."""
+    if keepdims or axis is None:
+        return y
+    return np.expand_dims(y, tuple(int(a) for a in np.atleast_1d(axis)))
+
+
+@kernel("mean_fused.vjp", "cpu")
+def mean_fused_vjp(
+    g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False
+) -> tuple[Array]:
+    """g / n, repeated."""
+    return (np.broadcast_to(_kept(g / (x.size // g.size), axis, keepdims), x.shape),) if x.size else NotImplemented
+
+
+# ---- moments ---------------------------------------------------------------------------------------------
+
+
+def _moments(x: Array, shift: Array) -> tuple[Array, Array]:
+    """Σ (x − shift) and Σ (x − shift)² of each result, all three of them flat and float64."""
+    if x.ndim == 4:
+        partial = np.empty((*_row_pieces(x), 2))
+        _run_rows("row_moments", x, partial, shift, *x.shape[1:3])
+        s1, s2 = np.moveaxis(partial.reshape(*x.shape[:3], -1, 2).sum(axis=(1, 3)).reshape(-1, 2), 1, 0)
+        return s1, s2
+    pieces = _pieces(x.shape)
+    partial = np.empty((2, x.shape[0], pieces.number[1], x.shape[2]))
+    _run_columns("column_moments", x, partial, pieces, shift)
+    s1, s2 = partial.sum(axis=2).reshape(2, -1)
+    return s1, s2
+
+
+def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
+    """Mean and biased variance in float64, in the result's shape."""
+    shift = (x[:, 0, :, 0] if x.ndim == 4 else x[:, 0]).astype(np.float64).reshape(-1)
+    for _ in range(2):
+        s1, s2 = _moments(x, shift)
+        off = s1 / found.terms
+        var = np.maximum(s2 / found.terms - off * off, 0.0)
+        shift = shift + off
+        if not (off * off > FAR * FAR * var).any():
+            break
+    return shift.reshape(found.shape), var.reshape(found.shape)
+
+
+def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> Any:
+    """Mean and variance in float64."""
+    if x.dtype.char not in "fd" or not x.size:
+        return NotImplemented
+    if x.size > SMALL:
+        found = _reduced(_shifted, x, axis, keepdims)
+        if found is NotImplemented:
+            return NotImplemented
+        mu, var = found
+    else:
+        mu = ADD(x, axis, np.float64, None, True)
+        mu /= x.size // mu.size
+        d = x - mu
+        var = np.asarray(ADD(d * d, axis, None, None, keepdims) / (x.size // mu.size))
+        mu = mu.reshape(var.shape)
+    n = x.size // mu.size
+    return mu, var * n / (n - correction) if correction else var
+
+
+@kernel("mean_and_var_fused", "cpu")
+def mean_and_var_fused(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
+    """Mean, and variance Σ(x − mean)² / (n − correction), both from float64 sums, stacked in x's dtype."""
+    found = _mean_and_var(x, axis, keepdims, correction)
+    return found if found is NotImplemented else np.stack(found).astype(x.dtype, copy=False)
+
+
+@kernel("var_fused", "cpu")
+def var_fused(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
+    """Variance over `axis`, Σ(x − mean)² / (n − correction), from float64 sums, in x's dtype."""
+    found = _mean_and_var(x, axis, keepdims, correction)
+    return found if found is NotImplemented else found[1].astype(x.dtype, copy=False)
+
+
+@kernel("sum_of_squares", "cpu")
+def sum_of_squares(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Σ x² over `axis`, added up in float64, in x's dtype."""
+    result = _reduced(_squares, x, axis, keepdims)
+    return result if result is NotImplemented else result.astype(x.dtype, copy=False)
+
+
+def _squares(x: Array, found: Plan) -> Array:
+    return _moments(x, np.zeros(math.prod(found.shape)))[1].reshape(found.shape)
+
+
+@kernel("optim.sum_of_squares", "cpu")
+def sum_of_all_squares(x: Array) -> Any:
+    """Σ x² over all elements, in float64."""
+    return _reduced(_squares, x, None, False)
+
+
+# ---- extremes --------------------------------------------------------------------------------------------
+# Along rows NumPy's own loops are as fast as memory, so only their work is split. Down columns they are not.
+# The smallest is the largest of −x. NaN wins, as in NumPy: `v > best or v != v` is true for it, and nothing is greater.
+
+
+def _left_to_numpy(x: Array, axis: Axis) -> bool:
+    """Whether x is small, or has rows to reduce that are not enough for threads."""
+    if x.size <= SMALL or x.size >= READING * threads.PARALLEL_FROM:
+        return x.size <= SMALL
+    return axis is None or not {-1, x.ndim - 1}.isdisjoint(axis if isinstance(axis, tuple) else (axis,))
+
+
+def _row_extremes(x: Array, pick: np.ufunc) -> Array:
+    """The extreme of each row of x (M, D)."""
+    if len(x) == 1 and x.size >= 4 * PIECE:
+        whole = x.size - x.size % PIECE
+        parts = _row_extremes(x[0, :whole].reshape(-1, PIECE), pick)
+        return pick.reduce([*parts, *pick.reduce(x[:, whole:], axis=1, initial=parts[0])], keepdims=True)
+    out = np.empty(len(x), x.dtype)
+    split(lambda start, stop: pick.reduce(x[start:stop], axis=1, out=out[start:stop]), len(x), x.size // READING)
+    return out
+
+
+def _row_places(x: Array, place: Callable[..., Any]) -> Array:
+    """Where the extreme of each row of x (M, D) is."""
+    if len(x) == 1 and x.size >= 4 * PIECE:
+        rows = np.split(x[0], range(PIECE, x.size, PIECE))
+        body, tail = x[0, : PIECE * (len(rows) - 1)].reshape(-1, PIECE), rows[-1]
+        places = np.append(_row_places(body, place), place(tail))
+        piece = place([row[i] for row, i in zip(rows, places, strict=True)])  # the first one that has it
+        return np.asarray([piece * PIECE + places[piece]])
+    out = np.empty(len(x), np.intp)
+    split(lambda start, stop: place(x[start:stop], axis=1, out=out[start:stop]), len(x), x.size // READING)
+    return out
+
+
+def _extremes(pick: np.ufunc, sign: int) -> Reduce:
+    def reduce(x: Array, found: Plan) -> Array:
+        if x.ndim == 4:
+            partial = _row_extremes(x.reshape(-1, x.shape[-1]), pick)
+            if x.shape[1] > 1:
+                partial = pick.reduce(partial.reshape(x.shape[:3]), axis=1)
+        else:
+            pieces = _pieces(x.shape)
+            partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]), x.dtype)
+            _run_columns("column_extremes", x, partial, pieces, x.dtype.type(sign))
+            if partial.shape[1] > 1:
+                partial = pick.reduce(partial, axis=1)
+        return partial.reshape(found.shape)
+
+    return reduce
+
+
+_largest, _smallest = _extremes(np.maximum, 1), _extremes(np.minimum, -1)
+
+
+@kernel("max", "cpu")
+def max_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Largest element over `axis`; NaN if there is one."""
+    if _left_to_numpy(x, axis):
+        return MAXIMUM(x, axis, None, None, keepdims)
+    return _reduced(_largest, x, axis, keepdims)
+
+
+@kernel("min", "cpu")
+def min_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Smallest element over `axis`; NaN if there is one."""
+    if _left_to_numpy(x, axis):
+        return MINIMUM(x, axis, None, None, keepdims)
+    return _reduced(_smallest, x, axis, keepdims)
+
+
+def _places(place: Callable[..., Any], sign: int) -> Reduce:
+    def reduce(x: Array, found: Plan) -> Array:
+        if x.ndim == 4:
+            return _row_places(x.reshape(-1, x.shape[-1]), place).reshape(found.shape)
+        pieces = _pieces(x.shape)
+        partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]), x.dtype)
+        places = np.empty(partial.shape, np.intp)
+        _run_columns("column_places", x, places, pieces, x.dtype.type(sign), partial)
+        first = np.argmax(partial, axis=1, keepdims=True)  # the first piece that has it; NaN wins here too
+        return np.take_along_axis(places, first, 1).reshape(found.shape)
+
+    return reduce
+
+
+_place_of_largest, _place_of_smallest = _places(np.argmax, 1), _places(np.argmin, -1)
+
+
+def _place(reduce: Reduce, x: Array, axis: int | None, keepdims: bool) -> Any:
+    if isinstance(axis, tuple) or _left_to_numpy(x, axis):
+        return NotImplemented
+    return _reduced(reduce, np.ascontiguousarray(x) if axis is None else x, axis, keepdims)
+
+
+@kernel("argmax", "cpu")
+def argmax(x: Array, *, axis: int | None = None, keepdims: bool = False) -> Any:
+    """Index of the largest element along `axis`, the first in a tie, or the first NaN; int64."""
+    return _place(_place_of_largest, x, axis, keepdims)
+
+
+@kernel("argmin", "cpu")
+def argmin(x: Array, *, axis: int | None = None, keepdims: bool = False) -> Any:
+    """Index of the smallest element along `axis`, the first in a tie, or the first NaN; int64."""
+    return _place(_place_of_smallest, x, axis, keepdims)

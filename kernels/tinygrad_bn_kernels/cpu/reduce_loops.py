@@ -1,0 +1,189 @@
+"""The loops of the reductions in `reduce`, over pieces [start, stop) of rows (M, D) or of columns (A, B, C).
+
+Columns narrower than a few vector registers come with `fold` rows side by side. Several rows are taken at once, so that
+what is kept for a column is loaded and stored once for several of its elements.
+"""
+
+import numpy as np
+
+from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+
+# Elements of a row from which its sum is taken in four streams.
+LONG = 1 << 12
+
+# ---- sums ------------------------------------------------------------------------------------------------
+# Four elements are added in their own precision, which rounds by less than the result will be rounded, and these sums
+# in float64: twice as fast as converting each element.
+
+
+@njit(fastmath=SUMS)
+def _sum_of_short(row):
+    total = 0.0
+    for j in range(row.size):
+        total += np.float64(row[j])
+    return total
+
+
+@njit(fastmath=SUMS)
+def _sum_of_long(row):
+    quarter = row.size // 4
+    r0, r1, r2, r3 = row[:quarter], row[quarter:], row[2 * quarter :], row[3 * quarter :]
+    total = _sum_of_short(row[4 * quarter :])
+    for j in range(quarter):
+        total += np.float64((r0[j] + r1[j]) + (r2[j] + r3[j]))
+    return total
+
+
+@njit(fastmath=SUMS)
+def row_sums(x, piece, partial, start, stop):
+    pieces = partial.shape[1]
+    for item in range(start, stop):
+        t = item % pieces
+        row = x[item // pieces, t * piece : (t + 1) * piece]
+        partial[item // pieces, t] = _sum_of_long(row) if row.size >= LONG else _sum_of_short(row)
+
+
+@njit(fastmath=SUMS)
+def column_sums(x, rows, columns, fold, partial, start, stop):
+    _, b, c = x.shape
+    across = (c + columns - 1) // columns
+    flat = x.reshape(-1)
+    for item in range(start, stop):
+        a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
+        width = min(columns, c - first)
+        sums = np.zeros(width * fold)
+        i, last = t * rows, min((t + 1) * rows, b)
+        while i + 4 * fold <= last:
+            k = (a * b + i) * c + first
+            r0, r1, r2, r3 = flat[k:], flat[k + fold * c :], flat[k + 2 * fold * c :], flat[k + 3 * fold * c :]
+            for j in range(sums.size):
+                sums[j] += np.float64((r0[j] + r1[j]) + (r2[j] + r3[j]))
+            i += 4 * fold
+        while i < last:
+            r0 = flat[(a * b + i) * c + first :]
+            for j in range(width * min(fold, last - i)):
+                sums[j] += np.float64(r0[j])
+            i += fold
+        out = partial[a, t, first:]
+        for j in range(width):
+            total = 0.0
+            for f in range(fold):
+                total += sums[f * width + j]
+            out[j] = total
+
+
+@njit(fastmath=SUMS)
+def row_moments(x, piece, shift, b, c, partial, start, stop):
+    pieces = partial.shape[1]
+    for item in range(start, stop):
+        m, t = item // pieces, item % pieces
+        row, from_ = x[m], shift[m // (b * c) * c + m % c]
+        s1 = 0.0
+        s2 = 0.0
+        for j in range(t * piece, min((t + 1) * piece, row.size)):
+            d = np.float64(row[j]) - from_
+            s1 += d
+            s2 += d * d
+        partial[m, t, 0] = s1
+        partial[m, t, 1] = s2
+
+
+@njit(fastmath=SUMS)
+def column_moments(x, rows, columns, fold, shift, partial, start, stop):
+    _, b, c = x.shape
+    across = (c + columns - 1) // columns
+    flat = x.reshape(-1)
+    for item in range(start, stop):
+        a, t, first = item // (across * partial.shape[2]), item // across % partial.shape[2], item % across * columns
+        width = min(columns, c - first)
+        sums = np.zeros((3, width * fold))  # the shift, Σ (x − shift), Σ (x − shift)²
+        for j in range(width * fold):
+            sums[0, j] = shift[a * c + first + j % width]
+        i, last = t * rows, min((t + 1) * rows, b)
+        while i + 2 * fold <= last:
+            k = (a * b + i) * c + first
+            r0, r1 = flat[k:], flat[k + fold * c :]
+            for j in range(width * fold):
+                d0, d1 = np.float64(r0[j]) - sums[0, j], np.float64(r1[j]) - sums[0, j]
+                sums[1, j] += d0 + d1
+                sums[2, j] += d0 * d0 + d1 * d1
+            i += 2 * fold
+        while i < last:
+            r0 = flat[(a * b + i) * c + first :]
+            for j in range(width * min(fold, last - i)):
+                d = np.float64(r0[j]) - sums[0, j]
+                sums[1, j] += d
+                sums[2, j] += d * d
+            i += fold
+        for s in range(2):
+            out = partial[s, a, t, first:]
+            for j in range(width):
+                total = 0.0
+                for f in range(fold):
+                    total += sums[1 + s, f * width + j]
+                out[j] = total
+
+
+@njit()
+def _take_larger(r0, r1, r2, r3, sign, lanes):
+    """Four rows at once: a single one is compiled to a conditional store, which uses no vector registers."""
+    for j in range(lanes.size):
+        best = lanes[j]
+        v = sign * r0[j]
+        best = v if (v > best) | (v != v) else best
+        v = sign * r1[j]
+        best = v if (v > best) | (v != v) else best
+        v = sign * r2[j]
+        best = v if (v > best) | (v != v) else best
+        v = sign * r3[j]
+        lanes[j] = v if (v > best) | (v != v) else best
+
+
+@njit()
+def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
+    _, b, c = x.shape
+    across = (c + columns - 1) // columns
+    flat = x.reshape(-1)
+    for item in range(start, stop):
+        a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
+        width = min(columns, c - first)
+        lanes = np.empty(width * fold, x.dtype)
+        i, last = t * rows, min((t + 1) * rows, b)
+        for j in range(width * fold):
+            lanes[j] = sign * flat[(a * b + i) * c + first + j % width]
+        step = fold * c
+        while i + 4 * fold <= last:
+            k = (a * b + i) * c + first
+            _take_larger(flat[k:], flat[k + step :], flat[k + 2 * step :], flat[k + 3 * step :], sign, lanes)
+            i += 4 * fold
+        while i < last:
+            row = flat[(a * b + i) * c + first :]
+            for j in range(width * min(fold, last - i)):
+                v = sign * row[j]
+                lanes[j] = v if (v > lanes[j]) | (v != v) else lanes[j]
+            i += fold
+        for j in range(width):
+            best = lanes[j]
+            for f in range(1, fold):
+                v = lanes[f * width + j]
+                best = v if (v > best) | (v != v) else best
+            partial[a, t, first + j] = sign * best
+
+
+@njit()
+def column_places(x, rows, columns, fold, sign, partial, places, start, stop):
+    _, b, c = x.shape
+    across = (c + columns - 1) // columns
+    for item in range(start, stop):
+        a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
+        best, place = partial[a, t, first : first + columns], places[a, t, first : first + columns]
+        for j in range(best.size):
+            best[j] = sign * x[a, t * rows, first + j]
+            place[j] = t * rows
+        for i in range(t * rows + 1, min((t + 1) * rows, b)):
+            row = x[a, i, first:]
+            for j in range(best.size):
+                v, held = sign * row[j], best[j]
+                wins = v > held or (v != v and held == held)
+                best[j] = v if wins else held
+                place[j] = i if wins else place[j]

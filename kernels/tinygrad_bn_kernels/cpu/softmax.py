@@ -1,0 +1,214 @@
+"""Softmax and its kin, with an exponential of our own: the compiler has no vector form of the C library's.
+
+Cross-entropy takes one row at a time: it is read while it is in cache, and no (M, C) temporary is made.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.threads import split
+
+Array = NDArray[Any]
+
+# An exponential counts for so many elements in the decision about threads.
+COST = 4
+
+
+@intrinsic
+def _from_bits(typingctx, bits):
+    """The float64 that has these 64 bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+LOG2_E = 1 / math.log(2)
+LN2_HIGH = 0.693147180369123816490  # its last 21 bits are 0, so that k · LN2_HIGH is exact (fdlibm's e_exp.c)
+LN2_LOW = 1.90821492927058770002e-10
+
+
+@njit(fastmath={"contract"})
+def _exp(x):
+    """eˣ in float64 to 2 units in the last place; 0 below −708.4, NaN stays NaN.
+
+    eˣ = 2ᵏ eʳ with |r| ≤ log(2) / 2, and eʳ by its Taylor polynomial of degree 13, whose rest is below 2⁻⁵³.
+    """
+    x = -708.4 if x < -708.4 else x
+    k = np.floor(x * LOG2_E + 0.5)
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    p = 1 / 6227020800.0
+    p = p * r + 1 / 479001600.0
+    p = p * r + 1 / 39916800.0
+    p = p * r + 1 / 3628800.0
+    p = p * r + 1 / 362880.0
+    p = p * r + 1 / 40320.0
+    p = p * r + 1 / 5040.0
+    p = p * r + 1 / 720.0
+    p = p * r + 1 / 120.0
+    p = p * r + 1 / 24.0
+    p = p * r + 1 / 6.0
+    p = p * r + 0.5
+    p = p * r + 1.0
+    p = p * r + 1.0
+    e = p * _from_bits((np.int64(k) + 1023) << 52)  # type: ignore[call-arg]
+    return 0.0 if x <= -708.4 else np.inf if x > 709.7 else e
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------------------
+
+
+@njit(fastmath=SUMS)
+def _log_normalizer(row):
+    """The largest logit, and the log of the sum of exp(logit − largest), in float64."""
+    largest = row[0]
+    for j in range(1, row.size):
+        largest = row[j] if row[j] > largest else largest
+    top = np.float64(largest)
+    total = 0.0
+    for j in range(row.size):
+        total += _exp(np.float64(row[j]) - top)
+    return top, np.log(total)
+
+
+@njit(fastmath=SUMS)
+def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer, start, stop):
+    """The loss of each row, the weight that its target has in the mean, and what the backward pass needs again."""
+    classes = x.shape[1]
+    for i in range(start, stop):
+        t = target[i]
+        if t == ignore_index:
+            loss[i] = mass[i] = 0.0
+            continue
+        if not 0 <= t < classes:
+            mass[i] = -1.0  # to be reported: a loop has no way to say which
+            continue
+        largest, log_sum = _log_normalizer(x[i])
+        normalizer[i, 0], normalizer[i, 1] = largest, log_sum
+        total = -(1 - smoothing) * weight[t] * ((np.float64(x[i, t]) - largest) - log_sum)
+        if smoothing > 0:
+            for c in range(classes):
+                total -= smoothing / classes * weight[c] * ((np.float64(x[i, c]) - largest) - log_sum)
+        loss[i] = total
+        mass[i] = weight[t]
+
+
+@njit(fastmath=SUMS)
+def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, start, stop):
+    classes = x.shape[1]
+    spread = 0.0  # what label smoothing takes from the target and gives to all classes
+    for c in range(classes):
+        spread += smoothing / classes * weight[c]
+    for i in range(start, stop):
+        row, out, t = x[i], gx[i], target[i]
+        if t == ignore_index:
+            for c in range(classes):
+                out[c] = 0.0
+            continue
+        largest, log_sum, gi = normalizer[i, 0], normalizer[i, 1], g[i]
+        mass = gi * ((1 - smoothing) * weight[t] + spread)
+        for c in range(classes):
+            out[c] = mass * _exp((np.float64(row[c]) - largest) - log_sum)
+        if smoothing > 0:
+            for c in range(classes):
+                out[c] -= gi * smoothing / classes * weight[c]
+        out[t] -= gi * (1 - smoothing) * weight[t]
+
+
+def _prepared(x: Array, target: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """As the loops want them, and checked, since they would read outside the arrays."""
+    if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
+        raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
+    return compiled(x), compiled(target, np.int64), compiled(weight, np.float64)
+
+
+@kernel("softmax_cross_entropy", "cpu")
+def softmax_cross_entropy(
+    x: Array, target: Array, weight: Array, *, smoothing: float, ignore_index: int, reduction: str
+) -> tuple[Any, Array, float]:
+    """x (M, C) logits, target (M,) classes, weight (C,): the loss, what backward needs again, and Σ weights of targets.
+
+    The loss is that of each row (M,) for the reduction "none", else one number. Raises ValueError for a target that
+    is no class.
+    """
+    logits, target, weight = _prepared(x, target, weight)
+    loss, mass, normalizer = np.empty(len(x)), np.empty(len(x)), np.empty((len(x), 2))
+    args = logits, target, weight, ignore_index, smoothing, loss, mass, normalizer
+    split(_forward, len(x), COST * x.size, *args)
+    if len(x) and mass.min() < 0:
+        wrong = target[mass < 0][0]
+        raise ValueError(f"target {wrong} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
+    total = float(np.add.reduce(mass))
+    if reduction == "none":
+        return loss.astype(x.dtype), normalizer, total
+    summed = np.add.reduce(loss)
+    return (summed if reduction == "sum" else summed / total).astype(x.dtype), normalizer, total
+
+
+@kernel("softmax_cross_entropy.vjp", "cpu")
+def softmax_cross_entropy_vjp(
+    g: Array,
+    y: Array,
+    x: Array,
+    target: Array,
+    weight: Array,
+    *,
+    needs: list[bool],
+    smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    normalizer: Array,
+    total: float,
+) -> Any:
+    """The gradient with respect to the logits; that of the weights is left to the composition."""
+    if needs[2]:
+        return NotImplemented
+    logits, target, weight = _prepared(x, target, weight)
+    gx = np.empty_like(logits)
+    if x.size:
+        g = np.asarray(g, np.float64)
+        each = compiled(np.broadcast_to(g / total if reduction == "mean" else g, target.shape))
+        split(_backward, len(x), COST * x.size, each, logits, target, weight, ignore_index, smoothing, normalizer, gx)
+    return gx, None, None
+
+
+# ---- logsumexp -------------------------------------------------------------------------------------------
+
+
+@njit(fastmath=SUMS)
+def _exp_sums(x, shift, total, start, stop):
+    """Σ exp(x − shift) along the rows of x (M, D)."""
+    for i in range(start, stop):
+        row, top = x[i], np.float64(shift[i])
+        s = 0.0
+        for j in range(row.size):
+            s += _exp(np.float64(row[j]) - top)
+        total[i] = s
+
+
+@kernel("logsumexp_fused", "cpu")
+def logsumexp_fused(x: Array, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    """log Σ eˣ over `axis`, summed in float64, in x's dtype."""
+    if x.dtype.char not in "fd" or not x.size:
+        return NotImplemented
+    axes = tuple(range(x.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    largest = np.max(x, axis=axes, keepdims=True)
+    shift = np.where(np.isfinite(largest), largest, 0).astype(x.dtype)
+    last = {a % x.ndim for a in axes}
+    order = (*(i for i in range(x.ndim) if i not in last), *sorted(last))
+    rows = np.ascontiguousarray(x.transpose(order)).reshape(largest.size, -1)
+    total = np.empty(len(rows))
+    split(_exp_sums, len(rows), COST * x.size, rows, shift.reshape(-1), total)
+    with np.errstate(divide="ignore"):
+        y = (np.log(total).reshape(shift.shape) + shift).astype(x.dtype)
+    return y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in last))
