@@ -4,7 +4,7 @@ A kernel takes arrays and gives arrays; it knows no Tensor. Its name is the op's
 name with ``.vjp`` (the backward: ``(g, y, *operands, needs=…, **params)`` to one gradient for each operand, or None for
 one that `needs` says nobody wants).
 An op without a kernel, or whose kernel gives NotImplemented for these arguments, runs its NumPy reference. Kernels
-called ``optim.…`` are optimisers' updates.
+called ``optim.…`` and ``nn.…`` update the state of optimisers and layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ MODULES: dict[tuple[str, str], str] = {
         "reduce": "sum sum_to mean_fused mean_fused.vjp mean_and_var_fused var_fused sum_of_squares max min argmax "
         "argmin optim.sum_of_squares",
         "norm": "batch_norm_fused batch_norm_fused.vjp batch_norm_relu_fused batch_norm_relu_fused.vjp "
-        "batch_norm_inference",
+        "batch_norm_inference nn.running_statistics",
         "blocks": "block_norm_fused block_norm_fused.vjp",
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp_fused",
         "elementwise": "relu.vjp erf dropout_by_key",

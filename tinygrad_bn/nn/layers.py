@@ -28,7 +28,7 @@ class Sequential(Module):
             setattr(self, str(i), layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = iter(self)
+        layers = iter([child for child in vars(self).values() if isinstance(child, Module)])
         for layer in layers:
             # type(), as a subclass may have a forward of its own, which knows nothing of relu=True
             following = next(layers, None) if type(layer) in BATCH_NORMS and not being_observed() else None

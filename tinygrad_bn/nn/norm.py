@@ -9,8 +9,19 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
+from tinygrad_bn.device import find_kernel
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
-from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.tensor import Array, Tensor
+
+
+def _running_statistics(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, *, momentum: float, unbias: float
+) -> tuple[Array, Array, bool]:
+    """(1 − momentum) · running + momentum · batch of mean and unbias · variance, (C,); and whether all are finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        new_mean = ((1 - momentum) * running_mean + momentum * mean).astype(running_mean.dtype)
+        new_var = ((1 - momentum) * running_var + momentum * (var * unbias)).astype(running_var.dtype)
+    return new_mean, new_var, bool(np.isfinite(new_mean).all() and np.isfinite(new_var).all())
 
 
 class _BatchNorm(Module):
@@ -125,11 +136,11 @@ class _BatchNorm(Module):
             return
         tracked = self.num_batches_tracked._data + 1
         m = 1 / tracked if self.momentum is None else self.momentum
-        with np.errstate(over="ignore", invalid="ignore"):
-            var = var * (count / (count - self.running_var_correction))
-            new_mean = ((1 - m) * self.running_mean._data + m * mean).astype(self.running_mean.dtype)
-            new_var = ((1 - m) * self.running_var._data + m * var).astype(self.running_var.dtype)
-        if not (np.isfinite(new_mean).all() and np.isfinite(new_var).all()):
+        update = find_kernel("nn.running_statistics", self.running_mean.device) or _running_statistics
+        unbias = count / (count - self.running_var_correction)
+        old_mean, old_var = self.running_mean._data, self.running_var._data
+        new_mean, new_var, finite = update(old_mean, old_var, mean, var, momentum=float(m), unbias=unbias)
+        if not finite:
             self.num_batches_skipped += 1
             if self.num_batches_skipped == 1:
                 warnings.warn(

@@ -256,6 +256,16 @@ def _rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias,
             out[j] = k[1, j] * gj + k[3, j] * d + k[4, j]
 
 
+@njit()
+def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new_var):
+    finite = True
+    for c in range(mean.size):
+        new_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean[c]
+        new_var[c] = (1 - momentum) * running_var[c] + momentum * (var[c] * unbias)
+        finite = finite and np.isfinite(new_mean[c]) and np.isfinite(new_var[c])
+    return finite
+
+
 # ---- the ops --------------------------------------------------------------------------------------------
 
 
@@ -277,7 +287,7 @@ def _normalized(
     source = compiled(x)
     y = np.empty_like(source)
     if x.size:
-        weight, bias = compiled(weight, np.float64), compiled(bias, np.float64)
+        weight, bias = compiled(weight, source.dtype), compiled(bias, source.dtype)
         split(loop, _parts(x), x.size, _channels(source), weight, bias, eps, relu, _channels(y), mean, var)
     return y.astype(x.dtype, copy=False)
 
@@ -295,7 +305,7 @@ def _backward(
     gx, (gweight, gbias) = np.empty_like(source), np.zeros((2, x.shape[1]))
     if x.size:
         loop = _rows_backward if x.ndim == 2 else _planes_backward
-        g, weight, bias = compiled(g, source.dtype), compiled(weight, np.float64), compiled(bias, np.float64)
+        g, weight, bias = (compiled(a, source.dtype) for a in (g, weight, bias))
         arrays = _channels(g), _channels(source), weight, bias, mean, var, eps, relu, _channels(gx), gweight, gbias
         split(loop, _parts(x), x.size, *arrays)
     return gx, gweight, gbias
@@ -334,3 +344,13 @@ def batch_norm_relu_fused_vjp(
 ) -> tuple[Array, Array, Array]:
     """The same behind a ReLU; which outputs were positive is computed again, which is cheaper than reading them."""
     return _backward(g, x, weight, bias, eps, mean, var, True)
+
+
+@kernel("nn.running_statistics", "cpu")
+def running_statistics(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, *, momentum: float, unbias: float
+) -> tuple[Array, Array, bool]:
+    """(1 − momentum) · running + momentum · batch of mean and unbias · variance, (C,); and whether all are finite."""
+    new_mean, new_var = np.empty_like(running_mean), np.empty_like(running_var)
+    arrays = (compiled(a) for a in (running_mean, running_var, mean, var))
+    return new_mean, new_var, _track(*arrays, momentum, unbias, new_mean, new_var)

@@ -16,13 +16,22 @@ from tinygrad_bn_kernels.cpu.threads import split
 Array = NDArray[Any]
 
 
-@njit()
+# Elements that a loop takes at a time, in two passes: with five arrays in one pass the compiler would need so many checks
+# for overlap that it gives up on vector registers.
+BLOCK = 1024
+
+
+@njit(fastmath={"contract"})
 def _adam(p, g, m, v, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay, out, start, stop):
-    for i in range(start, stop):
-        gi = g[i] + decay * p[i]
-        m[i] = beta1 * m[i] + one_beta1 * gi
-        v[i] = beta2 * v[i] + one_beta2 * gi * gi
-        out[i] = shrink * p[i] - step_size * m[i] / (np.sqrt(v[i]) * root_scale + eps)
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        ps, gs, ms, vs, outs = p[first:last], g[first:last], m[first:last], v[first:last], out[first:last]
+        for i in range(ps.size):
+            gi = gs[i] + decay * ps[i]
+            ms[i] = beta1 * ms[i] + one_beta1 * gi
+            vs[i] = beta2 * vs[i] + one_beta2 * gi * gi
+        for i in range(ps.size):
+            outs[i] = shrink * ps[i] - step_size * ms[i] / (np.sqrt(vs[i]) * root_scale + eps)
 
 
 @kernel("optim.adam", "cpu")
@@ -49,12 +58,14 @@ def adam(
     return out
 
 
-@njit()
+@njit(fastmath={"contract"})
 def _sgd(p, g, v, lr, momentum, one_dampening, decay, nesterov, out, start, stop):
+    # What is subtracted is a · (g + decay · p) + b · v: Nesterov looks one step of the momentum ahead.
+    a, b = (lr, lr * momentum) if nesterov else (lr - lr, lr)
     for i in range(start, stop):
         gi = g[i] + decay * p[i]
         v[i] = momentum * v[i] + one_dampening * gi
-        out[i] = p[i] - lr * (gi + momentum * v[i] if nesterov else v[i])
+        out[i] = p[i] - (a * gi + b * v[i])
 
 
 @kernel("optim.sgd", "cpu")
