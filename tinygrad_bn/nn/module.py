@@ -145,8 +145,10 @@ class Module:
 
     def zero_grad(self) -> None:
         """Forget every parameter's gradient."""
-        for p in self.parameters():
-            p.zero_grad()
+        for module in self.modules():
+            for t in vars(module).values():
+                if isinstance(t, Parameter):
+                    t.grad = None
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Let every parameter be trained, or none."""

@@ -1,9 +1,9 @@
 """BatchNorm over (N, C, S): statistics, output and gradients, a channel or a block of channels at a time.
 
-S = 1 is a batch of vectors (`_rows_…`), of which a part is a block of columns; otherwise the planes of images
-(`_planes_…`), of which a part is a range of channels, so that a channel is read again while it is in cache.
-Statistics are taken of x − shift, with the channel's first element as shift, and summed in float64: exact at any mean,
-and 0 for a constant channel.
+S = 1 is a batch of vectors (`_rows_…`), of which a part is a chunk of rows; otherwise the planes of images
+(`_planes_…`), of which a part is a range of channels, so that a channel is read again while it is in cache. Statistics
+are taken of x − shift, with the channel's first element as shift, and summed in float64: exact at any mean, and 0 for a
+constant channel.
 """
 
 from typing import Any
@@ -18,8 +18,8 @@ from tinygrad_bn_kernels.cpu.threads import split
 
 Array = NDArray[Any]
 
-# Columns of a batch of vectors are cut into parts of whole blocks, as narrower ones waste cache lines.
-BLOCK = 64
+# Rows of a batch of vectors whose sums are added up before those of the next.
+CHUNK = 256
 
 # Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
 FAR = 16.0
@@ -84,25 +84,61 @@ def _planes_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
         _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
 
 
+@njit()
+def _passed(g, d, a, b, zero):
+    """g where the output d · a + b, of which d is x − m, is positive; 0 elsewhere."""
+    return g if d * a + b > zero else zero
+
+
+@njit(fastmath=SUMS)
+def _plane_gradient_sums(g, x, c, m, a, b, relu):
+    """Σ g and Σ g (x − m) of channel c.
+
+    Four terms are added in their own precision, which rounds by less than the gradients will be, these in float64.
+    """
+    n, _, size = x.shape
+    zero = x.dtype.type(0)
+    s1 = 0.0
+    s2 = 0.0
+    i = 0
+    while i + 4 <= n:
+        g0, g1, g2, g3 = g[i, c], g[i + 1, c], g[i + 2, c], g[i + 3, c]
+        x0, x1, x2, x3 = x[i, c], x[i + 1, c], x[i + 2, c], x[i + 3, c]
+        if relu:
+            for j in range(size):
+                d0, d1, d2, d3 = x0[j] - m, x1[j] - m, x2[j] - m, x3[j] - m
+                e0, e1 = _passed(g0[j], d0, a, b, zero), _passed(g1[j], d1, a, b, zero)
+                e2, e3 = _passed(g2[j], d2, a, b, zero), _passed(g3[j], d3, a, b, zero)
+                s1 += np.float64((e0 + e1) + (e2 + e3))
+                s2 += np.float64((e0 * d0 + e1 * d1) + (e2 * d2 + e3 * d3))
+        else:
+            for j in range(size):
+                d0, d1, d2, d3 = x0[j] - m, x1[j] - m, x2[j] - m, x3[j] - m
+                s1 += np.float64((g0[j] + g1[j]) + (g2[j] + g3[j]))
+                s2 += np.float64((g0[j] * d0 + g1[j] * d1) + (g2[j] * d2 + g3[j] * d3))
+        i += 4
+    while i < n:
+        g0, x0 = g[i, c], x[i, c]
+        for j in range(size):
+            d = x0[j] - m
+            e = _passed(g0[j], d, a, b, zero) if relu else g0[j]
+            s1 += np.float64(e)
+            s2 += np.float64(e * d)
+        i += 1
+    return s1, s2
+
+
 @njit(fastmath=SUMS)
 def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     n, _, size = x.shape
     count = n * size
-    zero, floor = x.dtype.type(0), _floor(x, relu)
+    zero = x.dtype.type(0)
     ivar = 1 / np.sqrt(var[c] + eps)
     m = x.dtype.type(mean[c])
     rest = mean[c] - m
     a = x.dtype.type(weight[c] * ivar)
     b = x.dtype.type(bias[c] - rest * weight[c] * ivar)
-    s1 = 0.0
-    s2 = 0.0
-    for i in range(n):
-        gs, xs = g[i, c], x[i, c]
-        for j in range(size):
-            d = xs[j] - m
-            gj = zero if d * a + b <= floor else gs[j]
-            s1 += np.float64(gj)
-            s2 += np.float64(gj) * np.float64(d)
+    s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, relu)
     gbias[c] = s1
     s2 = (s2 - rest * s1) * ivar
     gweight[c] = s2
@@ -111,10 +147,13 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
     q = x.dtype.type(-weight[c] * ivar * s1 / count - rest * by_x)
     for i in range(n):
         gs, xs, out = g[i, c], x[i, c], gx[i, c]
-        for j in range(size):
-            d = xs[j] - m
-            gj = zero if d * a + b <= floor else gs[j]
-            out[j] = a * gj + p * d + q
+        if relu:
+            for j in range(size):
+                d = xs[j] - m
+                out[j] = a * _passed(gs[j], d, a, b, zero) + p * d + q
+        else:
+            for j in range(size):
+                out[j] = a * gs[j] + p * (xs[j] - m) + q
 
 
 @njit(fastmath=SUMS)
@@ -124,53 +163,54 @@ def _planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbia
 
 
 # ---- rows: (N, C) ---------------------------------------------------------------------------------------
-# Rows are taken four at a time, so that the sums of a column are loaded and stored once for four of its elements.
-# What is kept for each column lies in the rows of one small array: with an array for each, the compiler would need so
-# many checks for overlap that it gives up on vector registers.
+# A chunk of rows at a time, with the sums of each chunk added up in one order: chunks follow from the shape alone. Rows
+# are taken four at a time, so that the sums of a column are loaded and stored once for four of its elements. What is
+# kept for each column lies in the rows of one small array: with an array for each, the compiler would need so many
+# checks for overlap that it gives up on vector registers.
 
 
 @njit(fastmath=SUMS)
-def _row_sums(x, first, shift, sums):
-    """Σ (x − shift) and Σ (x − shift)² of the columns from `first` on."""
-    n, width = x.shape[0], shift.size
-    i = 0
-    while i + 4 <= n:
-        r0, r1, r2, r3 = x[i, first:], x[i + 1, first:], x[i + 2, first:], x[i + 3, first:]
-        for j in range(width):
-            d0, d1, d2, d3 = r0[j] - shift[j], r1[j] - shift[j], r2[j] - shift[j], r3[j] - shift[j]
-            sums[0, j] += (d0 + d1) + (d2 + d3)
-            sums[1, j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-        i += 4
-    while i < n:
-        row = x[i, first:]
-        for j in range(width):
-            d = row[j] - shift[j]
-            sums[0, j] += d
-            sums[1, j] += d * d
-        i += 1
+def _rows_sums(x, shift, sums, start, stop):
+    """Σ (x − shift) and Σ (x − shift)² of each column, for every chunk from start to stop: sums is (chunks, 2, C)."""
+    for t in range(start, stop):
+        i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
+        while i + 4 <= last:
+            r0, r1, r2, r3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+            for j in range(shift.size):
+                d0, d1, d2, d3 = r0[j] - shift[j], r1[j] - shift[j], r2[j] - shift[j], r3[j] - shift[j]
+                sums[t, 0, j] += (d0 + d1) + (d2 + d3)
+                sums[t, 1, j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+            i += 4
+        while i < last:
+            row = x[i]
+            for j in range(shift.size):
+                d = row[j] - shift[j]
+                sums[t, 0, j] += d
+                sums[t, 1, j] += d * d
+            i += 1
 
 
 @njit(fastmath=SUMS)
-def _row_statistics(x, first, mean, var):
-    n, width = x.shape[0], mean.size
-    shift = x[0, first : first + width].astype(np.float64)
-    for _ in range(2):
-        sums = np.zeros((2, width))
-        _row_sums(x, first, shift, sums)
-        good = True
-        for j in range(width):
-            off = sums[0, j] / n
-            mean[j] = shift[j] + off
-            var[j] = max(sums[1, j] / n - off * off, 0.0)
-            if off * off > FAR * FAR * var[j]:
-                good = False
-        if good:
-            break
-        shift = mean.copy()
+def _rows_statistics(sums, n, shift, mean, var):
+    """Mean and variance from the chunks' sums; whether the shift was good enough, else it is set to the mean."""
+    good = True
+    for j in range(shift.size):
+        s1 = 0.0
+        s2 = 0.0
+        for t in range(sums.shape[0]):
+            s1 += sums[t, 0, j]
+            s2 += sums[t, 1, j]
+        off = s1 / n
+        mean[j] = shift[j] + off
+        var[j] = max(s2 / n - off * off, 0.0)
+        if off * off > FAR * FAR * var[j]:
+            good = False
+        shift[j] = mean[j]
+    return good
 
 
 @njit(fastmath=SUMS)
-def _row_constants(x, weight, bias, mean, var, eps):
+def _rows_constants(x, weight, bias, mean, var, eps):
     """Rows m, a, b, of which y = (x − m) · a + b, and two more for the backward pass."""
     k = np.empty((5, mean.size), x.dtype)
     for j in range(mean.size):
@@ -182,78 +222,110 @@ def _row_constants(x, weight, bias, mean, var, eps):
 
 
 @njit(fastmath=SUMS)
-def _rows_normalize(x, first, k, relu, y):
+def _rows_normalize(x, k, relu, y, start, stop):
     floor = _floor(x, relu)
-    for i in range(x.shape[0]):
-        row, out = x[i, first:], y[i, first:]
-        for j in range(k.shape[1]):
+    for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
+        row, out = x[i], y[i]
+        for j in range(row.size):
             v = (row[j] - k[0, j]) * k[1, j] + k[2, j]
             out[j] = floor if v < floor else v
 
 
-@njit(fastmath=SUMS)
-def _rows_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    first, last = start * BLOCK, min(stop * BLOCK, x.shape[1])
-    mean, var = mean[first:last], var[first:last]
-    _row_statistics(x, first, mean, var)
-    _rows_normalize(x, first, _row_constants(x, weight[first:last], bias[first:last], mean, var, eps), relu, y)
+def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
+    y, mean, var = out
+    chunks, shift = -(-len(x) // CHUNK), x[0].astype(np.float64)
+    for _ in range(2):
+        sums = np.zeros((chunks, 2, x.shape[1]))
+        split(_rows_sums, chunks, x.size, x, shift, sums)
+        if _rows_statistics(sums, len(x), shift, mean, var):
+            break
+    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, weight, bias, mean, var, eps), relu, y)
 
 
 @njit(fastmath=SUMS)
 def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    first, last = start * BLOCK, min(stop * BLOCK, x.shape[1])
-    mean, var = mean[first:last], var[first:last]
-    _rows_normalize(x, first, _row_constants(x, weight[first:last], bias[first:last], mean, var, eps), relu, y)
+    _rows_normalize(x, _rows_constants(x, weight, bias, mean, var, eps), relu, y, start, stop)
 
 
 @njit(fastmath=SUMS)
-def _row_gradient_sums(g, x, first, k, relu, sums):
-    """Σ g and Σ g (x − m) of the columns from `first` on."""
-    n, width = x.shape[0], k.shape[1]
-    zero, floor = x.dtype.type(0), _floor(x, relu)
-    i = 0
-    while i + 2 <= n:
-        g0, g1, r0, r1 = g[i, first:], g[i + 1, first:], x[i, first:], x[i + 1, first:]
-        for j in range(width):
-            d0, d1 = r0[j] - k[0, j], r1[j] - k[0, j]
-            e0 = zero if d0 * k[1, j] + k[2, j] <= floor else g0[j]
-            e1 = zero if d1 * k[1, j] + k[2, j] <= floor else g1[j]
-            sums[0, j] += np.float64(e0) + np.float64(e1)
-            sums[1, j] += np.float64(e0) * np.float64(d0) + np.float64(e1) * np.float64(d1)
-        i += 2
-    if i < n:
-        g0, r0 = g[i, first:], x[i, first:]
-        for j in range(width):
-            d0 = r0[j] - k[0, j]
-            e0 = zero if d0 * k[1, j] + k[2, j] <= floor else g0[j]
-            sums[0, j] += np.float64(e0)
-            sums[1, j] += np.float64(e0) * np.float64(d0)
+def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
+    """Σ g and Σ g (x − m) of each column, for every chunk from start to stop.
+
+    Four terms are added in their own precision, which rounds by less than the gradients will be, these in float64.
+    """
+    zero = x.dtype.type(0)
+    for t in range(start, stop):
+        i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
+        while i + 4 <= last:
+            g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
+            r0, r1, r2, r3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+            if relu:
+                for j in range(k.shape[1]):
+                    d0, d1, d2, d3 = r0[j] - k[0, j], r1[j] - k[0, j], r2[j] - k[0, j], r3[j] - k[0, j]
+                    e0, e1 = _passed(g0[j], d0, k[1, j], k[2, j], zero), _passed(g1[j], d1, k[1, j], k[2, j], zero)
+                    e2, e3 = _passed(g2[j], d2, k[1, j], k[2, j], zero), _passed(g3[j], d3, k[1, j], k[2, j], zero)
+                    sums[t, 0, j] += np.float64((e0 + e1) + (e2 + e3))
+                    sums[t, 1, j] += np.float64((e0 * d0 + e1 * d1) + (e2 * d2 + e3 * d3))
+            else:
+                for j in range(k.shape[1]):
+                    d0, d1, d2, d3 = r0[j] - k[0, j], r1[j] - k[0, j], r2[j] - k[0, j], r3[j] - k[0, j]
+                    sums[t, 0, j] += np.float64((g0[j] + g1[j]) + (g2[j] + g3[j]))
+                    sums[t, 1, j] += np.float64((g0[j] * d0 + g1[j] * d1) + (g2[j] * d2 + g3[j] * d3))
+            i += 4
+        while i < last:
+            g0, r0 = g[i], x[i]
+            for j in range(k.shape[1]):
+                d = r0[j] - k[0, j]
+                e = _passed(g0[j], d, k[1, j], k[2, j], zero) if relu else g0[j]
+                sums[t, 0, j] += np.float64(e)
+                sums[t, 1, j] += np.float64(e * d)
+            i += 1
 
 
 @njit(fastmath=SUMS)
-def _rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, start, stop):
-    first, last = start * BLOCK, min(stop * BLOCK, x.shape[1])
-    n, width = x.shape[0], last - first
-    weight, mean, var = weight[first:last], mean[first:last], var[first:last]
-    k = _row_constants(x, weight, bias[first:last], mean, var, eps)
-    sums = np.zeros((2, width))
-    _row_gradient_sums(g, x, first, k, relu, sums)
-    for j in range(width):
+def _rows_gradients(sums, n, weight, mean, var, eps, k, gweight, gbias):
+    """Those of weight and bias from the chunks' sums, and the constants of that of x into k."""
+    for j in range(weight.size):
+        s1 = 0.0
+        s2 = 0.0
+        for t in range(sums.shape[0]):
+            s1 += sums[t, 0, j]
+            s2 += sums[t, 1, j]
         ivar = 1 / np.sqrt(var[j] + eps)
         rest = mean[j] - k[0, j]
-        dot = (sums[1, j] - rest * sums[0, j]) * ivar
-        gbias[first + j] = sums[0, j]
-        gweight[first + j] = dot
-        by_x = -weight[j] * ivar * ivar * dot / n
+        gbias[j] = s1
+        gweight[j] = (s2 - rest * s1) * ivar
+        by_x = -weight[j] * ivar * ivar * gweight[j] / n
         k[3, j] = by_x
-        k[4, j] = -weight[j] * ivar * sums[0, j] / n - rest * by_x
-    zero, floor = x.dtype.type(0), _floor(x, relu)
-    for i in range(n):
-        gs, row, out = g[i, first:], x[i, first:], gx[i, first:]
-        for j in range(width):
-            d = row[j] - k[0, j]
-            gj = zero if d * k[1, j] + k[2, j] <= floor else gs[j]
-            out[j] = k[1, j] * gj + k[3, j] * d + k[4, j]
+        k[4, j] = -weight[j] * ivar * s1 / n - rest * by_x
+
+
+@njit(fastmath=SUMS)
+def _rows_gradient(g, x, k, relu, gx, start, stop):
+    zero = x.dtype.type(0)
+    for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
+        gs, row, out = g[i], x[i], gx[i]
+        if relu:
+            for j in range(row.size):
+                d = row[j] - k[0, j]
+                out[j] = k[1, j] * _passed(gs[j], d, k[1, j], k[2, j], zero) + k[3, j] * d + k[4, j]
+        else:
+            for j in range(row.size):
+                out[j] = k[1, j] * gs[j] + k[3, j] * (row[j] - k[0, j]) + k[4, j]
+
+
+def _rows_backward(
+    g: Array, x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, *out: Array
+) -> None:
+    gx, gweight, gbias = out
+    chunks = -(-len(x) // CHUNK)
+    k, sums = _rows_constants(x, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
+    split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
+    _rows_gradients(sums, len(x), weight, mean, var, eps, k, gweight, gbias)
+    split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
+
+
+# ---- state -----------------------------------------------------------------------------------------------
 
 
 @njit()
@@ -274,40 +346,40 @@ def _channels(x: Array) -> Array:
     return x if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
 
 
-def _parts(x: Array) -> int:
-    """How many parts the work on x can be cut into."""
-    return -(-x.shape[1] // BLOCK) if x.ndim == 2 else x.shape[1]
-
-
-def _normalized(
-    loop: Any, x: Array, weight: Array, bias: Array, eps: float, relu: bool, mean: Array, var: Array
-) -> Array:
-    if not weight.shape == bias.shape == mean.shape == var.shape == x.shape[1:2]:  # or the loops would read beyond them
-        raise ValueError(f"weight {weight.shape} and bias {bias.shape} do not fit the channels of x {x.shape}")
-    source = compiled(x)
-    y = np.empty_like(source)
-    if x.size:
-        weight, bias = compiled(weight, source.dtype), compiled(bias, source.dtype)
-        split(loop, _parts(x), x.size, _channels(source), weight, bias, eps, relu, _channels(y), mean, var)
-    return y.astype(x.dtype, copy=False)
+def _expect_channels(x: Array, *vectors: Array) -> None:
+    """Raise ValueError unless each vector is (C,): the loops would read beyond it."""
+    for v in vectors:
+        if v.shape != x.shape[1:2]:
+            raise ValueError(f"a vector of shape {v.shape} does not fit the channels of x {x.shape}")
 
 
 def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
-    mean, var = np.full((2, *x.shape[1:2]), np.nan)
-    loop = _rows_forward if x.ndim == 2 else _planes_forward
-    return _normalized(loop, x, weight, bias, eps, relu, mean, var), mean, var
+    _expect_channels(x, weight, bias)
+    source = compiled(x)
+    y, mean, var = np.empty_like(source), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
+    arrays = _channels(source), compiled(weight, source.dtype), compiled(bias, source.dtype)
+    if not x.size:
+        pass
+    elif x.ndim > 2:
+        split(_planes_forward, x.shape[1], x.size, *arrays, eps, relu, _channels(y), mean, var)
+    else:
+        _rows_forward(*arrays, eps, relu, y, mean, var)
+    return y.astype(x.dtype, copy=False), mean, var
 
 
 def _backward(
     g: Array, x: Array, weight: Array, bias: Array, eps: float, mean: Array, var: Array, relu: bool
 ) -> tuple[Array, Array, Array]:
     source = compiled(x)
-    gx, (gweight, gbias) = np.empty_like(source), np.zeros((2, x.shape[1]))
-    if x.size:
-        loop = _rows_backward if x.ndim == 2 else _planes_backward
-        g, weight, bias = (compiled(a, source.dtype) for a in (g, weight, bias))
-        arrays = _channels(g), _channels(source), weight, bias, mean, var, eps, relu, _channels(gx), gweight, gbias
-        split(loop, _parts(x), x.size, *arrays)
+    gx, gweight, gbias = np.empty_like(source), np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    vectors = compiled(weight, source.dtype), compiled(bias, source.dtype), mean, var
+    arrays = _channels(compiled(g, source.dtype)), _channels(source), *vectors
+    if not x.size:
+        pass
+    elif x.ndim > 2:
+        split(_planes_backward, x.shape[1], x.size, *arrays, eps, relu, _channels(gx), gweight, gbias)
+    else:
+        _rows_backward(*arrays, eps, relu, gx, gweight, gbias)
     return gx, gweight, gbias
 
 
@@ -326,8 +398,14 @@ def batch_norm_relu_fused(x: Array, weight: Array, bias: Array, *, eps: float) -
 @kernel("batch_norm_inference", "cpu")
 def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Array, bias: Array, *, eps: float) -> Array:
     """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
-    loop = _rows_inference if x.ndim == 2 else _planes_inference
-    return _normalized(loop, x, weight, bias, eps, False, compiled(mean, np.float64), compiled(var, np.float64))
+    _expect_channels(x, mean, var, weight, bias)
+    source = compiled(x)
+    y, statistics = np.empty_like(source), (compiled(mean, np.float64), compiled(var, np.float64))
+    vectors = compiled(weight, source.dtype), compiled(bias, source.dtype)
+    if x.size:
+        loop, items = (_planes_inference, x.shape[1]) if x.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
+        split(loop, items, x.size, _channels(source), *vectors, eps, False, _channels(y), *statistics)
+    return y.astype(x.dtype, copy=False)
 
 
 @kernel("batch_norm_fused.vjp", "cpu")

@@ -16,8 +16,8 @@ from tinygrad_bn_kernels.cpu.threads import split
 Array = NDArray[Any]
 
 
-# Elements that a loop takes at a time, in two passes: with five arrays in one pass the compiler would need so many checks
-# for overlap that it gives up on vector registers.
+# Elements that a loop takes at a time, in two passes: with five arrays in one pass the compiler would need so many
+# checks for overlap that it gives up on vector registers.
 BLOCK = 1024
 
 
