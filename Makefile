@@ -19,11 +19,11 @@ test: $(VENV)/.test  ## run the test-suite
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
 
-bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them); wants a quiet machine
+bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 6 minutes, a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py
 
-bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly
-	$(BIN)/python tests/benchmarks/bench.py --seconds 3
+bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly, without compiled PyTorch
+	$(BIN)/python tests/benchmarks/bench.py --quick --seconds 1.5
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

@@ -7,7 +7,10 @@ pause in which the others' threads go to sleep; a time is the median over the ro
 import argparse
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,21 +18,41 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# Before a peer loads OpenMP: this sets how long an idle thread spins, for all contenders alike.
-import tinygrad_bn_kernels.cpu.threads  # noqa: F401
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from tinygrad_bn import Tensor, functional, manual_seed, nn, optim
+from tinygrad_bn.device import find_kernel
 
 torch.set_num_threads(2)
 
 BATCH_NORM = [(32, 32), (500, 256), (4096, 1024), (32, 32, 26, 26), (128, 64, 28, 28), (64, 256, 56, 56)]
 NETWORKS = [((4, 512, 512, 3), 32), ((784, 32, 32, 10), 32), ((784, 256, 128, 512, 64, 128, 256, 10), 500)]
-PEERS = ("NumPy", "PyTorch", "JAX jit")
+LARGE = (64, 256, 56, 56)
+PEERS = ("NumPy", "PyTorch", "compiled", "JAX jit")
+
+# Reductions: about so many elements each, over the last axis, the first, those of NCHW and of NHWC, and all.
+REDUCTIONS = {"sum": "sum", "mean": "mean_fused", "max": "max", "var": "var_fused"}
+LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] = {
+    "1e3": [((32, 32), -1), ((32, 32), 0), ((4, 4, 8, 8), (0, 2, 3)), ((4, 8, 8, 4), (0, 1, 2)), ((1000,), None)],
+    "1e5": [
+        ((400, 256), -1),
+        ((400, 256), 0),
+        ((8, 16, 28, 28), (0, 2, 3)),
+        ((8, 28, 28, 16), (0, 1, 2)),
+        ((10**5,), None),
+    ],
+    "1e7": [
+        ((9766, 1024), -1),
+        ((9766, 1024), 0),
+        ((200, 64, 28, 28), (0, 2, 3)),
+        ((200, 28, 28, 64), (0, 1, 2)),
+        ((10**7,), None),
+    ],
+    "1e8": [((97656, 1024), -1), ((97656, 1024), 0), ((10**8,), None)],
+}
 
 Work = Callable[[], object]
 
@@ -71,10 +94,13 @@ def batch_norm(shape: tuple[int, ...]) -> dict[str, Work]:
         ours.zero_grad()
         ours(xo).backward(go)
 
-    def run_torch() -> None:
-        xt.grad = None
-        theirs.zero_grad()
-        theirs(xt).backward(gt)
+    def torch_with(layer: Callable[[torch.Tensor], torch.Tensor]) -> Work:
+        def run() -> None:
+            xt.grad = None
+            theirs.zero_grad()
+            layer(xt).backward(gt)
+
+        return run
 
     def run_numpy() -> object:
         n = x.size // shape[1]
@@ -99,7 +125,8 @@ def batch_norm(shape: tuple[int, ...]) -> dict[str, Work]:
     return {
         "ours": run_ours,
         "NumPy": run_numpy,
-        "PyTorch": run_torch,
+        "PyTorch": torch_with(theirs),
+        "compiled": torch_with(torch.compile(theirs)),
         "JAX jit": lambda: jax.block_until_ready(step(*arrays)),
     }
 
@@ -117,9 +144,29 @@ def training_step(sizes: tuple[int, ...], batch: int) -> dict[str, Work]:
     y = rng.integers(0, sizes[-1], batch)
     return {
         "ours": _our_step(sizes, x, y),
-        "PyTorch": _torch_step(sizes, x, y),
+        "PyTorch": _torch_step(sizes, x, y, compiled=False),
+        "compiled": _torch_step(sizes, x, y, compiled=True),
         "JAX jit": _jax_step(sizes, x, y),
+        "products": _products(sizes, batch),
     }
+
+
+def _products(sizes: tuple[int, ...], batch: int) -> Work:
+    """The matrix products of a training step alone, by NumPy: what no step can be faster than."""
+    rng = np.random.default_rng(0)
+    layers = [
+        [rng.normal(size=shape).astype(np.float32) for shape in ((batch, i), (o, i), (batch, o))]
+        for i, o in pairwise(sizes)
+    ]
+
+    def run() -> None:
+        for number, (x, weight, g) in enumerate(layers):
+            x @ weight.T
+            g.T @ x
+            if number:
+                g @ weight
+
+    return run
 
 
 def _our_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Work:
@@ -139,7 +186,7 @@ def _our_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Work:
     return step
 
 
-def _torch_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Work:
+def _torch_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray, compiled: bool) -> Work:
     layers: list[torch.nn.Module] = []
     for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [torch.nn.Linear(fan_in, fan_out), torch.nn.BatchNorm1d(fan_out), torch.nn.ReLU()]
@@ -147,8 +194,13 @@ def _torch_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Work:
     optimizer = torch.optim.Adam(model.parameters())
     xt, yt = torch.tensor(x), torch.tensor(y)
 
+    def loss_of(xt: torch.Tensor, yt: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(xt), yt)
+
+    loss_or_compiled = torch.compile(loss_of) if compiled else loss_of
+
     def step() -> None:
-        loss = torch.nn.functional.cross_entropy(model(xt), yt)
+        loss = loss_or_compiled(xt, yt)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,6 +265,37 @@ def one_op() -> dict[str, Work]:
     return {"ours": run_ours, "PyTorch": run_torch}
 
 
+def reduction(name: str, shape: tuple[int, ...], axis: int | tuple[int, ...] | None) -> dict[str, Work]:
+    """One reduction of an array, without autograd."""
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    xt, xj = torch.tensor(x), jnp.asarray(x)
+    ours = find_kernel(REDUCTIONS[name], "cpu")
+    theirs = getattr(torch, {"max": "amax"}.get(name, name))
+    dim = tuple(range(x.ndim)) if axis is None else axis
+    jitted = jax.jit(lambda x: getattr(jnp, name)(x, axis=axis))
+    assert ours is not None
+    with torch.no_grad():
+        return {
+            "ours": lambda: ours(x, axis=axis),
+            "NumPy": lambda: getattr(np, name)(x, axis=axis),
+            "PyTorch": lambda: theirs(xt, dim),
+            "JAX jit": lambda: jax.block_until_ready(jitted(xj)),
+        }
+
+
+def peak_memory(contender: str) -> int:
+    """Bytes that a training step of BatchNorm of LARGE adds to what a process uses, measured in a fresh one."""
+    done = subprocess.run([sys.executable, __file__, "--peak", contender], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def _print_peak(contender: str) -> None:
+    work = batch_norm(LARGE)[contender]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
 def copy_rate() -> float:
     """Bytes a millisecond that a large copy reads and writes."""
     a = np.ones(1 << 25, np.float32)
@@ -224,32 +307,68 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="without compiled PyTorch, and without the largest arrays")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak:
+        return _print_peak(args.peak)
 
     rate = copy_rate()
     table = Table(box=box.MARKDOWN)
-    for head in ("work", "ours, ms", *(f"vs {peer}" for peer in PEERS), "share of copy rate"):
+    for head in ("work", "ours, ms", *(f"vs {peer}" for peer in PEERS), "share of the limit"):
         table.add_column(head, justify="left" if head == "work" else "right")
+
+    def measured(contenders: dict[str, Work], seconds: float) -> dict[str, float]:
+        if args.quick:
+            contenders.pop("compiled", None)
+        return interleaved(contenders, seconds)
+
     for shape in BATCH_NORM:
-        times = interleaved(batch_norm(shape), args.seconds)
+        times = measured(batch_norm(shape), args.seconds)
         least = 5 * 4 * float(np.prod(shape))  # x read, y written; x and g read, gx written
-        share = f"{least / rate / times['ours']:.0%}" if least > 32 << 20 else "in cache"
-        table.add_row(f"BatchNorm, forward + backward, {shape}", *cells(times), share)
+        share = f"{least / rate / times['ours']:.0%} of copying" if least > 32 << 20 else "in cache"
+        table.add_row(f"BatchNorm, forward + backward, {shape}", *cells([times]), share)
     for sizes, batch in NETWORKS:
-        times = interleaved(training_step(sizes, batch), args.seconds)
-        table.add_row(f"training step, {'-'.join(map(str, sizes))}, batch {batch}", *cells(times), "–")
-    table.add_row("one product of (4, 4), forward + backward", *cells(interleaved(one_op(), args.seconds)), "–")
-    Console(width=140).print(table)
+        times = measured(training_step(sizes, batch), args.seconds)
+        share = f"{times['products'] / times['ours']:.0%} of products"
+        table.add_row(f"training step, {'-'.join(map(str, sizes))}, batch {batch}", *cells([times]), share)
+    table.add_row("one product of (4, 4), forward + backward", *cells([measured(one_op(), args.seconds)]), "–")
+    for size, layouts in LAYOUTS.items():
+        if args.quick and size == "1e8":
+            continue
+        for name in REDUCTIONS:
+            rows = [measured(reduction(name, *layout), args.seconds / 8) for layout in layouts]
+            reading = [
+                4 * float(np.prod(shape)) / rate / t["ours"] for (shape, _), t in zip(layouts, rows, strict=True)
+            ]
+            share = f"{min(reading):.0%} of copying" if float(size) > 1e6 else "in cache"
+            table.add_row(f"{name} of {size} elements, {len(rows)} layouts of axes", *cells(rows), share)
+    Console(width=170).print(table)
+    ours, theirs = peak_memory("ours"), peak_memory("PyTorch")
+    print(f"peak memory of BatchNorm, forward + backward, {LARGE}: {ours / 1e6:.0f} MB, PyTorch {theirs / 1e6:.0f} MB")
     print(
         f"copy rate {rate / 1e6:.1f} GB/s; load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores, {platform.machine()}"
     )
     versions = {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": torch.__version__}
     print(", ".join(f"{name} {version}" for name, version in {**versions, "JAX": jax.__version__}.items()))
+    return None
 
 
-def cells(times: dict[str, float]) -> list[str]:
-    """Our time, and each peer's as a ratio."""
-    return [f"{times['ours']:.3f}", *(f"{times[p] / times['ours']:.1f} ×" if p in times else "–" for p in PEERS)]
+def cells(rows: list[dict[str, float]]) -> list[str]:
+    """Our time, and each peer's as a ratio; of several rows the range from the worst to the best."""
+    return [_range([t["ours"] for t in rows]), *(_ratio([t[p] / t["ours"] for t in rows if p in t]) for p in PEERS)]
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _ratio(values: list[float]) -> str:
+    if not values:
+        return "–"
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return f"{low} ×" if low == high else f"{low} to {high} ×"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """When a loop runs on several threads, and what makes that safe: beside BLAS, after a fork, and for every result.
 
-A loop takes `(*arrays, start, stop)` and does that part of its work. Large work is cut into one part for each thread
-of a pool of Python's own threads; compiled loops hold no GIL. An item has one writer and its terms are added in one
+A loop takes `(*arrays, start, stop)` and does that part of its work. Large work is cut into parts for a pool of Python's
+own threads; compiled loops hold no GIL. An item has one writer and its terms are added in one
 order, so a result does not depend, in any bit, on how many threads there are.
 
 OpenMP (Numba's `prange`) was measured and left: its threads spin between loops while those of BLAS spin between
@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 # Elements from which two threads are faster than one. Measured on 2 cores: waking a thread takes 50 to 100 µs, a pass
 # over a million float32 elements about 300 µs.
 PARALLEL_FROM = int(os.environ.get("TINYGRAD_BN_PARALLEL_FROM", 1 << 20))
+
+# Parts of large work for each thread.
+PARTS = 4
 
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _threads = int(os.environ.get("TINYGRAD_BN_NUM_THREADS", _cores))
@@ -38,18 +41,28 @@ def set_num_threads(count: int) -> None:
 
 
 def split(loop: Callable[..., object], items: int, elements: int, *args: object) -> None:
-    """Run `loop(*args, start, stop)` over all of `items`, in parts if there are `elements` enough for threads."""
-    parts = min(_threads, items) if elements >= PARALLEL_FROM else 1
-    if parts <= 1:
+    """Run `loop(*args, start, stop)` over all of `items`, in parts if there are `elements` enough for threads.
+
+    A thread that is done with a part takes the next, so one that wakes late, or shares its core, holds up nobody.
+    """
+    parts = min(PARTS * _threads, items) if elements >= PARALLEL_FROM else 1
+    if parts <= 1 or _threads == 1:
         loop(*args, 0, items)
         return
     bounds = [i * items // parts for i in range(parts + 1)]
-    others = [_executor().submit(loop, *args, *bounds[i : i + 2]) for i in range(1, parts)]
+    unclaimed = iter(range(parts))
+
+    def work() -> None:
+        for part in unclaimed:
+            loop(*args, bounds[part], bounds[part + 1])
+
+    others = [_executor().submit(work) for _ in range(1, _threads)]
     try:
-        loop(*args, 0, bounds[1])
+        work()
     finally:
         for other in others:
-            other.result()
+            if not other.cancel():  # it has begun
+                other.result()
 
 
 def _executor() -> ThreadPoolExecutor:
