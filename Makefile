@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench bench-quick lint format clean
+.PHONY: help demo test test-peers bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (inst
 
 bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly, without compiled PyTorch
 	$(BIN)/python tests/benchmarks/bench.py --quick --seconds 1.5
+
+exactness: $(VENV)/.bench  ## how many digits BatchNorm keeps at any mean, here and in the peers (installs them)
+	$(BIN)/python tests/benchmarks/exactness.py
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

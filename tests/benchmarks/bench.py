@@ -7,13 +7,14 @@ pause in which the others' threads go to sleep; a time is the median over the ro
 import argparse
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def interleaved(contenders: dict[str, Work], seconds: float) -> dict[str, float]
 def batch_norm(shape: tuple[int, ...]) -> dict[str, Work]:
     """Training forward and backward of one layer, input gradient included."""
     rng = np.random.default_rng(0)
-    x, g = rng.normal(size=(2, *shape)).astype(np.float32)
+    x, g = rng.standard_normal((2, *shape), dtype=np.float32)
     ours, theirs = _layers(shape)
     xo, go = Tensor(x, requires_grad=True), Tensor(g)
     xt, gt = torch.tensor(x, requires_grad=True), torch.tensor(g)
@@ -284,16 +285,23 @@ def reduction(name: str, shape: tuple[int, ...], axis: int | tuple[int, ...] | N
 
 
 def peak_memory(contender: str) -> int:
-    """Bytes that a training step of BatchNorm of LARGE adds to what a process uses, measured in a fresh one."""
+    """Megabytes that a training step of BatchNorm of LARGE adds to what a process uses, measured in a fresh one."""
     done = subprocess.run([sys.executable, __file__, "--peak", contender], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def _print_peak(contender: str) -> None:
+    batch_norm(BATCH_NORM[3])[contender]()  # compile, and start threads
     work = batch_norm(LARGE)[contender]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _memory("VmRSS")
     work()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print((_memory("VmHWM") - before) // 1000)
+
+
+def _memory(field: str) -> int:
+    """A line of Linux' account of this process, in kB."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def copy_rate() -> float:
@@ -344,8 +352,9 @@ def main() -> None:
             share = f"{min(reading):.0%} of copying" if float(size) > 1e6 else "in cache"
             table.add_row(f"{name} of {size} elements, {len(rows)} layouts of axes", *cells(rows), share)
     Console(width=170).print(table)
-    ours, theirs = peak_memory("ours"), peak_memory("PyTorch")
-    print(f"peak memory of BatchNorm, forward + backward, {LARGE}: {ours / 1e6:.0f} MB, PyTorch {theirs / 1e6:.0f} MB")
+    if sys.platform == "linux":
+        peaks = ", ".join(f"{name} {peak_memory(name)} MB" for name in ("ours", "PyTorch", "JAX jit"))
+        print(f"memory that BatchNorm, forward + backward, {LARGE} takes at its peak: {peaks}")
     print(
         f"copy rate {rate / 1e6:.1f} GB/s; load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores, {platform.machine()}"
     )

@@ -50,23 +50,23 @@ def _statistics(block, centered):
 def _forward(x, weight, bias, eps, centered, y, mean, var, start, stop):
     groups, planes = weight.shape
     size = x.shape[1] // planes
-    one = x.dtype.type(1)
     for i in range(start, stop):
         block, out, g = x[i], y[i], i % groups
         mean[i], var[i] = _statistics(block, centered)
         m = x.dtype.type(mean[i])
-        rest = x.dtype.type(mean[i] - m)  # what x's dtype cannot hold of the mean
-        a = x.dtype.type(1 / np.sqrt(var[i] + eps))
+        ivar = 1 / np.sqrt(var[i] + eps)
+        a = x.dtype.type(ivar)
+        r = x.dtype.type((m - mean[i]) * ivar)  # x̂ = (x − m) · a + r: what rounding took from m comes back
         if size == 1:
             w, b = weight[g], bias[g]
             for j in range(planes):
-                out[j] = ((block[j] - m) - rest) * a * w[j] + b[j]
+                out[j] = ((block[j] - m) * a + r) * w[j] + b[j]
         else:
             for p in range(planes):
                 source, target = block[p * size : (p + 1) * size], out[p * size : (p + 1) * size]
-                scale, b = a * weight[g, p], bias[g, p]
+                scale, shift = a * weight[g, p], r * weight[g, p] + bias[g, p]
                 for j in range(size):
-                    target[j] = ((source[j] - m) - rest) * scale + b * one
+                    target[j] = (source[j] - m) * scale + shift
 
 
 @njit(fastmath=SUMS)
@@ -79,22 +79,22 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
         for i in range(part * samples // parts * groups, (part + 1) * samples // parts * groups):
             gs, block, out, group = g[i], x[i], gx[i], i % groups
             m = x.dtype.type(mean[i])
-            rest = x.dtype.type(mean[i] - m)
-            a = x.dtype.type(1 / np.sqrt(var[i] + eps))
+            ivar = 1 / np.sqrt(var[i] + eps)
+            a, r = x.dtype.type(ivar), x.dtype.type((m - mean[i]) * ivar)
             s1 = 0.0
             s2 = 0.0
             if size == 1:
                 w, to_weight, to_bias = weight[group], sums[part, 0, group], sums[part, 1, group]
                 for j in range(planes):
-                    gw, xhat = gs[j] * w[j], ((block[j] - m) - rest) * a
+                    gw, xhat = gs[j] * w[j], (block[j] - m) * a + r
                     s1 += np.float64(gw)
                     s2 += np.float64(gw) * np.float64(xhat)
                 for j in range(planes):
-                    to_weight[j] += np.float64(gs[j]) * np.float64(((block[j] - m) - rest) * a)
+                    to_weight[j] += np.float64(gs[j]) * np.float64((block[j] - m) * a + r)
                     to_bias[j] += np.float64(gs[j])
                 shift, slope = x.dtype.type(s1 / count if centered else 0.0), x.dtype.type(s2 / count)
                 for j in range(planes):
-                    xhat = ((block[j] - m) - rest) * a
+                    xhat = (block[j] - m) * a + r
                     out[j] = a * (gs[j] * w[j] - shift - xhat * slope)
             else:
                 for p in range(planes):
@@ -103,7 +103,7 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
                     t2 = 0.0
                     for j in range(size):
                         t1 += np.float64(g0[j])
-                        t2 += np.float64(g0[j]) * np.float64(((x0[j] - m) - rest) * a)
+                        t2 += np.float64(g0[j]) * np.float64((x0[j] - m) * a + r)
                     sums[part, 0, group, p] += t2
                     sums[part, 1, group, p] += t1
                     s1 += t1 * weight[group, p]
@@ -113,7 +113,7 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
                     g0, x0 = gs[p * size : (p + 1) * size], block[p * size : (p + 1) * size]
                     o0, w0 = out[p * size : (p + 1) * size], weight[group, p]
                     for j in range(size):
-                        o0[j] = a * (g0[j] * w0 - shift - ((x0[j] - m) - rest) * a * slope)
+                        o0[j] = a * (g0[j] * w0 - shift - ((x0[j] - m) * a + r) * slope)
 
 
 def _as_blocks(x: Array, weight: Array, blocks: Blocks) -> tuple[Array, Array]:

@@ -430,5 +430,5 @@ def running_statistics(
 ) -> tuple[Array, Array, bool]:
     """(1 − momentum) · running + momentum · batch of mean and unbias · variance, (C,); and whether all are finite."""
     new_mean, new_var = np.empty_like(running_mean), np.empty_like(running_var)
-    arrays = (compiled(a) for a in (running_mean, running_var, mean, var))
-    return new_mean, new_var, _track(*arrays, momentum, unbias, new_mean, new_var)
+    old = compiled(running_mean), compiled(running_var)
+    return new_mean, new_var, _track(*old, compiled(mean), compiled(var), momentum, unbias, new_mean, new_var)

@@ -1,0 +1,139 @@
+"""What the kernels compute, and how exactly: each one measured against float64. `python -m tinygrad_bn kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from tinygrad_bn_kernels import MODULES, lookup
+
+from tinygrad_bn.autograd import OPS, apply, grad
+from tinygrad_bn.device import kernels_disabled
+from tinygrad_bn.nn.norm import _running_statistics
+from tinygrad_bn.optim import _adam, _sgd
+from tinygrad_bn.tensor import Array, Tensor
+
+__all__ = ["KernelError", "kernel_errors"]
+
+
+class KernelError(NamedTuple):
+    """The worst error of one kernel in one precision, over a fixed suite of operands."""
+
+    name: str
+    device: str
+    dtype: str
+    fuses: str  # the composition that it computes in one go, or "" for a primitive or an update of state
+    error: float  # largest |kernel − reference|, relative to the largest |reference|, over all results
+
+
+Case = tuple[tuple[Array, ...], dict[str, Any]]  # operands in float64, and params
+
+
+def _cases(op: str) -> list[Case]:
+    """Operands for a kernel, larger than the tests' and away from 0: mean 100, deviation 1."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, offset: float = 0.0) -> Array:
+        return rng.normal(size=shape) + offset
+
+    images, rows = normal(24, 16, 12, 12, offset=100), normal(300, 40, offset=100)
+    vectors = {16: normal(2, 16), 40: normal(2, 40)}
+    if op.startswith("batch_norm"):
+        extra = (lambda c: (np.full(c, 100.0), np.full(c, 1.5))) if op == "batch_norm_inference" else lambda c: ()
+        return [((x, *extra(x.shape[1]), *vectors[x.shape[1]]), {"eps": 1e-5}) for x in (images, rows)]
+    if op == "block_norm_fused":
+        of_rows = {"blocks": (300, 1, 40, 1), "eps": 1e-5, "centered": True}
+        of_images = {"blocks": (24, 4, 4, 144), "eps": 1e-5, "centered": True}
+        uncentered = {**of_rows, "centered": False}
+        return [
+            ((rows, *vectors[40]), of_rows),
+            ((images, *vectors[16]), of_images),
+            ((rows, *vectors[40]), uncentered),
+        ]
+    if op == "softmax_cross_entropy":
+        target = rng.integers(0, 40, 300)
+        options = [("mean", 0.0), ("sum", 0.1), ("none", 0.1)]
+        return [
+            ((normal(300, 40) * 5, target, np.ones(40)), {"reduction": r, "smoothing": s, "ignore_index": -100})
+            for r, s in options
+        ]
+    if op == "linear":
+        return [((normal(300, 64), normal(40, 64), normal(40)), {})]
+    if op == "sum_to":
+        return [((rows,), {"shape": (1, 40)}), ((images,), {"shape": (16, 1, 1)})]
+    if op == "dropout_by_key":
+        return [((rows,), {"p": 0.3, "key": 7})]
+    if op in ("relu", "erf"):
+        return [((normal(5000),), {})]
+    axes: list[Any] = [None, 0, -1] if op.startswith("arg") else [None, 0, -1, (0, 2, 3), (0, 1, 2)]
+    return [((images,), {"axis": axis, "keepdims": False}) for axis in axes]
+
+
+def _error(got: Any, want: Any) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.max(np.abs(got - want)) / max(np.max(np.abs(want)), 1e-300))
+
+
+def _op_error(name: str, dtype: type) -> float:
+    op, errors = OPS[name.removesuffix(".vjp")], []
+    for operands, params in _cases(op.name):
+        cast = [x.astype(dtype) if x.dtype.kind == "f" else x for x in operands]
+        wide = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in cast]
+        if not name.endswith(".vjp"):
+            with kernels_disabled():
+                want = apply(op, wide, params)
+            errors.append(_error(apply(op, cast, params), want))
+            continue
+        results = []
+        for arrays, composed in ((cast, False), (wide, True)):
+            # The class weights of a loss are constants; everything else that is real gets a gradient.
+            real = [
+                x.dtype.kind == "f" and not (op.name == "softmax_cross_entropy" and i) for i, x in enumerate(arrays)
+            ]
+            ts = [Tensor(x, requires_grad=wanted) for x, wanted in zip(arrays, real, strict=True)]
+            y = apply(op, ts, params)
+            g = Tensor(np.random.default_rng(1).normal(size=y.shape).astype(dtype).astype(y.dtype))
+            results.append(grad(y, [t for t in ts if t.requires_grad], g, create_graph=composed))
+        errors += [_error(a, b) for a, b in zip(*results, strict=True)]
+    return max(errors)
+
+
+def _state_error(name: str, device: str, dtype: type) -> float:
+    """Of an update of state: the kernel in `dtype` against the reference in float64."""
+    rng = np.random.default_rng(0)
+    kernel: Any = lookup(name, device)
+    p, g, m, v = (a.astype(dtype) for a in (*rng.normal(size=(3, 5000)), rng.uniform(0.1, 1, 5000)))
+    if name == "optim.sum_of_squares":
+        return _error(kernel(p), np.sum(np.square(p, dtype=np.float64)))
+    adam = {
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "step_size": 0.01,
+        "root_scale": 1.1,
+        "eps": 1e-8,
+        "shrink": 0.99,
+        "decay": 0.0,
+    }
+    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "decay": 0.01, "nesterov": True}
+    running = {"momentum": 0.1, "unbias": 1.01}
+    suite: dict[str, Any] = {
+        "optim.adam": (_adam, (p, g, m, v), adam),
+        "optim.sgd": (_sgd, (p, g, m), sgd),
+        "nn.running_statistics": (_running_statistics, (p, v, m, v), running),
+    }
+    reference, state, options = suite[name]
+    got = kernel(*(a.copy() for a in state), **options)
+    want = reference(*(a.astype(np.float64) for a in state), **options)
+    return max(_error(a, b) for a, b in zip(np.atleast_2d(got[:2]), np.atleast_2d(want[:2]), strict=True))
+
+
+def kernel_errors() -> Iterator[KernelError]:
+    """Measure every kernel of the package in float32 and float64: some seconds, half a minute if they are compiled."""
+    for name, device in sorted(MODULES):
+        state = name.startswith(("optim.", "nn."))
+        fused = None if state else OPS[name.removesuffix(".vjp")].fuses
+        for dtype in (np.float32, np.float64):
+            error = _state_error(name, device, dtype) if state else _op_error(name, dtype)
+            fuses = "" if fused is None else fused.__name__.strip("_").removesuffix("_composed")
+            yield KernelError(name, device, np.dtype(dtype).name, fuses, error)
