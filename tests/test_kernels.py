@@ -12,11 +12,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
-from tinygrad_bn_kernels import kernel, names
+from tinygrad_bn_kernels import MODULES, kernel, names
 from tinygrad_bn_kernels.cpu import jit, threads
 
 from tinygrad_bn import Tensor, functional, nn, optim
 from tinygrad_bn.device import find_kernel, kernels_disabled
+from tinygrad_bn.functional.normalization import block_norm_fused
+from tinygrad_bn.kernels import kernel_errors
 
 SHAPES = [(37, 5), (130, 70), (6, 5, 4), (8, 3, 5, 5)]
 
@@ -75,6 +77,43 @@ def test_a_constant_channel_gives_exactly_bias(shape, value, driver):
     assert (y[:, 0] == bias[0]).all()
     assert var[0] == 0
     assert np.isfinite(gx).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e-3, 1e6, 1e12, 1e18])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_channels_of_any_scale(shape, scale):
+    x, g, weight, bias = operands(shape)
+    x = (x * scale).astype(np.float32)
+    got = training_step(x, g, weight, bias)
+    want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("blocks", [(37, 1, 50, 1), (9, 3, 2, 40), (8, 5, 1, 60), (1, 1, 7, 1)])
+@pytest.mark.parametrize("offset", [0, 1e3, 1e6])
+@pytest.mark.parametrize("centered", [True, False])
+def test_blocks_are_normalised_exactly_at_any_mean(blocks, offset, centered, driver):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(blocks[0], int(np.prod(blocks[1:])))) + offset).astype(np.float32)
+    weight, bias = rng.normal(size=(2, blocks[1] * blocks[2])).astype(np.float32)
+    g, results = rng.normal(size=x.shape).astype(np.float32), []
+    for dtype in (np.float32, np.float64):
+        ts = [Tensor(a, requires_grad=True, dtype=dtype) for a in (x, weight, bias)]
+        y = block_norm_fused(*ts, blocks=blocks, eps=1e-5, centered=centered)
+        y.backward(g.astype(dtype))
+        results.append([y, *(t.grad for t in ts)])
+    for got, want in zip(*results, strict=True):
+        scale = max(np.abs(want.numpy()).max(), 1e-3 if centered else 0)
+        assert np.abs(got.numpy() - want.numpy()).max() <= 3e-6 * scale
+
+
+def test_every_kernel_is_as_exact_as_its_precision_allows():
+    limits = {"float32": 1e-6, "float64": 1e-13}
+    rows = list(kernel_errors())
+    assert {(row.name, row.device) for row in rows} == set(MODULES)
+    assert [row for row in rows if not row.error <= limits[row.dtype]] == []
+    assert sum(row.error > 0 for row in rows if row.dtype == "float32") > len(MODULES) / 2  # something was measured
 
 
 def test_a_first_element_far_from_the_others_does_not_spoil_the_statistics(driver):

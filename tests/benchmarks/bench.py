@@ -122,7 +122,7 @@ def batch_norm(shape: tuple[int, ...]) -> dict[str, Work]:
         y, pull = jax.vjp(normalize, x, w, b)
         return y, pull(g)
 
-    arrays = [jnp.asarray(a) for a in (x, w, b, g)]
+    arrays = [jax.block_until_ready(jnp.asarray(a)) for a in (x, w, b, g)]
     return {
         "ours": run_ours,
         "NumPy": run_numpy,
@@ -284,24 +284,51 @@ def reduction(name: str, shape: tuple[int, ...], axis: int | tuple[int, ...] | N
         }
 
 
-def peak_memory(contender: str) -> int:
-    """Megabytes that a training step of BatchNorm of LARGE adds to what a process uses, measured in a fresh one."""
-    done = subprocess.run([sys.executable, __file__, "--peak", contender], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+def peak_memory(contender: str, *, relu: bool) -> int:
+    """Megabytes that a training step of BatchNorm (and ReLU) of LARGE takes at its peak, in a fresh process."""
+    command = [sys.executable, __file__, "--peak", contender, *["--relu"] * relu]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def _print_peak(contender: str) -> None:
-    batch_norm(BATCH_NORM[3])[contender]()  # compile, and start threads
-    work = batch_norm(LARGE)[contender]
+def _print_peak(contender: str, relu: bool) -> None:
+    def work(shape: tuple[int, ...]) -> Work:
+        x, g = (np.random.default_rng(0).standard_normal(shape, dtype=np.float32) for _ in range(2))
+        if contender == "ours":
+            layers: list[nn.Module] = [nn.BatchNorm2d(shape[1]), *[nn.ReLU()] * relu]
+            model, xo, go = nn.Sequential(*layers), Tensor(x, requires_grad=True), Tensor(g)
+            return lambda: model(xo).backward(go)
+        theirs = torch.nn.Sequential(torch.nn.BatchNorm2d(shape[1]), *[torch.nn.ReLU()] * relu)
+        xt, gt = torch.tensor(x, requires_grad=True), torch.tensor(g)
+        return lambda: theirs(xt).backward(gt)
+
+    work(BATCH_NORM[3])()  # compile, and start threads
+    step = work(LARGE)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
-    work()
+    step()
     print((_memory("VmHWM") - before) // 1000)
 
 
 def _memory(field: str) -> int:
     """A line of Linux' account of this process, in kB."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def stall() -> tuple[float, float]:
+    """A matrix product by BLAS and a kernel on threads, in ms: the sum of both alone, and in turn in one loop."""
+    a, b = np.ones((500, 784), np.float32), np.ones((784, 256), np.float32)
+    x, vector = np.ones((4096, 512), np.float32), np.ones(512, np.float32)
+    kernel = find_kernel("batch_norm_fused", "cpu")
+    assert kernel is not None
+
+    def product() -> object:
+        return a @ b
+
+    def normalization() -> object:
+        return kernel(x, vector, vector, eps=1e-5)
+
+    alone = [interleaved({"one": work}, 1.0)["one"] for work in (product, normalization)]
+    return sum(alone), interleaved({"both": lambda: (product(), normalization())}, 1.0)["both"]
 
 
 def copy_rate() -> float:
@@ -317,9 +344,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="without compiled PyTorch, and without the largest arrays")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--relu", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        return _print_peak(args.peak)
+        return _print_peak(args.peak, args.relu)
 
     rate = copy_rate()
     table = Table(box=box.MARKDOWN)
@@ -353,8 +381,11 @@ def main() -> None:
             table.add_row(f"{name} of {size} elements, {len(rows)} layouts of axes", *cells(rows), share)
     Console(width=170).print(table)
     if sys.platform == "linux":
-        peaks = ", ".join(f"{name} {peak_memory(name)} MB" for name in ("ours", "PyTorch", "JAX jit"))
-        print(f"memory that BatchNorm, forward + backward, {LARGE} takes at its peak: {peaks}")
+        for relu, what in ((False, "BatchNorm"), (True, "BatchNorm and ReLU")):
+            peaks = ", ".join(f"{name} {peak_memory(name, relu=relu)} MB" for name in ("ours", "PyTorch"))
+            print(f"memory that a training step of {what}, {LARGE}, takes at its peak: {peaks}")
+    alone, together = stall()
+    print(f"a product by BLAS and a kernel on threads: {alone:.2f} ms one by one, {together:.2f} ms in turn")
     print(
         f"copy rate {rate / 1e6:.1f} GB/s; load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores, {platform.machine()}"
     )

@@ -56,7 +56,7 @@ class Module:
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Run `forward`; arrays and lists among the positional arguments become tensors."""
-        y = self.forward(*(Tensor(a) if isinstance(a, np.ndarray | list) else a for a in args), **options)
+        y = self.forward(*[Tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
         observer = _observer.get()
         if observer is not None:
             observer(self, y)

@@ -1,0 +1,250 @@
+"""The reduction kernels against NumPy in float64: every shape, layout, axis and path through the loops.
+
+Small shapes never reach the loops as they are, so that most tests lower the thresholds until they do.
+"""
+
+import math
+from contextlib import contextmanager
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from tinygrad_bn_kernels.cpu import reduce, threads
+
+from tinygrad_bn import Tensor, functional, ops
+from tinygrad_bn.device import find_kernel
+
+REFERENCES = {
+    "sum": np.sum,
+    "mean_fused": np.mean,
+    "var_fused": np.var,
+    "mean_and_var_fused": lambda x, **o: np.stack([np.mean(x, **o), np.var(x, **o)]),
+    "sum_of_squares": lambda x, **o: np.sum(x * x, **o),
+    "max": np.max,
+    "min": np.min,
+    "argmax": np.argmax,
+    "argmin": np.argmin,
+    "logsumexp_fused": np.logaddexp.reduce,
+}
+PLACES = ("argmax", "argmin")
+
+
+@contextmanager
+def thresholds(small=0, piece=8, wide=6, narrow=5, parallel_from=1):
+    """In this block small work takes the paths of large work."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SMALL", small), ("PIECE", piece), ("WIDE", wide), ("NARROW", narrow)):
+            patch.setattr(reduce, name, value)
+        patch.setattr(threads, "PARALLEL_FROM", parallel_from)
+        yield
+
+
+def compare(name, x, axis, keepdims=False):
+    """The kernel's result equals that of NumPy in float64; gives whether the kernel did not decline."""
+    with np.errstate(all="ignore"):
+        got = find_kernel(name, "cpu")(x, axis=axis, keepdims=keepdims)
+        want = REFERENCES[name](x.astype(np.float64), axis=axis, keepdims=keepdims)
+    if got is NotImplemented:
+        return False
+    assert got.shape == want.shape
+    assert got.dtype == (np.intp if name in PLACES else x.dtype)
+    if name in (*PLACES, "max", "min"):
+        np.testing.assert_array_equal(got, want)
+        return True
+    if name == "mean_and_var_fused":  # the mean beside a variance that is NaN may be NaN too where NumPy's is Inf
+        got, want = (np.where(np.isfinite(a), a, np.nan) for a in (got, want))
+    largest = np.abs(x, where=np.isfinite(x), out=np.zeros(x.shape)).max(initial=1)
+    tolerance = 1e-13 if x.dtype == np.float64 else 1e-6
+    terms = x.size // max(1, got.size) if "sum" in name else 1
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * largest * terms)
+    return True
+
+
+@st.composite
+def strided(draw):
+    """An array of any memory layout, with ties, and perhaps with NaN and Inf."""
+    shape = draw(st.lists(st.sampled_from([1, 2, 3, 4, 7, 17, 41]), max_size=4))
+    while math.prod(shape) > 9000:
+        shape.pop()
+    order = draw(st.permutations(range(len(shape))))  # in which the axes lie in memory
+    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, -1, -3]), min_size=len(shape), max_size=len(shape)))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    base = np.asarray(rng.normal(size=[shape[i] * abs(steps[i]) for i in order]).round(1), dtype)
+    x = base[(*(slice(None, None, steps[i]) for i in order), ...)].transpose(np.argsort(order))
+    for value in draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf]), max_size=3)):
+        x[np.unravel_index(rng.integers(x.size), x.shape)] = value
+    return x
+
+
+def axes(draw, ndim, tuples=True):
+    if not ndim or draw(st.integers(0, 4)) == 0:
+        return None
+    chosen = draw(st.lists(st.integers(0, ndim - 1), min_size=1, max_size=ndim if tuples else 1, unique=True))
+    signed = tuple(a - ndim if draw(st.booleans()) else a for a in chosen)
+    return signed if tuples and draw(st.booleans()) else signed[0]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@settings(max_examples=6 * settings.default.max_examples)  # there are many paths, and each example is quick
+@given(st.data(), strided(), st.booleans(), st.sampled_from([1, 1 << 60]))
+def test_equals_numpy(name, data, x, keepdims, parallel_from):
+    axis = axes(data.draw, x.ndim, tuples=name not in PLACES)
+    before = x.copy()
+    with thresholds(parallel_from=parallel_from):
+        compare(name, x, axis, keepdims)
+    compare(name, x, axis, keepdims)
+    np.testing.assert_array_equal(x, before)
+
+
+@given(st.data(), strided())
+def test_sum_to_and_the_sum_of_all_squares_equal_numpy(data, x):
+    lead = data.draw(st.integers(0, x.ndim))
+    shape = tuple(data.draw(st.sampled_from([1, n])) for n in x.shape[lead:])
+    repeated = tuple(i for i, n in enumerate(shape, start=lead) if n == 1)
+    wide = x.astype(np.float64)
+    with np.errstate(all="ignore"), thresholds():
+        got, norm = find_kernel("sum_to", "cpu")(x, shape=shape), find_kernel("optim.sum_of_squares", "cpu")(x)
+        want, squares = wide.sum(axis=(*range(lead), *repeated)).reshape(shape), (wide * wide).sum()
+    if got is not NotImplemented:
+        assert (got.shape, got.dtype) == (shape, x.dtype)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * x.size if x.dtype == np.float32 else 1e-10)
+    if norm is not NotImplemented:
+        np.testing.assert_allclose(norm, squares, rtol=1e-12)
+
+
+# Beyond the real thresholds: rows long enough for four streams and for several pieces, columns that are narrow, wide,
+# in several pieces, and images whose channels are kept.
+LARGE = [
+    ((40_003,), None),
+    ((3, 5003), -1),
+    ((3, 5003), 0),
+    (((1 << 20) | 1, 1), 0),
+    ((2, 300_007), 1),
+    ((90_001, 3), 0),
+    ((301, 2500), 0),
+    ((7, 6, 20, 20), (0, 2, 3)),
+    ((7, 6, 20, 20), (1, 3)),
+    ((5, 40, 3, 30), (3, 0)),
+    ((70, 30, 5), (0, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "axis"), LARGE)
+def test_large_common_cases_equal_numpy_and_are_not_declined(shape, axis, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(dtype)
+    for name in REFERENCES:
+        if name not in PLACES:
+            assert compare(name, x, axis), name
+        elif not isinstance(axis, tuple):  # rows that are not worth threads are left to NumPy
+            assert compare(name, x, axis) or axis != 0 or x.ndim == 1, name
+            with thresholds(piece=1 << 14):
+                assert compare(name, x, axis), name
+
+
+@pytest.mark.parametrize("shape", [(60, 2), (2, 60), (13, 9)])
+@pytest.mark.parametrize("name", [*PLACES, "max", "min"])
+def test_nan_wins_wherever_it_is_and_the_first_place_in_a_tie(name, shape):
+    with thresholds():
+        for axis in (None, 0, 1):
+            assert compare(name, np.zeros(shape), axis)
+            for place in np.ndindex(shape):
+                x = np.zeros(shape)
+                x[place] = x[1, 1] = np.nan
+                assert compare(name, x, axis)
+
+
+@pytest.mark.parametrize("shape", [(4, 2000), (8000,), (200, 40)])
+def test_float32_does_not_overflow_where_float64_does_not(shape):
+    x = np.full(shape, 3e38, np.float32)
+    x[::2] *= -1
+    if x.ndim == 1:
+        x = x.reshape(4, -1).T.ravel()  # neighbours of one sign
+    for axis in (None, 0):
+        for name in ("sum", "mean_fused"):
+            got = find_kernel(name, "cpu")(x, axis=axis)
+            np.testing.assert_array_equal(got, np.zeros(got.shape))
+    assert find_kernel("optim.sum_of_squares", "cpu")(x) == pytest.approx(9e76 * x.size, rel=1e-6)
+
+
+@given(strided(), st.sampled_from([0.1, -3.3, 1e-30, 3e38, 1e6]), st.data())
+def test_equal_numbers_have_exactly_that_mean_and_the_variance_0(x, value, data):
+    x = np.full_like(x, value, np.float32)
+    axis = axes(data.draw, x.ndim)
+    with thresholds():
+        for name in ("mean_fused", "mean_and_var_fused", "var_fused"):
+            got = find_kernel(name, "cpu")(x, axis=axis)
+            if got is not NotImplemented:
+                want = {"mean_fused": [value], "var_fused": [0], "mean_and_var_fused": [value, 0]}[name]
+                for part, number in zip(got if len(want) == 2 else [got], want, strict=True):
+                    assert np.all(part == np.float32(number))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, (0, 2)])
+@pytest.mark.parametrize("first", [1e6, -1e7])
+@pytest.mark.parametrize("shape", [(10, 20, 10), (50, 60, 20), (900, 3, 3)])
+def test_variance_is_right_at_an_offset(shape, first, axis):
+    x = np.random.default_rng(0).normal(size=shape) + 1e6
+    x[0, 0, 0] = first
+    for name, number in (("var_fused", ...), ("mean_and_var_fused", 1)):
+        for exact, rtol in ((x.astype(np.float32), 1e-6), (x - 1e6, 1e-13)):
+            got, want = find_kernel(name, "cpu")(exact, axis=axis)[number], np.var(exact, axis=axis, dtype=np.float64)
+            np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((41, 37), 0), ((41, 37), 1), ((4, 5, 6, 7), (0, 2, 3)), ((999, 3), 0)])
+def test_the_number_of_threads_changes_no_bit(shape, axis):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    kernels = [find_kernel(name, "cpu") for name in REFERENCES if name not in PLACES or axis in (0, 1)]
+    results, before = set(), threads.num_threads()
+    try:
+        for count in (1, 2, 3):
+            threads.set_num_threads(count)
+            with thresholds(piece=64):
+                results.add(b"".join(kernel(x, axis=axis).tobytes() for kernel in kernels))
+    finally:
+        threads.set_num_threads(before)
+    assert len(results) == 1
+
+
+# ---- what the kernels decline, through the public functions ------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (70, 80)])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.bool_, np.float16])
+def test_other_dtypes_give_the_results_of_numpy(dtype, shape):
+    x = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    for axis in (None, 0, (1, 0)):
+        for f, reference in (
+            (ops.sum, np.sum),
+            (ops.max, np.max),
+            (functional.mean, np.mean),
+            (functional.var, np.var),
+        ):
+            got, want = np.asarray(f(Tensor(x), axis=axis)), reference(x.astype(np.float64), axis=axis)
+            np.testing.assert_allclose(got, want, rtol=2e-3 if dtype == np.float16 else 1e-6)
+    np.testing.assert_array_equal(np.asarray(ops.argmax(Tensor(x), axis=1)), np.argmax(x, axis=1))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (70, 80)])
+@pytest.mark.parametrize("axis", [2, -3, (0, 2), (1, 1), (0, -2)])
+def test_a_wrong_axis_is_an_error_that_names_the_op(axis, shape):
+    for f in (ops.sum, ops.max, ops.argmax, functional.mean, functional.var, functional.sum_of_squares):
+        with pytest.raises((IndexError, ValueError, TypeError), match=rf"{f.__name__}.*axis|{f.__name__}.*tuple"):
+            f(Tensor(np.ones(shape)), axis=axis)
+
+
+def test_empty_arrays_give_the_results_of_numpy():
+    x = Tensor(np.zeros((0, 3)))
+    for f in (ops.sum, functional.sum_of_squares):
+        assert f(x, axis=0).numpy().tolist() == [0, 0, 0]
+    for f in (ops.sum, ops.max, ops.argmax, functional.mean, functional.var, functional.logsumexp):
+        assert f(x, axis=1).shape == (0,)
+    with np.errstate(invalid="ignore"):
+        assert np.isnan([functional.mean(x).item(), functional.var(x).item()]).all()
+    for f in (ops.max, ops.min, ops.argmax):
+        with pytest.raises(ValueError, match=r"empty|zero-size"):
+            f(x, axis=0)

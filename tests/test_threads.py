@@ -1,0 +1,211 @@
+"""Work in parts on Python's own threads: complete, right beside other threads and processes, and compiled once."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from tinygrad_bn_kernels.cpu import threads
+
+from tinygrad_bn import functional, ops
+
+
+@pytest.fixture(autouse=True)
+def parallel(monkeypatch):
+    """Split small work too, and undo what a test sets."""
+    before = threads.num_threads()
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
+    yield
+    threads.set_num_threads(before)
+
+
+def python(program, **environment):
+    """Start a Python process."""
+    environment = {k: str(v) for k, v in environment.items()}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    return subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}, stdout=-1, text=True
+    )
+
+
+def output(process):
+    """What it has written, once it has ended well."""
+    written, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return written.strip()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_item_is_done_exactly_once(count):
+    threads.set_num_threads(count)
+    for items in (0, 1, 2, 3, 5, 8, 27, 28, 29, 100, 1001):
+        for elements in (0, 1, 10**9):
+            ranges = []
+            threads.split(lambda into, start, stop: into.append((start, stop)), items, elements, ranges)
+            assert sorted(i for start, stop in ranges for i in range(start, stop)) == list(range(items))
+            assert len(ranges) == (1 if elements == 0 or count == 1 else min(items, threads.PARTS * count) or 1)
+
+
+def test_parts_run_on_several_threads_and_arguments_are_handed_on():
+    threads.set_num_threads(3)
+    together, seen = threading.Barrier(3, timeout=30), []
+
+    def loop(a, b, start, stop):
+        if start < 3:
+            together.wait()  # passes only if three threads are in it at once
+        seen.append((a, b, threading.get_ident()))
+
+    threads.split(loop, 12, 1, "a", "b")
+    assert {s[:2] for s in seen} == {("a", "b")}
+    assert len({s[2] for s in seen}) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("wrong", [0, 5, 11])
+def test_an_exception_in_any_part_reaches_the_caller_and_the_pool_goes_on(wrong, count):
+    threads.set_num_threads(count)
+
+    def loop(start, stop):
+        if start <= wrong < stop:
+            raise LookupError(wrong)
+
+    for _ in range(20):
+        with pytest.raises(LookupError, match=str(wrong)):
+            threads.split(loop, 12, 1)
+    done = []
+    threads.split(lambda start, stop: done.extend(range(start, stop)), 12, 1)
+    assert sorted(done) == list(range(12))
+
+
+def test_when_split_returns_nothing_is_at_work_any_more():
+    threads.set_num_threads(3)
+    for fail in (False, True):
+        begun, ended = [], []
+
+        def loop(start, stop, begun=begun, ended=ended, fail=fail):
+            begun.append(start)
+            if fail and start == 0:
+                raise LookupError
+            threading.Event().wait(0.005)
+            ended.append(start)
+
+        try:
+            threads.split(loop, 12, 1)
+        except LookupError:
+            begun.remove(0)
+        assert sorted(begun) == sorted(ended)
+
+
+def test_less_than_one_thread_is_an_error_that_changes_nothing():
+    before = threads.num_threads()
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"at least one thread; got {count}"):
+            threads.set_num_threads(count)
+    assert threads.num_threads() == before
+
+
+def test_two_python_threads_at_once_and_a_change_of_the_number_meanwhile():
+    x = np.random.default_rng(0).normal(size=(300, 70)).astype(np.float32)
+    target = np.arange(300) % 70
+
+    def results():
+        arrays = ops.sum(x, axis=0), functional.var(x, axis=1), ops.argmax(x, axis=0), functional.logsumexp(x, axis=0)
+        return b"".join(np.asarray(a).tobytes() for a in (*arrays, functional.cross_entropy(x, target)))
+
+    want, wrong = results(), []
+
+    def work():
+        try:
+            wrong.extend(1 for _ in range(40) if results() != want)
+        except Exception as error:
+            wrong.append(error)
+
+    pool = [threading.Thread(target=work) for _ in range(2)]
+    for thread in pool:
+        thread.start()
+    for i in range(30):
+        threads.set_num_threads(1 + i % 3)
+        results()
+    for thread in pool:
+        thread.join()
+    assert not wrong
+
+
+FORK = """
+import os, numpy as np
+from tinygrad_bn import Tensor, ops, optim, functional as F
+from tinygrad_bn_kernels.cpu import threads
+x = np.random.default_rng(0).normal(size=(600, 256)).astype("f4")
+
+def results():
+    p = Tensor(x, requires_grad=True)
+    adam = optim.Adam([p], lr=0.1)
+    for _ in range(2):
+        p.grad = Tensor(np.cos(x))
+        adam.step()
+    return [np.asarray(a).tobytes() for a in (p, ops.sum(x, axis=0), F.var(x, axis=1), ops.max(x, axis=0), F.mean(x))]
+
+want = results()
+assert threads._pool is not None, "the parent has threads, which a fork leaves behind"
+child = os.fork()
+if child == 0:
+    os._exit(0 if results() == want and threads._pool is not None else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert results() == want
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_reductions_and_adam_in_a_forked_child():
+    output(python(FORK, TINYGRAD_BN_PARALLEL_FROM=1, TINYGRAD_BN_NUM_THREADS=3))
+
+
+# The C library's mallopt is replaced, to see whether it is called.
+ENVIRONMENT = """
+import ctypes, types, numpy, numba
+calls = []
+ctypes.CDLL = lambda name: types.SimpleNamespace(mallopt=lambda *a: calls.append(a))
+from tinygrad_bn_kernels.cpu import threads
+print(threads.num_threads(), threads.PARALLEL_FROM, len(calls))
+"""
+
+
+def test_environment_variables_are_respected():
+    kept = 2 if sys.platform == "linux" else 0
+    one = python(ENVIRONMENT, TINYGRAD_BN_NUM_THREADS=5, TINYGRAD_BN_PARALLEL_FROM=7, TINYGRAD_BN_KEEP_MEMORY=0)
+    other = python(ENVIRONMENT, TINYGRAD_BN_NUM_THREADS=1, TINYGRAD_BN_PARALLEL_FROM=8, TINYGRAD_BN_KEEP_MEMORY=1)
+    assert output(one) == "5 7 0"
+    assert output(other) == f"1 8 {kept}"
+
+
+COMPILING = """
+import sys, numpy as np
+from numba.core import event
+from tinygrad_bn import Tensor, ops, functional as F
+compiled = 0
+
+class Count(event.Listener):
+    def on_start(self, event):
+        global compiled
+        compiled += 1
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Count())
+x = np.arange(6000, dtype="f4").reshape(60, 100)
+np.testing.assert_array_equal(ops.sum(x, axis=0), x.sum(axis=0))
+np.testing.assert_allclose(F.var(x, axis=1), x.var(axis=1), rtol=1e-6)
+print(compiled)
+"""
+
+
+def test_processes_share_one_cache_of_compiled_loops_even_if_they_start_together(tmp_path):
+    first, second = (python(COMPILING, NUMBA_CACHE_DIR=tmp_path) for _ in range(2))
+    assert int(output(first)) > 0
+    assert int(output(second)) > 0
+    files = sorted(tmp_path.rglob("*.nb?"))
+    assert files
+    assert output(python(COMPILING, NUMBA_CACHE_DIR=tmp_path)) == "0"
+    assert sorted(tmp_path.rglob("*.nb?")) == files
