@@ -2,10 +2,8 @@
 
 import itertools
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
 from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.softmax import _exp
 
@@ -55,7 +53,7 @@ def test_the_kernels_mask_is_that_of_the_reference_and_of_the_generator(dtype, p
         x = np.asarray(np.random.default_rng(1).normal(size=shape) + 9, dtype)
         got = find_kernel("dropout_by_key", "cpu")(x, p=p, key=key)
         with kernels_disabled():
-            want = ops.dropout_by_key(x, p=p, key=key).numpy()
+            want = np.asarray(ops.dropout_by_key(x, p=p, key=key))
         kept = (philox(key, x.size) >= round(p * 2**32)).reshape(x.shape)
         assert (got.shape, got.dtype) == (want.shape, want.dtype) == (x.shape, x.dtype)
         np.testing.assert_array_equal(got != 0, kept)
@@ -63,11 +61,11 @@ def test_the_kernels_mask_is_that_of_the_reference_and_of_the_generator(dtype, p
         np.testing.assert_allclose(got, np.where(kept, x / (1 - p), 0), rtol=3 * np.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("key", [*KEYS, *range(10, 20)])
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9])
 def test_the_share_kept_is_within_5_sigma_and_neighbours_are_independent(p, key):
     n = 40_000
-    kept = ops.dropout_by_key(np.ones(n), p=p, key=key).numpy() != 0
+    kept = np.asarray(ops.dropout_by_key(np.ones(n), p=p, key=key)) != 0
     assert abs(kept.mean() - (1 - p)) <= 5 * np.sqrt(p * (1 - p) / n)
     for lag in (1, 2, 3, 4):
         both = np.mean((kept[lag:] - (1 - p)) * (kept[:-lag] - (1 - p)))
@@ -85,7 +83,9 @@ def test_one_seed_gives_one_mask_and_others_give_others():
     assert (again[0] != again[1]).any()
 
 
-@given(st.integers(0, 2**63 - 1), st.sampled_from([0.0, 0.2, 0.7, 1.0]), st.sampled_from([(), (5,), (3, 7), (0, 2)]))
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(), (5,), (30, 7), (0, 2)])
 def test_gradients_of_order_1_and_2_use_the_forward_mask(key, p, shape):
     rng = np.random.default_rng(key)
     x, g = (Tensor(rng.normal(size=shape) + 9, requires_grad=True) for _ in range(2))
@@ -106,7 +106,7 @@ def test_probabilities_0_and_1_and_those_that_are_none():
     y = F.dropout(x, 1.0)
     y.sum().backward()
     assert y.numpy().tolist() == x.grad.numpy().tolist() == [0] * 5
-    assert (nn.Dropout(1.0)(np.ones(3, np.float32)).numpy() == 0).all()
+    assert (np.asarray(nn.Dropout(1.0)(np.ones(3, np.float32))) == 0).all()
     for p in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             F.dropout(x, p)
@@ -148,9 +148,10 @@ def equal_composition(x, target, **options):
     with kernels_disabled():
         want = loss_and_gradient(x.astype(np.float64), target, **options)
     eps = np.finfo(x.dtype).eps
+    shifted = 2.3e-16 * np.abs(x, where=np.isfinite(x), out=np.zeros(x.shape)).max()  # rounded where logits are large
     for a, b in zip(got, want, strict=True):
         with np.errstate(over="ignore"):
-            np.testing.assert_allclose(a, b.astype(x.dtype), rtol=40 * eps, atol=40 * eps)
+            np.testing.assert_allclose(a, b.astype(x.dtype), rtol=40 * eps, atol=40 * eps + shifted)
     return got
 
 
@@ -214,3 +215,12 @@ def test_a_wrong_target_is_an_error_that_names_it(wrong, parallel_from, monkeypa
         for context in (kernels_disabled(), np.errstate()):
             with context, pytest.raises(ValueError, match=f"target {wrong} is not one of the 4 classes 0 to 3"):
                 F.cross_entropy(np.ones((100, 4)), target, ignore_index=-7)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e12, 1e16])
+def test_equal_logits_of_any_size_share_the_probability(size):
+    x = Tensor(np.full((2, 3), size), requires_grad=True)
+    loss = functional.cross_entropy(x, np.array([0, 2]))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), np.log(3), rtol=1e-15)
+    np.testing.assert_allclose(x.grad.numpy() * 2, [[-2 / 3, 1 / 3, 1 / 3], [1 / 3, 1 / 3, -2 / 3]], rtol=1e-15)

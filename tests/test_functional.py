@@ -183,3 +183,8 @@ def test_dropout_follows_the_package_seed():
         return F.dropout(np.ones(100))
 
     np.testing.assert_array_equal(draw(), draw())
+
+
+def test_std_of_nan_is_nan_and_of_constants_zero():
+    assert np.isnan(F.std(Tensor([1.0, np.nan])).item())
+    assert F.std(Tensor([2.0, 2.0])).item() == 0

@@ -134,7 +134,7 @@ def test_two_python_threads_at_once_and_a_change_of_the_number_meanwhile():
 
 
 FORK = """
-import os, numpy as np
+import os, threading, numpy as np
 from tinygrad_bn import Tensor, ops, optim, functional as F
 from tinygrad_bn_kernels.cpu import threads
 x = np.random.default_rng(0).normal(size=(600, 256)).astype("f4")
@@ -151,7 +151,9 @@ want = results()
 assert threads._pool is not None, "the parent has threads, which a fork leaves behind"
 child = os.fork()
 if child == 0:
-    os._exit(0 if results() == want and threads._pool is not None else 1)
+    together = threading.Barrier(3, timeout=30)
+    threads.split(lambda start, stop: start > 2 or together.wait(), 12, 1)  # the child has threads of its own
+    os._exit(0 if results() == want else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert results() == want
 """

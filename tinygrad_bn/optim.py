@@ -85,9 +85,15 @@ class Optimizer:
                     alike.setdefault((p.dtype, state["step"], alone), []).append(p)
             for (_, step, _), params in alike.items():
                 key = tuple(map(id, params))
-                flat = flats[key] = self._flats.get(key) or _Flat(params, self.state)
+                flat = self._flats.get(key)
+                if flat is None or not flat.holds(self.state):
+                    flat = _Flat(params, self.state)
+                flats[key] = flat
                 flat.replace(self._update(flat.values(), flat.gradients(), flat.state, step=step, **group))
         self._flats = flats  # any other way of being laid out is over
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_flats": {}}  # they go by the identity of the parameters, which a copy has not
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for options that are out of range."""
@@ -151,20 +157,30 @@ class _Flat:
             for name, value in state[params[0]].items()
             if isinstance(value, np.ndarray)
         }
-        for name, array in self.state.items():
-            for p, part in zip(params, self._parts(array), strict=True):
+        self.state_parts = {name: self._parts(array) for name, array in self.state.items()}
+        for name, parts in self.state_parts.items():
+            for p, part in zip(params, parts, strict=True):
                 state[p][name] = part
         self.replace(_joined([p._data for p in params]))
 
+    def holds(self, state: dict[Tensor, State]) -> bool:
+        """Whether this is still the parameters' state, and nobody has assigned another."""
+        return all(
+            state[p][name] is part
+            for name, parts in self.state_parts.items()
+            for p, part in zip(self.params, parts, strict=True)
+        )
+
     def values(self) -> Array:
-        """The parameters; gathered anew if somebody assigned to one."""
+        """The parameters, in the precision of the update; gathered anew if somebody assigned to one."""
         if any(p._data is not part for p, part in zip(self.params, self.parts, strict=True)):
             self.replace(_joined([p._data for p in self.params]))
-        return self.whole
+        return self.whole.astype(_wide(self.whole.dtype), copy=False)
 
     def gradients(self) -> Array:
-        """Their gradients, in the parameters' dtype."""
-        return _joined([p.grad._data for p in self.params if p.grad is not None]).astype(self.whole.dtype, copy=False)
+        """Their gradients, in the precision of the update."""
+        joined = _joined([p.grad._data for p in self.params if p.grad is not None])
+        return joined.astype(_wide(self.whole.dtype), copy=False)
 
     def replace(self, whole: Array) -> None:
         """Give the parameters new values."""
@@ -176,6 +192,15 @@ class _Flat:
     def _parts(self, whole: Array) -> list[Array]:
         bounds = zip([0, *self.stops], [*self.stops, whole.size], self.params, strict=True)
         return [whole[start:stop].reshape(p.shape) for start, stop, p in bounds]
+
+
+def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The precision that parameters of `dtype` are updated in: half could not hold squares, nor an eps."""
+    return np.result_type(dtype, np.float32)
+
+
+def _zeros(p: Tensor) -> Array:
+    return np.zeros(p.shape, _wide(p.dtype))
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -199,7 +224,7 @@ class SGD(Optimizer):
         )
 
     def _initial_state(self, p: Tensor, group: Group) -> State:
-        return {"momentum_buffer": np.zeros_like(p._data)} if group["momentum"] else {}
+        return {"momentum_buffer": _zeros(p)} if group["momentum"] else {}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         if not o["momentum"]:
@@ -246,7 +271,7 @@ class Adam(Optimizer):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _initial_state(self, p: Tensor, group: Group) -> State:
-        return {"exp_avg": np.zeros_like(p._data), "exp_avg_sq": np.zeros_like(p._data)}
+        return {"exp_avg": _zeros(p), "exp_avg_sq": _zeros(p)}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         beta1, beta2 = o["betas"]
@@ -321,7 +346,7 @@ class RMSprop(Optimizer):
 
     def _initial_state(self, p: Tensor, group: Group) -> State:
         names = ["square_avg", *["grad_avg"] * group["centered"], *["momentum_buffer"] * bool(group["momentum"])]
-        return {name: np.zeros_like(p._data) for name in names}
+        return {name: _zeros(p) for name in names}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         g = g + o["weight_decay"] * p if o["weight_decay"] else g
@@ -361,7 +386,7 @@ class Adagrad(Optimizer):
         )
 
     def _initial_state(self, p: Tensor, group: Group) -> State:
-        return {"sum": np.full_like(p._data, group["initial_accumulator_value"])}
+        return {"sum": np.full_like(_zeros(p), group["initial_accumulator_value"])}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         g = g + o["weight_decay"] * p if o["weight_decay"] else g

@@ -80,8 +80,8 @@ def var(x: Operand, axis: Axis = None, keepdims: bool = False, correction: float
 def std(x: Operand, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Tensor:
     """Square root of `var`. Its gradient is taken as 0 where the variance is 0 (as in PyTorch)."""
     variance = var(x, axis, keepdims, correction)
-    positive = variance > 0
-    return where(positive, sqrt(where(positive, variance, 1.0)), 0.0)
+    varies = variance != 0  # NaN does, and stays
+    return where(varies, sqrt(where(varies, variance, 1.0)), 0.0)
 
 
 def _mean_and_var_composed(x: Operand, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Tensor:
@@ -143,5 +143,7 @@ def logsumexp_fused(x: Operand, *, axis: Axis = None, keepdims: bool = False) ->
 
 
 def logsumexp(x: Operand, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """log Σ eˣ over `axis`, without overflow."""
+    """log Σ eˣ over `axis`, without overflow. Raises TypeError for integers."""
+    if x.dtype.kind != "f":
+        raise TypeError(f"logsumexp takes floating-point input; got {x.dtype}")
     return logsumexp_fused(x, axis=axis, keepdims=keepdims)

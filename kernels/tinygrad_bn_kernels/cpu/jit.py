@@ -1,11 +1,17 @@
 """How loops are compiled: the options of all of them, and a cache on disk where there can be one."""
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
 import numba
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +29,21 @@ def _warn_once(reason: str) -> None:
     )
 
 
+def _save_one_at_a_time(dispatcher: Any) -> None:
+    """Let one process at a time write to a loop's cache: two that save different dtypes would mix them up."""
+    if fcntl is None:
+        return
+    cache = dispatcher._cache
+    save, path = cache._cache_file.save, os.path.join(cache.cache_path, ".lock")
+
+    def locked(key: Any, data: Any) -> None:
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            save(key, data)
+
+    cache._cache_file.save = locked
+
+
 def njit(**options: Any) -> Callable[[F], F]:
     """`numba.njit` with division by zero as in NumPy, without the GIL, and cached on disk.
 
@@ -34,6 +55,7 @@ def njit(**options: Any) -> Callable[[F], F]:
     def compile_lazily(function: F) -> F:
         try:
             compiled: F = numba.njit(cache=True, **options)(function)
+            _save_one_at_a_time(compiled)
         except RuntimeError as error:  # Numba's "no locator available"
             _warn_once(str(error).split(":")[0])
             compiled = numba.njit(**options)(function)

@@ -350,7 +350,7 @@ def _expect_channels(x: Array, *vectors: Array) -> None:
     """Raise ValueError unless each vector is (C,): the loops would read beyond it."""
     for v in vectors:
         if v.shape != x.shape[1:2]:
-            raise ValueError(f"a vector of shape {v.shape} does not fit the channels of x {x.shape}")
+            raise ValueError(f"vectors of shape {v.shape} do not fit the channels of x {x.shape}")
 
 
 def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:

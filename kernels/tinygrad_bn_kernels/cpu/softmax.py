@@ -40,11 +40,11 @@ LN2_LOW = 1.90821492927058770002e-10
 
 @njit(fastmath={"contract"})
 def _exp(x):
-    """eˣ in float64 to 2 units in the last place; 0 below −708.4, NaN stays NaN.
+    """eˣ in float64 to 2 units in the last place, but 0 for x below −707; NaN stays NaN.
 
     eˣ = 2ᵏ eʳ with |r| ≤ log(2) / 2, and eʳ by its Taylor polynomial of degree 13, whose rest is below 2⁻⁵³.
     """
-    x = -708.4 if x < -708.4 else x
+    x = -707.0 if x < -707.0 else x
     k = np.floor(x * LOG2_E + 0.5)
     r = (x - k * LN2_HIGH) - k * LN2_LOW
     p = 1 / 6227020800.0
@@ -61,8 +61,8 @@ def _exp(x):
     p = p * r + 0.5
     p = p * r + 1.0
     p = p * r + 1.0
-    e = p * _from_bits((np.int64(k) + 1023) << 52)  # type: ignore[call-arg]
-    return 0.0 if x <= -708.4 else np.inf if x > 709.7 else e
+    e = (p + p) * _from_bits((np.int64(k) + 1022) << 52)  # type: ignore[call-arg]  # 2ᵏ alone overflows before eˣ does
+    return 0.0 if x <= -707.0 else np.inf if x > 709.782 else e
 
 
 # ---- cross-entropy ---------------------------------------------------------------------------------------
@@ -81,7 +81,11 @@ def _log_normalizer(row):
     return top, np.log(total)
 
 
-@njit(fastmath=SUMS)
+# What follows must not be reassociated: (x − largest) − log_sum keeps digits where x − (largest + log_sum) is rounded
+# at the size of the logits.
+
+
+@njit(fastmath={"contract"})
 def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer, start, stop):
     """The loss of each row, the weight that its target has in the mean, and what the backward pass needs again."""
     classes = x.shape[1]
@@ -103,7 +107,7 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
         mass[i] = weight[t]
 
 
-@njit(fastmath=SUMS)
+@njit(fastmath={"contract"})
 def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, start, stop):
     classes = x.shape[1]
     spread = 0.0  # what label smoothing takes from the target and gives to all classes

@@ -24,6 +24,8 @@ PARTS = 4
 
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _threads = int(os.environ.get("TINYGRAD_BN_NUM_THREADS", _cores))
+if _threads < 1:
+    raise ValueError(f"TINYGRAD_BN_NUM_THREADS has to be at least 1; it is {_threads}")
 _pool: ThreadPoolExecutor | None = None
 
 
