@@ -148,10 +148,10 @@ def equal_composition(x, target, **options):
     with kernels_disabled():
         want = loss_and_gradient(x.astype(np.float64), target, **options)
     eps = np.finfo(x.dtype).eps
-    shifted = 2.3e-16 * np.abs(x, where=np.isfinite(x), out=np.zeros(x.shape)).max()  # rounded where logits are large
+
     for a, b in zip(got, want, strict=True):
         with np.errstate(over="ignore"):
-            np.testing.assert_allclose(a, b.astype(x.dtype), rtol=40 * eps, atol=40 * eps + shifted)
+            np.testing.assert_allclose(a, b.astype(x.dtype), rtol=40 * eps, atol=40 * eps)
     return got
 
 
@@ -220,7 +220,7 @@ def test_a_wrong_target_is_an_error_that_names_it(wrong, parallel_from, monkeypa
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e12, 1e16])
 def test_equal_logits_of_any_size_share_the_probability(size):
     x = Tensor(np.full((2, 3), size), requires_grad=True)
-    loss = functional.cross_entropy(x, np.array([0, 2]))
+    loss = F.cross_entropy(x, np.array([0, 2]))
     loss.backward()
     np.testing.assert_allclose(loss.item(), np.log(3), rtol=1e-15)
     np.testing.assert_allclose(x.grad.numpy() * 2, [[-2 / 3, 1 / 3, 1 / 3], [1 / 3, 1 / 3, -2 / 3]], rtol=1e-15)
