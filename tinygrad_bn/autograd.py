@@ -207,7 +207,7 @@ def _caller() -> str:
 
 
 def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    kernel = find_kernel(op.name, device_of(arrays[0])) if arrays else None
+    kernel = _kernel(op.name, arrays)
     try:
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
@@ -216,6 +216,14 @@ def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any
     except (IndexError, ValueError, TypeError) as error:
         kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
         raise kind(f"{describe(op, arrays, params)}: {error}") from error
+
+
+def _kernel(name: str, arrays: Sequence[Any]) -> Any:
+    """The kernel for these operands, if there is one: numbers, lists and exotic dtypes are the reference's."""
+    first = arrays[0] if arrays else None
+    if isinstance(first, np.ndarray) and first.dtype.isnative and first.dtype.char != "g":
+        return find_kernel(name, device_of(first))
+    return None
 
 
 def describe(op: Op, operands: Iterable[Any], params: dict[str, Any]) -> str:
@@ -424,7 +432,7 @@ def _explained_pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_gra
 def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
     """One step back from `t`: for each operand of its op the gradient, or None where none is needed."""
     op, params = node.op, node.params
-    fast = None if create_graph else find_kernel(op.vjp, t.device)
+    fast = None if create_graph else _kernel(op.vjp, node.arrays)
     if fast:  # nobody will differentiate this gradient
         saved = dict(zip(op.saves, node.saved, strict=True)) if op.saves else {}
         gxs = fast(g, t._data, *node.arrays, needs=needs, **params, **saved)

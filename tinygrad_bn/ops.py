@@ -375,7 +375,7 @@ def matmul(a: Operand, b: Operand) -> Operand:
 
 
 def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
-    rows = -1 if x.size else 0
+    rows = math.prod(y.shape[:-1])
     return matmul(_swap(reshape(g, shape=(rows, y.shape[-1]))), reshape(x, shape=(rows, x.shape[-1])))
 
 

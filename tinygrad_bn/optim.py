@@ -75,11 +75,13 @@ class Optimizer:
         flats: dict[tuple[int, ...], _Flat] = {}
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[Tensor]] = {}  # what one call can update
+            kept = self._kept(group)
             for p in group["params"]:
                 if p.grad is not None and p._requires_grad:
-                    state = self.state.get(p)
-                    if state is None:
-                        state = self.state[p] = {"step": 0, **self._initial_state(p, group)}
+                    state = self.state.setdefault(p, {"step": 0})
+                    for name, first in kept.items():
+                        if name not in state:
+                            state[name] = np.full(p.shape, first, _wide(p.dtype))
                     state["step"] += 1
                     alone = id(p) if p.size >= LARGE else None
                     alike.setdefault((p.dtype, state["step"], alone), []).append(p)
@@ -105,8 +107,8 @@ class Optimizer:
         if not all(0 <= beta < 1 for beta in group.get("betas", ())):
             raise ValueError(f"betas have to be in [0, 1); got {group['betas']}")
 
-    def _initial_state(self, p: Tensor, group: Group) -> State:
-        """The arrays that are kept for a parameter, as they are before the first step."""
+    def _kept(self, group: Group) -> dict[str, float]:
+        """Names of the arrays that are kept for a parameter, and what they are full of before the first step."""
         return {}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **options: Any) -> Array:
@@ -147,7 +149,10 @@ class Optimizer:
 
 
 class _Flat:
-    """Some parameters, one after the other in one array, and their state likewise."""
+    """Some parameters, one after the other in one array, and their state likewise.
+
+    Each parameter's array is a view of it, and whoever keeps one keeps them all; `np.array(p)` is a copy.
+    """
 
     def __init__(self, params: list[Tensor], state: dict[Tensor, State]) -> None:
         self.params = params
@@ -178,8 +183,14 @@ class _Flat:
         return self.whole.astype(_wide(self.whole.dtype), copy=False)
 
     def gradients(self) -> Array:
-        """Their gradients, in the precision of the update."""
-        joined = _joined([p.grad._data for p in self.params if p.grad is not None])
+        """Their gradients, in the precision of the update. Raises ValueError for one of another shape."""
+        gradients = []
+        for p in self.params:
+            assert p.grad is not None
+            if p.grad.shape != p.shape:
+                raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {p.grad.shape}")
+            gradients.append(p.grad._data)
+        joined = _joined(gradients)
         return joined.astype(_wide(self.whole.dtype), copy=False)
 
     def replace(self, whole: Array) -> None:
@@ -197,10 +208,6 @@ class _Flat:
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The precision that parameters of `dtype` are updated in: half could not hold squares, nor an eps."""
     return np.result_type(dtype, np.float32)
-
-
-def _zeros(p: Tensor) -> Array:
-    return np.zeros(p.shape, _wide(p.dtype))
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -223,8 +230,8 @@ class SGD(Optimizer):
             params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov
         )
 
-    def _initial_state(self, p: Tensor, group: Group) -> State:
-        return {"momentum_buffer": _zeros(p)} if group["momentum"] else {}
+    def _kept(self, group: Group) -> dict[str, float]:
+        return {"momentum_buffer": 0.0} if group["momentum"] else {}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         if not o["momentum"]:
@@ -270,8 +277,8 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def _initial_state(self, p: Tensor, group: Group) -> State:
-        return {"exp_avg": _zeros(p), "exp_avg_sq": _zeros(p)}
+    def _kept(self, group: Group) -> dict[str, float]:
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         beta1, beta2 = o["betas"]
@@ -344,9 +351,9 @@ class RMSprop(Optimizer):
             params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum, centered=centered
         )
 
-    def _initial_state(self, p: Tensor, group: Group) -> State:
+    def _kept(self, group: Group) -> dict[str, float]:
         names = ["square_avg", *["grad_avg"] * group["centered"], *["momentum_buffer"] * bool(group["momentum"])]
-        return {name: _zeros(p) for name in names}
+        return dict.fromkeys(names, 0.0)
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         g = g + o["weight_decay"] * p if o["weight_decay"] else g
@@ -385,8 +392,8 @@ class Adagrad(Optimizer):
             eps=eps,
         )
 
-    def _initial_state(self, p: Tensor, group: Group) -> State:
-        return {"sum": np.full_like(_zeros(p), group["initial_accumulator_value"])}
+    def _kept(self, group: Group) -> dict[str, float]:
+        return {"sum": group["initial_accumulator_value"]}
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         g = g + o["weight_decay"] * p if o["weight_decay"] else g

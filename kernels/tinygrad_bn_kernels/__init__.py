@@ -46,7 +46,8 @@ def kernel(name: str, device: str) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         place = name, device
-        if place in _kernels or MODULES.get(place, function.__module__) != function.__module__:
+        holder = _kernels[place].__module__ if place in _kernels else MODULES.get(place, function.__module__)
+        if holder != function.__module__:  # a module that is run again, after an interrupted import, may
             raise ValueError(f"{name!r} has a kernel for {device!r} already")
         _kernels[place] = function
         return function

@@ -205,7 +205,7 @@ def block_norm_fused(
 
     Weight and bias have G · P elements, one for each plane. Saves mean and variance of each block, float64 (N · G,).
     """
-    wide = _widened(x).reshape(-1, blocks[2] * blocks[3])
+    wide = _widened(x).reshape(blocks[0] * blocks[1], blocks[2] * blocks[3])
     mu = wide.mean(axis=1, dtype=np.float64) if centered else np.zeros(len(wide))
     var = np.square(wide - mu[:, None]).mean(axis=1)
     return _block_norm_composed(x, weight, bias, blocks=blocks, eps=eps, centered=centered), mu, var

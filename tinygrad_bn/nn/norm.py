@@ -136,10 +136,13 @@ class _BatchNorm(Module):
             return
         tracked = self.num_batches_tracked._data + 1
         m = 1 / tracked if self.momentum is None else self.momentum
-        update = find_kernel("nn.running_statistics", self.running_mean.device) or _running_statistics
-        unbias = count / (count - self.running_var_correction)
-        old_mean, old_var = self.running_mean._data, self.running_var._data
-        new_mean, new_var, finite = update(old_mean, old_var, mean, var, momentum=float(m), unbias=unbias)
+        arrays = self.running_mean._data, self.running_var._data, mean, var
+        options: Any = {"momentum": float(m), "unbias": count / (count - self.running_var_correction)}
+        kernel = find_kernel("nn.running_statistics", self.running_mean.device)
+        updated = kernel(*arrays, **options) if kernel else NotImplemented
+        if updated is NotImplemented:
+            updated = _running_statistics(*arrays, **options)
+        new_mean, new_var, finite = updated
         if not finite:
             self.num_batches_skipped += 1
             if self.num_batches_skipped == 1:

@@ -28,7 +28,7 @@ PARTS = 16
 @njit(fastmath=SUMS)
 def _statistics(block, centered):
     """Mean and biased variance; not centered, 0 and the mean square."""
-    shift, var = np.float64(block[0]) if centered else 0.0, 0.0
+    shift, var = np.float64(block[0]) if centered and np.isfinite(block[0]) else 0.0, 0.0
     for _ in range(2):
         s1 = 0.0
         s2 = 0.0

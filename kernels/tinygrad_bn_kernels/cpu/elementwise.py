@@ -9,13 +9,9 @@ from numpy.typing import NDArray
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
 from tinygrad_bn_kernels.cpu.jit import njit
-from tinygrad_bn_kernels.cpu.threads import split
+from tinygrad_bn_kernels.cpu.threads import ERF_COST, PHILOX_COST, split
 
 Array = NDArray[Any]
-
-# What one element costs, compared with one that is only moved, in the decision about threads.
-ERF_COST = 20
-PHILOX_COST = 4
 
 
 @njit()

@@ -37,7 +37,7 @@ def _floor(x, relu):
 @njit(fastmath=SUMS)
 def _plane_statistics(x, c):
     n, _, size = x.shape
-    shift = np.float64(x[0, c, 0])
+    shift = np.float64(x[0, c, 0] if np.isfinite(x[0, c, 0]) else 0)  # or an infinite mean would be NaN
     var = 0.0
     for _ in range(2):
         s1 = 0.0
@@ -57,13 +57,18 @@ def _plane_statistics(x, c):
 
 
 @njit(fastmath=SUMS)
-def _plane_normalize(x, c, mean, scale, bias, relu, y):
-    """y = (x − mean) · scale + bias, with the part of the mean that x's dtype cannot hold moved into the bias."""
+def _rounded(x, mean, var, eps):
+    """m, a and r in x's dtype, of which x̂ = (x − m) · a + r; r is what rounding took from the mean, m."""
+    m, ivar = x.dtype.type(mean), 1 / np.sqrt(var + eps)
+    return m, x.dtype.type(ivar), x.dtype.type((m - mean) * ivar)
+
+
+@njit(fastmath=SUMS)
+def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
     floor = _floor(x, relu)
-    m = x.dtype.type(mean)
-    a = x.dtype.type(scale)
-    b = x.dtype.type(bias - (mean - m) * scale)
+    m, a, r = _rounded(x, mean, var, eps)
+    a, b = a * weight, r * weight + bias
     for i in range(n):
         source, target = x[i, c], y[i, c]
         for j in range(size):
@@ -75,24 +80,24 @@ def _plane_normalize(x, c, mean, scale, bias, relu, y):
 def _planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
     for c in range(start, stop):
         mean[c], var[c] = _plane_statistics(x, c)
-        _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
+        _plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
 
 
 @njit(fastmath=SUMS)
 def _planes_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
     for c in range(start, stop):
-        _plane_normalize(x, c, mean[c], weight[c] / np.sqrt(var[c] + eps), bias[c], relu, y)
+        _plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
 
 
 @njit()
-def _passed(g, d, a, b, zero):
-    """g where the output d · a + b, of which d is x − m, is positive; 0 elsewhere."""
-    return g if d * a + b > zero else zero
+def _passed(g, xhat, w, b, zero):
+    """g where the output x̂ · w + b is positive; 0 elsewhere."""
+    return g if xhat * w + b > zero else zero
 
 
 @njit(fastmath=SUMS)
-def _plane_gradient_sums(g, x, c, m, a, b, relu):
-    """Σ g and Σ g (x − m) of channel c.
+def _plane_gradient_sums(g, x, c, m, a, r, w, b, relu):
+    """Σ g and Σ g x̂ of channel c.
 
     Four terms are added in their own precision, which rounds by less than the gradients will be, these in float64.
     """
@@ -106,54 +111,46 @@ def _plane_gradient_sums(g, x, c, m, a, b, relu):
         x0, x1, x2, x3 = x[i, c], x[i + 1, c], x[i + 2, c], x[i + 3, c]
         if relu:
             for j in range(size):
-                d0, d1, d2, d3 = x0[j] - m, x1[j] - m, x2[j] - m, x3[j] - m
-                e0, e1 = _passed(g0[j], d0, a, b, zero), _passed(g1[j], d1, a, b, zero)
-                e2, e3 = _passed(g2[j], d2, a, b, zero), _passed(g3[j], d3, a, b, zero)
+                h0, h1, h2, h3 = (x0[j] - m) * a + r, (x1[j] - m) * a + r, (x2[j] - m) * a + r, (x3[j] - m) * a + r
+                e0, e1 = _passed(g0[j], h0, w, b, zero), _passed(g1[j], h1, w, b, zero)
+                e2, e3 = _passed(g2[j], h2, w, b, zero), _passed(g3[j], h3, w, b, zero)
                 s1 += np.float64((e0 + e1) + (e2 + e3))
-                s2 += np.float64((e0 * d0 + e1 * d1) + (e2 * d2 + e3 * d3))
+                s2 += np.float64((e0 * h0 + e1 * h1) + (e2 * h2 + e3 * h3))
         else:
             for j in range(size):
-                d0, d1, d2, d3 = x0[j] - m, x1[j] - m, x2[j] - m, x3[j] - m
+                h0, h1, h2, h3 = (x0[j] - m) * a + r, (x1[j] - m) * a + r, (x2[j] - m) * a + r, (x3[j] - m) * a + r
                 s1 += np.float64((g0[j] + g1[j]) + (g2[j] + g3[j]))
-                s2 += np.float64((g0[j] * d0 + g1[j] * d1) + (g2[j] * d2 + g3[j] * d3))
+                s2 += np.float64((g0[j] * h0 + g1[j] * h1) + (g2[j] * h2 + g3[j] * h3))
         i += 4
     while i < n:
         g0, x0 = g[i, c], x[i, c]
         for j in range(size):
-            d = x0[j] - m
-            e = _passed(g0[j], d, a, b, zero) if relu else g0[j]
+            h = (x0[j] - m) * a + r
+            e = _passed(g0[j], h, w, b, zero) if relu else g0[j]
             s1 += np.float64(e)
-            s2 += np.float64(e * d)
+            s2 += np.float64(e * h)
         i += 1
     return s1, s2
 
 
 @njit(fastmath=SUMS)
 def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
+    """gx = a w · (g − mean g − x̂ · mean(g x̂)), if gx is there to be written."""
     n, _, size = x.shape
-    count = n * size
     zero = x.dtype.type(0)
-    ivar = 1 / np.sqrt(var[c] + eps)
-    m = x.dtype.type(mean[c])
-    rest = mean[c] - m
-    a = x.dtype.type(weight[c] * ivar)
-    b = x.dtype.type(bias[c] - rest * weight[c] * ivar)
-    s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, relu)
-    gbias[c] = s1
-    s2 = (s2 - rest * s1) * ivar
-    gweight[c] = s2
-    by_x = -weight[c] * ivar * ivar * s2 / count
-    p = x.dtype.type(by_x)
-    q = x.dtype.type(-weight[c] * ivar * s1 / count - rest * by_x)
-    for i in range(n):
+    m, a, r = _rounded(x, mean[c], var[c], eps)
+    w, b = weight[c], bias[c]
+    gbias[c], gweight[c] = _plane_gradient_sums(g, x, c, m, a, r, w, b, relu)
+    scale, shift, slope = a * w, x.dtype.type(gbias[c] / (n * size)), x.dtype.type(gweight[c] / (n * size))
+    for i in range(gx.shape[0]):
         gs, xs, out = g[i, c], x[i, c], gx[i, c]
         if relu:
             for j in range(size):
-                d = xs[j] - m
-                out[j] = a * _passed(gs[j], d, a, b, zero) + p * d + q
+                h = (xs[j] - m) * a + r
+                out[j] = scale * (_passed(gs[j], h, w, b, zero) - shift - h * slope)
         else:
             for j in range(size):
-                out[j] = a * gs[j] + p * (xs[j] - m) + q
+                out[j] = scale * (gs[j] - shift - ((xs[j] - m) * a + r) * slope)
 
 
 @njit(fastmath=SUMS)
@@ -211,13 +208,11 @@ def _rows_statistics(sums, n, shift, mean, var):
 
 @njit(fastmath=SUMS)
 def _rows_constants(x, weight, bias, mean, var, eps):
-    """Rows m, a, b, of which y = (x − m) · a + b, and two more for the backward pass."""
-    k = np.empty((5, mean.size), x.dtype)
+    """Rows m, a, r, w, b, of which x̂ = (x − m) · a + r and y = x̂ · w + b; and two more for the backward pass."""
+    k = np.empty((7, mean.size), x.dtype)
     for j in range(mean.size):
-        scale = weight[j] / np.sqrt(var[j] + eps)
-        k[0, j] = mean[j]
-        k[1, j] = scale
-        k[2, j] = bias[j] - (mean[j] - k[0, j]) * scale
+        k[0, j], k[1, j], k[2, j] = _rounded(x, mean[j], var[j], eps)
+        k[3, j], k[4, j] = weight[j], bias[j]
     return k
 
 
@@ -227,13 +222,14 @@ def _rows_normalize(x, k, relu, y, start, stop):
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         row, out = x[i], y[i]
         for j in range(row.size):
-            v = (row[j] - k[0, j]) * k[1, j] + k[2, j]
+            v = ((row[j] - k[0, j]) * k[1, j] + k[2, j]) * k[3, j] + k[4, j]
             out[j] = floor if v < floor else v
 
 
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
     y, mean, var = out
     chunks, shift = -(-len(x) // CHUNK), x[0].astype(np.float64)
+    shift[~np.isfinite(shift)] = 0.0
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_sums, chunks, x.size, x, shift, sums)
@@ -249,55 +245,51 @@ def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
-    """Σ g and Σ g (x − m) of each column, for every chunk from start to stop.
-
-    Four terms are added in their own precision, which rounds by less than the gradients will be, these in float64.
-    """
+    """Σ g and Σ g x̂ of each column, for every chunk from start to stop; four terms at a time as for planes."""
     zero = x.dtype.type(0)
     for t in range(start, stop):
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
-            r0, r1, r2, r3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+            x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
             if relu:
                 for j in range(k.shape[1]):
-                    d0, d1, d2, d3 = r0[j] - k[0, j], r1[j] - k[0, j], r2[j] - k[0, j], r3[j] - k[0, j]
-                    e0, e1 = _passed(g0[j], d0, k[1, j], k[2, j], zero), _passed(g1[j], d1, k[1, j], k[2, j], zero)
-                    e2, e3 = _passed(g2[j], d2, k[1, j], k[2, j], zero), _passed(g3[j], d3, k[1, j], k[2, j], zero)
+                    m, a, r, w, b = k[0, j], k[1, j], k[2, j], k[3, j], k[4, j]
+                    h0, h1 = (x0[j] - m) * a + r, (x1[j] - m) * a + r
+                    h2, h3 = (x2[j] - m) * a + r, (x3[j] - m) * a + r
+                    e0, e1 = _passed(g0[j], h0, w, b, zero), _passed(g1[j], h1, w, b, zero)
+                    e2, e3 = _passed(g2[j], h2, w, b, zero), _passed(g3[j], h3, w, b, zero)
                     sums[t, 0, j] += np.float64((e0 + e1) + (e2 + e3))
-                    sums[t, 1, j] += np.float64((e0 * d0 + e1 * d1) + (e2 * d2 + e3 * d3))
+                    sums[t, 1, j] += np.float64((e0 * h0 + e1 * h1) + (e2 * h2 + e3 * h3))
             else:
                 for j in range(k.shape[1]):
-                    d0, d1, d2, d3 = r0[j] - k[0, j], r1[j] - k[0, j], r2[j] - k[0, j], r3[j] - k[0, j]
+                    m, a, r = k[0, j], k[1, j], k[2, j]
+                    h0, h1 = (x0[j] - m) * a + r, (x1[j] - m) * a + r
+                    h2, h3 = (x2[j] - m) * a + r, (x3[j] - m) * a + r
                     sums[t, 0, j] += np.float64((g0[j] + g1[j]) + (g2[j] + g3[j]))
-                    sums[t, 1, j] += np.float64((g0[j] * d0 + g1[j] * d1) + (g2[j] * d2 + g3[j] * d3))
+                    sums[t, 1, j] += np.float64((g0[j] * h0 + g1[j] * h1) + (g2[j] * h2 + g3[j] * h3))
             i += 4
         while i < last:
-            g0, r0 = g[i], x[i]
+            g0, x0 = g[i], x[i]
             for j in range(k.shape[1]):
-                d = r0[j] - k[0, j]
-                e = _passed(g0[j], d, k[1, j], k[2, j], zero) if relu else g0[j]
+                h = (x0[j] - k[0, j]) * k[1, j] + k[2, j]
+                e = _passed(g0[j], h, k[3, j], k[4, j], zero) if relu else g0[j]
                 sums[t, 0, j] += np.float64(e)
-                sums[t, 1, j] += np.float64(e * d)
+                sums[t, 1, j] += np.float64(e * h)
             i += 1
 
 
 @njit(fastmath=SUMS)
-def _rows_gradients(sums, n, weight, mean, var, eps, k, gweight, gbias):
-    """Those of weight and bias from the chunks' sums, and the constants of that of x into k."""
-    for j in range(weight.size):
+def _rows_gradients(sums, n, k, gweight, gbias):
+    """Those of weight and bias from the chunks' sums, and their means into k."""
+    for j in range(gweight.size):
         s1 = 0.0
         s2 = 0.0
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-        ivar = 1 / np.sqrt(var[j] + eps)
-        rest = mean[j] - k[0, j]
-        gbias[j] = s1
-        gweight[j] = (s2 - rest * s1) * ivar
-        by_x = -weight[j] * ivar * ivar * gweight[j] / n
-        k[3, j] = by_x
-        k[4, j] = -weight[j] * ivar * s1 / n - rest * by_x
+        gbias[j], gweight[j] = s1, s2
+        k[5, j], k[6, j] = s1 / n, s2 / n
 
 
 @njit(fastmath=SUMS)
@@ -307,11 +299,13 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
         gs, row, out = g[i], x[i], gx[i]
         if relu:
             for j in range(row.size):
-                d = row[j] - k[0, j]
-                out[j] = k[1, j] * _passed(gs[j], d, k[1, j], k[2, j], zero) + k[3, j] * d + k[4, j]
+                h = (row[j] - k[0, j]) * k[1, j] + k[2, j]
+                e = _passed(gs[j], h, k[3, j], k[4, j], zero)
+                out[j] = k[1, j] * k[3, j] * (e - k[5, j] - h * k[6, j])
         else:
             for j in range(row.size):
-                out[j] = k[1, j] * gs[j] + k[3, j] * (row[j] - k[0, j]) + k[4, j]
+                h = (row[j] - k[0, j]) * k[1, j] + k[2, j]
+                out[j] = k[1, j] * k[3, j] * (gs[j] - k[5, j] - h * k[6, j])
 
 
 def _rows_backward(
@@ -321,8 +315,9 @@ def _rows_backward(
     chunks = -(-len(x) // CHUNK)
     k, sums = _rows_constants(x, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
     split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
-    _rows_gradients(sums, len(x), weight, mean, var, eps, k, gweight, gbias)
-    split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
+    _rows_gradients(sums, len(x), k, gweight, gbias)
+    if gx.size:
+        split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
 
 
 # ---- state -----------------------------------------------------------------------------------------------
@@ -342,8 +337,8 @@ def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new
 
 
 def _channels(x: Array) -> Array:
-    """(N, C) as it is, anything longer as (N, C, S)."""
-    return x if x.ndim == 2 else x.reshape(*x.shape[:2], -1)
+    """As (N, C, S), or (N, C) where S is 1."""
+    return x.reshape(x.shape[:2]) if x.size == x.shape[0] * x.shape[1] else x.reshape(*x.shape[:2], -1)
 
 
 def _expect_channels(x: Array, *vectors: Array) -> None:
@@ -357,29 +352,38 @@ def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tu
     _expect_channels(x, weight, bias)
     source = compiled(x)
     y, mean, var = np.empty_like(source), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
-    arrays = _channels(source), compiled(weight, source.dtype), compiled(bias, source.dtype)
-    if not x.size:
-        pass
-    elif x.ndim > 2:
-        split(_planes_forward, x.shape[1], x.size, *arrays, eps, relu, _channels(y), mean, var)
-    else:
-        _rows_forward(*arrays, eps, relu, y, mean, var)
+    if x.size:
+        xs, ys = _channels(source), _channels(y)
+        arrays = xs, compiled(weight, source.dtype), compiled(bias, source.dtype)
+        if xs.ndim == 2:
+            _rows_forward(*arrays, eps, relu, ys, mean, var)
+        else:
+            split(_planes_forward, x.shape[1], x.size, *arrays, eps, relu, ys, mean, var)
     return y.astype(x.dtype, copy=False), mean, var
 
 
 def _backward(
-    g: Array, x: Array, weight: Array, bias: Array, eps: float, mean: Array, var: Array, relu: bool
-) -> tuple[Array, Array, Array]:
+    g: Array,
+    x: Array,
+    weight: Array,
+    bias: Array,
+    needs: list[bool],
+    eps: float,
+    mean: Array,
+    var: Array,
+    relu: bool,
+) -> tuple[Array | None, Array, Array]:
     source = compiled(x)
-    gx, gweight, gbias = np.empty_like(source), np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    vectors = compiled(weight, source.dtype), compiled(bias, source.dtype), mean, var
-    arrays = _channels(compiled(g, source.dtype)), _channels(source), *vectors
-    if not x.size:
-        pass
-    elif x.ndim > 2:
-        split(_planes_backward, x.shape[1], x.size, *arrays, eps, relu, _channels(gx), gweight, gbias)
-    else:
-        _rows_backward(*arrays, eps, relu, gx, gweight, gbias)
+    gx = np.empty_like(source) if needs[0] else None
+    gweight, gbias = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    if x.size:
+        gs, xs = _channels(compiled(g, source.dtype)), _channels(source)
+        out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else _channels(gx)
+        arrays = gs, xs, compiled(weight, source.dtype), compiled(bias, source.dtype), mean, var
+        if xs.ndim == 2:
+            _rows_backward(*arrays, eps, relu, out, gweight, gbias)
+        else:
+            split(_planes_backward, x.shape[1], x.size, *arrays, eps, relu, out, gweight, gbias)
     return gx, gweight, gbias
 
 
@@ -401,34 +405,39 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Array, bias:
     _expect_channels(x, mean, var, weight, bias)
     source = compiled(x)
     y, statistics = np.empty_like(source), (compiled(mean, np.float64), compiled(var, np.float64))
-    vectors = compiled(weight, source.dtype), compiled(bias, source.dtype)
     if x.size:
-        loop, items = (_planes_inference, x.shape[1]) if x.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
-        split(loop, items, x.size, _channels(source), *vectors, eps, False, _channels(y), *statistics)
+        xs, ys = _channels(source), _channels(y)
+        loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
+        vectors = compiled(weight, source.dtype), compiled(bias, source.dtype)
+        split(loop, items, x.size, xs, *vectors, eps, False, ys, *statistics)
     return y.astype(x.dtype, copy=False)
 
 
 @kernel("batch_norm_fused.vjp", "cpu")
 def batch_norm_fused_vjp(
     g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], eps: float, mean: Array, var: Array
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array | None, Array, Array]:
     """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
-    return _backward(g, x, weight, bias, eps, mean, var, False)
+    return _backward(g, x, weight, bias, needs, eps, mean, var, False)
 
 
 @kernel("batch_norm_relu_fused.vjp", "cpu")
 def batch_norm_relu_fused_vjp(
     g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], eps: float, mean: Array, var: Array
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array | None, Array, Array]:
     """The same behind a ReLU; which outputs were positive is computed again, which is cheaper than reading them."""
-    return _backward(g, x, weight, bias, eps, mean, var, True)
+    return _backward(g, x, weight, bias, needs, eps, mean, var, True)
 
 
 @kernel("nn.running_statistics", "cpu")
 def running_statistics(
     running_mean: Array, running_var: Array, mean: Array, var: Array, *, momentum: float, unbias: float
-) -> tuple[Array, Array, bool]:
+) -> Any:
     """(1 − momentum) · running + momentum · batch of mean and unbias · variance, (C,); and whether all are finite."""
+    if not running_mean.shape == running_var.shape == mean.shape == var.shape:
+        raise ValueError(f"running statistics {running_mean.shape}, {running_var.shape} are not those of {mean.shape}")
+    if running_mean.dtype.char not in "fd" or running_var.dtype.char not in "fd":
+        return NotImplemented
     new_mean, new_var = np.empty_like(running_mean), np.empty_like(running_var)
     old = compiled(running_mean), compiled(running_var)
     return new_mean, new_var, _track(*old, compiled(mean), compiled(var), momentum, unbias, new_mean, new_var)

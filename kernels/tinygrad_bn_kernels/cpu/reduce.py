@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu import threads
-from tinygrad_bn_kernels.cpu.threads import split
+from tinygrad_bn_kernels.cpu.threads import READING_COST, split
 
 Array = NDArray[Any]
 Axis = int | tuple[int, ...] | None
@@ -32,9 +32,6 @@ PIECE = 1 << 18
 # Columns of a piece at most, and at least: of narrower arrays several rows lie side by side, to fill vector registers.
 WIDE = 2048
 NARROW = 64
-
-# What a pass that only reads counts for in the decision about threads: it is quicker than one that writes.
-READING = 8
 
 # Up to so many elements a call of NumPy's own reduction costs less than the planning here.
 SMALL = 1 << 12
@@ -149,7 +146,7 @@ def _run_rows(loop: str, x: Array, partial: Array, *args: Any) -> None:
     split(
         _loop(loop),
         partial.shape[0] * partial.shape[1],
-        x.size // READING,
+        READING_COST * x.size,
         x.reshape(-1, x.shape[-1]),
         PIECE,
         *args,
@@ -162,7 +159,7 @@ def _run_columns(loop: str, x: Array, partial: Array, pieces: _Pieces, *args: An
     split(
         _loop(loop),
         math.prod(pieces.number),
-        x.size // READING,
+        READING_COST * x.size,
         x,
         pieces.rows,
         pieces.columns,
@@ -244,7 +241,10 @@ def mean_fused_vjp(
     g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False
 ) -> tuple[Array]:
     """g / n, repeated."""
-    return (np.broadcast_to(_kept(g / (x.size // g.size), axis, keepdims), x.shape),) if x.size else NotImplemented
+    if not x.size:
+        return NotImplemented
+    each = np.divide(g, x.size // g.size, dtype=np.result_type(g, np.float32))  # half precision may not hold n
+    return (np.broadcast_to(_kept(each, axis, keepdims), x.shape),)
 
 
 # ---- moments ---------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def sum_of_all_squares(x: Array) -> Any:
 
 def _left_to_numpy(x: Array, axis: Axis) -> bool:
     """Whether x is small, or has rows to reduce that are not enough for threads."""
-    if x.size <= SMALL or x.size >= READING * threads.PARALLEL_FROM:
+    if x.size <= SMALL or READING_COST * x.size >= threads.PARALLEL_FROM:
         return x.size <= SMALL
     return axis is None or not {-1, x.ndim - 1}.isdisjoint(axis if isinstance(axis, tuple) else (axis,))
 
@@ -347,7 +347,7 @@ def _row_extremes(x: Array, pick: np.ufunc) -> Array:
         parts = _row_extremes(x[0, :whole].reshape(-1, PIECE), pick)
         return pick.reduce([*parts, *pick.reduce(x[:, whole:], axis=1, initial=parts[0])], keepdims=True)
     out = np.empty(len(x), x.dtype)
-    split(lambda start, stop: pick.reduce(x[start:stop], axis=1, out=out[start:stop]), len(x), x.size // READING)
+    split(lambda start, stop: pick.reduce(x[start:stop], axis=1, out=out[start:stop]), len(x), READING_COST * x.size)
     return out
 
 
@@ -360,7 +360,7 @@ def _row_places(x: Array, place: Callable[..., Any]) -> Array:
         piece = place([row[i] for row, i in zip(rows, places, strict=True)])  # the first one that has it
         return np.asarray([piece * PIECE + places[piece]])
     out = np.empty(len(x), np.intp)
-    split(lambda start, stop: place(x[start:stop], axis=1, out=out[start:stop]), len(x), x.size // READING)
+    split(lambda start, stop: place(x[start:stop], axis=1, out=out[start:stop]), len(x), READING_COST * x.size)
     return out
 
 

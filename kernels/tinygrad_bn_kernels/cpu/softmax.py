@@ -8,29 +8,33 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
-from tinygrad_bn_kernels.cpu.threads import split
+from tinygrad_bn_kernels.cpu.threads import EXP_COST, split
 
 Array = NDArray[Any]
 
-# An exponential counts for so many elements in the decision about threads.
-COST = 4
+if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
+    def _from_bits(bits):
+        """The float64 that has these 64 bits."""
+        return np.int64(bits).view(np.float64)
 
-@intrinsic
-def _from_bits(typingctx, bits):
-    """The float64 that has these 64 bits."""
+else:
 
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.DoubleType())
+    @intrinsic
+    def _from_bits(typingctx, bits):
+        """The float64 that has these 64 bits."""
 
-    return types.float64(types.int64), codegen
+        def codegen(context, builder, signature, args):
+            return builder.bitcast(args[0], ir.DoubleType())
+
+        return types.float64(types.int64), codegen
 
 
 LOG2_E = 1 / math.log(2)
@@ -61,7 +65,7 @@ def _exp(x):
     p = p * r + 0.5
     p = p * r + 1.0
     p = p * r + 1.0
-    e = (p + p) * _from_bits((np.int64(k) + 1022) << 52)  # type: ignore[call-arg]  # 2ᵏ alone overflows before eˣ does
+    e = (p + p) * _from_bits((np.int64(k) + 1022) << 52)  # 2ᵏ alone overflows before eˣ does
     return 0.0 if x <= -707.0 else np.inf if x > 709.782 else e
 
 
@@ -93,9 +97,6 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
         t = target[i]
         if t == ignore_index:
             loss[i] = mass[i] = 0.0
-            continue
-        if not 0 <= t < classes:
-            mass[i] = -1.0  # to be reported: a loop has no way to say which
             continue
         largest, log_sum = _log_normalizer(x[i])
         normalizer[i, 0], normalizer[i, 1] = largest, log_sum
@@ -129,10 +130,13 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
         out[t] -= gi * (1 - smoothing) * weight[t]
 
 
-def _prepared(x: Array, target: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """As the loops want them, and checked, since they would read outside the arrays."""
+def _prepared(x: Array, target: Array, weight: Array, ignore_index: int) -> tuple[Array, Array, Array]:
+    """As the loops want them, and checked, since they would read and write outside the arrays."""
     if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
         raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= x.shape[1]))]
+    if wrong.size:
+        raise ValueError(f"target {wrong[0]} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
     return compiled(x), compiled(target, np.int64), compiled(weight, np.float64)
 
 
@@ -145,13 +149,10 @@ def softmax_cross_entropy(
     The loss is that of each row (M,) for the reduction "none", else one number. Raises ValueError for a target that
     is no class.
     """
-    logits, target, weight = _prepared(x, target, weight)
+    logits, target, weight = _prepared(x, target, weight, ignore_index)
     loss, mass, normalizer = np.empty(len(x)), np.empty(len(x)), np.empty((len(x), 2))
     args = logits, target, weight, ignore_index, smoothing, loss, mass, normalizer
-    split(_forward, len(x), COST * x.size, *args)
-    if len(x) and mass.min() < 0:
-        wrong = target[mass < 0][0]
-        raise ValueError(f"target {wrong} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
+    split(_forward, len(x), EXP_COST * x.size, *args)
     total = float(np.add.reduce(mass))
     if reduction == "none":
         return loss.astype(x.dtype), normalizer, total
@@ -177,12 +178,14 @@ def softmax_cross_entropy_vjp(
     """The gradient with respect to the logits; that of the weights is left to the composition."""
     if needs[2]:
         return NotImplemented
-    logits, target, weight = _prepared(x, target, weight)
+    logits, target, weight = _prepared(x, target, weight, ignore_index)
     gx = np.empty_like(logits)
     if x.size:
         g = np.asarray(g, np.float64)
         each = compiled(np.broadcast_to(g / total if reduction == "mean" else g, target.shape))
-        split(_backward, len(x), COST * x.size, each, logits, target, weight, ignore_index, smoothing, normalizer, gx)
+        split(
+            _backward, len(x), EXP_COST * x.size, each, logits, target, weight, ignore_index, smoothing, normalizer, gx
+        )
     return gx, None, None
 
 
@@ -212,7 +215,7 @@ def logsumexp_fused(x: Array, *, axis: int | tuple[int, ...] | None = None, keep
     order = (*(i for i in range(x.ndim) if i not in last), *sorted(last))
     rows = np.ascontiguousarray(x.transpose(order)).reshape(largest.size, -1)
     total = np.empty(len(rows))
-    split(_exp_sums, len(rows), COST * x.size, rows, shift.reshape(-1), total)
+    split(_exp_sums, len(rows), EXP_COST * x.size, rows, shift.reshape(-1), total)
     with np.errstate(divide="ignore"):
         y = (np.log(total).reshape(shift.shape) + shift).astype(x.dtype)
     return y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in last))
