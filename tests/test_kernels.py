@@ -280,7 +280,6 @@ def test_the_cache_is_a_folder_of_our_own_that_goes_by_the_source(monkeypatch, t
         assert folder.startswith(str(tmp_path / "tinygrad_bn"))
         assert jit.njit()(lambda x: x + 1)(1) == 2
         assert list(Path(folder).rglob("*.nbi"))
-        assert before == numba.config.CACHE_DIR
     finally:
         jit.cache_folder.cache_clear()
 

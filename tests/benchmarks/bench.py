@@ -1,7 +1,8 @@
 """The speed table: this package against NumPy, PyTorch and JAX, interleaved in one run. `make bench` prints it.
 
-A ratio is the peer's time divided by ours: above 1 we are faster. In every round each contender runs in turn, after a
-pause in which the others' threads go to sleep; a time is the median over the rounds. float32, two threads each.
+A ratio is the peer's time divided by ours: above 1 we are faster. In every round each contender runs in turn: after a
+pause in which the others' threads go to sleep, some calls that are not timed, and then those that are. A time is the
+median over the rounds. float32, two threads each.
 """
 
 import argparse
@@ -63,25 +64,31 @@ Work = Callable[[], object]
 
 
 def interleaved(contenders: dict[str, Work], seconds: float) -> dict[str, float]:
-    """Median time of each contender in milliseconds."""
-    repeats = {}
-    for name, work in contenders.items():
-        for _ in range(3):
-            work()
-        start = time.perf_counter()
-        work()
-        repeats[name] = max(1, min(200, int(2e-3 / (time.perf_counter() - start))))
+    """Median time of each contender in milliseconds, in the steady state of a training loop."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    for work in contenders.values():
+        work()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[name]) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
         for name, work in contenders.items():
             time.sleep(0.02)
-            work()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                work()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+            one = run_for(work, 0.01, least=2)  # untimed: caches, threads and clocks get going
+            times[name].append(run_for(work, 2e-3, least=1, guess=one))
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
+
+
+def run_for(work: Work, seconds: float, least: int, guess: float = 0.0) -> float:
+    """Seconds that one call takes, over as many as fill `seconds`; the number may be guessed from what one takes."""
+    start, calls = time.perf_counter(), 0
+    if guess:
+        calls = max(least, int(seconds / guess))
+        for _ in range(calls):
+            work()
+    else:
+        while calls < least or time.perf_counter() - start < seconds:
+            work()
+            calls += 1
+    return (time.perf_counter() - start) / calls
 
 
 def batch_norm(shape: tuple[int, ...]) -> dict[str, Work]:

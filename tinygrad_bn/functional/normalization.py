@@ -41,8 +41,9 @@ def _expect_channels(x: Operand, **vectors: Operand | None) -> None:
     _expect_floats(x)
     if x.ndim < 2:
         raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+    channels = x.shape[1:2]
     for name, v in vectors.items():
-        if v is not None and np.shape(values(v)) != x.shape[1:2]:
+        if v is not None and (v.shape if isinstance(v, Tensor) else np.shape(v)) != channels:
             raise ValueError(f"{name} has shape {np.shape(values(v))}, for {x.shape[1]} channels of x {x.shape}")
 
 

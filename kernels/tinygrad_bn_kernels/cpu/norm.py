@@ -351,7 +351,7 @@ def _expect_channels(x: Array, *vectors: Array) -> None:
 def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
     _expect_channels(x, weight, bias)
     source = compiled(x)
-    y, mean, var = np.empty_like(source), np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
+    y, (mean, var) = np.empty_like(source), np.empty((2, x.shape[1])) if x.size else np.full((2, x.shape[1]), np.nan)
     if x.size:
         xs, ys = _channels(source), _channels(y)
         arrays = xs, compiled(weight, source.dtype), compiled(bias, source.dtype)
@@ -375,7 +375,7 @@ def _backward(
 ) -> tuple[Array | None, Array, Array]:
     source = compiled(x)
     gx = np.empty_like(source) if needs[0] else None
-    gweight, gbias = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    gweight, gbias = np.empty((2, x.shape[1])) if x.size else np.zeros((2, x.shape[1]))
     if x.size:
         gs, xs = _channels(compiled(g, source.dtype)), _channels(source)
         out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else _channels(gx)

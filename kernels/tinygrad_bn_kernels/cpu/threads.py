@@ -9,9 +9,7 @@ products, so that on 2 cores each stalls the other, a forked child that uses it 
 several times longer to compile.
 """
 
-import ctypes
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -92,19 +90,3 @@ def _forget_pool() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc to keep up to 256 MB of freed memory, and to serve arrays up to 32 MB from it.
-
-    By default it gives freed arrays of a few MB back to the system and gets them again, cleared page by page, for the
-    next result: a third of the time of BatchNorm on (4096, 1024). TINYGRAD_BN_KEEP_MEMORY=0 leaves it as it is.
-    """
-    if sys.platform == "linux" and os.environ.get("TINYGRAD_BN_KEEP_MEMORY") != "0":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:  # the C library is glibc
-            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-
-
-_keep_freed_memory()
