@@ -1,6 +1,18 @@
 """Modules, layers and initialisers, with PyTorch's names, defaults and state-dict keys."""
 
 from tinygrad_bn.nn import init
+from tinygrad_bn.nn.conv import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose2d,
+    MaxPool1d,
+    MaxPool2d,
+)  # fmt: skip
 from tinygrad_bn.nn.layers import (
     ELU,
     GELU,
@@ -29,7 +41,41 @@ from tinygrad_bn.nn.norm import (
 )
 
 __all__ = [
-    "ELU", "GELU", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Buffer", "Dropout", "Flatten", "GroupNorm",
-    "InstanceNorm1d", "InstanceNorm2d", "LayerNorm", "LeakyReLU", "Linear", "Module", "Parameter", "RMSNorm", "ReLU",
-    "Sequential", "SiLU", "Sigmoid", "Softmax", "Softplus", "Tanh", "evaluating", "init", "observe",
+    "ELU",
+    "GELU",
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Buffer",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose2d",
+    "Dropout",
+    "Flatten",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "LayerNorm",
+    "LeakyReLU",
+    "Linear",
+    "MaxPool1d",
+    "MaxPool2d",
+    "Module",
+    "Parameter",
+    "RMSNorm",
+    "ReLU",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
+    "Softplus",
+    "Tanh",
+    "evaluating",
+    "init",
+    "observe",
 ]  # fmt: skip

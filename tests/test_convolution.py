@@ -1,0 +1,118 @@
+"""Convolution and pooling: shapes, layers, errors. Gradients of every order are tested for every op in test_ops.py."""
+
+import numpy as np
+import pytest
+
+from tinygrad_bn import Tensor, manual_seed, nn, optim
+from tinygrad_bn import functional as F
+
+X = np.random.default_rng(0).normal(size=(2, 4, 6, 5))
+W = np.random.default_rng(1).normal(size=(6, 4, 3, 3))
+
+
+def article_network():
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(1600, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def test_the_first_articles_network_has_its_counts(capsys):
+    article_network().summary((1, 28, 28))
+    printed = capsys.readouterr().out
+    for count in ("320", "128", "18,496", "256", "409,856", "2,570"):
+        assert count in printed
+    assert "(N, 64, 5, 5)" in printed
+
+
+def test_a_convolution_by_hand():
+    x = np.arange(12.0).reshape(1, 1, 3, 4)
+    weight = np.array([[[[1.0, 0.0], [0.0, -1.0]]]])
+    np.testing.assert_array_equal(F.conv2d(x, weight), np.full((1, 1, 2, 3), -5.0))
+    np.testing.assert_array_equal(F.conv2d(x, weight, np.array([5.0])), np.zeros((1, 1, 2, 3)))
+    shifted = F.conv2d(x, np.ones((1, 1, 1, 1)), padding=((1, 0), (0, 2)))
+    np.testing.assert_array_equal(shifted[0, 0], np.pad(x[0, 0], ((1, 0), (0, 2))))
+
+
+def test_pooling_by_hand():
+    x = np.array([[[[1.0, 2.0, 0.0], [4.0, 3.0, 9.0]]]])
+    np.testing.assert_array_equal(F.max_pool2d(x, 2), [[[[4.0]]]])
+    np.testing.assert_array_equal(F.max_pool2d(x, 2, ceil_mode=True), [[[[4.0, 9.0]]]])
+    np.testing.assert_array_equal(F.avg_pool2d(x, (2, 1)), [[[[2.5, 2.5, 4.5]]]])
+    np.testing.assert_array_equal(F.adaptive_avg_pool(x, 1), np.mean(x).reshape(1, 1, 1, 1))
+
+
+def test_the_first_of_a_tie_gets_the_gradient_and_nan_wins():
+    x = Tensor(np.ones((1, 1, 2, 2)), requires_grad=True)
+    F.max_pool2d(x, 2).backward(np.ones((1, 1, 1, 1)))
+    np.testing.assert_array_equal(x.grad.numpy()[0, 0], [[1, 0], [0, 0]])
+    x = X.copy()
+    x[0, 0, 1, 1] = np.nan
+    assert np.isnan(F.max_pool2d(x, 2)[0, 0, 0, 0])
+    x[:] = -np.inf
+    assert (F.max_pool2d(x, 3, 1, 1) == -np.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_dtype_is_kept(dtype):
+    x, weight = Tensor(X, dtype=dtype, requires_grad=True), Tensor(W, dtype=dtype, requires_grad=True)
+    y = F.max_pool2d(F.conv2d(x, weight, padding=1), 2)
+    y.backward(np.ones(y.shape))
+    assert y.dtype == x.grad.dtype == weight.grad.dtype == dtype
+    np.testing.assert_allclose(
+        y.numpy().astype(float), F.max_pool2d(F.conv2d(X, W, padding=1), 2), rtol=0.05, atol=0.05
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.conv2d(X[0], W), ValueError, "4 axes"),
+        (lambda: F.conv2d(X, W[:, :3]), ValueError, "do not fit 1 groups"),
+        (lambda: F.conv2d(X, W, np.ones(5)), ValueError, "6 output channels"),
+        (lambda: F.conv2d(X, W, stride=0), ValueError, "stride is a number of 1 or more"),
+        (lambda: F.conv2d(X, W, padding="full"), ValueError, "'same', 'valid'"),
+        (lambda: F.conv2d(X, W, padding="same", stride=2), ValueError, "needs stride 1"),
+        (lambda: F.conv2d(X, W, padding=((1, 1), (1, -1))), ValueError, "pair"),
+        (lambda: F.conv2d(X, W, dilation=3), ValueError, "does not fit"),
+        (lambda: F.conv2d(X.astype(int), W), TypeError, "floating-point"),
+        (lambda: F.conv_transpose2d(X, np.ones((3, 2, 2, 2))), ValueError, "do not fit"),
+        (lambda: F.conv_transpose2d(X, np.ones((4, 2, 2, 2)), output_padding=1), ValueError, "smaller than stride"),
+        (lambda: F.max_pool2d(X, 2, padding=2), ValueError, "more than half"),
+        (lambda: F.avg_pool2d(X, 7), ValueError, "does not fit"),
+        (lambda: F.max_pool1d(X, 2), ValueError, "3 axes"),
+        (lambda: F.adaptive_avg_pool(X, 0), ValueError, "output_size"),
+        (lambda: nn.Conv2d(3, 4, 3, groups=2), ValueError, "do not divide into 2 groups"),
+        (lambda: nn.Conv2d(3, 4, (3, 3, 3)), ValueError, "kernel_size"),
+        (lambda: nn.Conv2d(3, 4, 3)(X), ValueError, r"takes \(N, 3, H, W\)"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_small_network_learns_where_a_bright_pixel_is():
+    manual_seed(0)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 64)
+    x = rng.normal(size=(64, 1, 6, 6)).astype(np.float32) * 0.1
+    x[np.arange(64), 0, 1 + 3 * (y // 2), 1 + 3 * (y % 2)] += 2
+    layers = (
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(3),
+        nn.Flatten(),
+        nn.Linear(16, 4),
+    )
+    model = nn.Sequential(*layers)
+    optimizer = optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(30):
+        loss = F.cross_entropy(model(Tensor(x)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    assert "kernel_size=(3, 3), padding=1" in repr(model)

@@ -1,0 +1,314 @@
+"""Convolution in any number of dimensions, forwards and to both of its operands, and its transpose.
+
+Three maps make up convolution and all of its derivatives, each linear in both operands: `conv` (input and weight to
+output), `conv_input` (output and weight to input) and `conv_weight` (input and output to weight). The gradients of each
+are the other two, so the family is closed: derivatives of every order follow.
+
+As in every such library, "convolution" does not flip the weight (it is a cross-correlation).
+"""
+
+# A rule may name an op that is declared further down, which mypy cannot infer through a decorator.
+# mypy: disable-error-code="has-type"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.functional.statistics import values
+from tinygrad_bn.ops import getitem, reshape
+from tinygrad_bn.sample import REAL, Draw, Drawn
+from tinygrad_bn.tensor import Array, Tensor
+
+Ints: TypeAlias = tuple[int, ...]
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
+Padding: TypeAlias = Any  # a number, one for each axis, a pair (before, after) for each axis, "same" or "valid"
+
+
+def output_size(size: Ints, kernel: Ints, stride: Ints, padding: Pairs, dilation: Ints) -> Ints:
+    """Lengths of the output's axes: ⌊(n + before + after − dilation · (k − 1) − 1) / stride⌋ + 1."""
+    return tuple(
+        (n + before + after - d * (k - 1) - 1) // s + 1
+        for n, k, s, (before, after), d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+
+
+def _last(index: Iterable[Any]) -> Any:
+    """An index of the last axes."""
+    return (..., *index)
+
+
+def windows(padded: Array, kernel: Ints, out: Ints, stride: Ints, dilation: Ints) -> Iterator[tuple[Ints, Array]]:
+    """For every place in the kernel: what it meets, (N, C, *out), as a view of the padded input."""
+    for place in np.ndindex(*kernel):
+        axes = zip(place, dilation, out, stride, strict=True)
+        yield place, padded[_last(slice(at * d, at * d + (n - 1) * s + 1, s) for at, d, n, s in axes)]
+
+
+def _padded(x: Array, padding: Pairs) -> Array:
+    return np.pad(x, ((0, 0), (0, 0), *padding)) if any(map(any, padding)) else x
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    """(N, C, *S) as (N, groups, C / groups, S)."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+
+
+def _wide(x: Array) -> Array:
+    """Half precision is computed in single: it could not hold the sums."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def _conv_operands(d: Draw) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
+    """Input, weight and output of one convolution, and its options."""
+    ndim = d.integer(1, 2)
+    groups = d.choice([1, 2])
+    kernel = tuple(d.integer(1, 2) for _ in range(ndim))
+    stride = tuple(d.integer(1, 2) for _ in range(ndim))
+    dilation = tuple(d.integer(1, 2) for _ in range(ndim))
+    padding = tuple((d.integer(0, 1), d.integer(0, 1)) for _ in range(ndim))
+    size = tuple(d.integer(3, 4) for _ in range(ndim))
+    n, c, o = d.integer(1, 2), groups * d.integer(1, 2), groups * d.integer(1, 2)
+    x = d.array(REAL, (n, c, *size))
+    weight = d.array(REAL, (o, c // groups, *kernel))
+    y = d.array(REAL, (n, o, *output_size(size, kernel, stride, padding, dilation)))
+    return (x, weight, y), {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+
+def _sample_conv(d: Draw) -> Drawn:
+    (x, weight, _), options = _conv_operands(d)
+    return (x, weight), options
+
+
+def _sample_conv_input(d: Draw) -> Drawn:
+    (x, weight, y), options = _conv_operands(d)
+    return (y, weight), {"size": tuple(n + d.integer(0, 1) for n in x.shape[2:]), **options}
+
+
+def _sample_conv_weight(d: Draw) -> Drawn:
+    (x, weight, y), options = _conv_operands(d)
+    return (x, y), {"kernel": weight.shape[2:], **options}
+
+
+@primitive(
+    lambda g, y, x, weight, **o: conv_input(g, weight, size=x.shape[2:], **o),
+    lambda g, y, x, weight, **o: conv_weight(x, g, kernel=weight.shape[2:], **o),
+    formula="y[n, o, p] = Σ_c,k x[n, c, p · stride + k · dilation − before] · w[o, c, k]",
+    sample=_sample_conv,
+)
+def conv(x: Operand, weight: Operand, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int) -> Operand:
+    """Convolution of x (N, C, *size) by weight (O, C / groups, *kernel): (N, O, *out)."""
+    kernel, wide = weight.shape[2:], _wide(x)
+    out = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    w = _wide(weight).reshape(groups, -1, *weight.shape[1:])
+    y = np.zeros((x.shape[0], groups, weight.shape[0] // groups, math.prod(out)), np.result_type(wide, w))
+    for place, met in windows(_padded(wide, padding), kernel, out, stride, dilation):
+        y += w[_last(place)] @ _grouped(met, groups)
+    return y.reshape(x.shape[0], weight.shape[0], *out).astype(np.result_type(x, weight), copy=False)
+
+
+def _conv_to(out: Ints, x: Any, weight: Any, **options: Any) -> Any:
+    """`conv`, without the outputs beyond `out` that a larger input has room for."""
+    y = conv(x, weight, **options)
+    return y if y.shape[2:] == out else getitem(y, index=_last(slice(n) for n in out))
+
+
+@primitive(
+    lambda h, y, g, weight, *, size, **o: _conv_to(g.shape[2:], h, weight, **o),
+    lambda h, y, g, weight, *, size, **o: conv_weight(h, g, kernel=weight.shape[2:], **o),
+    formula="y = the gradient g of conv's output, taken back to its input",
+    sample=_sample_conv_input,
+)
+def conv_input(
+    g: Operand, weight: Operand, *, size: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
+) -> Operand:
+    """The adjoint of `conv` in its input: g (N, O, *out) and weight (O, C / groups, *kernel) to (N, C, *size)."""
+    kernel, wide = weight.shape[2:], _grouped(_wide(g), groups)
+    w = np.swapaxes(_wide(weight).reshape(groups, -1, *weight.shape[1:]), 1, 2)
+    around = (n + before + after for n, (before, after) in zip(size, padding, strict=True))
+    padded = np.zeros((g.shape[0], groups * weight.shape[1], *around), np.result_type(wide, w))
+    for place, met in windows(padded, kernel, g.shape[2:], stride, dilation):
+        met += (w[_last(place)] @ wide).reshape(met.shape)
+    inner = (slice(before, before + n) for n, (before, _) in zip(size, padding, strict=True))
+    return np.ascontiguousarray(padded[_last(inner)]).astype(np.result_type(g, weight), copy=False)
+
+
+@primitive(
+    lambda h, y, x, g, *, kernel, **o: conv_input(g, h, size=x.shape[2:], **o),
+    lambda h, y, x, g, *, kernel, **o: _conv_to(g.shape[2:], x, h, **o),
+    formula="y = the gradient g of conv's output, taken back to its weight",
+    sample=_sample_conv_weight,
+)
+def conv_weight(
+    x: Operand, g: Operand, *, kernel: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
+) -> Operand:
+    """The adjoint of `conv` in its weight: x (N, C, *size) and g (N, O, *out) to (O, C / groups, *kernel)."""
+    gs = _grouped(_wide(g), groups)
+    y = np.zeros((groups, g.shape[1] // groups, x.shape[1] // groups, *kernel), np.result_type(_wide(x), gs))
+    for place, met in windows(_padded(_wide(x), padding), kernel, g.shape[2:], stride, dilation):
+        y[_last(place)] = (gs @ np.swapaxes(_grouped(met, groups), 2, 3)).sum(axis=0)
+    return y.reshape(g.shape[1], x.shape[1] // groups, *kernel).astype(np.result_type(x, g), copy=False)
+
+
+# ---- functions -------------------------------------------------------------------------------------------
+
+
+def each_axis(value: int | Ints, ndim: int, name: str, least: int) -> Ints:
+    """One number for each axis, checked."""
+    each = (value,) * ndim if isinstance(value, int) else tuple(value)
+    if len(each) != ndim or not all(isinstance(v, int | np.integer) and v >= least for v in each):
+        raise ValueError(f"{name} is a number of {least} or more, or {ndim} of them; got {value!r}")
+    return tuple(int(v) for v in each)
+
+
+def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs:
+    """Padding as (before, after) for each axis.
+
+    It may be a number, one for each axis, a pair for each axis, "valid" (none) or "same": as many outputs as inputs,
+    the odd one after, for stride 1 only, as in PyTorch.
+    """
+    ndim = len(kernel)
+    if padding == "valid":
+        return ((0, 0),) * ndim
+    if padding == "same":
+        if any(s != 1 for s in stride):
+            raise ValueError(f"padding='same' needs stride 1; got {stride}")
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
+    if isinstance(padding, str):
+        raise ValueError(f"padding is 'same', 'valid', or in numbers; got {padding!r}")
+    if isinstance(padding, int) or not any(isinstance(p, tuple | list) for p in padding):
+        return tuple((p, p) for p in each_axis(padding, ndim, "padding", 0))
+    if np.shape(padding) != (ndim, 2) or np.min(padding) < 0:
+        raise ValueError(f"padding needs a pair (before, after) of 0 or more for each of {ndim} axes; got {padding}")
+    return tuple((int(before), int(after)) for before, after in padding)
+
+
+def _conv_nd(
+    ndim: int,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    stride: int | Ints,
+    padding: Padding,
+    dilation: int | Ints,
+    groups: int,
+) -> Tensor:
+    if x.ndim != ndim + 2 or np.ndim(values(weight)) != ndim + 2:
+        raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
+    if x.dtype.kind != "f":
+        raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
+    if groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"channels of x {x.shape} and of weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
+        )
+    kernel = weight.shape[2:]
+    stride, dilation = each_axis(stride, ndim, "stride", 1), each_axis(dilation, ndim, "dilation", 1)
+    padded = pairs(padding, kernel, stride, dilation)
+    if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
+        raise ValueError(f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}")
+    y = conv(x, weight, stride=stride, padding=padded, dilation=dilation, groups=groups)
+    return _with_bias(y, bias)
+
+
+def _with_bias(y: Tensor, bias: Operand | None) -> Tensor:
+    if bias is None:
+        return y
+    if np.shape(values(bias)) != y.shape[1:2]:
+        raise ValueError(f"bias has shape {np.shape(values(bias))}, for {y.shape[1]} output channels")
+    return y + reshape(bias, shape=(-1, *(1,) * (y.ndim - 2)))
+
+
+def conv1d(
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: int | Ints = 1,
+    padding: Padding = 0,
+    dilation: int | Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`conv2d` for x (N, C, L) and weight (O, C / groups, K)."""
+    return _conv_nd(1, x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d(
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: int | Ints = 1,
+    padding: Padding = 0,
+    dilation: int | Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution (cross-correlation) of x (N, C, H, W) by weight (O, C / groups, KH, KW); gives (N, O, H', W').
+
+    Args:
+        x, weight: floating-point; every group of output channels sees C / groups input channels.
+        bias: (O,), or None.
+        stride, dilation: one number, or one for each axis.
+        padding: zeros around x: a number, one for each axis, a pair (before, after) for each axis, "valid", or "same"
+            (stride 1 only).
+        groups: divides both C and O.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        TypeError: x is not floating-point.
+
+    >>> conv2d(np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2)), padding="same")[0, 0]
+    array([[4., 4., 2.],
+           [4., 4., 2.],
+           [2., 2., 1.]])
+    """
+    return _conv_nd(2, x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv3d(
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: int | Ints = 1,
+    padding: Padding = 0,
+    dilation: int | Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`conv2d` for x (N, C, D, H, W) and weight (O, C / groups, KD, KH, KW)."""
+    return _conv_nd(3, x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    stride: int | Ints = 1,
+    padding: int | Ints = 0,
+    output_padding: int | Ints = 0,
+    groups: int = 1,
+    dilation: int | Ints = 1,
+) -> Tensor:
+    """The adjoint of `conv2d`: x (N, C, H, W) and weight (C, O / groups, KH, KW) to (N, O, H', W').
+
+    H' = (H − 1) · stride − 2 · padding + dilation · (KH − 1) + output_padding + 1. Arguments are PyTorch's.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+    """
+    if x.ndim != 4 or np.ndim(values(weight)) != 4 or x.shape[1] != weight.shape[0] or x.shape[1] % groups:
+        raise ValueError(f"conv_transpose2d: x {x.shape}, weight {weight.shape} and {groups} groups do not fit")
+    stride, dilation = each_axis(stride, 2, "stride", 1), each_axis(dilation, 2, "dilation", 1)
+    around, extra = each_axis(padding, 2, "padding", 0), each_axis(output_padding, 2, "output_padding", 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise ValueError(f"output_padding {extra} has to be smaller than stride {stride} or dilation {dilation}")
+    size = tuple(
+        (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+        for n, s, p, d, k, e in zip(x.shape[2:], stride, around, dilation, weight.shape[2:], extra, strict=True)
+    )
+    if min(size) < 1:
+        raise ValueError(f"an input of shape {x.shape} with padding {around} leaves no output")
+    padded = tuple((p, p) for p in around)
+    y = conv_input(x, weight, size=size, stride=stride, padding=padded, dilation=dilation, groups=groups)
+    return _with_bias(y, bias)

@@ -1,0 +1,292 @@
+"""Max and average pooling over windows, in any number of dimensions, and their adaptive variants.
+
+Max pooling is indexing: where the largest element of each window lies is a constant to the gradient, and what lies
+there is taken by `getitem`, whose derivatives of every order are there already. Average pooling is a sum of slices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.functional.convolution import Ints, Pairs, each_axis, windows
+from tinygrad_bn.functional.statistics import values
+from tinygrad_bn.ops import getitem, matmul, pad, reshape
+from tinygrad_bn.sample import REAL, Draw, Drawn
+from tinygrad_bn.tensor import Array, Tensor
+
+
+def pooled_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> Ints:
+    """Lengths of the output's axes; with `ceil_mode` windows may stick out, but have to start inside (or before)."""
+    out = []
+    for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
+        span = n + 2 * p - d * (k - 1) - 1
+        count = (-(-span // s) if ceil_mode else span // s) + 1
+        out.append(count - 1 if ceil_mode and (count - 1) * s >= n + p else count)
+    return tuple(out)
+
+
+def _border(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Pairs:
+    """How much has to be put around the input for every window to lie inside: (before, after) for each axis."""
+    ends = ((m - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(out, stride, dilation, kernel, strict=True))
+    return tuple((p, max(end - n - p, 0)) for end, n, p in zip(ends, size, padding, strict=True))
+
+
+# ---- max -------------------------------------------------------------------------------------------------
+
+
+def _places(x: Array, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Array:
+    """Where in its plane, as a flat index, the largest element of each window lies: the first, or the first NaN."""
+    border = _border(x.shape[2:], kernel, out, stride, padding, dilation)
+    padded = np.pad(x, ((0, 0), (0, 0), *border))
+    index = np.pad(np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:]), border, constant_values=-1)[None, None]
+    best = np.zeros((*x.shape[:2], *out), x.dtype)
+    found = np.full(best.shape, -1)
+    for (_, met), (_, at) in zip(
+        windows(padded, kernel, out, stride, dilation), windows(index, kernel, out, stride, dilation), strict=True
+    ):
+        better = (at >= 0) & ((found < 0) | (met > best) | (np.isnan(met) & ~np.isnan(best)))
+        best, found = np.where(better, met, best), np.where(better, at, found)
+    return found
+
+
+def _taken(x: Operand, places: Array) -> Tensor:
+    """x (N, C, *size) at flat indices of each plane, (N, C, *out)."""
+    planes = x.shape[0] * x.shape[1]
+    flat = reshape(x, shape=(planes, math.prod(x.shape[2:])))
+    taken = getitem(flat, index=(np.arange(planes)[:, None], places.reshape(planes, -1)))
+    return reshape(taken, shape=places.shape)
+
+
+def _max_pool_composed(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    return _taken(x, _places(values(x), kernel, out, stride, padding, dilation))
+
+
+def _sample_max_pool(d: Draw) -> Drawn:
+    size = (d.integer(3, 4), d.integer(3, 4))
+    kernel, stride, dilation = (tuple(d.integer(1, 2) for _ in size) for _ in range(3))
+    padding = tuple(d.integer(0, k // 2) for k in kernel)
+    out = pooled_size(size, kernel, stride, padding, dilation, d.choice([False, True]))
+    x = d.distinct((d.integer(1, 2), d.integer(1, 2), *size))
+    return (x,), {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
+
+
+@primitive(
+    fuses=_max_pool_composed,
+    saves=("places",),
+    formula="y = the largest of each window;  its place gets g",
+    sample=_sample_max_pool,
+)
+def max_pool_fused(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Operand:
+    """Max pooling of x (N, C, *size) to (N, C, *out); saves where in its plane each lies. The first of a tie counts."""
+    places = _places(x, kernel, out, stride, padding, dilation)
+    return _taken(x, places), places
+
+
+# ---- average ---------------------------------------------------------------------------------------------
+
+
+def _avg_pool_composed(
+    x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool
+) -> Tensor:
+    once = (1,) * len(kernel)
+    border = _border(x.shape[2:], kernel, out, stride, padding, once)
+    padded = pad(x, width=((0, 0), (0, 0), *border))
+    total: Any = 0.0
+    for place in np.ndindex(*kernel):
+        index = tuple(slice(at, at + (m - 1) * s + 1, s) for at, m, s in zip(place, out, stride, strict=True))
+        total = total + getitem(padded, index=(slice(None), slice(None), *index))
+    return total * (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(x.dtype)
+
+
+def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, include_pad: bool) -> Array:
+    """How many elements each window counts: those inside the input, or inside the input and its padding."""
+    counts = np.ones(out)
+    for axis, (n, k, m, s, p) in enumerate(zip(size, kernel, out, stride, padding, strict=True)):
+        start = np.arange(m) * s - p
+        low, high = (-p, n + p) if include_pad else (0, n)
+        inside = np.minimum(start + k, high) - np.maximum(start, low)
+        counts = counts * inside.reshape(-1, *(1,) * (len(size) - axis - 1))
+    return counts
+
+
+def _sample_avg_pool(d: Draw) -> Drawn:
+    (x,), options = _sample_max_pool(d)
+    del options["dilation"]
+    sizes = x.shape[2:], options["kernel"], options["stride"], options["padding"]
+    options["out"] = pooled_size(*sizes, (1, 1), d.choice([False, True]))
+    return (d.array(REAL, x.shape),), {**options, "count_include_pad": d.choice([False, True])}
+
+
+@primitive(
+    fuses=_avg_pool_composed,
+    formula="y = Σ of each window / its count;  ∂x = g / count, spread",
+    sample=_sample_avg_pool,
+)
+def avg_pool_fused(
+    x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool
+) -> Operand:
+    """Average pooling of x (N, C, *size) to (N, C, *out)."""
+    return _avg_pool_composed(
+        x, kernel=kernel, out=out, stride=stride, padding=padding, count_include_pad=count_include_pad
+    )
+
+
+# ---- functions -------------------------------------------------------------------------------------------
+
+
+def _pool_options(
+    ndim: int, x: Operand, kernel_size: int | Ints, stride: int | Ints | None, padding: int | Ints, dilation: int | Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    if x.ndim != ndim + 2:
+        raise ValueError(f"{ndim}-dimensional pooling takes {ndim + 2} axes, (N, C, ...); got {x.shape}")
+    if x.dtype.kind != "f":
+        raise TypeError(f"pooling takes floating-point input; got {x.dtype}")
+    kernel = each_axis(kernel_size, ndim, "kernel_size", 1)
+    steps = kernel if stride is None else each_axis(stride, ndim, "stride", 1)
+    around, spread = each_axis(padding, ndim, "padding", 0), each_axis(dilation, ndim, "dilation", 1)
+    if any(2 * p > k for p, k in zip(around, kernel, strict=True)):
+        raise ValueError(f"padding {around} is more than half of the kernel {kernel}: some windows would hold nothing")
+    return kernel, steps, around, spread
+
+
+def _out(x: Operand, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> Ints:
+    """`pooled_size`, checked."""
+    out = pooled_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+    if min(out) < 1:
+        raise ValueError(f"a window of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padding}")
+    return out
+
+
+def _max_pool(
+    ndim: int,
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None,
+    padding: int | Ints,
+    dilation: int | Ints,
+    ceil_mode: bool,
+) -> Tensor:
+    kernel, steps, around, spread = _pool_options(ndim, x, kernel_size, stride, padding, dilation)
+    out = _out(x, kernel, steps, around, spread, ceil_mode)
+    return max_pool_fused(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
+
+
+def max_pool1d(
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None = None,
+    padding: int | Ints = 0,
+    dilation: int | Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`max_pool2d` for x (N, C, L)."""
+    return _max_pool(1, x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def max_pool2d(
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None = None,
+    padding: int | Ints = 0,
+    dilation: int | Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """The largest element of each window of x (N, C, H, W). The gradient goes to the first of a tie.
+
+    Args:
+        x: floating-point.
+        kernel_size, stride: of the windows; the stride is the kernel's size if None.
+        padding: of −∞, at most half of the kernel.
+        dilation: distance of the elements of a window.
+        ceil_mode: let the last windows stick out.
+
+    Raises:
+        ValueError: a window that does not fit, or holds only padding.
+        TypeError: x is not floating-point.
+    """
+    return _max_pool(2, x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _avg_pool(
+    ndim: int,
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None,
+    padding: int | Ints,
+    ceil_mode: bool,
+    count_include_pad: bool,
+) -> Tensor:
+    kernel, steps, around, once = _pool_options(ndim, x, kernel_size, stride, padding, 1)
+    out = _out(x, kernel, steps, around, once, ceil_mode)
+    return avg_pool_fused(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)
+
+
+def avg_pool1d(
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None = None,
+    padding: int | Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """`avg_pool2d` for x (N, C, L)."""
+    return _avg_pool(1, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def avg_pool2d(
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None = None,
+    padding: int | Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """The mean of each window of x (N, C, H, W); arguments as `max_pool2d`.
+
+    `count_include_pad`: whether padding, which is 0, counts as elements.
+    """
+    return _avg_pool(2, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def _bounds(n: int, out: int) -> tuple[Array, Array]:
+    """Where the windows of adaptive pooling start and stop: ⌊i · n / out⌋ and ⌈(i + 1) · n / out⌉."""
+    i = np.arange(out)
+    return i * n // out, -(-(i + 1) * n // out)
+
+
+def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
+    if x.ndim < 3 or x.dtype.kind != "f":
+        raise ValueError(f"adaptive pooling takes floating-point x of (N, C, ...); got {x.dtype} {x.shape}")
+    return each_axis(output_size, x.ndim - 2, "output_size", 1)
+
+
+def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:
+    """The means of windows that divide x (N, C, *size) into (N, C, *output_size); 1 is global average pooling."""
+    out = _adaptive_size(x, output_size)
+    y = x
+    for axis, m in enumerate(out, start=2):
+        n = x.shape[axis]
+        start, stop = _bounds(n, m)
+        at = np.arange(n)[:, None]
+        share = ((at >= start) & (at < stop)) / (stop - start)
+        # The axis goes last, for a product with the windows' shares, and back.
+        order = (*(i for i in range(x.ndim) if i != axis), axis)
+        y = matmul(y.transpose(order), share.astype(x.dtype)).transpose(tuple(np.argsort(order)))
+    return y
+
+
+def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
+    """The largest elements of windows that divide x (N, C, *size) into (N, C, *output_size)."""
+    out = _adaptive_size(x, output_size)
+    bounds = [_bounds(n, m) for n, m in zip(x.shape[2:], out, strict=True)]
+    index = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
+    places = np.empty((*x.shape[:2], *out), np.intp)
+    for place in np.ndindex(*out):
+        window = tuple(slice(start[i], stop[i]) for i, (start, stop) in zip(place, bounds, strict=True))
+        part = values(x)[(..., *window)].reshape(*x.shape[:2], -1)
+        places[(..., *place)] = index[window].reshape(-1)[np.argmax(part, axis=2)]
+    return _taken(x, places)
