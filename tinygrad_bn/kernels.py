@@ -64,6 +64,17 @@ def _cases(op: str) -> list[Case]:
         return [((rows,), {"shape": (1, 40)}), ((images,), {"shape": (16, 1, 1)})]
     if op == "dropout_by_key":
         return [((rows,), {"p": 0.3, "key": 7})]
+    if op.startswith("conv"):
+        x, weight, y = normal(4, 6, 12, 12), normal(8, 6, 3, 3), normal(4, 8, 6, 12)
+        how: dict[str, Any] = {"stride": (2, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+        if op == "conv":
+            return [((x, weight), how)]
+        if op == "conv_input":
+            return [((y, weight), {"size": (12, 12), **how})]
+        return [((x, y), {"kernel": (3, 3), **how})]
+    if op == "max_pool_fused":
+        window: dict[str, Any] = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+        return [((images,), {"out": (6, 6), **window})]
     if op in ("relu", "erf"):
         return [((normal(5000),), {})]
     axes: list[Any] = [None, 0, -1] if op.startswith("arg") else [None, 0, -1, (0, 2, 3), (0, 1, 2)]

@@ -158,6 +158,13 @@ def _out(x: Operand, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, 
     out = pooled_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
     if min(out) < 1:
         raise ValueError(f"a window of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padding}")
+    for n, m, k, s, p, d in zip(x.shape[2:], out, kernel, stride, padding, dilation, strict=True):
+        if d > 1:
+            at = np.arange(m)[:, None] * s - p + np.arange(k) * d
+            if not ((at >= 0) & (at < n)).any(axis=1).all():
+                raise ValueError(
+                    f"some windows of {kernel}, dilation {dilation}, hold nothing but padding of x {x.shape}"
+                )
     return out
 
 
