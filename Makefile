@@ -23,7 +23,7 @@ bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (inst
 	$(BIN)/python tests/benchmarks/bench.py
 
 bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly, without compiled PyTorch
-	$(BIN)/python tests/benchmarks/bench.py --quick --seconds 1.5
+	$(BIN)/python tests/benchmarks/bench.py --quick --seconds 0.7
 
 exactness: $(VENV)/.bench  ## how many digits BatchNorm keeps at any mean, here and in the peers (installs them)
 	$(BIN)/python tests/benchmarks/exactness.py

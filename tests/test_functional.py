@@ -188,3 +188,22 @@ def test_dropout_follows_the_package_seed():
 def test_std_of_nan_is_nan_and_of_constants_zero():
     assert np.isnan(F.std(Tensor([1.0, np.nan])).item())
     assert F.std(Tensor([2.0, 2.0])).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.sum_of_squares(np.full(3, 200, np.uint8)), TypeError, "may not hold squares"),
+        (lambda: F.batch_norm(np.ones((3, 2)), training=True, eps=-1.0), ValueError, "eps has to be 0 or more"),
+        (lambda: F.layer_norm(np.ones((2, 3, 4)), (3, 4), np.ones((4, 3))), ValueError, r"has to be \(3, 4\)"),
+        (lambda: F.group_norm(np.ones((2, 4, 3)), 2, np.ones(3)), ValueError, r"has to be \(4,\)"),
+        (lambda: F.dropout(np.ones(4, int)), TypeError, "floating-point"),
+    ],
+)
+def test_what_would_be_a_silent_wrong_number_is_an_error(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_squares_of_half_precision_add_up():
+    assert F.sum_of_squares(Tensor(np.full(10_000, 1e-4), dtype=np.float16)).item() == pytest.approx(1e-4, rel=1e-2)

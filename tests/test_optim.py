@@ -278,3 +278,12 @@ def test_one_tensor_does_for_a_list_of_one():
     p.grad = Tensor([3.0, 4.0])
     assert optim.clip_grad_norm_(p, 1.0) == 5.0
     np.testing.assert_allclose(p.grad.numpy(), [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [optim.clip_grad_norm_, optim.clip_grad_value_])
+def test_a_negative_limit_is_an_error(clip):
+    p = Tensor([1.0], requires_grad=True)
+    p.grad = Tensor([1.0])
+    with pytest.raises(ValueError, match="0 or more; got -1"):
+        clip([p], -1.0)
+    assert p.grad.item() == 1

@@ -434,8 +434,11 @@ def _sum_of_squares(g: Array) -> float:
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their common 2-norm is at most `max_norm`; gives the norm before.
 
-    A norm that is not finite leaves the gradients as they are, so that the fault shows.
+    A norm that is not finite leaves the gradients as they are, so that the fault shows. Raises ValueError for a
+    `max_norm` below 0.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm has to be 0 or more; got {max_norm}")
     graded = [(p, p.grad._data) for p in _listed(params) if p.grad is not None]
     norm = math.sqrt(sum(_sum_of_squares(g) for _, g in graded))
     if math.isfinite(norm) and norm > max_norm:
@@ -445,7 +448,9 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
 
 
 def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> None:
-    """Limit every element of every gradient to [−clip_value, clip_value]."""
+    """Limit every element of every gradient to [−clip_value, clip_value]; ValueError for a limit below 0."""
+    if not clip_value >= 0:
+        raise ValueError(f"clip_value has to be 0 or more; got {clip_value}")
     for p in _listed(params):
         if p.grad is not None:
             p.grad = Tensor._of(np.asarray(np.clip(p.grad._data, -clip_value, clip_value)))

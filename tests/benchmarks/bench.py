@@ -63,13 +63,13 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] =
 Work = Callable[[], object]
 
 
-def interleaved(contenders: dict[str, Work], seconds: float) -> dict[str, float]:
+def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5) -> dict[str, float]:
     """Median time of each contender in milliseconds, in the steady state of a training loop."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for work in contenders.values():
         work()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < rounds:
         for name, work in contenders.items():
             time.sleep(0.02)
             one = run_for(work, 0.01, least=2)  # untimed: caches, threads and clocks get going
@@ -351,7 +351,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="without compiled PyTorch, and without the largest arrays")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and rows, no compiled PyTorch")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--relu", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -366,7 +366,7 @@ def main() -> None:
     def measured(contenders: dict[str, Work], seconds: float) -> dict[str, float]:
         if args.quick:
             contenders.pop("compiled", None)
-        return interleaved(contenders, seconds)
+        return interleaved(contenders, seconds, rounds=2 if args.quick else 5)
 
     for shape in BATCH_NORM:
         times = measured(batch_norm(shape), args.seconds)
@@ -381,7 +381,7 @@ def main() -> None:
     for size, layouts in LAYOUTS.items():
         if args.quick and size == "1e8":
             continue
-        for name in REDUCTIONS:
+        for name in ("sum", "var") if args.quick else REDUCTIONS:
             rows = [measured(reduction(name, *layout), args.seconds / 8) for layout in layouts]
             reading = [
                 4 * float(np.prod(shape)) / rate / t["ours"] for (shape, _), t in zip(layouts, rows, strict=True)
@@ -389,7 +389,7 @@ def main() -> None:
             share = f"{min(reading):.0%} of copying" if float(size) > 1e6 else "in cache"
             table.add_row(f"{name} of {size} elements, {len(rows)} layouts of axes", *cells(rows), share)
     Console(width=170).print(table)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not args.quick:
         for relu, what in ((False, "BatchNorm"), (True, "BatchNorm and ReLU")):
             peaks = ", ".join(f"{name} {peak_memory(name, relu=relu)} MB" for name in ("ours", "PyTorch"))
             print(f"memory that a training step of {what}, {LARGE}, takes at its peak: {peaks}")

@@ -85,9 +85,12 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
 
     Raises:
         ValueError: `p` is not in [0, 1].
+        TypeError: x is not floating-point.
     """
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be in [0, 1]; got {p}")
+    if x.dtype.kind != "f":
+        raise TypeError(f"dropout takes floating-point input; got {x.dtype}")
     if not training or p == 0:
         return x
     return dropout_by_key(x, p=p, key=int((rng or generator()).integers(2**63)))

@@ -36,6 +36,11 @@ def _expect_floats(x: Operand) -> None:
         raise TypeError(f"normalisation takes floating-point input; got {x.dtype}")
 
 
+def _expect_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps has to be 0 or more; got {eps}")
+
+
 def _expect_channels(x: Operand, **vectors: Operand | None) -> None:
     """Raise unless x is (N, C, ...) of floats, and each vector (C,) or None."""
     _expect_floats(x)
@@ -258,6 +263,7 @@ def batch_norm(
             [ 1.2247357]], shape=(3, 1), dtype=float32, leaf)
     """
     _expect_channels(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _expect_eps(eps)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both, or neither")
     if training or running_mean is None:
@@ -278,7 +284,7 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
     blocks = (*_sample_and_features(x, normalized_shape), 1)
-    return _block_norm(x, weight, bias, blocks, eps)
+    return _block_norm(x, weight, bias, x.shape[x.ndim - np.size(normalized_shape) :], blocks, eps)
 
 
 def group_norm(
@@ -288,7 +294,8 @@ def group_norm(
     if num_groups < 1 or x.ndim < 2 or x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
     planes = x.shape[1] // num_groups
-    return _block_norm(x, weight, bias, (x.shape[0], num_groups, planes, math.prod(x.shape[2:])), eps)
+    blocks = x.shape[0], num_groups, planes, math.prod(x.shape[2:])
+    return _block_norm(x, weight, bias, x.shape[1:2], blocks, eps)
 
 
 def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
@@ -305,19 +312,26 @@ def rms_norm(
     """
     eps = float(np.finfo(x.dtype).eps) if eps is None else eps
     blocks = (*_sample_and_features(x, normalized_shape), 1)
-    return _block_norm(x, weight, None, blocks, eps, centered=False)
+    return _block_norm(x, weight, None, x.shape[x.ndim - np.size(normalized_shape) :], blocks, eps, centered=False)
 
 
 def _block_norm(
-    x: Operand, weight: Operand | None, bias: Operand | None, blocks: Blocks, eps: float, centered: bool = True
+    x: Operand,
+    weight: Operand | None,
+    bias: Operand | None,
+    shape: tuple[int, ...],
+    blocks: Blocks,
+    eps: float,
+    centered: bool = True,
 ) -> Tensor:
+    """Normalise the blocks of x; `shape` is that of weight and bias."""
     _expect_floats(x)
-    planes = blocks[1] * blocks[2]
+    _expect_eps(eps)
     for name, v in (("weight", weight), ("bias", bias)):
-        if v is not None and values(v).size != planes:
-            raise ValueError(f"{name} has shape {np.shape(values(v))}; for x {x.shape} it needs {planes} elements")
-    weight = np.ones(planes, x.dtype) if weight is None else weight
-    bias = np.zeros(planes, x.dtype) if bias is None else bias
+        if v is not None and np.shape(values(v)) != shape:
+            raise ValueError(f"{name} has shape {np.shape(values(v))}; for x {x.shape} it has to be {shape}")
+    weight = np.ones(shape, x.dtype) if weight is None else weight
+    bias = np.zeros(shape, x.dtype) if bias is None else bias
     return block_norm_fused(x, weight, bias, blocks=blocks, eps=eps, centered=centered)
 
 

@@ -108,6 +108,11 @@ def mean_and_var(x: Operand, axis: Axis = None, keepdims: bool = False, correcti
 
 
 def _sum_of_squares_composed(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    if x.dtype.kind != "f":
+        raise TypeError(f"takes floating-point input; got {x.dtype}, which may not hold squares")
+    if x.dtype == np.float16:
+        wide = astype(x, dtype=np.float32)
+        return astype(_sum_of_squares_composed(wide, axis=axis, keepdims=keepdims), dtype=np.float16)
     return sum(x * x, axis=axis, keepdims=keepdims)
 
 

@@ -94,7 +94,7 @@ Reduce = Callable[[Array, Plan], Any]
 
 def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool) -> Any:
     """`reduce(x in the plan's view, the plan)`, which gives one or several results, in the result's shape."""
-    if x.dtype.char not in "fd":
+    if x.dtype.char not in "fd" or not (axis is None or isinstance(axis, int | tuple)):
         return NotImplemented
     found = plan(x.shape, axis, keepdims)
     if found is None:
