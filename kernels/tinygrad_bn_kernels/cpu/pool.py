@@ -16,25 +16,27 @@ Ints = tuple[int, ...]
 
 @njit()
 def _max_pool(x, kh, kw, oh, ow, sh, sw, top, left, dh, dw, y, places, start, stop):
+    """A row of outputs at a time, and of each window one place: the loop along the row then asks for no bounds."""
     _, height, width = x.shape
     for n in range(start, stop):
-        plane, out, found = x[n], y[n], places[n]
         for p in range(oh):
-            for q in range(ow):
-                best, place = plane[0, 0], -1
-                for i in range(kh):
-                    h = p * sh + i * dh - top
-                    if h < 0 or h >= height:
-                        continue
-                    for j in range(kw):
-                        w = q * sw + j * dw - left
-                        if w < 0 or w >= width:
-                            continue
-                        v = plane[h, w]
-                        if place < 0 or v > best or (v != v and best == best):
-                            best, place = v, h * width + w
-                out[p, q] = best
-                found[p, q] = place
+            best, found = y[n, p], places[n, p]
+            found[:] = -1
+            for i in range(kh):
+                h = p * sh + i * dh - top
+                if h < 0 or h >= height:
+                    continue
+                row = x[n, h]
+                for j in range(kw):
+                    shift = j * dw - left
+                    first = (max(-shift, 0) + sw - 1) // sw
+                    last = min((width - 1 - shift) // sw + 1, ow)
+                    for q in range(first, last):
+                        w = q * sw + shift
+                        v, held = row[w], best[q]
+                        larger = (found[q] < 0) | (v > held) | ((v != v) & (held == held))
+                        best[q] = v if larger else held
+                        found[q] = h * width + w if larger else found[q]
 
 
 @njit()
