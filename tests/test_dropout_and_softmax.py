@@ -7,9 +7,10 @@ import pytest
 from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.softmax import _exp
 
-from tinygrad_bn import Tensor, nn, ops, testing
+from tinygrad_bn import Tensor, nn, testing
 from tinygrad_bn import functional as F
 from tinygrad_bn.device import find_kernel, kernels_disabled
+from tinygrad_bn.functional.basics import dropout_by_key
 from tinygrad_bn.random import philox
 
 KEYS = [0, 1, 2**32 - 1, 2**32, 0xA4093822299F31D0 >> 1, 2**63 - 1]
@@ -53,7 +54,7 @@ def test_the_kernels_mask_is_that_of_the_reference_and_of_the_generator(dtype, p
         x = np.asarray(np.random.default_rng(1).normal(size=shape) + 9, dtype)
         got = find_kernel("dropout_by_key", "cpu")(x, p=p, key=key)
         with kernels_disabled():
-            want = np.asarray(ops.dropout_by_key(x, p=p, key=key))
+            want = np.asarray(dropout_by_key(x, p=p, key=key))
         kept = (philox(key, x.size) >= round(p * 2**32)).reshape(x.shape)
         assert (got.shape, got.dtype) == (want.shape, want.dtype) == (x.shape, x.dtype)
         np.testing.assert_array_equal(got != 0, kept)
@@ -65,7 +66,7 @@ def test_the_kernels_mask_is_that_of_the_reference_and_of_the_generator(dtype, p
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9])
 def test_the_share_kept_is_within_5_sigma_and_neighbours_are_independent(p, key):
     n = 40_000
-    kept = np.asarray(ops.dropout_by_key(np.ones(n), p=p, key=key)) != 0
+    kept = np.asarray(dropout_by_key(np.ones(n), p=p, key=key)) != 0
     assert abs(kept.mean() - (1 - p)) <= 5 * np.sqrt(p * (1 - p) / n)
     for lag in (1, 2, 3, 4):
         both = np.mean((kept[lag:] - (1 - p)) * (kept[:-lag] - (1 - p)))
@@ -89,7 +90,7 @@ def test_one_seed_gives_one_mask_and_others_give_others():
 def test_gradients_of_order_1_and_2_use_the_forward_mask(key, p, shape):
     rng = np.random.default_rng(key)
     x, g = (Tensor(rng.normal(size=shape) + 9, requires_grad=True) for _ in range(2))
-    y = ops.dropout_by_key(x, p=p, key=key)
+    y = dropout_by_key(x, p=p, key=key)
     slope = np.where(philox(key, x.size) >= p * 2**32, 1 / (1 - p) if p < 1 else 0.0, 0.0).reshape(shape)
     np.testing.assert_allclose(y.numpy(), x.numpy() * slope, rtol=1e-15)
     gx = testing.grad(y * y, x, g, create_graph=True)  # 2 · slope² · x · g

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.random import philox
 from tinygrad_bn.tensor import Axis, Tensor
 
 # isort: off
@@ -28,10 +27,10 @@ from tinygrad_bn.sample import (
 # isort: on
 
 __all__ = [
-    "abs", "add", "argmax", "argmin", "astype", "broadcast_to", "clip", "concatenate", "div", "dropout_by_key", "erf",
-    "exp", "expm1", "getitem", "linear", "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad",
-    "pow", "relu", "reshape", "rsqrt", "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum",
-    "sum_to", "tanh", "transpose", "where",
+    "abs", "add", "argmax", "argmin", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1",
+    "getitem", "linear", "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad", "pow", "relu",
+    "reshape", "rsqrt", "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum", "sum_to", "tanh",
+    "transpose", "where",
 ]  # fmt: skip
 
 # ---- arithmetic -----------------------------------------------------------------------------------------
@@ -248,20 +247,6 @@ def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Op
 def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
     """Index of the smallest element along `axis` (of the flat array if None), the first in a tie. int64."""
     return np.argmin(x, axis=axis, keepdims=keepdims)
-
-
-@primitive(
-    lambda g, y, x, *, p, key: dropout_by_key(g, p=p, key=key),
-    formula="y = x / (1 − p) where random(key) ≥ p, else 0;  ∂x = g, dropped and scaled in the same places",
-    sample=lambda d: ((d.array(REAL, d.shape()),), {"p": d.choice([0.0, 0.4, 1.0]), "key": d.integer(0, 1000)}),
-)
-def dropout_by_key(x: Operand, *, p: float, key: int) -> Operand:
-    """Zero each element with probability `p`, the same ones for the same key, and scale the others by 1 / (1 − p).
-
-    Element i takes word i of the counter-based generator `random.philox`, so no mask has to be stored.
-    """
-    kept = philox(key, x.size).reshape(x.shape) >= np.uint64(round(p * 2**32))
-    return np.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0).astype(x.dtype)
 
 
 # ---- reductions and broadcasting ------------------------------------------------------------------------

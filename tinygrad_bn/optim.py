@@ -1,4 +1,4 @@
-"""Optimisers, gradient clipping and learning-rate schedules, with PyTorch's names, defaults and results.
+"""Optimisers and gradient clipping, with PyTorch's names, defaults and results; the schedules are in `schedules`.
 
 An optimiser is one function of parameters, their gradients and their state to new values, elementwise, and so one for
 many parameters at once: small ones of a group lie one after the other in one flat array, of which each is a view. An
@@ -15,6 +15,7 @@ import numpy as np
 
 from tinygrad_bn.device import device_of, find_kernel
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.schedules import CosineAnnealingLR, Schedule, StepLR, WarmupLR
 from tinygrad_bn.tensor import Array, Tensor
 
 __all__ = [
@@ -454,79 +455,3 @@ def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> No
     for p in _listed(params):
         if p.grad is not None:
             p.grad = Tensor._of(np.asarray(np.clip(p.grad._data, -clip_value, clip_value)))
-
-
-# ---- schedules ------------------------------------------------------------------------------------------
-
-
-class Schedule:
-    """Base of the schedules: `step()`, once an epoch (or a batch), sets each group's `lr` to factor(t) · its first."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.initial = [group["lr"] for group in optimizer.param_groups]
-        self.t = 0
-        self._set()
-
-    def factor(self, t: int) -> float:
-        """What the initial learning rates are multiplied by after `t` steps."""
-        return 1.0
-
-    def step(self) -> None:
-        """Go on by one."""
-        self.t += 1
-        self._set()
-
-    def _set(self) -> None:
-        for group, lr in zip(self.optimizer.param_groups, self.initial, strict=True):
-            group["lr"] = lr * self.factor(self.t)
-
-
-class StepLR(Schedule):
-    """Multiplies the learning rate by `gamma` every `step_size` steps."""
-
-    def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
-        if step_size < 1:
-            raise ValueError(f"step_size has to be at least 1; got {step_size}")
-        self.step_size, self.gamma = step_size, gamma
-        super().__init__(optimizer)
-
-    def factor(self, t: int) -> float:
-        return float(self.gamma ** (t // self.step_size))
-
-
-class CosineAnnealingLR(Schedule):
-    """Lowers the learning rate to `eta_min` along half a cosine of `T_max` steps (Loshchilov & Hutter 2017).
-
-    After that it rises again, as in PyTorch.
-    """
-
-    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
-        if T_max < 1:
-            raise ValueError(f"T_max has to be at least 1; got {T_max}")
-        self.T_max, self.eta_min = T_max, eta_min
-        super().__init__(optimizer)
-
-    def _set(self) -> None:
-        wave = (1 + math.cos(math.pi * self.t / self.T_max)) / 2
-        for group, lr in zip(self.optimizer.param_groups, self.initial, strict=True):
-            group["lr"] = self.eta_min + (lr - self.eta_min) * wave
-
-
-class WarmupLR(Schedule):
-    """Raises the learning rate linearly over `warmup_steps`; then `after` (started at its step 0) goes on."""
-
-    def __init__(self, optimizer: Optimizer, warmup_steps: int, after: Schedule | None = None) -> None:
-        if warmup_steps < 1:
-            raise ValueError(f"warmup_steps has to be at least 1; got {warmup_steps}")
-        self.warmup_steps, self.after = warmup_steps, after
-        super().__init__(optimizer)
-
-    def factor(self, t: int) -> float:
-        return min(1.0, (t + 1) / (self.warmup_steps + 1))
-
-    def step(self) -> None:
-        if self.after is not None and self.t >= self.warmup_steps:
-            self.after.step()
-        else:
-            super().step()

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinygrad_bn import ops
-from tinygrad_bn.autograd import Operand
+from tinygrad_bn.autograd import Operand, primitive
 from tinygrad_bn.functional.statistics import largest
-from tinygrad_bn.ops import dropout_by_key, erf, exp, expm1, log, matmul, reshape, sigmoid, sub, sum, transpose, where
-from tinygrad_bn.random import generator
+from tinygrad_bn.ops import erf, exp, expm1, log, matmul, reshape, sigmoid, sub, sum, transpose, where
+from tinygrad_bn.random import generator, philox
+from tinygrad_bn.sample import REAL
 from tinygrad_bn.tensor import Tensor
 
 # ---- softmax --------------------------------------------------------------------------------------------
@@ -76,6 +77,20 @@ def gelu(x: Operand) -> Tensor:
 def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> Tensor:
     """x Wᵀ + b: x (..., in), weight (out, in), bias (out,) or None; gives (..., out)."""
     return matmul(x, transpose(weight)) if bias is None else ops.linear(x, weight, bias)
+
+
+@primitive(
+    lambda g, y, x, *, p, key: dropout_by_key(g, p=p, key=key),  # type: ignore[has-type]
+    formula="y = x / (1 − p) where random(key) ≥ p, else 0;  ∂x = g, dropped and scaled in the same places",
+    sample=lambda d: ((d.array(REAL, d.shape()),), {"p": d.choice([0.0, 0.4, 1.0]), "key": d.integer(0, 1000)}),
+)
+def dropout_by_key(x: Operand, *, p: float, key: int) -> Operand:
+    """Zero each element with probability `p`, the same ones for the same key, and scale the others by 1 / (1 − p).
+
+    Element i takes word i of the counter-based generator `random.philox`, so no mask has to be stored.
+    """
+    kept = philox(key, x.size).reshape(x.shape) >= np.uint64(round(p * 2**32))
+    return np.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0).astype(x.dtype)
 
 
 def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Generator | None = None) -> Operand:
