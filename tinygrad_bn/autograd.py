@@ -241,13 +241,10 @@ def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, c
     order = _topological(y)
     wanted = [t for t in order if (t.node is None and t._requires_grad) or t._retains_grad]
     keep = create_graph if retain_graph is None else retain_graph
-    token = _recording.set(create_graph)
-    try:
+    with recording(create_graph):
         grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
         for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, cotangent).items():
             t.grad = gt if t.grad is None else t.grad + gt
-    finally:
-        _recording.reset(token)
 
 
 @overload

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.device import device_of, find_kernel
+from tinygrad_bn.device import kernel_or
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.schedules import CosineAnnealingLR, Schedule, StepLR, WarmupLR
 from tinygrad_bn.tensor import Array, Tensor
@@ -237,7 +237,9 @@ class SGD(Optimizer):
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         if not o["momentum"]:
             return p - o["lr"] * (g + o["weight_decay"] * p if o["weight_decay"] else g)
-        return _kernel("sgd", p, _sgd)(
+        return kernel_or(
+            _sgd,
+            "optim.sgd",
             p,
             g,
             state["momentum_buffer"],
@@ -256,11 +258,6 @@ def _sgd(
     g = g + decay * p
     v[...] = momentum * v + (1 - dampening) * g
     return p - lr * (g + momentum * v if nesterov else v)
-
-
-def _kernel(name: str, p: Array, reference: Any) -> Any:
-    """The kernel for parameters p, or else the reference; kernels know float32 and float64."""
-    return (find_kernel(f"optim.{name}", device_of(p)) if p.dtype.char in "fd" else None) or reference
 
 
 class Adam(Optimizer):
@@ -283,7 +280,9 @@ class Adam(Optimizer):
 
     def _update(self, p: Array, g: Array, state: State, *, step: int, **o: Any) -> Array:
         beta1, beta2 = o["betas"]
-        return _kernel("adam", p, _adam)(
+        return kernel_or(
+            _adam,
+            "optim.adam",
             p,
             g,
             state["exp_avg"],
@@ -427,9 +426,7 @@ def _listed(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _sum_of_squares(g: Array) -> float:
-    kernel = find_kernel("optim.sum_of_squares", device_of(g))
-    total = NotImplemented if kernel is None else kernel(g)
-    return float(np.sum(np.square(g, dtype=np.float64)) if total is NotImplemented else total)
+    return float(kernel_or(lambda g: np.sum(np.square(g, dtype=np.float64)), "optim.sum_of_squares", g))
 
 
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:

@@ -283,8 +283,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
-    blocks = (*_sample_and_features(x, normalized_shape), 1)
-    return _block_norm(x, weight, bias, x.shape[x.ndim - np.size(normalized_shape) :], blocks, eps)
+    return _last_axes_norm(x, normalized_shape, weight, bias, eps, centered=True)
 
 
 def group_norm(
@@ -311,8 +310,7 @@ def rms_norm(
     As in PyTorch `eps` is by default the machine epsilon of x's dtype.
     """
     eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-    blocks = (*_sample_and_features(x, normalized_shape), 1)
-    return _block_norm(x, weight, None, x.shape[x.ndim - np.size(normalized_shape) :], blocks, eps, centered=False)
+    return _last_axes_norm(x, normalized_shape, weight, None, eps, centered=False)
 
 
 def _block_norm(
@@ -335,9 +333,13 @@ def _block_norm(
     return block_norm_fused(x, weight, bias, blocks=blocks, eps=eps, centered=centered)
 
 
-def _sample_and_features(x: Operand, normalized_shape: int | tuple[int, ...]) -> tuple[int, int, int]:
-    """(N, 1, P) of x (N..., P...), whose last axes have the shape `normalized_shape`, checked."""
-    wanted = tuple(int(n) for n in np.atleast_1d(normalized_shape))
-    if wanted != x.shape[x.ndim - len(wanted) :]:
-        raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {wanted}")
-    return math.prod(x.shape[: x.ndim - len(wanted)]), 1, math.prod(wanted)
+def _last_axes_norm(
+    x: Operand, normalized_shape: int | tuple[int, ...], weight: Any, bias: Any, eps: float, centered: bool
+) -> Tensor:
+    """Normalise each sample of x over its last axes, which have the shape `normalized_shape`, checked."""
+    shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
+    samples = x.shape[: x.ndim - len(shape)]
+    if (*samples, *shape) != x.shape:
+        raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {shape}")
+    blocks = math.prod(samples), 1, math.prod(shape), 1
+    return _block_norm(x, weight, bias, shape, blocks, eps, centered)

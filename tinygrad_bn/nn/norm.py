@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.device import find_kernel
+from tinygrad_bn.device import kernel_or
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -138,11 +138,7 @@ class _BatchNorm(Module):
         m = 1 / tracked if self.momentum is None else self.momentum
         arrays = self.running_mean._data, self.running_var._data, mean, var
         options: Any = {"momentum": float(m), "unbias": count / (count - self.running_var_correction)}
-        kernel = find_kernel("nn.running_statistics", self.running_mean.device)
-        updated = kernel(*arrays, **options) if kernel else NotImplemented
-        if updated is NotImplemented:
-            updated = _running_statistics(*arrays, **options)
-        new_mean, new_var, finite = updated
+        new_mean, new_var, finite = kernel_or(_running_statistics, "nn.running_statistics", *arrays, **options)
         if not finite:
             self.num_batches_skipped += 1
             if self.num_batches_skipped == 1:

@@ -36,6 +36,7 @@ def _sum_of_long(row):
 
 @njit(fastmath=SUMS)
 def row_sums(x, piece, partial, start, stop):
+    """Σ x of each piece of a row, into partial (M, pieces)."""
     pieces = partial.shape[1]
     for item in range(start, stop):
         t = item % pieces
@@ -45,6 +46,7 @@ def row_sums(x, piece, partial, start, stop):
 
 @njit(fastmath=SUMS)
 def column_sums(x, rows, columns, fold, partial, start, stop):
+    """Σ x of each column of a piece, into partial (A, pieces of B, C)."""
     _, b, c = x.shape
     across = (c + columns - 1) // columns
     flat = x.reshape(-1)
@@ -74,6 +76,7 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
 
 @njit(fastmath=SUMS)
 def row_moments(x, piece, shift, b, c, partial, start, stop):
+    """Σ (x − shift) and Σ (x − shift)² of each piece of a row, into partial (M, pieces, 2)."""
     pieces = partial.shape[1]
     for item in range(start, stop):
         m, t = item // pieces, item % pieces
@@ -90,6 +93,7 @@ def row_moments(x, piece, shift, b, c, partial, start, stop):
 
 @njit(fastmath=SUMS)
 def column_moments(x, rows, columns, fold, shift, partial, start, stop):
+    """The same of each column of a piece, into partial (2, A, pieces of B, C)."""
     _, b, c = x.shape
     across = (c + columns - 1) // columns
     flat = x.reshape(-1)
@@ -141,6 +145,7 @@ def _take_larger(r0, r1, r2, r3, sign, lanes):
 
 @njit()
 def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
+    """The largest of sign · x of each column of a piece, times sign, into partial (A, pieces of B, C)."""
     _, b, c = x.shape
     across = (c + columns - 1) // columns
     flat = x.reshape(-1)
@@ -172,6 +177,7 @@ def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
 
 @njit()
 def column_places(x, rows, columns, fold, sign, partial, places, start, stop):
+    """Of each column of a piece the largest of sign · x, into partial, and its first place along B, into places."""
     _, b, c = x.shape
     across = (c + columns - 1) // columns
     for item in range(start, stop):

@@ -1,8 +1,8 @@
 """When a loop runs on several threads, and what makes that safe: beside BLAS, after a fork, and for every result.
 
 A loop takes `(*arrays, start, stop)` and does that part of its work. Large work is cut into parts for a pool of
-Python threads; compiled loops hold no GIL. An item has one writer, and its terms are added in one
-order, so a result does not depend, in any bit, on how many threads there are.
+Python threads; compiled loops hold no GIL. An item has one writer, and its terms are added in one order, so a result
+does not depend, in any bit, on how many threads there are.
 
 OpenMP (Numba's `prange`) was measured and left: its threads spin between loops while those of BLAS spin between
 products, so that on 2 cores each stalls the other, a forked child that uses it is killed, and a parallel loop takes
