@@ -1,0 +1,241 @@
+"""The array in device memory: a buffer, a shape, a dtype; always C-contiguous."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from tinygrad_bn_kernels.cuda import launch
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+DTYPES = ("bool", "uint8", "int32", "int64", "float32", "float64")
+
+
+class Buffer:
+    """Device memory that is freed with its last array.
+
+    There is no allocator of our own: the driver's stream-ordered pool (`cuMemAllocAsync`) caches what is freed and
+    gives it out again in the order of the stream, without waiting for the device.
+    """
+
+    __slots__ = ("_free", "nbytes", "pointer")
+
+    def __init__(self, nbytes: int) -> None:
+        driver = launch.driver()
+        self.nbytes, self.pointer, self._free = nbytes, driver.alloc(nbytes), driver.free
+
+    def __del__(self) -> None:
+        if hasattr(self, "_free"):  # not where there was no memory
+            self._free(self.pointer)
+
+
+class DeviceArray:
+    """An array on the GPU. Arithmetic between arrays, and with Python's numbers, has NumPy's rules.
+
+    Nothing is copied to or from the host unless asked for: `numpy()`, `item()` and `from_numpy`. `reshape` and slices
+    of the first axis are views; other indexing copies.
+    """
+
+    __slots__ = ("__weakref__", "base", "buffer", "dtype", "kind", "pointer", "shape", "size")
+
+    device = "cuda"
+    __array_ufunc__ = None  # NumPy leaves `number * array` to the operators here
+
+    def __init__(self, shape: Shape, dtype: DTypeLike, buffer: Any = None, pointer: int | None = None) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.size = math.prod(shape)
+        if self.dtype.name not in DTYPES:
+            raise TypeError(f"arrays on cuda are of {', '.join(DTYPES)}; not of {self.dtype}")
+        if self.size >= launch.LARGEST:
+            raise ValueError(f"an array on cuda has fewer than 2^31 elements; {shape} has {self.size}")
+        self.kind = self.dtype.str[1:] + "*"
+        self.base: DeviceArray | None = None
+        self.buffer = Buffer(self.nbytes) if buffer is None else buffer
+        self.pointer: int = self.buffer.pointer if pointer is None else pointer
+
+    # ---- to and from the host ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_numpy(cls, array: Array) -> DeviceArray:
+        """A copy of a NumPy array."""
+        out = cls(array.shape, array.dtype)
+        if out.size:
+            launch.driver().write(out.pointer, np.ascontiguousarray(array))
+        return out
+
+    def numpy(self) -> Array:
+        """A copy, as a NumPy array; waits for the device."""
+        out = np.empty(self.shape, self.dtype)
+        if self.size:
+            data = launch.driver().read(self.pointer, self.nbytes)
+            out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+        return out
+
+    def item(self) -> Any:
+        """The one element, as a Python number; waits for the device."""
+        return self.numpy().item()
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        raise TypeError("an array on cuda is no NumPy array: copy it with .numpy(), or move the tensor with .to('cpu')")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer if self.size else 0, False),
+            "strides": None,
+            "stream": 1,  # the default one, which CuPy and PyTorch work on too
+            "version": 3,
+        }
+
+    # ---- what it is -------------------------------------------------------------------------------------
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def aligned(self) -> bool:
+        """Whether 128 bits can be moved at a time."""
+        return self.pointer % 16 == 0
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of an array without axes")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeviceArray({np.array2string(self.numpy(), separator=', ', threshold=20)}, dtype={self.dtype})"
+
+    __hash__ = object.__hash__
+
+    # ---- views and copies -------------------------------------------------------------------------------
+
+    def view(self, shape: Shape, start: int = 0) -> DeviceArray:
+        """The elements from `start` on, in another shape, in the same memory."""
+        out = DeviceArray(shape, self.dtype, self.buffer, self.pointer + start * self.dtype.itemsize)
+        out.base = self if self.base is None else self.base
+        return out
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        """The same elements in another shape; one -1 stands for what is left."""
+        given = shape[0] if len(shape) == 1 and not isinstance(shape[0], int | np.integer) else shape
+        wanted = tuple(int(n) for n in given)
+        if wanted.count(-1) == 1 and math.prod(wanted) and self.size % math.prod(wanted) == 0:
+            rest = self.size // -math.prod(wanted)
+            wanted = tuple(rest if n == -1 else n for n in wanted)
+        if math.prod(wanted) != self.size or min(wanted, default=0) < 0:
+            raise ValueError(f"cannot reshape an array of shape {self.shape} into {tuple(given)}")
+        return self.view(wanted)
+
+    def copy(self) -> DeviceArray:
+        """A copy on the device."""
+        out = DeviceArray(self.shape, self.dtype)
+        if self.size:
+            launch.driver().copy(out.pointer, self.pointer, self.nbytes)
+        return out
+
+    def astype(self, dtype: DTypeLike, copy: bool = True) -> DeviceArray:
+        """Converted to `dtype`."""
+        return _maps().astype(self, dtype=dtype) if copy or np.dtype(dtype) != self.dtype else self
+
+    def __getitem__(self, index: Any) -> DeviceArray:
+        return _layout().getitem(self, index=index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if index is not Ellipsis:
+            raise TypeError("arrays on cuda are assigned to as a whole: array[...] = values")
+        value = value if isinstance(value, DeviceArray) else full(self.shape, value, self.dtype)
+        if value.shape != self.shape:
+            raise ValueError(f"values of shape {value.shape} for an array of shape {self.shape}")
+        if self.size:
+            launch.driver().copy(self.pointer, value.astype(self.dtype, copy=False).pointer, self.nbytes)
+
+    # ---- arithmetic -------------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> DeviceArray:
+        return _maps().add(self, other)
+
+    def __sub__(self, other: Any) -> DeviceArray:
+        return _maps().sub(self, other)
+
+    def __mul__(self, other: Any) -> DeviceArray:
+        return _maps().mul(self, other)
+
+    def __truediv__(self, other: Any) -> DeviceArray:
+        return _maps().div(self, other)
+
+    def __pow__(self, other: Any) -> DeviceArray:
+        return _maps().pow(self, other)
+
+    def __matmul__(self, other: Any) -> DeviceArray:
+        return _linear().matmul(self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other: Any) -> DeviceArray:
+        return _maps().sub(other, self)
+
+    def __rtruediv__(self, other: Any) -> DeviceArray:
+        return _maps().div(other, self)
+
+    def __rpow__(self, other: Any) -> DeviceArray:
+        return _maps().pow(other, self)
+
+    def __iadd__(self, other: Any) -> DeviceArray:
+        self[...] = self + other
+        return self
+
+    def __neg__(self) -> DeviceArray:
+        return _maps().neg(self)
+
+    def __eq__(self, other: object) -> DeviceArray:  # type: ignore[override]
+        return _maps().equal(self, other)
+
+    def __ne__(self, other: object) -> DeviceArray:  # type: ignore[override]
+        return _maps().not_equal(self, other)
+
+    def __lt__(self, other: Any) -> DeviceArray:
+        return _maps().less(self, other)
+
+    def __le__(self, other: Any) -> DeviceArray:
+        return _maps().less_equal(self, other)
+
+    def __gt__(self, other: Any) -> DeviceArray:
+        return _maps().less(other, self)
+
+    def __ge__(self, other: Any) -> DeviceArray:
+        return _maps().less_equal(other, self)
+
+
+def full(shape: Shape, value: float, dtype: DTypeLike) -> DeviceArray:
+    """An array full of one value."""
+    return _maps().fill(DeviceArray(shape, dtype), value)
+
+
+def _maps() -> Any:
+    from tinygrad_bn_kernels.cuda import maps
+
+    return maps
+
+
+def _layout() -> Any:
+    from tinygrad_bn_kernels.cuda import layout
+
+    return layout
+
+
+def _linear() -> Any:
+    from tinygrad_bn_kernels.cuda import linear
+
+    return linear

@@ -1,0 +1,405 @@
+"""Shapes and places: copies between strided views, and gathering and scattering at indices.
+
+What NumPy gives as a view is a copy here, as device arrays are contiguous; only `reshape`, and slices of the first
+axis, are views.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cuda import maps
+from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
+from tinygrad_bn_kernels.cuda.shim import cuda, uint32
+from tinygrad_bn_kernels.cuda.strides import broadcast, contiguous, row_block, walks
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+# ---- programs --------------------------------------------------------------------------------------------
+
+
+@program("copy.rows", "f4* f4* u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4", block=(32, 8))
+def COPY(T: Any) -> Callable[..., None]:
+    def copy(a, out, count, n1, n2, n3, a_start, a0, a1, a2, a3, o_start, o0, o1, o2, o3):
+        row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+        while row < count:
+            outer = uint32(row // n2)
+            i2 = uint32(row - outer * n2)
+            i0 = uint32(outer // n1)
+            i1 = uint32(outer - i0 * n1)
+            i = uint32(a_start + i0 * a0 + i1 * a1 + i2 * a2)
+            j = uint32(o_start + i0 * o0 + i1 * o1 + i2 * o2)
+            k = uint32(cuda.threadIdx.x)
+            while k < n3:
+                out[uint32(j + k * o3)] = a[uint32(i + k * a3)]
+                k = uint32(k + cuda.blockDim.x)
+            row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+    return copy
+
+
+TILE = 32
+TILE_ROWS = 8
+TILE_SIZE = TILE * (TILE + 1)
+
+
+@program("transpose", "f4* f4* u4 u4 u4 u4", block=(TILE, TILE_ROWS), shared=4 * TILE_SIZE)
+def TRANSPOSE(T: Any) -> Callable[..., None]:
+    """Each of `count` matrices a (rows, columns) to (columns, rows), by tiles, so that both sides move whole rows.
+
+    The tile is one column wider than it is used, so that its columns lie in 32 different banks.
+    """
+
+    def transpose(a, out, rows, columns, across, count):
+        tile = cuda.shared.array(TILE_SIZE, T)
+        x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
+        tiles = uint32(across * uint32((rows + uint32(TILE - 1)) // uint32(TILE)))
+        block = uint32(cuda.blockIdx.x)
+        while block < uint32(tiles * count):
+            matrix = uint32(block // tiles)
+            place = uint32(block - matrix * tiles)
+            top = uint32(place // across)
+            left = uint32((place - top * across) * uint32(TILE))
+            top = uint32(top * uint32(TILE))
+            start = uint32(matrix * rows * columns)
+            i = y
+            while i < uint32(TILE):
+                if top + i < rows and left + x < columns:
+                    tile[uint32(i * uint32(TILE + 1) + x)] = a[uint32(start + (top + i) * columns + left + x)]
+                i = uint32(i + uint32(TILE_ROWS))
+            cuda.syncthreads()
+            i = y
+            while i < uint32(TILE):
+                if left + i < columns and top + x < rows:
+                    out[uint32(start + (left + i) * rows + top + x)] = tile[uint32(x * uint32(TILE + 1) + i)]
+                i = uint32(i + uint32(TILE_ROWS))
+            cuda.syncthreads()
+            block = uint32(block + cuda.gridDim.x)
+
+    return transpose
+
+
+@program("gather", "f4* i8* f4* u4 u4 u4")
+def GATHER(T: Any) -> Callable[..., None]:
+    """out[i, j] = a[index[i], j]: a (limit, width), out (n, width); what is outside gives NaN, or 0 for integers."""
+    outside = T(math.nan) if str(T).startswith("float") else T(0)
+
+    def gather(a, index, out, n, width, limit):
+        i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+        while i < uint32(n * width):
+            row = uint32(i // width)
+            at = index[row]
+            inside = at >= 0 and at < limit
+            out[i] = a[uint32(uint32(at) * width + (i - row * width))] if inside else outside
+            i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+
+    return gather
+
+
+@program("scatter_add", "f4* i8* f4* u4 u4 u4")
+def SCATTER_ADD(T: Any) -> Callable[..., None]:
+    """out[index[i], j] += x[i, j], in any order; what is outside is left out."""
+
+    def scatter_add(x, index, out, n, width, limit):
+        i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+        while i < uint32(n * width):
+            row = uint32(i // width)
+            at = index[row]
+            if at >= 0 and at < limit:
+                cuda.atomic.add(out, uint32(uint32(at) * width + (i - row * width)), x[i])
+            i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+
+    return scatter_add
+
+
+# ---- strided copies --------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """Elements of an array: the shape they have, where they start, and how far a step along each axis goes."""
+
+    shape: Shape
+    start: int
+    steps: Shape
+
+
+def _whole(shape: Shape) -> View:
+    """All of an array."""
+    return View(tuple(shape), 0, contiguous(shape))
+
+
+def copy_between(source: DeviceArray, from_: View, out: DeviceArray, to: View) -> None:
+    """Copy the elements of one view to those of another of the same shape."""
+    if not math.prod(to.shape):
+        return
+    for walk in walks(to.shape, (from_.start, to.start), (from_.steps, to.steps)):
+        block = row_block(walk.shape[-1])
+        views = [n for start, steps in zip(walk.starts, walk.steps, strict=True) for n in (start, *steps)]
+        numbers = u4(walk.rows, *walk.shape[1:], *views)
+        launch(COPY, blocks(walk.rows, block[1]), source, out, *numbers, block=block)
+
+
+def taken(x: DeviceArray, view: View) -> DeviceArray:
+    """The elements of a view, as an array of their own."""
+    out = DeviceArray(view.shape, x.dtype)
+    copy_between(x, view, out, _whole(view.shape))
+    return out
+
+
+@kernel("reshape", "cuda")
+def reshape(x: DeviceArray, *, shape: int | Shape) -> DeviceArray:
+    """A view in another shape."""
+    return x.reshape(shape)
+
+
+def _order(axes: Shape | None, ndim: int) -> Shape:
+    if axes is None:
+        return tuple(reversed(range(ndim)))
+    order = tuple(operator.index(a) + ndim * (operator.index(a) < 0) for a in axes)
+    if sorted(order) != list(range(ndim)):
+        raise ValueError(f"axes {axes} are no order of {ndim} axes")
+    return order
+
+
+@kernel("transpose", "cuda")
+def transpose(x: DeviceArray, *, axes: Shape | None = None) -> DeviceArray:
+    """A copy with its axes permuted."""
+    order = _order(axes, x.ndim)
+    shape, steps = tuple(x.shape[a] for a in order), contiguous(x.shape)
+    moved = [a for a in order if x.shape[a] != 1]
+    if moved == sorted(moved):  # only axes of length 1 change places
+        return x.view(shape)
+    swap = _as_swap(moved, x.shape)
+    if swap is None or not x.size:
+        return taken(x, View(shape, 0, tuple(steps[a] for a in order)))
+    out = DeviceArray(shape, x.dtype)
+    count, rows, columns = swap
+    across, down = -(-columns // TILE), -(-rows // TILE)
+    launch(TRANSPOSE, blocks(across * down * count, 1), x, out, *u4(rows, columns, across, count))
+    return out
+
+
+def _as_swap(moved: list[int], shape: Shape) -> tuple[int, int, int] | None:
+    """How many matrices, of what size, the permutation transposes, if it is that."""
+    kept = sorted(moved)
+    lead = next(i for i, (a, b) in enumerate(zip(moved, kept, strict=True)) if a != b)
+    tail, sorted_tail = moved[lead:], kept[lead:]
+    for k in range(1, len(tail)):
+        if tail == sorted_tail[k:] + sorted_tail[:k]:
+            lengths = [math.prod(shape[a] for a in part) for part in (kept[:lead], sorted_tail[:k], sorted_tail[k:])]
+            return lengths[0], lengths[1], lengths[2]
+    return None
+
+
+@kernel("broadcast_to", "cuda")
+def broadcast_to(x: DeviceArray, *, shape: Shape) -> DeviceArray:
+    """A copy, repeated to `shape`."""
+    if np.broadcast_shapes(x.shape, shape) != tuple(shape):
+        raise ValueError(f"an array of shape {x.shape} does not broadcast to {tuple(shape)}")
+    return taken(x, View(tuple(shape), 0, broadcast(x.shape, tuple(shape))))
+
+
+def _along(out: DeviceArray, axis: int, start: int, length: int) -> View:
+    """A part of an array along an axis."""
+    steps = contiguous(out.shape)
+    return View((*out.shape[:axis], length, *out.shape[axis + 1 :]), start * steps[axis], steps)
+
+
+@kernel("concatenate", "cuda")
+def concatenate(*xs: DeviceArray, axis: int = 0) -> DeviceArray:
+    """Arrays one after the other along an axis."""
+    maps.check(*xs)
+    first, dtype = xs[0], np.result_type(*(x.dtype for x in xs))
+    axis = operator.index(axis) + first.ndim * (axis < 0)
+    rest = {(*x.shape[:axis], *x.shape[axis + 1 :]) for x in xs}
+    if not 0 <= axis < first.ndim or len(rest) > 1:
+        raise ValueError(f"arrays of shapes {[x.shape for x in xs]} cannot be joined along axis {axis}")
+    total = sum(x.shape[axis] for x in xs)
+    out = DeviceArray((*first.shape[:axis], total, *first.shape[axis + 1 :]), dtype)
+    start = 0
+    for x in xs:
+        x = x.astype(dtype, copy=False)
+        copy_between(x, _whole(x.shape), out, _along(out, axis, start, x.shape[axis]))
+        start += x.shape[axis]
+    return out
+
+
+@kernel("stack", "cuda")
+def stack(*xs: DeviceArray, axis: int = 0) -> DeviceArray:
+    """Arrays of one shape along a new axis."""
+    axis = operator.index(axis) + (xs[0].ndim + 1) * (axis < 0)
+    return concatenate(*(x.reshape((*x.shape[:axis], 1, *x.shape[axis:])) for x in xs), axis=axis)
+
+
+@kernel("pad", "cuda")
+def pad(x: DeviceArray, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> DeviceArray:
+    """A border of `value` around x."""
+    if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
+        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
+    shape = tuple(n + before + after for n, (before, after) in zip(x.shape, width, strict=True))
+    out, steps = maps.fill(DeviceArray(shape, x.dtype), value), contiguous(shape)
+    start = sum(before * s for (before, _), s in zip(width, steps, strict=True))
+    copy_between(x, _whole(x.shape), out, View(x.shape, start, steps))
+    return out
+
+
+# ---- indexing --------------------------------------------------------------------------------------------
+
+
+def _entries(shape: Shape, index: Any) -> list[Any]:
+    """One entry for each axis, and None for each new one; masks are replaced by the places where they are true."""
+    parts: list[Any] = []
+    for part in index if isinstance(index, tuple) else (index,):
+        if isinstance(part, list | tuple):
+            part = np.asarray(part, None if len(part) else np.intp)
+        if isinstance(part, DeviceArray) and part.dtype == bool:
+            part = part.numpy()  # how many are chosen has to be known
+        if isinstance(part, np.ndarray) and part.dtype == bool:
+            parts += list(np.nonzero(part))
+        else:
+            parts.append(part)
+    used = sum(p is not None and p is not Ellipsis for p in parts)
+    if used > len(shape):
+        raise IndexError(f"{used} indices for an array of {len(shape)} axes")
+    if not any(p is Ellipsis for p in parts):
+        parts.append(Ellipsis)
+    at = next(i for i, p in enumerate(parts) if p is Ellipsis)
+    return parts[:at] + [slice(None)] * (len(shape) - used) + parts[at + 1 :]
+
+
+def _basic(shape: Shape, entries: list[Any]) -> View:
+    """What numbers, slices and new axes choose; of a slice the start and step, of an array all of its axis."""
+    own, start, lengths, steps, axis = contiguous(shape), 0, [], [], 0
+    for entry in entries:
+        if entry is None:
+            lengths.append(1)
+            steps.append(0)
+            continue
+        if isinstance(entry, slice):
+            first, stop, step = entry.indices(shape[axis])
+            lengths.append(len(range(first, stop, step)))
+            steps.append(step * own[axis])
+            start += first * own[axis] if lengths[-1] else 0
+        elif isinstance(entry, int | np.integer) and not isinstance(entry, bool):
+            if not -shape[axis] <= entry < shape[axis]:
+                raise IndexError(f"index {entry} is out of bounds for axis {axis} of length {shape[axis]}")
+            start += (int(entry) % shape[axis]) * own[axis]
+        else:
+            lengths.append(shape[axis])
+            steps.append(own[axis])
+        axis += 1
+    return View(tuple(lengths), start, tuple(steps))
+
+
+def _is_array(entry: Any) -> bool:
+    return isinstance(entry, np.ndarray | DeviceArray)
+
+
+def _flat_index(shape: Shape, entries: list[Any]) -> tuple[Shape, Any]:
+    """For index arrays into the leading axes of `shape`: their common shape, and the flat places they choose."""
+    arrays = [e for e in entries if _is_array(e)]
+    common = np.broadcast_shapes(*(a.shape for a in arrays))
+    total: Any = 0
+    for n, entry in zip(shape, entries, strict=False):
+        if isinstance(entry, np.ndarray):
+            if entry.dtype.kind not in "iu":
+                raise IndexError(f"an index has to be of an integer or boolean dtype; got {entry.dtype}")
+            if entry.size and not (entry.min() >= -n and entry.max() < n):
+                raise IndexError(f"an index is out of bounds for an axis of length {n}")
+            place: Any = np.where(entry < 0, entry + n, entry)
+        else:
+            # What lies outside is marked by a place that lies outside of the whole: to check would be to wait.
+            inside = maps.mul(entry >= -n, entry < n)
+            place = maps.where(inside, maps.where(entry < 0, entry + n, entry), -(1 << 40))
+        if isinstance(total, DeviceArray) and isinstance(place, np.ndarray):
+            place = DeviceArray.from_numpy(np.asarray(place, np.int64))
+        elif isinstance(place, DeviceArray) and isinstance(total, np.ndarray):
+            total = DeviceArray.from_numpy(np.asarray(total, np.int64))
+        total = total * n + place
+    if isinstance(total, DeviceArray):
+        return common, broadcast_to(total.astype(np.int64, copy=False), shape=common)
+    return common, DeviceArray.from_numpy(np.broadcast_to(np.asarray(total, np.int64), common))
+
+
+class _Chosen(NamedTuple):
+    """An index with arrays: x[index] is `x` under basic indices, permuted, and then gathered along its first axes."""
+
+    view: View  # after the basic part
+    order: Shape  # of the axes: those with arrays first
+    count: int  # of these
+    lead: Shape  # the shape that replaces them
+    places: DeviceArray
+    at: int  # before which of the other axes the lead goes in the result
+
+
+def _chosen(shape: Shape, entries: list[Any]) -> _Chosen:
+    # Beside arrays a number is an array of no axes.
+    entries = [np.asarray(e) if isinstance(e, int | np.integer) and e is not None else e for e in entries]
+    view = _basic(shape, entries)
+    indexed = [i for i, e in enumerate(entries) if _is_array(e)]
+    others = [i for i in range(len(entries)) if i not in indexed]
+    lead, places = _flat_index(tuple(view.shape[i] for i in indexed), [entries[i] for i in indexed])
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = sum(i < indexed[0] for i in others) if together else 0
+    return _Chosen(view, (*indexed, *others), len(indexed), lead, places, at)
+
+
+def _with_lead_at(lead: int, at: int, rest: int) -> Shape:
+    """The order of axes that moves the first `lead` behind `at` of the `rest` others."""
+    others = range(lead, lead + rest)
+    return (*others[:at], *range(lead), *others[at:])
+
+
+@kernel("getitem", "cuda")
+def getitem(x: DeviceArray, *, index: Any) -> DeviceArray:
+    """x[index] by NumPy's rules. An index array on the device that points outside gives NaN."""
+    entries = _entries(x.shape, index)
+    if not any(map(_is_array, entries)):
+        view = _basic(x.shape, entries)
+        if view.steps == contiguous(view.shape) or math.prod(view.shape) == x.size == 1:
+            return x.view(view.shape, view.start)
+        return taken(x, view)
+    chosen = _chosen(x.shape, entries)
+    basic = x if chosen.view == _whole(x.shape) else taken(x, chosen.view)
+    table = transpose(basic, axes=chosen.order)
+    limit, rest = math.prod(table.shape[: chosen.count]), table.shape[chosen.count :]
+    out, width = DeviceArray((*chosen.lead, *rest), x.dtype), math.prod(rest)
+    if out.size:
+        numbers = u4(chosen.places.size, width, limit)
+        launch(GATHER, blocks(out.size), table, chosen.places, out, *numbers)
+    return transpose(out, axes=_with_lead_at(len(chosen.lead), chosen.at, len(rest)))
+
+
+@kernel("scatter_add", "cuda")
+def scatter_add(x: DeviceArray, *, index: Any, shape: Shape) -> DeviceArray:
+    """Zeros of `shape` with x added at `index`; where places repeat, in no fixed order."""
+    entries = _entries(shape, index)
+    if not any(map(_is_array, entries)):
+        out, view = maps.fill(DeviceArray(shape, x.dtype), 0), _basic(shape, entries)
+        copy_between(x, View(view.shape, 0, broadcast(x.shape, view.shape)), out, view)
+        return out
+    chosen = _chosen(shape, entries)
+    sizes = tuple(chosen.view.shape[i] for i in chosen.order)
+    rest = sizes[chosen.count :]
+    order = _with_lead_at(len(chosen.lead), chosen.at, len(rest))
+    given = broadcast_to(x, shape=tuple((*chosen.lead, *rest)[i] for i in order))
+    values = transpose(given, axes=tuple(np.argsort(order)))
+    table = maps.fill(DeviceArray(sizes, x.dtype), 0)
+    if values.size:
+        numbers = u4(chosen.places.size, math.prod(rest), math.prod(sizes[: chosen.count]))
+        launch(SCATTER_ADD, blocks(values.size), values, chosen.places, table, *numbers)
+    back = transpose(table, axes=tuple(np.argsort(chosen.order)))
+    if chosen.view == _whole(shape):
+        return back
+    out = maps.fill(DeviceArray(shape, x.dtype), 0)
+    copy_between(back, _whole(back.shape), out, chosen.view)
+    return out

@@ -1,0 +1,70 @@
+"""All that the programs use of Numba's CUDA target, and the only place that imports it (package `numba-cuda`).
+
+Programs are plain functions over `cuda`, `float32` and their kin, as its successor `numba-cuda-mlir` compiles them too;
+to change over, change this file. Nothing here touches a driver or a device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import boolean, cuda, float32, float64, int32, int64, types, uint8, uint32, uint64, void
+from numba.extending import intrinsic
+
+__all__ = ["compile_ptx", "cuda", "device", "float32", "float64", "int32", "int64", "load4", "store4", "uint32", "uint64"]
+
+TYPES: dict[str, Any] = {
+    "b1": boolean, "u1": uint8, "i4": int32, "i8": int64, "u4": uint32, "u8": uint64, "f4": float32, "f8": float64,
+}  # fmt: skip
+
+
+def device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that programs call."""
+    return cuda.jit(device=True)(function)
+
+
+def argument(kind: str) -> Any:
+    """The type of an argument: "f4" is a number, "f4*" an array of one axis, C-contiguous."""
+    return types.Array(TYPES[kind[:-1]], 1, "C") if kind.endswith("*") else TYPES[kind]
+
+
+def compile_ptx(function: Callable[..., Any], signature: tuple[str, ...], cc: tuple[int, int]) -> str:
+    """The PTX of a program for arguments of these types and GPUs of compute capability `cc`."""
+    ptx, _ = cuda.compile_ptx(function, void(*map(argument, signature)), cc=cc)
+    return str(ptx)
+
+
+# Numba knows the alignment of an element only, so it never merges neighbouring loads. These ask for 128 bits at once.
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    first = builder.gep(data, [builder.zext(index, ir.IntType(64))])
+    return builder.bitcast(first, ir.VectorType(ir.FloatType(), 4).as_pointer())
+
+
+@intrinsic
+def load4(typingctx, array, index):
+    """array[index], …, array[index + 3] of float32, where index is a multiple of 4 and the array aligned to 16 bytes."""
+
+    def codegen(context, builder, signature, args):
+        vector = builder.load(_pointer(context, builder, signature.args[0], *args), align=16)
+        parts = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(float32, 4)(array, uint32), codegen
+
+
+@intrinsic
+def store4(typingctx, array, index, values):
+    """array[index], …, array[index + 3] = values, on the same conditions."""
+
+    def codegen(context, builder, signature, args):
+        vector: Any = ir.Constant(ir.VectorType(ir.FloatType(), 4), ir.Undefined)
+        for k in range(4):
+            part = builder.extract_value(args[2], k)
+            vector = builder.insert_element(vector, part, ir.Constant(ir.IntType(32), k))
+        builder.store(vector, _pointer(context, builder, signature.args[0], *args[:2]), align=16)
+        return context.get_dummy_value()
+
+    return types.void(array, uint32, types.UniTuple(float32, 4)), codegen

@@ -1,0 +1,65 @@
+"""How programs walk arrays that are broadcast, permuted or sliced: four axes, and how far a step along each goes."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+AXES = 4  # of a walk; the rows of its last one are what the threads of a block take
+
+
+class Walk(NamedTuple):
+    """One launch: lengths of the four axes, and for each array where it starts and how far a step goes."""
+
+    shape: Shape
+    starts: Shape
+    steps: tuple[Shape, ...]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+
+def contiguous(shape: Shape) -> Shape:
+    """The steps, in elements, of a C-contiguous array."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def broadcast(shape: Shape, to: Shape) -> Shape:
+    """The steps that make an array of `shape` one of shape `to`: none along axes that are repeated."""
+    lead = len(to) - len(shape)
+    own = contiguous(shape)
+    return tuple(0 if i < lead or shape[i - lead] == 1 else own[i - lead] for i in range(len(to)))
+
+
+def walks(shape: Shape, starts: Sequence[int], steps: Sequence[Shape]) -> Iterator[Walk]:
+    """All elements of `shape` in walks of four axes: nearly always one, as neighbouring axes are merged."""
+    axes: list[tuple[int, list[int]]] = []  # from the last one on: length, and the step of each array
+    for i in reversed(range(len(shape))):
+        if shape[i] == 1:
+            continue
+        step = [s[i] for s in steps]
+        if axes and all(s == t * axes[-1][0] for s, t in zip(step, axes[-1][1], strict=True)):
+            axes[-1] = axes[-1][0] * shape[i], axes[-1][1]
+        else:
+            axes.append((shape[i], step))
+    axes = axes[::-1]
+    outer, inner = axes[: max(len(axes) - AXES, 0)], axes[max(len(axes) - AXES, 0) :]
+    inner = [(1, [0] * len(steps))] * (AXES - len(inner)) + inner
+    lengths = tuple(n for n, _ in inner)
+    inner_steps = tuple(tuple(s[k] for _, s in inner) for k in range(len(steps)))
+    for place in itertools.product(*(range(n) for n, _ in outer)):
+        at = [
+            start + sum(i * s[k] for i, (_, s) in zip(place, outer, strict=True)) for k, start in enumerate(starts)
+        ]
+        yield Walk(lengths, tuple(at), inner_steps)
+
+
+def row_block(inner: int) -> tuple[int, int]:
+    """Threads of a block, along the last axis and across rows: 256, of which few are idle in short rows."""
+    along = 32
+    while along > 1 and along // 2 >= inner:
+        along //= 2
+    return along, 256 // along
