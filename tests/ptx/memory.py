@@ -1,0 +1,210 @@
+"""State spaces: bytes, what is known about each of them, and who touched them since the last barrier."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.ptx.parse import PTXError
+
+ALLOCATED, INITIALISED = 0x01, 0x02  # bits of a byte's state
+SECTOR = 32  # bytes that global memory moves at least
+BANKS = 32  # of 4 bytes, in shared memory
+SAME_WARP, SAME_BLOCK, ANY_BLOCK = 1, 2, 3  # how far the readers of a granule are apart
+
+Ints = np.ndarray
+
+
+class OutOfBounds(PTXError):
+    """An access outside of what was allocated, or to memory that was freed."""
+
+
+class Misaligned(PTXError):
+    """An access whose address is no multiple of its size."""
+
+
+class Uninitialised(PTXError):
+    """A read of memory that nobody has written."""
+
+
+class DataRace(PTXError):
+    """Two threads touch the same memory, one of them writing, with no barrier between."""
+
+
+@dataclass
+class Fault(Exception):
+    """Lane `at` of an access, counted among the accessing ones, did something wrong; the machine says where."""
+
+    error: type[PTXError]
+    at: int
+    problem: str
+
+
+class Memory:
+    """The bytes of one state space.
+
+    state holds a byte for each byte of data: whether it is allocated and whether somebody has written it.
+    """
+
+    def __init__(self, nbytes: int, state: int = 0):
+        size = -(-nbytes // 16) * 16
+        self.data = np.full(size, 0xFF, np.uint8)  # NaN, and indices far outside
+        self.state = np.full(size, state, np.uint8)
+
+    def check(self, index: Ints, width: int, bit: int) -> None:
+        """Raise unless every access of width bytes at index is aligned and has the bit in all its bytes' states."""
+        if (bad := index % width != 0).any():
+            raise Fault(Misaligned, int(bad.argmax()), f"no multiple of the {width} bytes that it accesses")
+        if (bad := (index < 0) | (index > self.state.size - width)).any():
+            raise Fault(OutOfBounds, int(bad.argmax()), "outside of what was allocated")
+        part = min(width, 8)
+        wanted = int.from_bytes(bytes([bit]) * part, "little")
+        states = self.state.view(f"u{part}")
+        for k in range(width // part):
+            if (bad := states[index // part + k] & wanted != wanted).any():
+                at = int(bad.argmax())
+                first = int(index[at])
+                allocated = (self.state[first : first + width] & ALLOCATED).all()
+                if allocated:
+                    raise Fault(Uninitialised, at, "never written")
+                raise Fault(OutOfBounds, at, "outside of what was allocated")
+
+    def load(self, index: Ints, dtype: np.dtype) -> np.ndarray:
+        return self.data.view(dtype)[index // dtype.itemsize]
+
+    def store(self, index: Ints, values: np.ndarray) -> None:
+        size = values.dtype.itemsize
+        self.data.view(values.dtype)[index // size] = values
+        self.state.view(f"u{size}")[index // size] = int.from_bytes(bytes([ALLOCATED | INITIALISED]) * size, "little")
+
+
+class Shadow:
+    """Who wrote and who read each granule of a space last: the race detector.
+
+    A thread has a number (its block's shifted left by `shift`, plus its own in the block) and a clock: barriers of its
+    block in the upper half, warp-wide synchronisations since then in the lower. Two accesses of different threads are
+    ordered only if the block passed a barrier between them, or, within a warp, a `bar.warp.sync`; that the lanes of a
+    warp run in step is no excuse.
+    """
+
+    def __init__(self, nbytes: int, granule: int, shift: int):
+        n = nbytes // granule + 1
+        self.granule, self.shift = granule, shift
+        self.writer, self.reader = np.zeros(n, np.int64), np.zeros(n, np.int64)  # 1 + thread, 0: nobody
+        self.written, self.read = np.zeros(n, np.int64), np.zeros(n, np.int64)  # their clocks
+        self.atomic = np.zeros(n, np.bool_)  # whether the last write was an atomic one
+        self.scope = np.zeros(n, np.int8)  # how far the readers are apart, 0: one thread
+
+    def access(self, index: Ints, width: int, thread: Ints, clock: Ints, store: bool, atomic: bool) -> None:
+        """Note accesses of width bytes, and raise if one races with an earlier or a simultaneous one."""
+        for granule in index // self.granule + np.arange(max(1, width // self.granule))[:, None]:
+            if store:
+                self._store(granule, thread, clock, atomic)
+            else:
+                self._load(granule, thread, clock, atomic)
+
+    def _distance(self, other: Ints, then: Ints, thread: Ints, clock: Ints) -> np.ndarray:
+        """How far apart two unordered threads are; 0 for the same thread or ordered accesses; other is 1 + a thread."""
+        other = other - 1
+        distance = np.where(clock == then, np.where(other == thread, 0, SAME_WARP), 0)
+        distance = np.where((other >> 5 != thread >> 5) & (clock >> 32 == then >> 32), SAME_BLOCK, distance)
+        distance = np.where(other >> self.shift != thread >> self.shift, ANY_BLOCK, distance)
+        return np.where(other < 0, 0, distance)
+
+    def _against_writer(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool, what: str) -> None:
+        writer = self.writer[granule]
+        if not writer.any():
+            return
+        racing = self._distance(writer, self.written[granule], thread, clock) > 0
+        if atomic:
+            racing &= ~self.atomic[granule]
+        self._raise(racing, writer, "wrote", what)
+
+    def _raise(self, racing: np.ndarray, other: Ints, did: str, what: str) -> None:
+        if racing.any():
+            at = int(racing.argmax())
+            block, thread = divmod(int(other[at]) - 1, 1 << self.shift)
+            raise Fault(DataRace, at, f"{what} what thread {thread} of block {block} {did} with no barrier between")
+
+    def _load(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool) -> None:
+        self._against_writer(granule, thread, clock, atomic, "reads")
+        if atomic:  # a strong read races with no atomic write, and plain writes are checked by their own readers
+            return
+        self._note_readers(granule, thread, clock)
+
+    def _note_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
+        reader, read, scope = self.reader[granule], self.read[granule], self.scope[granule]
+        known = reader > 0
+        far = np.zeros(granule.size, np.int8)
+        if known.any():
+            far = self._distance(reader, read, thread, clock).astype(np.int8)
+            same_block = (reader - 1) >> self.shift == thread >> self.shift
+            current = known & ((scope == ANY_BLOCK) | (same_block & (read >> 32 == clock >> 32)))
+            wide = (scope >= SAME_BLOCK) | (read == clock)  # an older reader of the warp no longer matters
+            far = np.maximum(far, np.where(current & wide, scope, 0))
+        self.reader[granule], self.read[granule] = thread + 1, clock
+        winner = self.reader[granule]  # of the lanes that read the same granule at once
+        if (winner != thread + 1).any():
+            far = np.maximum(far, self._distance(winner, self.read[granule], thread, clock))
+        self.scope[granule] = 0
+        for scope_now in (SAME_WARP, SAME_BLOCK, ANY_BLOCK):  # the widest is written last
+            if (these := far == scope_now).any():
+                self.scope[granule[these]] = scope_now
+
+    def _store(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool) -> None:
+        self._against_writer(granule, thread, clock, atomic, "overwrites")
+        reader = self.reader[granule]
+        if reader.any():
+            read, scope = self.read[granule], self.scope[granule]
+            distance = self._distance(reader, read, thread, clock)
+            current = ((reader - 1) >> self.shift == thread >> self.shift) & (read >> 32 == clock >> 32)
+            racing = (distance > 0) | (scope == ANY_BLOCK) | (current & (scope == SAME_BLOCK))
+            racing |= (read == clock) & (scope == SAME_WARP) & current
+            self._raise(racing & (reader > 0), reader, "reads or a neighbour of it reads", "overwrites")
+        self.writer[granule], self.written[granule] = thread + 1, clock
+        self.atomic[granule] = atomic
+        if not atomic:
+            self._raise(
+                self.writer[granule] != thread + 1, self.writer[granule], "writes at the same time", "overwrites"
+            )
+
+
+def sectors(index: Ints, warp: Ints) -> int:
+    """Sectors of 32 bytes that the requests of all warps touch together; no access crosses one."""
+    return _distinct(warp * (1 << 40) + index // SECTOR).size
+
+
+def bank_conflicts(index: Ints, lane: Ints, width: int) -> int:
+    """How many times more than once shared memory has to be asked because lanes want different words of a bank.
+
+    Accesses of 8 and 16 bytes a lane are served for half and quarter warps.
+    """
+    words = max(1, width // 4)
+    group = (lane >> 5) * words + (lane & 31) // (32 // words)
+    word = index[:, None] // 4 + np.arange(words)
+    bank = group[:, None] * BANKS + word % BANKS
+    asked = _distinct((bank * (1 << 32) + word).ravel()) >> 32  # the bank of every distinct word
+    starts = np.flatnonzero(np.diff(asked, prepend=-1))
+    if starts.size == asked.size:
+        return 0
+    depth = np.diff(starts, append=asked.size)
+    deepest = np.zeros(int(group.max()) + 1, np.int64)
+    np.maximum.at(deepest, asked[starts] // BANKS, depth)
+    return int((deepest[deepest > 0] - 1).sum())
+
+
+def _distinct(keys: Ints) -> Ints:
+    steps = np.diff(keys)
+    if (steps < 0).any():
+        keys = np.sort(keys)
+        steps = np.diff(keys)
+    return np.concatenate([keys[:1], keys[1:][steps > 0]])
+
+
+def take_turns(index: Ints, apply: Callable[[np.ndarray], None]) -> None:
+    """Call apply with groups of lanes so that no group has an address twice and lanes of an address come in order."""
+    left = np.arange(index.size)
+    while left.size:
+        _, first = np.unique(index[left], return_index=True)
+        apply(left[first])
+        left = np.delete(left, first)
