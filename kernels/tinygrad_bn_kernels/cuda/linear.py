@@ -1,0 +1,208 @@
+"""Matrix products by tiles in shared memory, and the affine map of a layer.
+
+A block computes 64 × 64 elements, 16 for each thread, from strips of 16 of the inner axis that it holds in shared
+memory. Either factor may lie transposed in memory: no gradient needs a copy in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cuda import maps
+from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.launch import PROGRAMS, launch, program, u4
+from tinygrad_bn_kernels.cuda.layout import broadcast_to
+from tinygrad_bn_kernels.cuda.reduce import sum_
+from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32
+
+SIDE = 64  # of a block's part of the product
+DEPTH = 16  # of a strip
+PITCH = SIDE + 2  # of a strip in shared memory: then 16 × 2 neighbours lie in 32 different banks
+STRIP = DEPTH * PITCH
+
+
+def _loader(T: Any, along_depth: bool) -> Callable[..., Any]:
+    """A device function that brings (64, 16) elements of a factor into shared memory, depth by depth.
+
+    Neighbouring threads read neighbouring elements: along the inner axis, or across it if the factor lies transposed.
+    """
+    zero = T(0)
+
+    @device
+    def load(source, start, rows, depth, row, k, strip, thread):
+        for part in range(4):
+            if along_depth:
+                i, j = uint32((thread >> uint32(4)) + uint32(16 * part)), uint32(thread & uint32(15))
+            else:
+                i, j = uint32(thread & uint32(63)), uint32((thread >> uint32(6)) + uint32(4 * part))
+            value = zero
+            if row + i < rows and k + j < depth:
+                at = (row + i) * depth + k + j if along_depth else (k + j) * rows + row + i
+                value = source[uint32(start + at)]
+            strip[uint32(j * uint32(PITCH) + i)] = value
+
+    return load
+
+
+def _product(a_along: bool, b_along: bool, with_bias: bool) -> Callable[[Any], Callable[..., None]]:
+    """Whether the inner axis is the last one of a, and of b, in memory; whether a row is added to the product."""
+
+    def build(T: Any) -> Callable[..., None]:
+        load_a, load_b = _loader(T, a_along), _loader(T, b_along)
+
+        def product(a, b, bias, out, rows, columns, depth, a_step, b_step):
+            strip_a, strip_b = cuda.shared.array(STRIP, T), cuda.shared.array(STRIP, T)
+            x, y = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
+            thread = uint32(y * uint32(16) + x)
+            row, column = uint32(cuda.blockIdx.y * uint32(SIDE)), uint32(cuda.blockIdx.x * uint32(SIDE))
+            batch = uint32(cuda.blockIdx.z)
+            a_start, b_start = uint32(batch * a_step), uint32(batch * b_step)
+            c00 = c01 = c02 = c03 = c10 = c11 = c12 = c13 = T(0)
+            c20 = c21 = c22 = c23 = c30 = c31 = c32 = c33 = T(0)
+            k = uint32(0)
+            while k < depth:
+                load_a(a, a_start, rows, depth, row, k, strip_a, thread)
+                load_b(b, b_start, columns, depth, column, k, strip_b, thread)
+                cuda.syncthreads()
+                for j in range(DEPTH):
+                    i = uint32(uint32(j) * uint32(PITCH) + y)
+                    a0, a1 = strip_a[i], strip_a[uint32(i + uint32(16))]
+                    a2, a3 = strip_a[uint32(i + uint32(32))], strip_a[uint32(i + uint32(48))]
+                    i = uint32(uint32(j) * uint32(PITCH) + x)
+                    b0, b1 = strip_b[i], strip_b[uint32(i + uint32(16))]
+                    b2, b3 = strip_b[uint32(i + uint32(32))], strip_b[uint32(i + uint32(48))]
+                    c00, c01, c02, c03 = c00 + a0 * b0, c01 + a0 * b1, c02 + a0 * b2, c03 + a0 * b3
+                    c10, c11, c12, c13 = c10 + a1 * b0, c11 + a1 * b1, c12 + a1 * b2, c13 + a1 * b3
+                    c20, c21, c22, c23 = c20 + a2 * b0, c21 + a2 * b1, c22 + a2 * b2, c23 + a2 * b3
+                    c30, c31, c32, c33 = c30 + a3 * b0, c31 + a3 * b1, c32 + a3 * b2, c33 + a3 * b3
+                cuda.syncthreads()
+                k = uint32(k + uint32(DEPTH))
+            start = uint32(batch * rows * columns)
+            for part in range(4):
+                j = uint32(column + x + uint32(16 * part))
+                if j < columns:
+                    top = bias[j] if with_bias else T(0)
+                    v0 = c00 if part == 0 else c01 if part == 1 else c02 if part == 2 else c03
+                    v1 = c10 if part == 0 else c11 if part == 1 else c12 if part == 2 else c13
+                    v2 = c20 if part == 0 else c21 if part == 1 else c22 if part == 2 else c23
+                    v3 = c30 if part == 0 else c31 if part == 1 else c32 if part == 2 else c33
+                    i = uint32(row + y)
+                    if i < rows:
+                        out[uint32(start + i * columns + j)] = v0 + top
+                    i = uint32(i + uint32(16))
+                    if i < rows:
+                        out[uint32(start + i * columns + j)] = v1 + top
+                    i = uint32(i + uint32(16))
+                    if i < rows:
+                        out[uint32(start + i * columns + j)] = v2 + top
+                    i = uint32(i + uint32(16))
+                    if i < rows:
+                        out[uint32(start + i * columns + j)] = v3 + top
+
+        return product
+
+    return build
+
+
+# n: as in the formula, t: transposed in memory.
+for _name, _a, _b, _bias in (
+    ("product.nn", True, False, False),
+    ("product.nt", True, True, False),
+    ("product.tn", False, False, False),
+    ("product.nt.bias", True, True, True),
+):
+    program(_name, "f4* f4* f4* f4* u4 u4 u4 u4 u4", block=(16, 16), registers=64, shared=8 * STRIP)(
+        _product(_a, _b, _bias)
+    )
+
+
+def product(
+    a: DeviceArray, b: DeviceArray, rows: int, columns: int, depth: int, how: str = "nn", bias: Any = None
+) -> DeviceArray:
+    """Products of matrices (rows, depth) and (depth, columns), each stored as `how` says: a's and b's batches fit."""
+    count_a, count_b = (x.size // max(size, 1) for x, size in ((a, rows * depth), (b, depth * columns)))
+    count = max(count_a, count_b)
+    out = DeviceArray((count, rows, columns), a.dtype)
+    if not out.size:
+        return out
+    if not depth:
+        return maps.fill(out, 0) if bias is None else broadcast_to(bias, shape=out.shape)
+    steps = rows * depth if count_a > 1 else 0, depth * columns if count_b > 1 else 0
+    grid = -(-columns // SIDE), -(-rows // SIDE), count
+    name = f"product.{how}" + ("" if bias is None else ".bias")
+    launch(PROGRAMS[name], grid, a, b, a if bias is None else bias, out, *u4(rows, columns, depth, *steps))
+    return out
+
+
+def _common(*xs: DeviceArray) -> list[DeviceArray]:
+    maps.check(*xs)
+    dtype = np.result_type(*(x.dtype for x in xs))
+    return [x.astype(dtype, copy=False) for x in xs]
+
+
+def _batched(a: DeviceArray, b: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, DeviceArray]:
+    """Both with all the leading axes, unless one has none at all."""
+    return tuple(
+        x if math.prod(x.shape[:-2]) == 1 else broadcast_to(x, shape=(*lead, *x.shape[-2:])) for x in (a, b)
+    )  # type: ignore[return-value]
+
+
+@kernel("matmul", "cuda")
+def matmul(a: DeviceArray, b: DeviceArray) -> DeviceArray:
+    """(..., n, k) @ (..., k, m), with broadcast leading axes; arrays of one axis as in NumPy."""
+    a, b = _common(a, b)
+    if not a.ndim or not b.ndim or a.shape[-1] != b.shape[max(b.ndim - 2, 0)]:
+        raise ValueError(f"shapes {a.shape} and {b.shape} do not fit for a matrix product")
+    left, right = a.reshape((1, *a.shape)) if a.ndim == 1 else a, b.reshape((*b.shape, 1)) if b.ndim == 1 else b
+    lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    rows, depth, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    shape = (*lead, *((rows,) if a.ndim > 1 else ()), *((columns,) if b.ndim > 1 else ()))
+    if not math.prod(shape):
+        return DeviceArray(shape, a.dtype)
+    if not depth:
+        return maps.fill(DeviceArray(shape, a.dtype), 0)
+    return product(*_batched(left, right, lead), rows, columns, depth).reshape(shape)
+
+
+@kernel("matmul.vjp", "cuda")
+def matmul_vjp(g: DeviceArray, y: DeviceArray, a: DeviceArray, b: DeviceArray, *, needs: list[bool]) -> Any:
+    """g bᵀ and aᵀ g, without a transposed copy; for arrays of one axis the rules serve."""
+    if a.ndim < 2 or b.ndim < 2 or not g.size or not a.size or not b.size:
+        return NotImplemented
+    (rows, columns), depth, lead = g.shape[-2:], a.shape[-1], g.shape[:-2]
+    g, a, b = _common(g, a, b)
+    ga = gb = None
+    if needs[0]:
+        ga = product(*_batched(g, b, lead), rows, depth, columns, "nt").reshape((*lead, rows, depth))
+    if needs[1]:
+        gb = product(*_batched(a, g, lead), depth, columns, rows, "tn").reshape((*lead, depth, columns))
+    return ga, gb
+
+
+@kernel("linear", "cuda")
+def linear(x: DeviceArray, weight: DeviceArray, bias: DeviceArray) -> DeviceArray:
+    """x (..., in) times weight (out, in) transposed, plus bias (out,)."""
+    x, weight, bias = _common(x, weight, bias)
+    if x.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
+        raise ValueError(f"x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit")
+    rows, (columns, depth) = math.prod(x.shape[:-1]), weight.shape
+    return product(x, weight, rows, columns, depth, "nt", bias).reshape((*x.shape[:-1], columns))
+
+
+@kernel("linear.vjp", "cuda")
+def linear_vjp(
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool]
+) -> Any:
+    """g W, gᵀ x and Σ g, those that are needed."""
+    rows, (columns, depth) = math.prod(x.shape[:-1]), weight.shape
+    if not rows or len({g.dtype, x.dtype, weight.dtype}) > 1:
+        return NotImplemented
+    gx = product(g, weight, rows, depth, columns).reshape(x.shape) if needs[0] else None
+    gweight = product(g, x, columns, depth, rows, "tn").reshape(weight.shape) if needs[1] else None
+    gbias = sum_(g.reshape((rows, columns)), axis=0) if needs[2] else None
+    return gx, gweight, gbias

@@ -1,0 +1,334 @@
+"""Reductions over any axes: sums, extremes and their places.
+
+Neighbouring axes that are reduced, or kept, count as one, which leaves x as (A, R, B) with R reduced: *rows* where B is
+1, each taken by a warp or by a block, and *columns* otherwise, a warp's lanes side by side. Other axes are brought into
+this order by a copy. Long reductions are cut into parts, whose results a second launch puts together.
+
+Sums are in the precision of the array, as a tree: the error grows with the logarithm of the length.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cuda import maps
+from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
+from tinygrad_bn_kernels.cuda.layout import transpose
+from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, over_warp
+
+Axis = int | tuple[int, ...] | None
+Shape = tuple[int, ...]
+
+# A row up to this length is taken by one warp.
+SHORT = 1024
+
+# Elements of a part, at least: of a row, and of a column.
+ROW_PART = 8192
+COLUMN_PART = 256
+
+LANES = 32
+GROUPS = 8  # rows of threads in a block for columns
+
+
+# ---- programs --------------------------------------------------------------------------------------------
+
+
+def _least(T: Any) -> Any:
+    name = str(T)
+    return -math.inf if name.startswith("float") else 0 if name.startswith(("u", "b")) else np.iinfo(name).min
+
+
+def _most(T: Any) -> Any:
+    return math.inf if str(T).startswith("float") else 1 if str(T).startswith("b") else np.iinfo(str(T)).max
+
+
+# How two results are combined, where that starts from, and what is done to an element first.
+COMBINE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "sum": (maps.SAME["add"], lambda T: 0, maps.SAME["identity"]),
+    "sum_of_squares": (maps.SAME["add"], lambda T: 0, lambda T: lambda x: x * x),
+    "max": (maps.SAME["maximum"], _least, maps.SAME["identity"]),
+    "min": (maps.SAME["minimum"], _most, maps.SAME["identity"]),
+}
+
+
+def _short_rows(name: str) -> Callable[[Any], Callable[..., None]]:
+    combine_of, start_of, each_of = COMBINE[name]
+
+    def build(T: Any) -> Callable[..., None]:
+        combine, start, each = device(combine_of(T)), T(start_of(T)), device(each_of(T))
+        over = over_warp(combine)
+
+        def short_rows(x, out, rows, length):
+            row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+            while row < rows:
+                value = start
+                i = uint32(cuda.threadIdx.x)
+                while i < length:
+                    value = combine(value, each(x[uint32(row * length + i)]))
+                    i = uint32(i + uint32(LANES))
+                value = over(value)
+                if cuda.threadIdx.x == 0:
+                    out[row] = value
+                row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+        return short_rows
+
+    return build
+
+
+def _rows(name: str) -> Callable[[Any], Callable[..., None]]:
+    combine_of, start_of, each_of = COMBINE[name]
+
+    def build(T: Any) -> Callable[..., None]:
+        combine, start, each = device(combine_of(T)), T(start_of(T)), device(each_of(T))
+        over = over_block(combine)
+
+        def rows(x, out, count, length, parts, part):
+            shared = cuda.shared.array(WARPS, T)
+            block = uint32(cuda.blockIdx.x)
+            while block < uint32(count * parts):
+                row = uint32(block // parts)
+                first = uint32((block - row * parts) * part)
+                last = uint32(min(uint32(first + part), length))
+                value = start
+                i = uint32(first + cuda.threadIdx.x)
+                while i < last:
+                    value = combine(value, each(x[uint32(row * length + i)]))
+                    i = uint32(i + uint32(THREADS))
+                value = over(value, shared)
+                if cuda.threadIdx.x == 0:
+                    out[block] = value
+                block = uint32(block + cuda.gridDim.x)
+
+        return rows
+
+    return build
+
+
+TILE = LANES * GROUPS
+
+
+def _columns(name: str) -> Callable[[Any], Callable[..., None]]:
+    combine_of, start_of, each_of = COMBINE[name]
+
+    def build(T: Any) -> Callable[..., None]:
+        combine, start, each = device(combine_of(T)), T(start_of(T)), device(each_of(T))
+
+        def columns(x, out, work, length, width, parts, part, tiles):
+            shared = cuda.shared.array(TILE, T)
+            lane, group = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
+            place = uint32(group * uint32(LANES) + lane)
+            block = uint32(cuda.blockIdx.x)
+            while block < work:
+                piece = uint32(block // tiles)
+                column = uint32((block - piece * tiles) * uint32(LANES) + lane)
+                outer = uint32(piece // parts)
+                row = uint32((piece - outer * parts) * part)
+                last = uint32(min(uint32(row + part), length))
+                value = start
+                row = uint32(row + group)
+                if column < width:
+                    while row < last:
+                        value = combine(value, each(x[uint32((outer * length + row) * width + column)]))
+                        row = uint32(row + uint32(GROUPS))
+                shared[place] = value
+                cuda.syncthreads()
+                if group == 0 and column < width:
+                    for g in range(1, GROUPS):
+                        value = combine(value, shared[uint32(uint32(g) * uint32(LANES) + lane)])
+                    out[uint32(piece * width + column)] = value
+                cuda.syncthreads()
+                block = uint32(block + cuda.gridDim.x)
+
+        return columns
+
+    return build
+
+
+for _name in COMBINE:
+    program(f"{_name}.short", "f4* f4* u4 u4", block=(LANES, GROUPS), shuffles=5)(_short_rows(_name))
+    program(f"{_name}.rows", "f4* f4* u4 u4 u4 u4", block=THREADS, shared=4 * WARPS, shuffles=8)(_rows(_name))
+    program(f"{_name}.columns", "f4* f4* u4 u4 u4 u4 u4 u4", block=(LANES, GROUPS), shared=4 * TILE)(_columns(_name))
+
+
+def _places(largest: bool) -> Callable[[Any], Callable[..., None]]:
+    def build(T: Any) -> Callable[..., None]:
+        @device
+        def better(a, i, b, j):
+            """Whether b at j comes before a at i: NaN before all, and of equal ones the first."""
+            if a != a or b != b:
+                return b != b and (a == a or j < i)
+            if a == b:
+                return j < i
+            return b > a if largest else b < a
+
+        def places(x, out, count, length):
+            values, where = cuda.shared.array(THREADS, T), cuda.shared.array(THREADS, uint32)
+            thread = uint32(cuda.threadIdx.x)
+            row = uint32(cuda.blockIdx.x)
+            while row < count:
+                start = uint32(row * length)
+                best, at = x[start], uint32(0)
+                i = thread
+                while i < length:
+                    v = x[uint32(start + i)]
+                    if better(best, at, v, i):
+                        best, at = v, i
+                    i = uint32(i + uint32(THREADS))
+                values[thread], where[thread] = best, at
+                cuda.syncthreads()
+                half = uint32(THREADS // 2)
+                while half > uint32(0):
+                    if thread < half:
+                        other = uint32(thread + half)
+                        if better(values[thread], where[thread], values[other], where[other]):
+                            values[thread], where[thread] = values[other], where[other]
+                    cuda.syncthreads()
+                    half = uint32(half >> uint32(1))
+                if thread == uint32(0):
+                    out[row] = where[0]
+                row = uint32(row + cuda.gridDim.x)
+
+        return places
+
+    return build
+
+
+ARGMAX = program("argmax", "f4* i8* u4 u4", shared=8 * THREADS)(_places(True))
+ARGMIN = program("argmin", "f4* i8* u4 u4", shared=8 * THREADS)(_places(False))
+
+# ---- which elements make up a result ---------------------------------------------------------------------
+
+
+def normalized(axis: Axis, ndim: int) -> Shape:
+    """The axes as a sorted tuple of numbers from 0 on. Raises ValueError for what is none."""
+    given = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(sorted(operator.index(a) + ndim * (operator.index(a) < 0) for a in given))
+    if any(not 0 <= a < ndim for a in axes) or len(set(axes)) < len(axes):
+        raise ValueError(f"axis {axis} is none of an array of {ndim} axes")
+    return axes
+
+
+def _split(x: DeviceArray, axes: Shape) -> tuple[DeviceArray, int, int, int]:
+    """x, or a copy in another order, and A, R and B of (A, R, B)."""
+    long = [i for i in range(x.ndim) if x.shape[i] != 1]
+    reduced, kept = [i for i in long if i in axes], [i for i in long if i not in axes]
+    count = math.prod(x.shape[i] for i in reduced)
+    if not reduced or [i for i in long if reduced[0] <= i <= reduced[-1]] == reduced:
+        first = reduced[0] if reduced else x.ndim
+        before = math.prod(x.shape[i] for i in kept if i < first)
+        return x, before, count, math.prod(x.shape[i] for i in kept if i > first)
+    order = (*(i for i in range(x.ndim) if i not in axes), *axes)
+    return transpose(x, axes=order), math.prod(x.shape[i] for i in kept), count, 1
+
+
+def _parts(length: int, least: int, beside: int) -> tuple[int, int]:
+    """Into how many parts a reduction of `length` is cut, with `beside` others going on, and how long each is."""
+    wanted = max(1, min(-(-length // least), 4 * driver().processors // max(beside, 1)))
+    part = -(-length // wanted)
+    return -(-length // part), part
+
+
+def reduce(name: str, x: DeviceArray, a: int, r: int, b: int) -> DeviceArray:
+    """Combine x, as (A, R, B), over R: (A · B,). R is not 0."""
+    if b == 1 and r <= SHORT:
+        out = DeviceArray((a,), x.dtype)
+        launch(PROGRAMS[f"{name}.short"], blocks(a, GROUPS), x, out, *u4(a, r))
+        return out
+    tiles = -(-b // LANES)
+    parts, part = _parts(r, ROW_PART, a) if b == 1 else _parts(r, COLUMN_PART, a * tiles)
+    out = DeviceArray((a * parts * b,), x.dtype)
+    if b == 1:
+        launch(PROGRAMS[f"{name}.rows"], blocks(a * parts, 1), x, out, *u4(a, r, parts, part))
+    else:
+        work = a * parts * tiles
+        launch(PROGRAMS[f"{name}.columns"], blocks(work, 1), x, out, *u4(work, r, b, parts, part, tiles))
+    return out if parts == 1 else reduce("sum" if name == "sum_of_squares" else name, out, a, parts, b)
+
+
+def _reduced(name: str, x: DeviceArray, axis: Axis, keepdims: bool) -> DeviceArray:
+    axes = normalized(axis, x.ndim)
+    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keepdims or i not in axes)
+    if not math.prod(shape):
+        return DeviceArray(shape, x.dtype)
+    if not x.size:
+        if name in ("max", "min"):
+            raise ValueError(f"the {name} of no elements: axis {axis} of shape {x.shape}")
+        return maps.fill(DeviceArray(shape, x.dtype), 0)
+    return reduce(name, *_split(x, axes)).reshape(shape)
+
+
+def _counted(x: DeviceArray) -> DeviceArray:
+    """Booleans and short integers are summed as int64, as in NumPy."""
+    return x if x.dtype.kind == "f" else x.astype(np.int64, copy=False)
+
+
+@kernel("sum", "cuda")
+def sum_(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False) -> DeviceArray:
+    """Σ x over axes."""
+    return _reduced("sum", _counted(x), axis, keepdims)
+
+
+@kernel("sum_of_squares", "cuda")
+def sum_of_squares(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False) -> DeviceArray:
+    """Σ x² over axes."""
+    if x.dtype.kind != "f":
+        raise TypeError(f"takes floating-point input; got {x.dtype}, which may not hold squares")
+    return _reduced("sum_of_squares", x, axis, keepdims)
+
+
+@kernel("optim.sum_of_squares", "cuda")
+def total_of_squares(x: DeviceArray) -> float:
+    """Σ x², as a number of the host: this waits for the device."""
+    return float(sum_of_squares(x).item())
+
+
+@kernel("max", "cuda")
+def max_(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False) -> DeviceArray:
+    """The largest element over axes."""
+    return _reduced("max", x, axis, keepdims)
+
+
+@kernel("min", "cuda")
+def min_(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False) -> DeviceArray:
+    """The smallest element over axes."""
+    return _reduced("min", x, axis, keepdims)
+
+
+@kernel("sum_to", "cuda")
+def sum_to(x: DeviceArray, *, shape: Shape) -> DeviceArray:
+    """Sum x down to `shape`: the adjoint of broadcasting."""
+    lead = x.ndim - len(shape)
+    repeated = [i for i, n in enumerate(shape, start=lead) if n == 1 and x.shape[i] != 1]
+    return sum_(x, axis=(*range(lead), *repeated), keepdims=True).reshape(shape)
+
+
+def _place(which: Any, x: DeviceArray, axis: int | None, keepdims: bool) -> DeviceArray:
+    along = normalized(axis, x.ndim)
+    if not x.size:
+        raise ValueError(f"the place of an extreme among no elements: shape {x.shape}")
+    shape = tuple(1 if i in along else n for i, n in enumerate(x.shape) if keepdims or i not in along)
+    order = (*(i for i in range(x.ndim) if i not in along), *along)
+    source, out = transpose(x, axes=order), DeviceArray(shape, np.int64)
+    launch(which, blocks(out.size, 1), source, out, *u4(out.size, x.size // out.size))
+    return out
+
+
+@kernel("argmax", "cuda")
+def argmax(x: DeviceArray, *, axis: int | None = None, keepdims: bool = False) -> DeviceArray:
+    """Where along an axis the largest element is: the first of a tie, or the first NaN."""
+    return _place(ARGMAX, x, axis, keepdims)
+
+
+@kernel("argmin", "cuda")
+def argmin(x: DeviceArray, *, axis: int | None = None, keepdims: bool = False) -> DeviceArray:
+    """Where along an axis the smallest element is: the first of a tie, or the first NaN."""
+    return _place(ARGMIN, x, axis, keepdims)
