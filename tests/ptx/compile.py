@@ -1,0 +1,127 @@
+"""Compiling to PTX and machine code with no GPU, no driver and no NVRTC; and what the machine code is made of."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
+REQUIRED = os.environ.get("TINYGRAD_BN_CUDA_TOOLS") == "required"  # as in continuous integration: nothing is skipped
+
+
+@contextlib.contextmanager
+def offline(cc: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """In this block numba-cuda compiles for any compute capability without asking a device; cc is what it would answer.
+
+    The three names are private to numba-cuda 0.30.
+    """
+    device = SimpleNamespace(compute_capability=cc)
+    known = tuple((major, minor) for major in range(5, 13) for minor in range(10))
+    with contextlib.ExitStack() as stack:
+        for name, replacement in (
+            ("numba.cuda.dispatcher.get_current_device", lambda: device),
+            ("numba.cuda.cudadrv.nvrtc.get_supported_ccs", lambda: known),
+            ("numba.cuda.cuda_paths._get_nvrtc_path", lambda: ("none", None)),
+        ):
+            stack.enter_context(mock.patch(name, replacement))
+        yield
+
+
+def compile_ptx(function, signature, cc: tuple[int, int] = (9, 0), **options: object) -> str:
+    """The PTX of a function of Numba's for a signature such as `void(float32[::1])`."""
+    from numba import cuda
+
+    with offline(cc):
+        return cuda.compile_ptx(function, signature, cc=cc, **options)[0]
+
+
+@lru_cache
+def tool(name: str) -> str | None:
+    """Where a program of the CUDA toolkit is: in the packages beside numba-cuda, in CUDA_HOME or on the path."""
+    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+    for folder in (packages, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"):
+        if os.access(folder / name, os.X_OK):
+            return str(folder / name)
+    return shutil.which(name)
+
+
+def unavailable(what: str) -> None:
+    """Skip the test, or fail where everything has to be there."""
+    (pytest.fail if REQUIRED else pytest.skip)(f"needs {what}")
+
+
+def need_compiler() -> None:
+    """Skip or fail unless kernels can be compiled to PTX here."""
+    try:
+        from numba import cuda
+
+        with offline():
+            cuda.compile_ptx(lambda: None, (), cc=(7, 5))
+    except Exception as error:
+        unavailable(f"numba-cuda with NVVM, of the CUDA toolkit: {error!r}")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What ptxas made of a kernel for one architecture."""
+
+    registers: int  # of a thread
+    shared: int  # bytes of static shared memory
+    stack: int  # bytes of a thread's stack frame
+    spills: int  # bytes of spilled registers, stored and loaded
+    sass: tuple[str, ...] = field(repr=False)  # the machine instructions' full opcodes, in order; empty if unknown
+
+    def count(self, *stems: str) -> int:
+        """How many machine instructions there are of these opcodes, with any modifiers: "LDG" counts LDG.E.128 too."""
+        return sum(op == s or op.startswith(s + ".") for op in self.sass for s in stems)
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        return Counter(self.sass)
+
+    @property
+    def float64(self) -> int:
+        """Machine instructions that compute in float64 or convert from or to it."""
+        return sum(
+            bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\..*F64|[IF]2[IF]\..*F64|MUFU\..*64", op)) for op in self.sass
+        )
+
+
+@lru_cache(maxsize=4096)
+def assemble(ptx: str, cc: tuple[int, int]) -> Assembly:
+    """Compile PTX to machine code for an architecture and read what came out."""
+    if tool("ptxas") is None:
+        unavailable("ptxas, of the CUDA toolkit")
+    if tool("nvdisasm") is None:
+        unavailable("nvdisasm: pip install nvidia-cuda-nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [tool("ptxas"), "-v", f"-arch=sm_{cc[0]}{cc[1]}", "-o", cubin, source]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise AssertionError(done.stderr)
+        listing = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+    def number(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, done.stderr)))
+
+    return Assembly(
+        registers=number(r"Used (\d+) registers"),
+        shared=number(r"(\d+) bytes smem"),
+        stack=number(r"(\d+) bytes stack frame"),
+        spills=number(r"(\d+) bytes spill (?:stores|loads)"),
+        sass=tuple(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", listing)),
+    )
