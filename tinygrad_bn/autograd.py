@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeAlias, overload
 
 import numpy as np
 
-from tinygrad_bn.device import device_of, find_kernel
+from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full
 from tinygrad_bn.sample import Sample
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -184,7 +184,7 @@ def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, t
     inputs = [o if isinstance(o, Tensor) else _constant(o) for o in operands]
     arrays = [o._data if isinstance(o, Tensor) else o for o in inputs]
     result, saved = _execute(op, arrays, params)
-    y = Tensor._of(np.asarray(result))
+    y = Tensor._of(as_array(result))
     if _recording.get() and op.differentiable and y._data.dtype.kind == "f":
         needs = [isinstance(o, Tensor) and o._requires_grad for o in inputs]
         if True in needs:
@@ -214,6 +214,7 @@ def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any
             result = op.forward(*arrays, **params)
         return (result[0], tuple(result[1:])) if op.saves else (result, ())
     except (IndexError, ValueError, TypeError) as error:
+        expect_one_device(arrays)
         kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
         raise kind(f"{describe(op, arrays, params)}: {error}") from error
 
@@ -221,15 +222,23 @@ def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any
 def _kernel(name: str, arrays: Sequence[Any]) -> Any:
     """The kernel for these operands, if there is one: numbers, lists and exotic dtypes are the reference's."""
     first = arrays[0] if arrays else None
-    if isinstance(first, np.ndarray) and first.dtype.isnative and first.dtype.char != "g":
-        return find_kernel(name, device_of(first))
+    if isinstance(first, np.ndarray):
+        return find_kernel(name, "cpu") if first.dtype.isnative and first.dtype.char != "g" else None
+    for other in arrays:
+        if (device := device_of(other)) != "cpu":
+            return find_kernel(name, device)
     return None
 
 
 def describe(op: Op, operands: Iterable[Any], params: dict[str, Any]) -> str:
     """A call in words: `sum(float32 (3, 4), axis=5)`."""
-    words = [f"{o.dtype} {o.shape}" if hasattr(o, "dtype") else repr(o) for o in operands]
+    words = [f"{_place(o)}{o.dtype} {o.shape}" if hasattr(o, "dtype") else repr(o) for o in operands]
     return f"{op.name}({', '.join(words + [f'{k}={v!r}' for k, v in params.items()])})"
+
+
+def _place(operand: Any) -> str:
+    device = device_of(operand)
+    return "" if device == "cpu" else f"{device} "
 
 
 # ---- differentiating ------------------------------------------------------------------------------------
@@ -286,7 +295,7 @@ def grad(
     cotangent = _cotangent(y, g)
     with recording(create_graph):
         grads = _separate(_backprop(y, cotangent, _topological(y), wanted, create_graph), cotangent)
-    out = [grads[x] if x in grads else Tensor(np.zeros(x.shape, x.dtype)) for x in wanted]
+    out = [grads[x] if x in grads else Tensor._of(full(x.shape, 0, x.dtype, x.device)) for x in wanted]
     return out[0] if isinstance(xs, Tensor) else out
 
 
@@ -296,7 +305,8 @@ def _separate(grads: dict[Tensor, Any], cotangent: Tensor) -> dict[Tensor, Tenso
     taken = {id(cotangent._data)}
     for t, g in grads.items():
         gt = _to_tensor(g)
-        if not gt._data.flags.c_contiguous or gt._data.base is not None or id(gt._data) in taken:
+        strided = gt.device == "cpu" and not gt._data.flags.c_contiguous
+        if strided or gt._data.base is not None or id(gt._data) in taken:
             gt = gt + 0 if gt.requires_grad else Tensor(gt)
         taken.add(id(gt._data))
         out[t] = gt
@@ -312,10 +322,11 @@ def _cotangent(y: Tensor, g: object) -> Tensor:
     if g is None:
         if y.size != 1:
             raise ValueError(f"a tensor of shape {y.shape} needs a cotangent g of that shape; only a scalar has one")
-        return Tensor(np.ones(y.shape, y.dtype))
+        return Tensor._of(full(y.shape, 1, y.dtype, y.device))
     g = g if isinstance(g, Tensor) else Tensor(g)
     if g.shape != y.shape:
         raise ValueError(f"the cotangent has shape {g.shape}, the tensor {y.shape}; they must be equal")
+    expect_one_device((y._data, g._data))
     return g if g.dtype == y.dtype else g.astype(y.dtype)
 
 
@@ -392,14 +403,14 @@ def _leads_to(some: set[Tensor], node: Node) -> bool:
 
 def _fit(gx: Any, x: Tensor) -> Any:
     """Undo what broadcasting and promotion did to the operand `x`: its gradient gets its shape and dtype."""
-    gx = gx if isinstance(gx, Tensor) else np.asarray(gx)
+    gx = gx if isinstance(gx, Tensor) else as_array(gx)
     if gx.shape != x._data.shape:
         gx = apply(OPS["sum_to"], (gx,), {"shape": x.shape})
     return gx if gx.dtype == x._data.dtype else gx.astype(x.dtype)
 
 
 def _to_tensor(g: Any) -> Tensor:
-    return g if isinstance(g, Tensor) else Tensor._of(np.asarray(g))
+    return g if isinstance(g, Tensor) else Tensor._of(as_array(g))
 
 
 def _expect_unchanged(t: Tensor, node: Node) -> None:

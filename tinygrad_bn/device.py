@@ -1,16 +1,82 @@
-"""Names of devices, where an array lives, and the only place that looks kernels up."""
+"""Names of devices, where an array lives, and the only place that looks kernels up.
 
+On "cpu" an array is NumPy's; on "cuda" it is a `DeviceArray` of `tinygrad_bn_kernels.cuda`, which has the same
+arithmetic. Nothing of CUDA is imported before an array is moved there.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import DTypeLike
 from tinygrad_bn_kernels import Kernel, lookup
 from tinygrad_bn_kernels import disabled as kernels_disabled
 
-__all__ = ["device_of", "find_kernel", "kernel_or", "kernels_disabled"]
+__all__ = [
+    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "join", "kernel_or",
+    "kernels_disabled", "move", "to_numpy",
+]  # fmt: skip
+
+DEVICES = ("cpu", "cuda")
 
 
 def device_of(array: object) -> str:
     """The name of the device that holds `array`; NumPy's arrays and Python's numbers live on "cpu"."""
-    return "cpu"
+    device = getattr(array, "device", "cpu")
+    return device if type(device) is str else "cpu"  # other libraries' arrays have objects there
+
+
+def as_array(value: Any) -> Any:
+    """An array of any device as it is; anything else as a NumPy array."""
+    return np.asarray(value) if device_of(value) == "cpu" else value
+
+
+def expect_one_device(operands: Iterable[object]) -> None:
+    """Raise TypeError if arrays live on different devices, naming them: nothing is copied between devices unasked."""
+    devices = {device_of(o) for o in operands if hasattr(o, "dtype")}
+    if len(devices) > 1:
+        raise TypeError(f"operands live on different devices, {' and '.join(sorted(devices))}; move one with .to()")
+
+
+def move(array: Any, device: str) -> Any:
+    """The array on `device`: itself if it is there, else a copy.
+
+    Raises ValueError for a name that is none, TypeError for a dtype that a device does not take, and RuntimeError
+    where there is no such device, saying what is missing.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"there is no device {device!r}; there are {' and '.join(map(repr, DEVICES))}")
+    if device_of(array) == device:
+        return array
+    return array.numpy() if device == "cpu" else _arrays().DeviceArray.from_numpy(np.asarray(array))
+
+
+def to_numpy(array: Any) -> Any:
+    """A copy as a NumPy array, from wherever it is."""
+    return np.array(array) if device_of(array) == "cpu" else array.numpy()
+
+
+def beside(constant: Any, x: Any) -> Any:
+    """A NumPy array, on the device of `x`."""
+    return move(constant, device_of(x))
+
+
+def full(shape: tuple[int, ...], value: float, dtype: DTypeLike, device: str) -> Any:
+    """An array full of one value, on `device`."""
+    return np.full(shape, value, dtype) if device == "cpu" else _arrays().full(shape, value, dtype)
+
+
+def join(arrays: Sequence[Any]) -> Any:
+    """Arrays of one axis, of one device, one after the other."""
+    if device_of(arrays[0]) == "cpu":
+        return np.concatenate(arrays)
+    return lookup("concatenate", "cuda")(*arrays, axis=0)  # type: ignore[misc]
+
+
+def _arrays() -> Any:
+    from tinygrad_bn.cuda import arrays
+
+    return arrays()
 
 
 def find_kernel(name: str, device: str) -> Kernel | None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.tensor import Axis, Tensor
+from tinygrad_bn.device import device_of, move
+from tinygrad_bn.tensor import Axis
 
 # isort: off
 from tinygrad_bn.sample import (
@@ -30,7 +31,7 @@ __all__ = [
     "abs", "add", "argmax", "argmin", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1",
     "getitem", "linear", "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad", "pow", "relu",
     "reshape", "rsqrt", "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum", "sum_to", "tanh",
-    "transpose", "where",
+    "to", "transpose", "where",
 ]  # fmt: skip
 
 # ---- arithmetic -----------------------------------------------------------------------------------------
@@ -403,20 +404,6 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
     return np.transpose(x, axes)
 
 
-def plain_index(index: Any) -> Any:
-    """An index without tensors, and without arrays that somebody may change before the backward pass."""
-    if isinstance(index, tuple):
-        return tuple(_plain_part(i) for i in index)
-    return _plain_part(index)
-
-
-def _plain_part(part: Any) -> Any:
-    if not isinstance(part, Tensor | np.ndarray | list | tuple):
-        return part
-    array = np.array(part)
-    return array if array.size or isinstance(part, Tensor | np.ndarray) else array.astype(np.intp)  # [] is no float
-
-
 @primitive(
     lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
     formula="y = x[index];  ∂x = g, added up at index",
@@ -494,3 +481,13 @@ def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -
 def astype(x: Operand, *, dtype: Any) -> Operand:
     """Convert to another dtype."""
     return np.asarray(x, dtype)
+
+
+@primitive(
+    lambda g, y, x, *, device: to(g, device=device_of(x)),
+    formula="y = x on another device;  ∂x = g on x's device",
+    sample=elementwise(REAL, device="cpu"),
+)
+def to(x: Operand, *, device: str) -> Operand:
+    """The same values on the device "cpu" or "cuda"."""
+    return move(x, device)

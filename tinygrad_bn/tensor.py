@@ -5,6 +5,7 @@ The arithmetic is not here: an operator names the primitive of `tinygrad_bn.ops`
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -64,17 +65,22 @@ class Tensor:
 
     @property
     def data(self) -> Array:
-        """The values, as a read-only view. Assigning replaces them: the shape must fit, the dtype is kept."""
+        """The values, as a read-only view. Assigning replaces them: the shape must fit, the dtype is kept.
+
+        On cuda this is the device's array itself; what is assigned is copied there.
+        """
+        if device_of(self._data) != "cpu":
+            return self._data
         view = self._data.view()
         view.flags.writeable = False
         return view
 
     @data.setter
     def data(self, value: object) -> None:
-        given = np.asarray(value)
+        given = as_array(value._data if isinstance(value, Tensor) else value)
         if not np.can_cast(given.dtype, self.dtype, "same_kind"):
             raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {self.dtype}")
-        new = np.array(given, dtype=self.dtype)
+        new = move(given, self.device).astype(self.dtype)  # a copy in any case
         if new.shape != self.shape:
             raise ValueError(f"data of shape {new.shape} do not fit a tensor of shape {self.shape}")
         self._data = new
@@ -149,11 +155,20 @@ class Tensor:
         """The same values without their history: a constant to every gradient."""
         return Tensor._of(self._data)
 
+    def to(self, device: str) -> Tensor:
+        """This tensor if it lives on `device` ("cpu" or "cuda"), else a copy there; the gradient comes back.
+
+        Raises:
+            RuntimeError: there is no such device here; the message says what is missing.
+            TypeError: a dtype that the device does not take, such as float16 on cuda.
+        """
+        return self if device == self.device else ops.to(self, device=device)
+
     # ---- to NumPy and Python ----------------------------------------------------------------------------
 
     def numpy(self) -> Array:
-        """The values as a read-only NumPy view; `np.array(t)` makes a copy of your own."""
-        return self.data
+        """The values as a read-only NumPy view; `np.array(t)` makes a copy of your own. From cuda, a copy."""
+        return self.data if self.device == "cpu" else self._data.numpy()
 
     def item(self) -> float | int | bool:
         """The one element, as a Python number. Raises ValueError if there are several."""
@@ -162,6 +177,8 @@ class Tensor:
         return self._data.item()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        if self.device != "cpu":
+            raise TypeError(f"this tensor lives on {self.device}: copy it with .numpy(), or move it with .to('cpu')")
         converts = dtype is not None and np.dtype(dtype) != self.dtype
         if converts and copy is False:
             raise ValueError(f"{self.dtype} cannot be given as {np.dtype(dtype)} without a copy")
@@ -187,9 +204,10 @@ class Tensor:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        values = np.array2string(self._data, separator=", ", prefix="Tensor(", threshold=100)
+        values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=100)
         origin = f"from {self.node.op.name}" if self.node else "leaf"
         grad = ", requires_grad=True" if self.requires_grad and self.is_leaf else ""
+        origin = origin if self.device == "cpu" else f"{origin}, {self.device}"
         return f"Tensor({values}, shape={self.shape}, dtype={self.dtype}, {origin}{grad})"
 
     __hash__ = object.__hash__  # identity, as __eq__ compares elementwise
@@ -267,29 +285,31 @@ class Tensor:
     # Comparisons are not differentiable: they give boolean tensors without history.
 
     def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        return self._compare(np.equal, other)
+        return self._compare(operator.eq, other)
 
     def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
-        return self._compare(np.not_equal, other)
+        return self._compare(operator.ne, other)
 
     def __lt__(self, other: object) -> Tensor:
-        return self._compare(np.less, other)
+        return self._compare(operator.lt, other)
 
     def __le__(self, other: object) -> Tensor:
-        return self._compare(np.less_equal, other)
+        return self._compare(operator.le, other)
 
     def __gt__(self, other: object) -> Tensor:
-        return self._compare(np.greater, other)
+        return self._compare(operator.gt, other)
 
     def __ge__(self, other: object) -> Tensor:
-        return self._compare(np.greater_equal, other)
+        return self._compare(operator.ge, other)
 
     def _compare(self, compare: Callable[..., Any], other: object) -> Tensor:
-        return Tensor._of(np.asarray(compare(self._data, other._data if isinstance(other, Tensor) else other)))
+        values = other._data if isinstance(other, Tensor) else other
+        expect_one_device((self._data, values))
+        return Tensor._of(as_array(compare(self._data, values)))
 
     def __getitem__(self, index: object) -> Tensor:
         """Basic and advanced indexing as in NumPy; repeated indices add up in the gradient."""
-        return ops.getitem(self, index=ops.plain_index(index))
+        return ops.getitem(self, index=_plain_index(index))
 
     def __setitem__(self, index: object, value: object) -> None:
         raise TypeError(
@@ -359,6 +379,22 @@ class Tensor:
         return ops.transpose(self, axes=None)
 
 
+def _plain_index(index: Any) -> Any:
+    """An index without tensors, and without arrays that somebody may change before the backward pass."""
+    if isinstance(index, tuple):
+        return tuple(_plain_part(i) for i in index)
+    return _plain_part(index)
+
+
+def _plain_part(part: Any) -> Any:
+    if device_of(part) != "cpu":
+        return part._data if isinstance(part, Tensor) else part  # no op writes into an array there
+    if not isinstance(part, Tensor | np.ndarray | list | tuple):
+        return part
+    array = np.array(part)
+    return array if array.size or isinstance(part, Tensor | np.ndarray) else array.astype(np.intp)  # [] is no float
+
+
 def _holds_a_tensor(data: object) -> bool:
     return isinstance(data, list | tuple) and any(isinstance(d, Tensor) or _holds_a_tensor(d) for d in data)
 
@@ -366,7 +402,9 @@ def _holds_a_tensor(data: object) -> bool:
 def _to_array(data: object, dtype: DTypeLike | None) -> Array:
     if isinstance(data, Tensor):
         data = data._data
-    elif _holds_a_tensor(data):
+    if device_of(data) != "cpu":
+        return data.astype(dtype or data.dtype)  # type: ignore[attr-defined,no-any-return]
+    if _holds_a_tensor(data):
         raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
     array = np.array(data, dtype=dtype)
@@ -379,4 +417,4 @@ def _to_array(data: object, dtype: DTypeLike | None) -> Array:
 
 # The one cycle of the package: an operator is spelt here and computed there.
 from tinygrad_bn import autograd, functional, ops  # noqa: E402
-from tinygrad_bn.device import device_of  # noqa: E402
+from tinygrad_bn.device import as_array, device_of, expect_one_device, move  # noqa: E402

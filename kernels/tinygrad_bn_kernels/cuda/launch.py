@@ -39,6 +39,7 @@ class Driver(Protocol):
     def read(self, pointer: int, nbytes: int) -> Any: ...
     def copy(self, to: int, source: int, nbytes: int) -> None: ...
     def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None: ...
+    def synchronize(self) -> None: ...
 
 
 # ---- programs --------------------------------------------------------------------------------------------
@@ -140,6 +141,11 @@ def _cached_ptx(program: Program, signature: Signature, cc: tuple[int, int]) -> 
 # ---- the driver ------------------------------------------------------------------------------------------
 
 _driver: Driver | None = None
+
+
+def installed() -> Driver | None:
+    """The device, if one is in use already."""
+    return _driver
 
 
 def driver() -> Driver:

@@ -1,0 +1,106 @@
+"""The GPU of this machine, through the driver's own interface (package `cuda-bindings`)."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+STREAM = 0  # the default one, which other libraries work on too: so what they and we do comes in order
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise RuntimeError('device "cuda" needs cuda-bindings: pip install "tinygrad-bn[cuda]"') from error
+    return driver
+
+
+def _checked(answer: Any) -> Any:
+    """What a call of the driver gave. Raises RuntimeError with the driver's words, MemoryError where there is none."""
+    code, *values = answer
+    if int(code) != 0:
+        api = _bindings()
+        if code == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise MemoryError("the memory of the CUDA device is full")
+        name = api.cuGetErrorName(code)[1]
+        raise RuntimeError(f"CUDA: {name.decode() if isinstance(name, bytes) else code}")
+    return values[0] if len(values) == 1 else values
+
+
+class Device:
+    """The first device, its memory, and programs that run on it."""
+
+    def __init__(self) -> None:
+        self._api = api = _bindings()
+        try:
+            _checked(api.cuInit(0))
+            if not _checked(api.cuDeviceGetCount()):
+                raise RuntimeError("CUDA: no device")
+        except (RuntimeError, ImportError, OSError) as error:
+            raise RuntimeError(f'there is no device "cuda" here ({error}); tensors live on "cpu"') from error
+        device = _checked(api.cuDeviceGet(0))
+        _checked(api.cuCtxSetCurrent(_checked(api.cuDevicePrimaryCtxRetain(device))))
+        self.name = _checked(api.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
+        attribute = api.CUdevice_attribute
+        major, minor, self.processors = (
+            int(_checked(api.cuDeviceGetAttribute(which, device)))
+            for which in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        )
+        self.cc = major, minor
+        # Freed memory stays in the driver's pool, to be given out again without asking the system.
+        pool = _checked(api.cuDeviceGetDefaultMemPool(device))
+        keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        _checked(api.cuMemPoolSetAttribute(pool, keep, api.cuuint64_t(2**64 - 1)))
+        self._function = cache(self._load)
+
+    def alloc(self, nbytes: int) -> int:
+        """The address of new memory, aligned to 256 bytes. Raises MemoryError where there is none."""
+        return int(_checked(self._api.cuMemAllocAsync(max(nbytes, 1), STREAM)))
+
+    def free(self, pointer: int) -> None:
+        """Give memory back, once all that was launched before is done."""
+        self._api.cuMemFreeAsync(pointer, STREAM)  # unchecked: at the end of the process there may be no context
+
+    def write(self, pointer: int, array: Array) -> None:
+        """Copy a contiguous array to the device."""
+        _checked(self._api.cuMemcpyHtoD(pointer, array.ctypes.data, array.nbytes))
+
+    def read(self, pointer: int, nbytes: int) -> Array:
+        """Bytes of the device, as uint8; waits for what was launched before."""
+        out = np.empty(nbytes, np.uint8)
+        _checked(self._api.cuMemcpyDtoH(out.ctypes.data, pointer, nbytes))
+        return out
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Copy from one place of the device to another."""
+        _checked(self._api.cuMemcpyDtoDAsync(to, source, nbytes, STREAM))
+
+    def _load(self, ptx: str, name: str) -> Any:
+        module = _checked(self._api.cuModuleLoadData(ptx.encode() + b"\0"))
+        return _checked(self._api.cuModuleGetFunction(module, name.encode()))
+
+    def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
+        """Run a program; `args` are NumPy scalars, one for each parameter of the entry."""
+        values = [a.tobytes() for a in args]
+        # The driver wants the address of each argument.
+        held = ctypes.create_string_buffer(b"".join(v.ljust(8, b"\0") for v in values))
+        start = ctypes.addressof(held)
+        addresses = np.arange(start, start + 8 * len(values), 8, dtype=np.uint64)
+        sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
+        function = self._function(ptx, name)
+        _checked(self._api.cuLaunchKernel(function, *sizes, 0, STREAM, addresses.ctypes.data, 0))
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+        _checked(self._api.cuCtxSynchronize())

@@ -1,0 +1,61 @@
+"""The NVIDIA GPU, where there is one: `tensor.to("cuda")`, `model.to("cuda")`, `fit(..., device="cuda")`.
+
+Importing this touches no driver. The kernels come with `pip install "tinygrad-bn[cuda]"`; they are for float32 and
+float64 (not float16), and launches are asynchronous: reading a value waits for what it depends on.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+__all__ = ["from_dlpack", "info", "is_available", "synchronize"]
+
+_INSTALL = 'device "cuda" needs the package numba-cuda: pip install "tinygrad-bn[cuda]"'
+
+
+def arrays() -> Any:
+    """The module of device arrays, once it is sure that there is a device. Raises RuntimeError saying what is missing."""
+    from tinygrad_bn_kernels.cuda import launch
+
+    if launch.installed() is None:
+        if find_spec("numba_cuda") is None:
+            raise RuntimeError(_INSTALL)
+        launch.driver()
+    from tinygrad_bn_kernels.cuda import array
+
+    return array
+
+
+def is_available() -> bool:
+    """Whether tensors can be moved to "cuda": the package is installed and there is a device."""
+    try:
+        arrays()
+    except RuntimeError:
+        return False
+    return True
+
+
+def info() -> dict[str, Any]:
+    """What is known of the device: `available`, and then its name, compute capability and more, or the `reason`."""
+    try:
+        arrays()
+    except RuntimeError as error:
+        return {"available": False, "reason": str(error)}
+    from tinygrad_bn_kernels.cuda import launch
+
+    device = launch.driver()
+    return {
+        "available": True,
+        "name": getattr(device, "name", type(device).__name__),
+        "compute_capability": device.cc,
+        "multiprocessors": device.processors,
+    }
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that was asked of it. Raises RuntimeError where there is none."""
+    arrays()
+    from tinygrad_bn_kernels.cuda import launch
+
+    launch.driver().synchronize()
