@@ -213,9 +213,9 @@ def _execute(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any
         if result is NotImplemented:
             result = op.forward(*arrays, **params)
         return (result[0], tuple(result[1:])) if op.saves else (result, ())
-    except (IndexError, ValueError, TypeError) as error:
+    except (IndexError, ValueError, TypeError, AttributeError) as error:
         expect_one_device(arrays)
-        kind = next(k for k in (IndexError, ValueError, TypeError) if isinstance(error, k))
+        kind = next(k for k in (IndexError, ValueError, TypeError, AttributeError) if isinstance(error, k))
         raise kind(f"{describe(op, arrays, params)}: {error}") from error
 
 

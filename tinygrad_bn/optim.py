@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.device import kernel_or
+from tinygrad_bn.device import as_array, expect_one_device, full, join, kernel_or, move, to_numpy
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.ops import clip
 from tinygrad_bn.schedules import CosineAnnealingLR, Schedule, StepLR, WarmupLR
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -82,7 +83,7 @@ class Optimizer:
                     state = self.state.setdefault(p, {"step": 0})
                     for name, first in kept.items():
                         if name not in state:
-                            state[name] = np.full(p.shape, first, _wide(p.dtype))
+                            state[name] = full(p.shape, first, _wide(p.dtype), p.device)
                     state["step"] += 1
                     alone = id(p) if p.size >= LARGE else None
                     alike.setdefault((p.dtype, state["step"], alone), []).append(p)
@@ -117,11 +118,14 @@ class Optimizer:
         raise TypeError(f"{type(self).__name__} defines no _update")
 
     def state_dict(self) -> dict[str, Any]:
-        """Options and state, with parameters by their place: enough to go on exactly where this one stands."""
+        """Options and state, with parameters by their place: enough to go on exactly where this one stands.
+
+        Arrays are NumPy's, wherever the parameters live.
+        """
         everything = [p for group in self.param_groups for p in group["params"]]
         return {
             "state": {
-                i: {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in self.state[p].items()}
+                i: {k: v if isinstance(v, int) else to_numpy(v) for k, v in self.state[p].items()}
                 for i, p in enumerate(everything)
                 if p in self.state
             },
@@ -144,7 +148,9 @@ class Optimizer:
             group.update(options)
         self._flats = {}
         self.state = {
-            everything[i]: {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in saved.items()}
+            everything[i]: {
+                k: move(np.array(v), everything[i].device) if isinstance(v, np.ndarray) else v for k, v in saved.items()
+            }
             for i, saved in state["state"].items()
         }
 
@@ -161,7 +167,7 @@ class _Flat:
         self.state = {
             name: _joined([state[p][name] for p in params])
             for name, value in state[params[0]].items()
-            if isinstance(value, np.ndarray)
+            if not isinstance(value, int)
         }
         self.state_parts = {name: self._parts(array) for name, array in self.state.items()}
         for name, parts in self.state_parts.items():
@@ -191,6 +197,7 @@ class _Flat:
             if p.grad.shape != p.shape:
                 raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {p.grad.shape}")
             gradients.append(p.grad._data)
+        expect_one_device((self.whole, *self.state.values(), *gradients))
         joined = _joined(gradients)
         return joined.astype(_wide(self.whole.dtype), copy=False)
 
@@ -212,7 +219,7 @@ def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _joined(arrays: list[Array]) -> Array:
-    return np.concatenate([a.reshape(-1) for a in arrays]) if len(arrays) > 1 else arrays[0].reshape(-1)
+    return join([a.reshape(-1) for a in arrays]) if len(arrays) > 1 else arrays[0].reshape(-1)
 
 
 class SGD(Optimizer):
@@ -363,7 +370,7 @@ class RMSprop(Optimizer):
             mean = state["grad_avg"]
             mean[...] = o["alpha"] * mean + (1 - o["alpha"]) * g
             v = v - mean * mean
-        update = g / (np.sqrt(v) + o["eps"])
+        update = g / (v**0.5 + o["eps"])
         if o["momentum"]:
             buffer = state["momentum_buffer"]
             buffer[...] = o["momentum"] * buffer + update
@@ -400,7 +407,7 @@ class Adagrad(Optimizer):
         total = state["sum"]
         total += g * g
         lr = o["lr"] / (1 + (step - 1) * o["lr_decay"])
-        return p - lr * g / (np.sqrt(total) + o["eps"])
+        return p - lr * g / (total**0.5 + o["eps"])
 
 
 # ---- parameter groups and clipping ----------------------------------------------------------------------
@@ -441,7 +448,7 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     norm = math.sqrt(sum(_sum_of_squares(g) for _, g in graded))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in graded:
-            p.grad = Tensor._of(np.asarray(g * (max_norm / (norm + 1e-6))))
+            p.grad = Tensor._of(as_array(g * (max_norm / (norm + 1e-6))))
     return norm
 
 
@@ -451,4 +458,4 @@ def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> No
         raise ValueError(f"clip_value has to be 0 or more; got {clip_value}")
     for p in _listed(params):
         if p.grad is not None:
-            p.grad = Tensor._of(np.asarray(np.clip(p.grad._data, -clip_value, clip_value)))
+            p.grad = Tensor._of(as_array(clip(p.grad._data, min=-clip_value, max=clip_value)))

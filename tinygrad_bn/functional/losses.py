@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.device import device_of, full
 from tinygrad_bn.functional.basics import log_softmax
 from tinygrad_bn.functional.statistics import largest, mean, values
 from tinygrad_bn.ops import abs, astype, clip, getitem, mul, reshape, softplus, sum, transpose, where
@@ -71,7 +72,7 @@ def binary_cross_entropy_with_logits(
 
 def _classes(x: Operand, target: Operand) -> Any:
     """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
-    classes = np.asarray(values(target))
+    classes = values(target)
     if x.dtype.kind != "f":
         raise TypeError(f"scores have to be floating-point; got {x.dtype}")
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
@@ -90,7 +91,7 @@ def _as_rows(x: Operand) -> Operand:
 
 def _class_weight(weight: Operand | None, x: Operand) -> Any:
     if weight is None:
-        return np.ones(x.shape[1], x.dtype)
+        return full(x.shape[1:2], 1, x.dtype, device_of(x))
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError("class weights are constants here; pass weight.detach()")
     if values(weight).shape != (x.shape[1],):
@@ -123,10 +124,11 @@ def _picked(
     Rows whose target is `ignore_index` count 0; the mean divides by the sum of the other targets' weights.
     """
     counts = target != ignore_index
-    classes = np.where(counts, target, 0)
-    wrong = classes[(classes < 0) | (classes >= log_p.shape[1])]
-    if wrong.size:
-        raise ValueError(f"target {wrong[0]} is not one of the {log_p.shape[1]} classes 0 to {log_p.shape[1] - 1}")
+    classes = where(counts, target, 0)
+    if device_of(classes) == "cpu":  # elsewhere to look would be to wait: what is no class gives NaN
+        wrong = classes[(classes < 0) | (classes >= log_p.shape[1])]
+        if wrong.size:
+            raise ValueError(f"target {wrong[0]} is not one of the {log_p.shape[1]} classes 0 to {log_p.shape[1] - 1}")
     at_target = getitem(weight, index=classes)
     loss = -mul(log_p[np.arange(len(classes)), classes], at_target)
     if smoothing > 0:  # not only a shortcut: 0 · log p would be NaN for a class that is masked by −inf
@@ -204,7 +206,7 @@ def cross_entropy(
         label_smoothing: in [0, 1]: how much of the target's probability is spread over all classes.
 
     Raises:
-        ValueError: shapes that do not fit, or a target that is not a class.
+        ValueError: shapes that do not fit, or a target that is not a class (on cuda its loss is NaN instead).
         TypeError: targets that are not integers.
 
     >>> cross_entropy(Tensor([[0.0, 0.0]]), np.array([1])).item()  # log 2

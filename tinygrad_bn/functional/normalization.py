@@ -9,6 +9,7 @@ import numpy as np
 
 from tinygrad_bn import ops
 from tinygrad_bn.autograd import OPS, Operand, primitive, run
+from tinygrad_bn.device import device_of, full
 from tinygrad_bn.functional.statistics import mean_composed, values
 from tinygrad_bn.ops import astype, reshape, rsqrt, sqrt
 from tinygrad_bn.sample import POSITIVE, REAL, Draw
@@ -222,8 +223,8 @@ def batch_norm_with_statistics(
 ) -> tuple[Tensor, Any, Any]:
     """BatchNorm by the batch's statistics, and those: the output, and mean and biased variance as arrays (C,)."""
     _expect_channels(x, weight=weight, bias=bias)
-    weight = np.ones(x.shape[1], x.dtype) if weight is None else weight
-    bias = np.zeros(x.shape[1], x.dtype) if bias is None else bias
+    weight = full(x.shape[1:2], 1, x.dtype, device_of(x)) if weight is None else weight
+    bias = full(x.shape[1:2], 0, x.dtype, device_of(x)) if bias is None else bias
     op = OPS["batch_norm_relu_fused" if relu else "batch_norm_fused"]
     y, (mean, var) = run(op, (x, weight, bias), {"eps": eps})
     return y, mean, var
@@ -269,9 +270,9 @@ def batch_norm(
     if training or running_mean is None:
         return batch_norm_with_statistics(x, weight, bias, eps=eps)[0]
     if weight is None:
-        weight = np.ones(x.shape[1], x.dtype)
+        weight = full(x.shape[1:2], 1, x.dtype, device_of(x))
     if bias is None:
-        bias = np.zeros(x.shape[1], x.dtype)
+        bias = full(x.shape[1:2], 0, x.dtype, device_of(x))
     return batch_norm_inference(x, running_mean, running_var, weight, bias, eps=eps)
 
 
@@ -328,8 +329,8 @@ def _block_norm(
     for name, v in (("weight", weight), ("bias", bias)):
         if v is not None and np.shape(values(v)) != shape:
             raise ValueError(f"{name} has shape {np.shape(values(v))}; for x {x.shape} it has to be {shape}")
-    weight = np.ones(shape, x.dtype) if weight is None else weight
-    bias = np.zeros(shape, x.dtype) if bias is None else bias
+    weight = full(shape, 1, x.dtype, device_of(x)) if weight is None else weight
+    bias = full(shape, 0, x.dtype, device_of(x)) if bias is None else bias
     return block_norm_fused(x, weight, bias, blocks=blocks, eps=eps, centered=centered)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.autograd import OPS, Operand, primitive, run
+from tinygrad_bn.device import beside, device_of
 from tinygrad_bn.functional.convolution import Ints, Pairs, each_axis, windows
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.ops import getitem, matmul, pad, reshape
@@ -62,7 +63,10 @@ def _taken(x: Operand, places: Array) -> Tensor:
 
 
 def _max_pool_composed(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    return _taken(x, _places(values(x), kernel, out, stride, padding, dilation))
+    how = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
+    if device_of(x) != "cpu":
+        return _taken(x, run(OPS["max_pool_fused"], (values(x),), how)[1][0])
+    return _taken(x, _places(values(x), **how))
 
 
 def _sample_max_pool(d: Draw) -> Drawn:
@@ -99,7 +103,8 @@ def _avg_pool_composed(
     for place in np.ndindex(*kernel):
         index = tuple(slice(at, at + (m - 1) * s + 1, s) for at, m, s in zip(place, out, stride, strict=True))
         total = total + getitem(padded, index=(slice(None), slice(None), *index))
-    return total * (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(x.dtype)
+    shares = (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(x.dtype)
+    return total * beside(shares, x)
 
 
 def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, include_pad: bool) -> Array:
@@ -282,7 +287,7 @@ def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:
         share = ((at >= start) & (at < stop)) / (stop - start)
         # The axis goes last, for a product with the windows' shares, and back.
         order = (*(i for i in range(x.ndim) if i != axis), axis)
-        y = matmul(y.transpose(order), share.astype(x.dtype)).transpose(tuple(np.argsort(order)))
+        y = matmul(y.transpose(order), beside(share.astype(x.dtype), x)).transpose(tuple(np.argsort(order)))
     return y
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.ops import astype, exp, log, reshape, sqrt, stack, sum, where
+from tinygrad_bn.device import as_array, device_of
+from tinygrad_bn.ops import astype, exp, log, max, reshape, sqrt, stack, sum, where
 from tinygrad_bn.sample import Draw, Drawn, reducing
 from tinygrad_bn.tensor import Axis, Tensor
 
 
 def values(x: Operand) -> Any:
     """The array of a tensor: a constant to every gradient."""
-    return x._data if isinstance(x, Tensor) else np.asarray(x)
+    return x._data if isinstance(x, Tensor) else as_array(x)
 
 
 def count(x: Operand, axis: Axis) -> int:
@@ -130,11 +131,14 @@ def logsumexp_composed(x: Operand, *, axis: Axis = None, keepdims: bool = False)
     """
     top = largest(x, axis)
     y = log(sum(exp(x - top), axis=axis, keepdims=True)) + top
-    return y if keepdims else reshape(y, shape=np.sum(values(x), axis=axis).shape)
+    return y if keepdims else reshape(y, shape=np.sum(np.broadcast_to(False, x.shape), axis=axis).shape)
 
 
 def largest(x: Operand, axis: Axis) -> Any:
     """The largest element over `axis`, as an array that broadcasts with x; 0 where that is not finite."""
+    if device_of(x) != "cpu":
+        top = max(values(x), axis=axis, keepdims=True)
+        return where(top - top == 0, top, 0.0)
     top = np.max(values(x), axis=axis, keepdims=True, initial=-np.inf)
     return np.where(np.isfinite(top), top, 0).astype(x.dtype)
 

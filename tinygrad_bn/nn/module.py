@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.device import move, to_numpy
 from tinygrad_bn.tensor import Array, Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
@@ -167,11 +168,22 @@ class Module:
             if isinstance(t, Parameter | Buffer) and t.dtype.kind == "f":
                 t._data = t._data.astype(dtype)
 
+    def to(self, device: str) -> Self:
+        """Move parameters, their gradients and buffers to `device`, "cpu" or "cuda"; make the optimiser afterwards.
+
+        Raises RuntimeError where there is no such device, saying what is missing: then nothing was moved.
+        """
+        tensors = {t for module in self.modules() for t in vars(module).values() if isinstance(t, Parameter | Buffer)}
+        moved = [(t, move(t._data, device), t.grad and t.grad.detach().to(device)) for t in tensors]
+        for t, data, gradient in moved:
+            t._data, t.grad = data, gradient
+        return self
+
     # ---- state ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters and buffers, under PyTorch's keys."""
-        return {name: np.array(t) for name, t in self.named_tensors()}
+        """Copies of all parameters and buffers, under PyTorch's keys: NumPy arrays, wherever the module lives."""
+        return {name: to_numpy(t) for name, t in self.named_tensors()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Copy arrays (or tensors) into the parameters and buffers. All of them, or, on an error, none.
@@ -188,7 +200,7 @@ class Module:
         unexpected = [k for k in state if k not in own]
         if strict and (missing or unexpected):
             raise KeyError(f"missing keys: {missing or 'none'}; unexpected keys: {unexpected or 'none'}")
-        arrays = {k: np.asarray(state[k]) for k in own if k in state}
+        arrays = {k: to_numpy(state[k]) for k in own if k in state}
         wrong = [
             f"{k}: {a.shape} for {own[k].shape}"
             for k, a in arrays.items()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.device import kernel_or
+from tinygrad_bn.device import as_array, full, kernel_or
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -125,7 +125,7 @@ class _BatchNorm(Module):
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         if self.running_mean is None or self.running_var is None:  # an empty batch, and nothing tracked
-            mean, var = Tensor(np.zeros(self.num_features, x.dtype)), Tensor(np.ones(self.num_features, x.dtype))
+            mean, var = (Tensor._of(full((self.num_features,), v, x.dtype, x.device)) for v in (0, 1))
         else:  # detached: a later update must not look like a change of what this graph needs
             mean, var = self.running_mean.detach(), self.running_var.detach()
         return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
@@ -135,7 +135,7 @@ class _BatchNorm(Module):
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         tracked = self.num_batches_tracked._data + 1
-        m = 1 / tracked if self.momentum is None else self.momentum
+        m = 1 / float(tracked) if self.momentum is None else self.momentum
         arrays = self.running_mean._data, self.running_var._data, mean, var
         options: Any = {"momentum": float(m), "unbias": count / (count - self.running_var_correction)}
         new_mean, new_var, finite = kernel_or(_running_statistics, "nn.running_statistics", *arrays, **options)
@@ -149,7 +149,7 @@ class _BatchNorm(Module):
                     stacklevel=2,
                 )
             return
-        self.num_batches_tracked._data = np.asarray(tracked)
+        self.num_batches_tracked._data = as_array(tracked)
         self.running_mean._data, self.running_var._data = new_mean, new_var
 
     def extra_repr(self) -> str:

@@ -80,6 +80,9 @@ class DeviceArray:
         """The one element, as a Python number; waits for the device."""
         return self.numpy().item()
 
+    def __float__(self) -> float:
+        return float(self.item())
+
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         raise TypeError("an array on cuda is no NumPy array: copy it with .numpy(), or move the tensor with .to('cpu')")
 
