@@ -149,10 +149,10 @@ class Machine:
         active, passive = lanes, None
         if instruction.guard is not None:
             chosen = self.registers[instruction.guard.index][lanes] ^ instruction.negated
+            if not chosen.any():
+                return pc + 1, lanes
             if not chosen.all():
                 active, passive = self.split(lanes, chosen)
-                if not chosen.any():
-                    return pc + 1, lanes
         if self.launch.watch is not None:
             self.launch.watch(self, pc, self.ids[active])
         if pc in self.masks and (active := self.converge(pc, active)) is None:
@@ -160,20 +160,19 @@ class Machine:
         run = self.program[pc]
         if run is not None:
             run(self, active)
-            return pc + 1, (lanes if passive is None else self.merge(passive, active))
-        if instruction.opcode == "bra":
-            if passive is None:
-                return self.onward(self.kernel.labels[instruction.operands[0]], active)
-            self.ready[pc + 1] = self.merge(self.ready.get(pc + 1), passive)
+        elif instruction.opcode == "bra":
+            if passive is not None:
+                self.ready[pc + 1] = self.merge(self.ready.get(pc + 1), passive)
             return self.onward(self.kernel.labels[instruction.operands[0]], active)
-        if instruction.opcode in ("ret", "exit"):
-            self.live[active] = False
-        elif pc in self.masks:  # bar.warp.sync
+        elif pc in self.masks:
             self.synchronise_warps(active)
-            return pc + 1, self.merge(passive, active) if passive is not None else active
         else:
-            self.waiting[pc] = self.merge(self.waiting.get(pc), active)
-        return self.onward(pc + 1, passive)
+            if instruction.opcode in ("ret", "exit"):
+                self.live[active] = False
+            else:
+                self.waiting[pc] = self.merge(self.waiting.get(pc), active)
+            return self.onward(pc + 1, passive)
+        return pc + 1, self.merge(passive, active)
 
     def onward(self, pc: int, lanes: Lanes | None) -> tuple[int, Lanes | None]:
         """Go on with lanes at pc, unless others stand at a lower one."""

@@ -406,7 +406,7 @@ def _warp_reduce(instruction: Instruction) -> Step:
     def reduce(m, lanes: Lanes) -> None:
         values = np.broadcast_to(read(m, lanes), m.number_of(lanes))
         warps, starts, where = np.unique(m.ids[lanes] >> 5, return_index=True, return_inverse=True)
-        write(m, lanes, combine.reduceat(values, starts)[where])
+        write(m, lanes, combine.reduceat(values, starts, dtype=values.dtype)[where])
         m.report.shuffles += warps.size
 
     return reduce
