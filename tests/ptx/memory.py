@@ -103,70 +103,75 @@ class Shadow:
             else:
                 self._load(granule, thread, clock, atomic)
 
-    def _distance(self, other: Ints, then: Ints, thread: Ints, clock: Ints) -> np.ndarray:
-        """How far apart two unordered threads are; 0 for the same thread or ordered accesses; other is 1 + a thread."""
-        other = other - 1
-        distance = np.where(clock == then, np.where(other == thread, 0, SAME_WARP), 0)
-        distance = np.where((other >> 5 != thread >> 5) & (clock >> 32 == then >> 32), SAME_BLOCK, distance)
-        distance = np.where(other >> self.shift != thread >> self.shift, ANY_BLOCK, distance)
-        return np.where(other < 0, 0, distance)
-
-    def _against_writer(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool, what: str) -> None:
-        writer = self.writer[granule]
-        if not writer.any():
-            return
-        racing = self._distance(writer, self.written[granule], thread, clock) > 0
-        if atomic:
-            racing &= ~self.atomic[granule]
-        self._raise(racing, writer, "wrote", what)
-
-    def _raise(self, racing: np.ndarray, other: Ints, did: str, what: str) -> None:
-        if racing.any():
-            at = int(racing.argmax())
-            block, thread = divmod(int(other[at]) - 1, 1 << self.shift)
-            raise Fault(DataRace, at, f"{what} what thread {thread} of block {block} {did} with no barrier between")
-
     def _load(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool) -> None:
-        self._against_writer(granule, thread, clock, atomic, "reads")
-        if atomic:  # a strong read races with no atomic write, and plain writes are checked by their own readers
-            return
-        self._note_readers(granule, thread, clock)
-
-    def _note_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
-        reader, read, scope = self.reader[granule], self.read[granule], self.scope[granule]
-        known = reader > 0
-        far = np.zeros(granule.size, np.int8)
-        if known.any():
-            far = self._distance(reader, read, thread, clock).astype(np.int8)
-            same_block = (reader - 1) >> self.shift == thread >> self.shift
-            current = known & ((scope == ANY_BLOCK) | (same_block & (read >> 32 == clock >> 32)))
-            wide = (scope >= SAME_BLOCK) | (read == clock)  # an older reader of the warp no longer matters
-            far = np.maximum(far, np.where(current & wide, scope, 0))
-        self.reader[granule], self.read[granule] = thread + 1, clock
-        winner = self.reader[granule]  # of the lanes that read the same granule at once
-        if (winner != thread + 1).any():
-            far = np.maximum(far, self._distance(winner, self.read[granule], thread, clock))
-        self.scope[granule] = 0
-        for scope_now in (SAME_WARP, SAME_BLOCK, ANY_BLOCK):  # the widest is written last
-            if (these := far == scope_now).any():
-                self.scope[granule[these]] = scope_now
+        self._against_writer(granule, thread, clock, atomic, "reads what {} wrote")
+        if not atomic:  # a strong read is no reader that an atomic write would have to spare
+            self._note_readers(granule, thread, clock)
 
     def _store(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool) -> None:
-        self._against_writer(granule, thread, clock, atomic, "overwrites")
-        reader = self.reader[granule]
-        if reader.any():
-            read, scope = self.read[granule], self.scope[granule]
-            distance = self._distance(reader, read, thread, clock)
-            current = ((reader - 1) >> self.shift == thread >> self.shift) & (read >> 32 == clock >> 32)
-            racing = (distance > 0) | (scope == ANY_BLOCK) | (current & (scope == SAME_BLOCK))
-            racing |= (read == clock) & (scope == SAME_WARP) & current
-            self._raise(racing & (reader > 0), reader, "reads or a neighbour of it reads", "overwrites")
+        self._against_writer(granule, thread, clock, atomic, "overwrites what {} wrote")
+        self._against_readers(granule, thread, clock)
         self.writer[granule], self.written[granule] = thread + 1, clock
         self.atomic[granule] = atomic
         if not atomic:
+            winner = self.writer[granule]  # of the lanes that write the same granule at once
+            self._raise(winner != thread + 1, winner, "overwrites what {} writes at the same time")
+
+    def _against_writer(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool, what: str) -> None:
+        writer = self.writer[granule]
+        if (foreign := (writer > 0) & (writer != thread + 1)).any():
+            racing = foreign & (self._distance(writer, self.written[granule], thread, clock) > 0)
+            if atomic:
+                racing &= ~self.atomic[granule]
+            self._raise(racing, writer, what)
+
+    def _against_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
+        reader, scope = self.reader[granule], self.scope[granule]
+        if ((reader > 0) & ((reader != thread + 1) | (scope > 0))).any():
+            read = self.read[granule]
+            near = self._distance(reader, read, thread, clock) > 0
+            self._raise(near, reader, "overwrites what {} read")
             self._raise(
-                self.writer[granule] != thread + 1, self.writer[granule], "writes at the same time", "overwrites"
+                self._still(reader, read, scope, thread, clock) > 0, reader, "overwrites what others and {} read"
             )
+
+    def _still(self, reader: Ints, read: Ints, scope: np.ndarray, thread: Ints, clock: Ints) -> np.ndarray:
+        """How far the readers are apart that a thread is not ordered with."""
+        current = ((reader - 1) >> self.shift == thread >> self.shift) & (read >> 32 == clock >> 32)
+        counts = (scope == ANY_BLOCK) | (current & ((scope == SAME_BLOCK) | (read == clock)))
+        return np.where(counts, scope, 0)
+
+    def _note_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
+        reader = self.reader[granule]
+        scope = None
+        if reader.any():
+            read, scope = self.read[granule], self.scope[granule]
+            scope = self._still(reader, read, scope, thread, clock)
+            scope = np.maximum(scope, self._distance(reader, read, thread, clock))
+        self.reader[granule], self.read[granule] = thread + 1, clock
+        winner = self.reader[granule]  # of the lanes that read the same granule at once
+        if (winner != thread + 1).any():
+            together = self._distance(winner, self.read[granule], thread, clock)
+            scope = together if scope is None else np.maximum(scope, together)
+        if scope is not None:
+            self.scope[granule] = 0
+            for distance in (SAME_WARP, SAME_BLOCK, ANY_BLOCK):  # the widest is written last
+                if (these := scope == distance).any():
+                    self.scope[granule[these]] = distance
+
+    def _distance(self, other: Ints, then: Ints, thread: Ints, clock: Ints) -> np.ndarray:
+        """How far apart two unordered threads are; 0 for the same thread or ordered accesses; other is 1 + a thread."""
+        known, other = other > 0, other - 1
+        distance = np.where((clock == then) & (other != thread), SAME_WARP, 0)
+        distance = np.where((other >> 5 != thread >> 5) & (clock >> 32 == then >> 32), SAME_BLOCK, distance)
+        distance = np.where(other >> self.shift != thread >> self.shift, ANY_BLOCK, distance)
+        return np.where(known, distance, 0)
+
+    def _raise(self, racing: np.ndarray, other: Ints, what: str) -> None:
+        if racing.any():
+            at = int(racing.argmax())
+            block, thread = divmod(int(other[at]) - 1, 1 << self.shift)
+            raise Fault(DataRace, at, what.format(f"thread {thread} of block {block}") + ", no barrier between")
 
 
 def sectors(index: Ints, warp: Ints) -> int:
