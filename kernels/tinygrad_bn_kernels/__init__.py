@@ -53,6 +53,8 @@ CUDA_MODULES = _table(
         "layout": "reshape transpose broadcast_to getitem scatter_add concatenate stack pad",
         "reduce": "sum sum_to max min argmax argmin sum_of_squares optim.sum_of_squares",
         "linear": "matmul matmul.vjp linear linear.vjp",
+        "norm": "batch_norm_fused batch_norm_fused.vjp batch_norm_relu_fused batch_norm_relu_fused.vjp "
+        "batch_norm_inference nn.running_statistics",
     },
 )
 
