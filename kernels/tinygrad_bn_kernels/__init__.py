@@ -55,6 +55,10 @@ CUDA_MODULES = _table(
         "linear": "matmul matmul.vjp linear linear.vjp",
         "norm": "batch_norm_fused batch_norm_fused.vjp batch_norm_relu_fused batch_norm_relu_fused.vjp "
         "batch_norm_inference nn.running_statistics",
+        "blocks": "block_norm_fused block_norm_fused.vjp",
+        "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp",
+        "dropout": "dropout_by_key",
+        "optim": "optim.sgd optim.adam",
     },
 )
 

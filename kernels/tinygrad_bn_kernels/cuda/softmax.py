@@ -1,0 +1,158 @@
+"""Softmax cross-entropy: a warp for each row of logits, which reads it twice; no (M, C) array in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cuda import maps
+from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
+from tinygrad_bn_kernels.cuda.reduce import sum_
+from tinygrad_bn_kernels.cuda.shim import cuda, device, int64, uint32
+from tinygrad_bn_kernels.cuda.warps import over_warp, plus
+
+LANES, GROUPS = 32, 8  # of a block: a warp, and how many there are
+
+
+@program(
+    "cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=20, registers=64
+)
+def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
+    """The loss of each row, the weight of its target, and the largest logit and the log of the sum of exponentials.
+
+    A target that is no class gives NaN.
+    """
+    larger = device(maps.SAME["maximum"](T))
+    total, largest = over_warp(plus), over_warp(larger)
+    nan, least = T(math.nan), T(-math.inf)
+
+    def cross_entropy(x, target, weight, loss, mass, normalizer, rows, classes, ignored, smoothing):
+        row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+        while row < rows:
+            t = int64(target[row])
+            start = uint32(row * classes)
+            top = least
+            c = uint32(cuda.threadIdx.x)
+            while c < classes:
+                top = larger(top, x[uint32(start + c)])
+                c = uint32(c + uint32(LANES))
+            top = largest(top)
+            exponentials, smooth, weights = T(0), T(0), T(0)
+            c = uint32(cuda.threadIdx.x)
+            while c < classes:
+                d = x[uint32(start + c)] - top
+                exponentials += math.exp(d)
+                weights += weight[c]
+                if smoothing > T(0):
+                    smooth += weight[c] * d
+                c = uint32(c + uint32(LANES))
+            log_sum = math.log(total(exponentials))
+            smooth, weights = total(smooth), total(weights)
+            if cuda.threadIdx.x == 0:
+                one = nan
+                if t == ignored:
+                    one = T(0)
+                    mass[row] = T(0)
+                elif t >= 0 and t < classes:
+                    own = weight[uint32(t)]
+                    one = -(T(1) - smoothing) * own * ((x[uint32(start + uint32(t))] - top) - log_sum)
+                    if smoothing > T(0):
+                        one -= smoothing / T(classes) * (smooth - weights * log_sum)
+                    mass[row] = own
+                else:
+                    mass[row] = nan
+                loss[row] = one
+                normalizer[uint32(row + row)] = top
+                normalizer[uint32(row + row + uint32(1))] = log_sum
+            row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+    return cross_entropy
+
+
+@program(
+    "cross_entropy.vjp", "f4* f4* f4* i8* f4* f4* f4* u4 u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=5, registers=64
+)
+def CROSS_ENTROPY_VJP(T: Any) -> Callable[..., None]:
+    """gᵢ · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c), divided by `whole`; `each` is 0 if there is one g for all rows."""
+    total = over_warp(plus)
+
+    def cross_entropy_vjp(g, whole, x, target, weight, normalizer, gx, rows, classes, each, ignored, smoothing):
+        row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+        while row < rows:
+            t = int64(target[row])
+            start = uint32(row * classes)
+            weights = T(0)
+            c = uint32(cuda.threadIdx.x)
+            while c < classes:
+                weights += weight[c]
+                c = uint32(c + uint32(LANES))
+            spread = smoothing / T(classes) * total(weights)
+            gi = g[uint32(row * each)] / whole[0]
+            inside = t >= 0 and t < classes
+            own = T(0)
+            if inside:
+                own = (T(1) - smoothing) * weight[uint32(t)]
+            top, log_sum = normalizer[uint32(row + row)], normalizer[uint32(row + row + uint32(1))]
+            c = uint32(cuda.threadIdx.x)
+            while c < classes:
+                v = T(0)
+                if t != ignored:
+                    v = (own + spread) * math.exp((x[uint32(start + c)] - top) - log_sum)
+                    v -= smoothing / T(classes) * weight[c]
+                    if c == t:
+                        v -= own
+                    v = gi * v
+                gx[uint32(start + c)] = v
+                c = uint32(c + uint32(LANES))
+            row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+    return cross_entropy_vjp
+
+
+def _prepared(x: DeviceArray, target: DeviceArray, weight: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
+    maps.check(x, target, weight)
+    if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
+        raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
+    return target.astype(np.int64, copy=False), weight.astype(x.dtype, copy=False)
+
+
+@kernel("softmax_cross_entropy", "cuda")
+def softmax_cross_entropy(
+    x: DeviceArray, target: DeviceArray, weight: DeviceArray, *, smoothing: float, ignore_index: int, reduction: str
+) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+    """x (M, C) logits, target (M,) classes, weight (C,): the loss, what backward needs again, and Σ weights of targets.
+
+    The loss is that of each row (M,) for the reduction "none", else one number; NaN where a target is no class.
+    """
+    target, weight = _prepared(x, target, weight)
+    rows, classes = x.shape
+    loss, mass, normalizer = (DeviceArray(shape, x.dtype) for shape in ((rows,), (rows,), (rows, 2)))
+    if rows:
+        numbers = *u4(rows, classes), np.int64(ignore_index), x.dtype.type(smoothing)
+        launch(CROSS_ENTROPY, blocks(rows, GROUPS), x, target, weight, loss, mass, normalizer, *numbers)
+    total = sum_(mass)
+    if reduction == "none":
+        return loss, normalizer, total
+    return (sum_(loss) if reduction == "sum" else maps.div(sum_(loss), total)), normalizer, total
+
+
+@kernel("softmax_cross_entropy.vjp", "cuda")
+def softmax_cross_entropy_vjp(
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, target: DeviceArray, weight: DeviceArray, *, needs: list[bool],
+    smoothing: float, ignore_index: int, reduction: str, normalizer: DeviceArray, total: DeviceArray,
+) -> Any:  # fmt: skip
+    """The gradient with respect to the logits; that of the weights is left to the composition."""
+    if needs[2]:
+        return NotImplemented
+    target, weight = _prepared(x, target, weight)
+    gx, (rows, classes) = DeviceArray(x.shape, x.dtype), x.shape
+    if gx.size:
+        whole = total if reduction == "mean" else maps.fill(DeviceArray((), x.dtype), 1)
+        numbers = *u4(rows, classes, reduction == "none"), np.int64(ignore_index), x.dtype.type(smoothing)
+        launch(CROSS_ENTROPY_VJP, blocks(rows, GROUPS), g, whole, x, target, weight, normalizer, gx, *numbers)
+    return gx, None, None
