@@ -58,6 +58,8 @@ CUDA_MODULES = _table(
         "blocks": "block_norm_fused block_norm_fused.vjp",
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp",
         "dropout": "dropout_by_key",
+        "conv": "conv conv_input conv_weight",
+        "pool": "max_pool_fused",
         "optim": "optim.sgd optim.adam",
     },
 )
