@@ -1,0 +1,105 @@
+"""What the compiler makes of every program for cuda, for four generations of GPUs; no GPU is needed for it."""
+
+import re
+
+import pytest
+
+from tests.ptx.compile import ARCHITECTURES, assemble, compile_ptx, need_compiler
+from tests.ptx.parse import parse
+from tests.ptx.programs import programs, ptx_for
+
+CEILING = 64  # registers of a thread that no program may have more of; most say 40 or less
+DIVIDING: dict[str, str] = {}  # programs whose inner loop divides integers, and why
+
+
+def inner_loops(ptx: str) -> list[list[str]]:
+    """The opcodes, with their modifiers, of the loops in a kernel's PTX that have no loop inside."""
+    (kernel,) = parse(ptx).values()
+    jumps = [
+        (kernel.labels[i.operands[0]], pc)
+        for pc, i in enumerate(kernel.instructions)
+        if i.opcode == "bra" and kernel.labels[i.operands[0]] <= pc
+    ]
+    inner = [(a, b) for a, b in jumps if not any((c, d) != (a, b) and a <= c and d <= b for c, d in jumps)]
+    return [[".".join((i.opcode, *i.modifiers)) for i in kernel.instructions[a : b + 1]] for a, b in inner]
+
+
+@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+def test_the_machine_code_of_every_program(cc):
+    """Registers, spills, stack, shared memory, vector accesses and float64 of each program are as it declares."""
+    need_compiler()
+    modules = {name: ptx_for(program, cc) for name, program in programs().items()}
+    wrong = []
+    for name, code in assemble(modules, cc).items():
+        program = programs()[name]
+        wide = bool(code.count("LDG.E.128")), bool(code.count("STG.E.128"))
+        expected = {
+            f"{code.registers} registers, more than {program.registers}": code.registers > program.registers,
+            f"declares {program.registers} registers, more than {CEILING}": program.registers > CEILING,
+            f"{code.spills} bytes of spilled registers": code.spills,
+            f"{code.stack} bytes of stack": code.stack,
+            f"{code.shared} bytes of shared memory, not {program.shared}": code.shared != program.shared,
+            f"{code.float64} instructions of float64": code.float64,
+            f"128 bits are loaded, stored: {wide}": wide != (program.vector, program.vector),
+        }
+        wrong += [f"{name}: {what}" for what, is_wrong in expected.items() if is_wrong]
+    assert not wrong
+
+
+@pytest.mark.parametrize("cc", [(7, 5), (10, 0)], ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+def test_the_ptx_of_every_program(cc):
+    """Nothing is float64, nothing is called, no inner loop divides integers, and the shuffles are those declared."""
+    need_compiler()
+    wrong = []
+    for name, program in programs().items():
+        ptx = ptx_for(program, cc)
+        body = re.sub(r"(?m)^\s*\.(reg|param).*$", "", ptx)
+        shuffles = body.count("shfl.sync")
+        divisions = [op for loop in inner_loops(ptx) for op in loop if re.fullmatch(r"(div|rem)\.[us]\d+", op)]
+        expected = {
+            "float64": re.search(r"\.f64\b", body),
+            "a call": re.search(r"\bcall\b", body),
+            f"{divisions} in an inner loop": divisions and name not in DIVIDING,
+            "no division in an inner loop any more": name in DIVIDING and not divisions,
+            f"{shuffles} shuffles, not {program.shuffles} or, of an unrolled loop, a multiple": (
+                shuffles % program.shuffles if program.shuffles else shuffles
+            ),
+        }
+        wrong += [f"{name}: {what}" for what, is_wrong in expected.items() if is_wrong]
+    assert not wrong
+
+
+def test_sm_80_and_90_get_the_ptx_of_sm_75():
+    """Why a program is compiled twice for four architectures: its PTX differs in the line that names the target."""
+    need_compiler()
+    from numba import float32, uint32, void
+
+    def add(a, b, out, n):
+        for i in range(n):
+            out[i] = a[i] + b[i] * float32(0.5)
+
+    arrays = [float32[::1]] * 3
+    texts = [compile_ptx(add, void(*arrays, uint32), cc=cc) for cc in ARCHITECTURES[:3]]
+    assert len({re.sub(r"\.target sm_\d+|_ZN\w+", "", text) for text in texts}) == 1
+
+
+def test_the_checks_see_what_they_are_for():
+    """A kernel with a local array, float64, a division in its loop and scalar loads has all of that found."""
+    need_compiler()
+    from numba import cuda, float32, int64, void
+
+    def bad(x, n):
+        held = cuda.local.array(64, float32)
+        for i in range(64):
+            held[i] = x[i]
+        total = 0.0
+        for i in range(n):
+            total += held[(i // n) & 63] * 0.5
+        x[0] = total
+
+    ptx = compile_ptx(bad, void(float32[::1], int64), cc=(9, 0))
+    code = assemble({"bad": ptx}, (9, 0))["bad"]
+    assert code.stack >= 256
+    assert code.float64 > 0
+    assert code.count("LDG") > code.count("LDG.E.128") == 0
+    assert any(op == "div.s64" for loop in inner_loops(ptx) for op in loop)
