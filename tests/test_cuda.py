@@ -1,11 +1,11 @@
 """Training on cuda, end to end: what a GPU would run is executed from its PTX, by the interpreter of `tests/ptx`."""
 
-import contextlib
+
 
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing
+from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import OPS
 from tests.ptx.compile import need_compiler, offline
 from tests.ptx.interpreter import Device
@@ -14,7 +14,7 @@ from tests.ptx.interpreter import Device
 class Interpreted(Device):
     """The interpreter, as the driver that programs are launched with."""
 
-    cc, processors, name = (9, 0), 2, "PTX interpreter"
+    cc, processors, name = (7, 5), 2, "PTX interpreter"
 
     def read(self, pointer, nbytes):
         return super().read(pointer, (nbytes,), np.uint8)
@@ -34,7 +34,7 @@ def device():
     need_compiler()
     from tinygrad_bn_kernels.cuda import launch
 
-    with offline(), launch.using(Interpreted()) as interpreted:
+    with offline((7, 5)), launch.using(Interpreted()) as interpreted:
         yield interpreted
 
 
@@ -46,3 +46,195 @@ def test_every_op_is_the_same_as_on_the_cpu(name):
     for example in range(4):
         xs, params = OPS[name].sample(testing.RandomDraw(example))
         testing.device_matches_cpu(OPS[name], xs, params, example, "cuda")
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+
+def network():
+    """Without biases before a BatchNorm: their gradient is 0 but for rounding, which Adam would blow up."""
+    rng = np.random.default_rng(3)
+    return nn.Sequential(
+        nn.Linear(6, 20, bias=False, rng=rng), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.2, rng=rng),
+        nn.Linear(20, 9, bias=False, rng=rng), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3, rng=rng),
+    )  # fmt: skip
+
+
+def images_network():
+    rng = np.random.default_rng(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1, bias=False, rng=rng), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(27, 3, rng=rng),
+    )  # fmt: skip
+
+
+OPTIMISERS = {
+    "adam": lambda ps: optim.Adam(ps, lr=0.05),
+    "sgd": lambda ps: optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "rmsprop": lambda ps: optim.RMSprop(ps, momentum=0.5),
+}
+
+
+def three_steps(make, optimiser, x, y, where):
+    """The losses of three full training steps, and the state after them."""
+    model = make().to(where)
+    optimizer = OPTIMISERS[optimiser](model.parameters())
+    x, y, losses = Tensor(x).to(where), Tensor(y).to(where), []
+    for _ in range(3):
+        loss = functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optim.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model.state_dict(), optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "optimiser", "shape"),
+    [(network, "adam", (32, 6)), (network, "sgd", (33, 6)), (images_network, "rmsprop", (8, 1, 6, 6))],
+)
+def test_three_training_steps_are_those_of_the_cpu(make, optimiser, shape):
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=shape) + 1).astype(np.float32), rng.integers(0, 3, shape[0])
+    losses, state, _ = three_steps(make, optimiser, x, y, "cuda")
+    want, want_state, _ = three_steps(make, optimiser, x, y, "cpu")
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    assert losses[-1] < losses[0]
+    for name, value in want_state.items():
+        np.testing.assert_allclose(state[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_fit_and_evaluate_on_cuda_and_a_checkpoint_that_goes_on_on_the_cpu():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6)).astype(np.float32)
+    data = x, (x[:, 0] > 0).astype(np.int64)
+    results = []
+    for where in ("cuda", "cpu"):
+        model = network()
+        history = train.fit(model, data, validation=data, epochs=2, batch_size=20, device=where, progress=False)
+        assert {p.device for p in model.parameters()} == {where}
+        results.append((history["loss"], history["val_loss"], model))
+    np.testing.assert_allclose(results[0][:2], results[1][:2], rtol=1e-3)
+    copy = network()
+    copy.load_state_dict(results[0][2].state_dict())
+    assert {type(a) for a in results[0][2].state_dict().values()} == {np.ndarray}
+    on_cuda, on_cpu = (train.evaluate(m, data) for m in (results[0][2], copy))
+    np.testing.assert_allclose(on_cuda, on_cpu, rtol=1e-5)
+    results[0][2].load_state_dict(results[1][2].to("cuda").state_dict())
+
+
+def test_an_optimiser_goes_on_from_a_checkpoint_of_another_device():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 6)).astype(np.float32), rng.integers(0, 3, 16)
+    _, state, optimizer_state = three_steps(network, "adam", x, y, "cuda")
+    model = network()
+    model.load_state_dict(state)
+    optimizer = OPTIMISERS["adam"](model.parameters())
+    optimizer.load_state_dict(optimizer_state)
+    functional.cross_entropy(model(Tensor(x)), y).backward()
+    optimizer.step()
+    moved = network().to("cuda")
+    moved.load_state_dict(state)
+    optimizer = OPTIMISERS["adam"](moved.parameters())
+    optimizer.load_state_dict(optimizer_state)
+    assert {v.device for s in optimizer.state.values() for v in s.values() if not isinstance(v, int)} == {"cuda"}
+
+
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics():
+    layer = nn.BatchNorm1d(2).to("cuda")
+    x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    layer(Tensor(x).to("cuda"))
+    before = layer.state_dict()
+    x[2, 1] = np.inf
+    layer(Tensor(x).to("cuda"))
+    np.testing.assert_array_equal(layer.state_dict()["running_mean"], before["running_mean"])
+    np.testing.assert_array_equal(layer.state_dict()["running_var"], before["running_var"])
+
+
+# ---- devices ---------------------------------------------------------------------------------------------
+
+
+def test_mixing_devices_is_an_error_that_names_both():
+    here, there = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 4.0]).to("cuda")
+    for mix in (
+        lambda: here + there, lambda: there + here, lambda: there * np.ones(2), lambda: here @ there,
+        lambda: functional.where(here > 0, here, there), lambda: functional.concatenate([here, there]),
+        lambda: here > there, lambda: functional.cross_entropy(there.reshape(1, 2), np.array([0])),
+        lambda: functional.batch_norm(there.reshape(2, 1), weight=here[:1], bias=here[:1], training=True),
+        lambda: nn.Linear(2, 3)(there), lambda: (here * 2).sum().backward(Tensor(1.0).to("cuda")),
+        lambda: functional.cross_entropy(here.reshape(1, 2), Tensor([0]).to("cuda")),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="cpu.*cuda|cuda.*cpu"):
+            mix()
+
+
+def test_an_optimiser_whose_model_moved_says_so():
+    p = Tensor([1.0, 2.0], requires_grad=True)
+    optimizer = optim.Adam([p])
+    p.grad = Tensor([1.0, 1.0])
+    optimizer.step()
+    p.data, p._data = p.data, p.detach().to("cuda")._data
+    p.grad = Tensor([1.0, 1.0]).to("cuda")
+    with pytest.raises(TypeError, match="cpu and cuda"):
+        optimizer.step()
+
+
+def test_nothing_is_copied_to_the_host_unasked():
+    t = Tensor([1.0, 2.0]).to("cuda")
+    with pytest.raises(TypeError, match=r"lives on cuda.*\.numpy\(\)"):
+        np.asarray(t)
+    with pytest.raises(TypeError, match="no NumPy array"):
+        np.asarray(t.data)
+    with pytest.raises(TypeError):
+        np.add(t.data, 1)
+    assert t.numpy().tolist() == [1, 2]
+    assert t.sum().item() == 3
+    assert "cuda" in repr(t)
+    assert t.to("cuda") is t
+    assert t.to("cpu").device == "cpu"
+
+
+def test_the_gradient_comes_back_to_the_device_that_a_tensor_came_from():
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    (x.to("cuda") * 3.0).sum().backward()
+    assert x.grad.device == "cpu"
+    assert x.grad.numpy().tolist() == [3, 3]
+
+
+def test_what_cuda_does_not_take():
+    with pytest.raises(TypeError, match="float32, float64; not of float16"):
+        Tensor([1.0], dtype=np.float16).to("cuda")
+    with pytest.raises(ValueError, match="there is no device 'gpu'"):
+        Tensor([1.0]).to("gpu")
+    with pytest.raises(IndexError, match="out of bounds"):
+        Tensor([1.0, 2.0]).to("cuda")[2]
+    out = Tensor([1.0, 2.0]).to("cuda")[Tensor([0, 5]).to("cuda")]
+    assert np.isnan(out.numpy()).tolist() == [False, True]
+    loss = functional.cross_entropy(Tensor([[0.0, 0.0]]).to("cuda"), Tensor([7]).to("cuda"))
+    assert np.isnan(loss.item())
+
+
+def test_arrays_and_views():
+    t = Tensor(np.arange(12, dtype=np.float32).reshape(3, 4)).to("cuda")
+    array = t.data
+    assert array.reshape(-1, 2)[1:3].numpy().tolist() == [[2, 3], [4, 5]]
+    assert array[1:].pointer == array.pointer + 16
+    with pytest.raises(ValueError, match=r"cannot reshape .* \(3, 4\) into \(5, -1\)"):
+        array.reshape(5, -1)
+    interface = array.__cuda_array_interface__
+    assert interface["data"] == (array.pointer, False)
+    assert (interface["shape"], interface["typestr"], interface["strides"]) == ((3, 4), "<f4", None)
+
+
+def test_dropout_draws_the_same_elements_as_on_the_cpu():
+    x = np.ones((37, 5), np.float32)
+    for key in (0, 7, 2**63 - 1):
+        ys = [functional.basics.dropout_by_key(Tensor(x).to(where), p=0.4, key=key).numpy() for where in ("cpu", "cuda")]
+        np.testing.assert_array_equal(*ys)
+
+
+def test_info(device):
+    assert cuda.is_available()
+    assert cuda.info()["compute_capability"] == device.cc
+    cuda.synchronize()

@@ -9,11 +9,11 @@ array([[-0.9258],
 """
 
 from tinygrad_bn.tensor import Tensor  # isort: skip  (first: the other modules build on it)
-from tinygrad_bn import datasets, functional, nn, optim, testing, train
+from tinygrad_bn import cuda, datasets, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import debug, grad, is_recording, no_grad, primitive
 from tinygrad_bn.random import manual_seed
 
 __all__ = [
-    "Tensor", "datasets", "debug", "functional", "grad", "is_recording", "manual_seed", "nn", "no_grad", "optim",
+    "Tensor", "cuda", "datasets", "debug", "functional", "grad", "is_recording", "manual_seed", "nn", "no_grad", "optim",
     "primitive", "testing", "train",
 ]  # fmt: skip

@@ -103,6 +103,7 @@ def fit(
     callbacks: Callback | Iterable[Callback] = (),
     progress: bool = True,
     description: str = "training",
+    device: str | None = None,
 ) -> History:
     """Train `model`.
 
@@ -119,6 +120,8 @@ def fit(
         callbacks: each called after every epoch with the history and the model; True ends the training.
         progress: show a progress bar.
         description: what the bar is called.
+        device: where to train, "cpu" or "cuda": the model is moved there, and stays. By default where it is. An
+            optimizer is to be made of a model that is there already.
 
     Returns:
         The history. Ctrl-C ends the training and returns what there is so far; the model keeps what it learned.
@@ -126,6 +129,7 @@ def fit(
     Raises:
         ValueError: no data, data and targets of different lengths, or an option out of range.
         TypeError: data or optimizer are not what they should be.
+        RuntimeError: there is no such device; the message says what is missing.
     """
     if epochs < 0:
         raise ValueError(f"epochs has to be 0 or more; got {epochs}")
@@ -136,6 +140,8 @@ def fit(
     if not len(batches):
         raise ValueError(f"{len(x)} samples make no batch of {batch_size} (drop_last={drop_last})")
     _warn_of_a_batch_of_one(model, batches)
+    if device is not None:
+        model.to(device)
     optimizer = optimizer or Adam(model.parameters())
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     history = History()
@@ -169,8 +175,8 @@ def fit(
 def _train_step(
     model: nn.Module, x: Array, y: Array, loss: Loss, optimizer: Optimizer, clip_norm: float | None
 ) -> Score:
-    outputs = model(Tensor(x))
-    value = loss(outputs, y)
+    outputs = model(_input(x, model))
+    value = loss(outputs, _target(y, outputs))
     optimizer.zero_grad()
     value.backward()
     if clip_norm is not None:
@@ -187,10 +193,20 @@ def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batc
     losses, hits = 0.0, 0.0
     with nn.evaluating(model), no_grad():
         for xb, yb in Batches(x, y, batch_size, shuffle=False):
-            outputs = model(Tensor(xb))
-            losses += float(loss(outputs, yb)) * len(xb)
+            outputs = model(_input(xb, model))
+            losses += float(loss(outputs, _target(yb, outputs))) * len(xb)
             hits += _accuracy(outputs, yb) * len(xb)
     return Score(losses / len(x), hits / len(x))
+
+
+def _input(x: Array, model: nn.Module) -> Tensor:
+    """A batch on the model's device."""
+    return Tensor(x).to(next((p.device for p in model.parameters()), "cpu"))
+
+
+def _target(y: Array, outputs: Tensor) -> Any:
+    """Targets beside the outputs: on the CPU the array itself, elsewhere a tensor."""
+    return y if outputs.device == "cpu" else Tensor(y).to(outputs.device)
 
 
 def _accuracy(outputs: Tensor, y: Array) -> float:

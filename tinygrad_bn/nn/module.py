@@ -174,7 +174,7 @@ class Module:
         Raises RuntimeError where there is no such device, saying what is missing: then nothing was moved.
         """
         tensors = {t for module in self.modules() for t in vars(module).values() if isinstance(t, Parameter | Buffer)}
-        moved = [(t, move(t._data, device), t.grad and t.grad.detach().to(device)) for t in tensors]
+        moved = [(t, move(t._data, device), None if t.grad is None else t.grad.detach().to(device)) for t in tensors]
         for t, data, gradient in moved:
             t._data, t.grad = data, gradient
         return self

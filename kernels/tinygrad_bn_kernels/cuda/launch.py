@@ -59,7 +59,7 @@ class Program:
     build: Callable[[Any], Callable[..., None]]
     signatures: tuple[Signature, ...]  # for which the tests compile it
     block: tuple[int, ...]  # threads of a block that it is launched with
-    registers: int = 40  # of a thread, at most
+    registers: int = 40  # of a thread, at most: in float32 the assembler is told so
     shared: int = 0  # bytes of shared memory, in float32
     shuffles: int = 0  # warp shuffles in its code
     vector: bool = False  # whether it moves 128 bits at a time
@@ -131,6 +131,9 @@ def _cached_ptx(program: Program, signature: Signature, cc: tuple[int, int]) -> 
     if path and path.exists():
         return path.read_text()
     ptx = shim.compile_ptx(program.build(shim.TYPES[signature[0].removesuffix("*")]), signature, cc)
+    if not any(kind.startswith("f8") for kind in signature):  # whose numbers take two registers each
+        before, entry, rest = ptx.partition(".entry")
+        ptx = before + entry + re.sub(r"\)\s*\{", f")\n.maxnreg {program.registers}\n{{", rest, count=1)
     if path:
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(ptx)

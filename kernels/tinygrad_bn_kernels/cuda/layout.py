@@ -88,35 +88,39 @@ def TRANSPOSE(T: Any) -> Callable[..., None]:
     return transpose
 
 
-@program("gather", "f4* i8* f4* u4 u4 u4")
+@program("gather", "f4* i8* f4* u4 u4 u4", block=(32, 8))
 def GATHER(T: Any) -> Callable[..., None]:
     """out[i, j] = a[index[i], j]: a (limit, width), out (n, width); what is outside gives NaN, or 0 for integers."""
     outside = T(math.nan) if str(T).startswith("float") else T(0)
 
     def gather(a, index, out, n, width, limit):
-        i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-        while i < uint32(n * width):
-            row = uint32(i // width)
+        row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+        while row < n:
             at = index[row]
             inside = at >= 0 and at < limit
-            out[i] = a[uint32(uint32(at) * width + (i - row * width))] if inside else outside
-            i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+            j = uint32(cuda.threadIdx.x)
+            while j < width:
+                out[uint32(row * width + j)] = a[uint32(uint32(at) * width + j)] if inside else outside
+                j = uint32(j + cuda.blockDim.x)
+            row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
     return gather
 
 
-@program("scatter_add", "f4* i8* f4* u4 u4 u4")
+@program("scatter_add", "f4* i8* f4* u4 u4 u4", block=(32, 8))
 def SCATTER_ADD(T: Any) -> Callable[..., None]:
     """out[index[i], j] += x[i, j], in any order; what is outside is left out."""
 
     def scatter_add(x, index, out, n, width, limit):
-        i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-        while i < uint32(n * width):
-            row = uint32(i // width)
+        row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+        while row < n:
             at = index[row]
             if at >= 0 and at < limit:
-                cuda.atomic.add(out, uint32(uint32(at) * width + (i - row * width)), x[i])
-            i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+                j = uint32(cuda.threadIdx.x)
+                while j < width:
+                    cuda.atomic.add(out, uint32(uint32(at) * width + j), x[uint32(row * width + j)])
+                    j = uint32(j + cuda.blockDim.x)
+            row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
     return scatter_add
 
@@ -375,7 +379,8 @@ def getitem(x: DeviceArray, *, index: Any) -> DeviceArray:
     out, width = DeviceArray((*chosen.lead, *rest), x.dtype), math.prod(rest)
     if out.size:
         numbers = u4(chosen.places.size, width, limit)
-        launch(GATHER, blocks(out.size), table, chosen.places, out, *numbers)
+        block = row_block(width)
+        launch(GATHER, blocks(chosen.places.size, block[1]), table, chosen.places, out, *numbers, block=block)
     return transpose(out, axes=_with_lead_at(len(chosen.lead), chosen.at, len(rest)))
 
 
@@ -390,13 +395,14 @@ def scatter_add(x: DeviceArray, *, index: Any, shape: Shape) -> DeviceArray:
     chosen = _chosen(shape, entries)
     sizes = tuple(chosen.view.shape[i] for i in chosen.order)
     rest = sizes[chosen.count :]
+    width = math.prod(rest)
     order = _with_lead_at(len(chosen.lead), chosen.at, len(rest))
     given = broadcast_to(x, shape=tuple((*chosen.lead, *rest)[i] for i in order))
     values = transpose(given, axes=tuple(np.argsort(order)))
     table = maps.fill(DeviceArray(sizes, x.dtype), 0)
     if values.size:
-        numbers = u4(chosen.places.size, math.prod(rest), math.prod(sizes[: chosen.count]))
-        launch(SCATTER_ADD, blocks(values.size), values, chosen.places, table, *numbers)
+        numbers, block = u4(chosen.places.size, width, math.prod(sizes[: chosen.count])), row_block(width)
+        launch(SCATTER_ADD, blocks(chosen.places.size, block[1]), values, chosen.places, table, *numbers, block=block)
     back = transpose(table, axes=tuple(np.argsort(chosen.order)))
     if chosen.view == _whole(shape):
         return back

@@ -228,7 +228,8 @@ for _relu in (False, True):
         shuffles=24,
     )(_plane_sums(_relu))  # fmt: skip
     program(
-        f"batch_norm.row_sums{_end}", "f4* f4* f4* f4* f4* u4 u4 u4 u4 u4", block=(LANES, GROUPS), shared=12 * TILE
+        f"batch_norm.row_sums{_end}", "f4* f4* f4* f4* f4* u4 u4 u4 u4 u4", block=(LANES, GROUPS), shared=12 * TILE,
+        registers=64,
     )(_row_sums(_relu))
 
 # ---- putting the parts together --------------------------------------------------------------------------
@@ -398,7 +399,7 @@ for _columns, _word in ((False, "planes"), (True, "rows")):
 @program("batch_norm.running", "f4* f4* f4* f4* f4* f4* u4 f4 f4", block=THREADS, shared=4 * WARPS, shuffles=8)
 def RUNNING(T: Any) -> Scalar:
     """New running statistics; the old ones, if any new one is not finite."""
-    total = over_block(plus)
+    total = over_block(plus, again=False)
 
     def running(old_mean, old_var, mean, var, new_mean, new_var, channels, momentum, unbias):
         shared = cuda.shared.array(WARPS, T)

@@ -28,11 +28,11 @@ def over_warp(combine: Callable[..., Any]) -> Callable[..., Any]:
     return combined
 
 
-def over_block(combine: Callable[..., Any]) -> Callable[..., Any]:
+def over_block(combine: Callable[..., Any], again: bool = True) -> Callable[..., Any]:
     """A device function: the values of a block of 256 threads combined, by way of `shared`, of 8 elements.
 
-    Each warp leaves its result there, and then combines all 8 itself. Eight shuffles and two barriers, of which the
-    second lets `shared` be used again.
+    Each warp leaves its result there, and then combines all 8 itself. Eight shuffles and a barrier; and another one,
+    if `shared` is to be used `again`.
     """
     warp = over_warp(combine)
 
@@ -44,7 +44,8 @@ def over_block(combine: Callable[..., Any]) -> Callable[..., Any]:
             shared[thread >> 5] = value
         cuda.syncthreads()
         value = shared[thread & 7]
-        cuda.syncthreads()
+        if again:
+            cuda.syncthreads()
         value = combine(value, cuda.shfl_xor_sync(ALL, value, 4))
         value = combine(value, cuda.shfl_xor_sync(ALL, value, 2))
         return combine(value, cuda.shfl_xor_sync(ALL, value, 1))
