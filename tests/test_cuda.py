@@ -1,14 +1,12 @@
 """Training on cuda, end to end: what a GPU would run is executed from its PTX, by the interpreter of `tests/ptx`."""
 
-
-
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
-from tinygrad_bn.autograd import OPS
 from tests.ptx.compile import need_compiler, offline
 from tests.ptx.interpreter import Device
+from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
+from tinygrad_bn.autograd import OPS
 
 
 class Interpreted(Device):
@@ -165,7 +163,7 @@ def test_mixing_devices_is_an_error_that_names_both():
         lambda: nn.Linear(2, 3)(there), lambda: (here * 2).sum().backward(Tensor(1.0).to("cuda")),
         lambda: functional.cross_entropy(here.reshape(1, 2), Tensor([0]).to("cuda")),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match="cpu.*cuda|cuda.*cpu"):
+        with pytest.raises(TypeError, match=r"cpu.*cuda|cuda.*cpu"):
             mix()
 
 
@@ -230,7 +228,9 @@ def test_arrays_and_views():
 def test_dropout_draws_the_same_elements_as_on_the_cpu():
     x = np.ones((37, 5), np.float32)
     for key in (0, 7, 2**63 - 1):
-        ys = [functional.basics.dropout_by_key(Tensor(x).to(where), p=0.4, key=key).numpy() for where in ("cpu", "cuda")]
+        ys = [
+            functional.basics.dropout_by_key(Tensor(x).to(where), p=0.4, key=key).numpy() for where in ("cpu", "cuda")
+        ]
         np.testing.assert_array_equal(*ys)
 
 
@@ -238,3 +238,19 @@ def test_info(device):
     assert cuda.is_available()
     assert cuda.info()["compute_capability"] == device.cc
     cuda.synchronize()
+
+
+def test_dlpack_shares_memory_in_both_directions():
+    from tinygrad_bn_kernels.cuda import dlpack
+
+    t = Tensor(np.arange(6.0, dtype=np.float32).reshape(2, 3)).to("cuda")
+    shared = cuda.from_dlpack(t.data)
+    assert shared.data.pointer == t.data.pointer
+    np.testing.assert_array_equal(shared.numpy(), t.numpy())
+    assert len(dlpack._lent) == 1
+    del shared
+    t.data.__dlpack__()  # a capsule that nobody takes
+    assert not dlpack._lent
+    assert t.data.__dlpack_device__() == (2, 0)
+    with pytest.raises(TypeError, match="is not on cuda:0"):
+        cuda.from_dlpack(np.ones(3))

@@ -14,6 +14,6 @@ from tinygrad_bn.autograd import debug, grad, is_recording, no_grad, primitive
 from tinygrad_bn.random import manual_seed
 
 __all__ = [
-    "Tensor", "cuda", "datasets", "debug", "functional", "grad", "is_recording", "manual_seed", "nn", "no_grad", "optim",
-    "primitive", "testing", "train",
+    "Tensor", "cuda", "datasets", "debug", "functional", "grad", "is_recording", "manual_seed", "nn", "no_grad",
+    "optim", "primitive", "testing", "train",
 ]  # fmt: skip

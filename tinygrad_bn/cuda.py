@@ -9,13 +9,15 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from tinygrad_bn.tensor import Tensor
+
 __all__ = ["from_dlpack", "info", "is_available", "synchronize"]
 
 _INSTALL = 'device "cuda" needs the package numba-cuda: pip install "tinygrad-bn[cuda]"'
 
 
 def arrays() -> Any:
-    """The module of device arrays, once it is sure that there is a device. Raises RuntimeError saying what is missing."""
+    """The module of device arrays, if there is a device. Raises RuntimeError saying what is missing."""
     from tinygrad_bn_kernels.cuda import launch
 
     if launch.installed() is None:
@@ -51,6 +53,22 @@ def info() -> dict[str, Any]:
         "compute_capability": device.cc,
         "multiprocessors": device.processors,
     }
+
+
+def from_dlpack(other: Any) -> Tensor:
+    """A tensor that shares its memory with an array of CuPy, PyTorch or JAX on the same GPU.
+
+    It is the one way in which a tensor does not own its data: what others write there changes it under a graph. The way
+    back is their own `from_dlpack(t.data)`.
+
+    Raises:
+        RuntimeError: there is no device.
+        TypeError: the array is not on it, or not C-contiguous.
+    """
+    arrays()
+    from tinygrad_bn_kernels.cuda.dlpack import borrow
+
+    return Tensor._of(borrow(other))
 
 
 def synchronize() -> None:

@@ -168,7 +168,7 @@ class Tensor:
 
     def numpy(self) -> Array:
         """The values as a read-only NumPy view; `np.array(t)` makes a copy of your own. From cuda, a copy."""
-        return self.data if self.device == "cpu" else self._data.numpy()
+        return self.data if self.device == "cpu" else to_numpy(self._data)
 
     def item(self) -> float | int | bool:
         """The one element, as a Python number. Raises ValueError if there are several."""
@@ -403,7 +403,7 @@ def _to_array(data: object, dtype: DTypeLike | None) -> Array:
     if isinstance(data, Tensor):
         data = data._data
     if device_of(data) != "cpu":
-        return data.astype(dtype or data.dtype)  # type: ignore[attr-defined,no-any-return]
+        return data.astype(dtype or data.dtype)  # type: ignore[attr-defined]
     if _holds_a_tensor(data):
         raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
@@ -417,4 +417,4 @@ def _to_array(data: object, dtype: DTypeLike | None) -> Array:
 
 # The one cycle of the package: an operator is spelt here and computed there.
 from tinygrad_bn import autograd, functional, ops  # noqa: E402
-from tinygrad_bn.device import as_array, device_of, expect_one_device, move  # noqa: E402
+from tinygrad_bn.device import as_array, device_of, expect_one_device, move, to_numpy  # noqa: E402

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 Kernel = Callable[..., Any]
 F = TypeVar("F", bound=Kernel)
 
+
 def _table(device: str, modules: dict[str, str]) -> dict[tuple[str, str], str]:
     """Which module of `device` has the kernel of a name."""
     return {
@@ -48,8 +49,8 @@ MODULES = _table(
 CUDA_MODULES = _table(
     "cuda",
     {
-        "maps": "add sub mul div neg pow exp expm1 log sqrt rsqrt tanh sigmoid softplus erf relu relu.vjp abs sign clip "
-        "maximum minimum where astype",
+        "maps": "add sub mul div neg pow exp expm1 log sqrt rsqrt tanh sigmoid softplus erf relu relu.vjp abs sign "
+        "clip maximum minimum where astype",
         "layout": "reshape transpose broadcast_to getitem scatter_add concatenate stack pad",
         "reduce": "sum sum_to max min argmax argmin sum_of_squares optim.sum_of_squares",
         "linear": "matmul matmul.vjp linear linear.vjp",

@@ -97,6 +97,15 @@ class DeviceArray:
             "version": 3,
         }
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
+        """For CuPy, PyTorch and JAX, which then use the same memory. They and we work on the default stream."""
+        from tinygrad_bn_kernels.cuda.dlpack import lend
+
+        return lend(self)
+
     # ---- what it is -------------------------------------------------------------------------------------
 
     @property
@@ -106,6 +115,11 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
+
+    def number(self, value: float) -> Any:
+        """A number as an argument of a program, in this array's type."""
+        scalar: Any = self.dtype.type
+        return scalar(value)
 
     @property
     def aligned(self) -> bool:
@@ -132,11 +146,11 @@ class DeviceArray:
 
     def reshape(self, *shape: Any) -> DeviceArray:
         """The same elements in another shape; one -1 stands for what is left."""
-        given = shape[0] if len(shape) == 1 and not isinstance(shape[0], int | np.integer) else shape
-        wanted = tuple(int(n) for n in given)
-        if wanted.count(-1) == 1 and math.prod(wanted) and self.size % math.prod(wanted) == 0:
-            rest = self.size // -math.prod(wanted)
-            wanted = tuple(rest if n == -1 else n for n in wanted)
+        given: Any = shape[0] if len(shape) == 1 and not isinstance(shape[0], int | np.integer) else shape
+        wanted: Shape = tuple(int(n) for n in given)
+        known = -int(np.prod(wanted, dtype=np.int64))
+        if wanted.count(-1) == 1 and known and self.size % known == 0:
+            wanted = tuple(self.size // known if n == -1 else n for n in wanted)
         if math.prod(wanted) != self.size or min(wanted, default=0) < 0:
             raise ValueError(f"cannot reshape an array of shape {self.shape} into {tuple(given)}")
         return self.view(wanted)

@@ -149,7 +149,7 @@ def block_norm_fused(
     y, mean, var = DeviceArray(x.shape, x.dtype), DeviceArray((rows,), x.dtype), DeviceArray((rows,), x.dtype)
     if x.size:
         vectors = [v.astype(x.dtype, copy=False) for v in (weight, bias)]
-        numbers = *_numbers(blocks, centered), x.dtype.type(eps)
+        numbers = *_numbers(blocks, centered), x.number(eps)
         launch(BLOCK_NORM, grid_of(rows, 1), x, *vectors, y, mean, var, *numbers)
     return y, mean, var
 
@@ -164,7 +164,7 @@ def block_norm_fused_vjp(
         return NotImplemented
     gx, xhat = DeviceArray(x.shape, x.dtype), DeviceArray(x.shape, x.dtype)
     weight_ = weight.astype(x.dtype, copy=False)
-    numbers = *_numbers(blocks, centered), x.dtype.type(eps)
+    numbers = *_numbers(blocks, centered), x.number(eps)
     launch(GRADIENT, grid_of(len(mean), 1), g, x, weight_, mean, var, gx, xhat, *numbers)
     shape, axes = (blocks[0], blocks[1] * blocks[2], blocks[3]), (0, 2)
     gweight = sum_(maps.mul(g, xhat).reshape(shape), axis=axes).reshape(weight.shape) if needs[1] else None

@@ -1,8 +1,8 @@
 """Convolution in one to three dimensions: columns, a matrix product, and the adjoint of columns.
 
-The columns of a group are (C / G · K, N · P): what each of K places of the kernel meets at each of P places of the output.
-Then output, gradient of the input and gradient of the weight are one product each. Both walks keep up where they are by
-steps and remainders, as a division for each element would cost more than its copy.
+The columns of a group are (C / G · K, N · P): what each of K places of the kernel meets at each of P places of the
+output. Then output, gradient of the input and gradient of the weight are one product each. Both walks keep up where
+they are by steps and remainders, as a division for each element would cost more than its copy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _THREE = "u4 u4 u4"
 
 @program("columns", f"f4* f4* u4 u4 {_THREE} {_THREE} {_THREE} {_THREE} {_THREE} {_THREE}", block=(32, 8), registers=64)
 def COLUMNS_OF(T: Any) -> Callable[..., None]:
-    """x (N, C, D, H, W) to (C · K, N · P): a row is a place of the kernel in one channel and image; 0 in the padding."""
+    """x (N, C, D, H, W) to (C · K, N · P): a row is what a place of the kernel meets in a channel of an image."""
 
     def columns(
         x, out, images, channels, depth, height, width, kd, kh, kw, sd, sh, sw, pd, ph, pw, od, oh, ow, dd, dh, dw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -46,7 +47,8 @@ class Device:
         except (RuntimeError, ImportError, OSError) as error:
             raise RuntimeError(f'there is no device "cuda" here ({error}); tensors live on "cpu"') from error
         device = _checked(api.cuDeviceGet(0))
-        _checked(api.cuCtxSetCurrent(_checked(api.cuDevicePrimaryCtxRetain(device))))
+        context = _checked(api.cuDevicePrimaryCtxRetain(device))
+        _checked(api.cuCtxSetCurrent(context))
         self.name = _checked(api.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
         attribute = api.CUdevice_attribute
         major, minor, self.processors = (
@@ -63,10 +65,19 @@ class Device:
         keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         _checked(api.cuMemPoolSetAttribute(pool, keep, api.cuuint64_t(2**64 - 1)))
         self._function = cache(self._load)
+        self._context, self._thread = context, threading.local()
+
+    @property
+    def _driver(self) -> Any:
+        """The driver, with the device as the current one of this thread."""
+        if not hasattr(self._thread, "entered"):
+            _checked(self._api.cuCtxSetCurrent(self._context))
+            self._thread.entered = True
+        return self._api
 
     def alloc(self, nbytes: int) -> int:
         """The address of new memory, aligned to 256 bytes. Raises MemoryError where there is none."""
-        return int(_checked(self._api.cuMemAllocAsync(max(nbytes, 1), STREAM)))
+        return int(_checked(self._driver.cuMemAllocAsync(max(nbytes, 1), STREAM)))
 
     def free(self, pointer: int) -> None:
         """Give memory back, once all that was launched before is done."""
@@ -74,21 +85,21 @@ class Device:
 
     def write(self, pointer: int, array: Array) -> None:
         """Copy a contiguous array to the device."""
-        _checked(self._api.cuMemcpyHtoD(pointer, array.ctypes.data, array.nbytes))
+        _checked(self._driver.cuMemcpyHtoD(pointer, array.ctypes.data, array.nbytes))
 
     def read(self, pointer: int, nbytes: int) -> Array:
         """Bytes of the device, as uint8; waits for what was launched before."""
         out = np.empty(nbytes, np.uint8)
-        _checked(self._api.cuMemcpyDtoH(out.ctypes.data, pointer, nbytes))
+        _checked(self._driver.cuMemcpyDtoH(out.ctypes.data, pointer, nbytes))
         return out
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Copy from one place of the device to another."""
-        _checked(self._api.cuMemcpyDtoDAsync(to, source, nbytes, STREAM))
+        _checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, STREAM))
 
     def _load(self, ptx: str, name: str) -> Any:
-        module = _checked(self._api.cuModuleLoadData(ptx.encode() + b"\0"))
-        return _checked(self._api.cuModuleGetFunction(module, name.encode()))
+        module = _checked(self._driver.cuModuleLoadData(ptx.encode() + b"\0"))
+        return _checked(self._driver.cuModuleGetFunction(module, name.encode()))
 
     def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
         """Run a program; `args` are NumPy scalars, one for each parameter of the entry."""
@@ -99,8 +110,8 @@ class Device:
         addresses = np.arange(start, start + 8 * len(values), 8, dtype=np.uint64)
         sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
         function = self._function(ptx, name)
-        _checked(self._api.cuLaunchKernel(function, *sizes, 0, STREAM, addresses.ctypes.data, 0))
+        _checked(self._driver.cuLaunchKernel(function, *sizes, 0, STREAM, addresses.ctypes.data, 0))
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
-        _checked(self._api.cuCtxSynchronize())
+        _checked(self._driver.cuCtxSynchronize())

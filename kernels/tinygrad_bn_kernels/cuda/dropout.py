@@ -53,7 +53,7 @@ def dropout_by_key(x: DeviceArray, *, p: float, key: int) -> DeviceArray:
     maps.check(x)
     out = DeviceArray(x.shape, x.dtype)
     if x.size:
-        scale = x.dtype.type(1 / (1 - p) if p < 1 else 0)
+        scale = x.number(1 / (1 - p) if p < 1 else 0)
         numbers = *u4(x.size), np.uint64(round(p * 2**32)), *u4(key, key >> 32), scale
         launch(DROPOUT, blocks(-(-x.size // 4)), x, out, *numbers)
     return out

@@ -183,9 +183,7 @@ def blocks(work: int, each: int = 256) -> int:
     return max(1, min(-(-work // each), 8 * driver().processors))
 
 
-def launch(
-    program: Program, grid: int | tuple[int, ...], *args: Any, block: tuple[int, ...] | None = None
-) -> None:
+def launch(program: Program, grid: int | tuple[int, ...], *args: Any, block: tuple[int, ...] | None = None) -> None:
     """Run a program. Arguments are device arrays and NumPy scalars, whose types choose the compiled code.
 
     `block` is another shape of the program's own, of as many threads.

@@ -339,7 +339,7 @@ class _Chosen(NamedTuple):
 
     view: View  # after the basic part
     order: Shape  # of the axes: those with arrays first
-    count: int  # of these
+    arrays: int  # of these
     lead: Shape  # the shape that replaces them
     places: DeviceArray
     at: int  # before which of the other axes the lead goes in the result
@@ -375,7 +375,7 @@ def getitem(x: DeviceArray, *, index: Any) -> DeviceArray:
     chosen = _chosen(x.shape, entries)
     basic = x if chosen.view == _whole(x.shape) else taken(x, chosen.view)
     table = transpose(basic, axes=chosen.order)
-    limit, rest = math.prod(table.shape[: chosen.count]), table.shape[chosen.count :]
+    limit, rest = math.prod(table.shape[: chosen.arrays]), table.shape[chosen.arrays :]
     out, width = DeviceArray((*chosen.lead, *rest), x.dtype), math.prod(rest)
     if out.size:
         numbers = u4(chosen.places.size, width, limit)
@@ -394,14 +394,14 @@ def scatter_add(x: DeviceArray, *, index: Any, shape: Shape) -> DeviceArray:
         return out
     chosen = _chosen(shape, entries)
     sizes = tuple(chosen.view.shape[i] for i in chosen.order)
-    rest = sizes[chosen.count :]
+    rest = sizes[chosen.arrays :]
     width = math.prod(rest)
     order = _with_lead_at(len(chosen.lead), chosen.at, len(rest))
     given = broadcast_to(x, shape=tuple((*chosen.lead, *rest)[i] for i in order))
     values = transpose(given, axes=tuple(np.argsort(order)))
     table = maps.fill(DeviceArray(sizes, x.dtype), 0)
     if values.size:
-        numbers, block = u4(chosen.places.size, width, math.prod(sizes[: chosen.count])), row_block(width)
+        numbers, block = u4(chosen.places.size, width, math.prod(sizes[: chosen.arrays])), row_block(width)
         launch(SCATTER_ADD, blocks(chosen.places.size, block[1]), values, chosen.places, table, *numbers, block=block)
     back = transpose(table, axes=tuple(np.argsort(chosen.order)))
     if chosen.view == _whole(shape):

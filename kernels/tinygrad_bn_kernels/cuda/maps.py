@@ -121,7 +121,7 @@ def _flat_ann(f: Scalar) -> Scalar:
     return flat
 
 
-# The vector programs end with what is left of a size that is no multiple of 4, an element for each of the first threads.
+# The vector programs end with what is left of a size that is no multiple of 4: an element for each of some threads.
 
 
 def _vector_a(f: Scalar) -> Scalar:
@@ -192,6 +192,31 @@ def _rows_aa(f: Scalar) -> Scalar:
     return rows
 
 
+def _flat_where(layout: str) -> Callable[[Any], Scalar]:
+    def build(T: Any) -> Scalar:
+        def both(condition, a, b, out, n):
+            i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+            while i < n:
+                out[i] = a[i] if condition[i] else b[i]
+                i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+
+        def first(condition, a, b, out, n):
+            i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+            while i < n:
+                out[i] = a[i] if condition[i] else b
+                i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+
+        def second(condition, a, b, out, n):
+            i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+            while i < n:
+                out[i] = a if condition[i] else b[i]
+                i = uint32(i + cuda.gridDim.x * cuda.blockDim.x)
+
+        return {"aa": both, "an": first, "na": second}[layout]
+
+    return build
+
+
 def _where(kind: Any) -> Scalar:
     def rows(condition, a, b, out, count, n1, n2, n3, c0, c1, c2, c3, a0, a1, a2, a3, b0, b1, b2, b3):
         row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -247,6 +272,8 @@ for _name, _define in {**SAME, **FLOAT, **TRUTH}.items():
 for _name in ("sub", "div", "pow", "less", "less_equal"):
     _declare(f"r{_name}", _swapped({**SAME, **FLOAT, **TRUTH}[_name]), "an", "b1" if _name in TRUTH else "f4")
 
+for _layout, _operands in (("aa", "f4* f4*"), ("an", "f4* f4"), ("na", "f4 f4*")):
+    program(f"where.{_layout}", f"b1* {_operands} f4* u4")(_flat_where(_layout))
 WHERE = program("where.rows", f"b1* f4* f4* f4* {_STEPS} {_STEPS} {_STEPS} {_STEPS}", block=(32, 8))(_where)
 
 
@@ -375,6 +402,14 @@ def where(condition: Any, a: Any, b: Any) -> DeviceArray:
     """a where the condition holds, b elsewhere, with broadcasting."""
     check(condition, a, b)
     dtype = _wide(a, b)
+    shapes = {o.shape for o in (condition, a, b) if isinstance(o, DeviceArray)}
+    layout = "".join("a" if isinstance(o, DeviceArray) else "n" for o in (a, b))
+    if isinstance(condition, DeviceArray) and len(shapes) == 1 and layout != "nn":
+        out = DeviceArray(condition.shape, dtype)
+        if out.size:
+            args = condition.astype(bool, copy=False), _as_operand(a, dtype), _as_operand(b, dtype)
+            launch(PROGRAMS[f"where.{layout}"], blocks(out.size), *args, out, *u4(out.size))
+        return out
     arrays = [condition if isinstance(condition, DeviceArray) else _one(condition, bool)]
     arrays = [arrays[0].astype(bool, copy=False)]
     arrays += [_as_operand(o, dtype) if isinstance(o, DeviceArray) else _one(o, dtype) for o in (a, b)]
@@ -391,7 +426,7 @@ def _one(value: Any, dtype: DTypeLike) -> DeviceArray:
 def fill(out: DeviceArray, value: Any) -> DeviceArray:
     """The array, with every element set to `value`."""
     if out.size:
-        launch(FILL, blocks(out.size), out, out.dtype.type(value), *u4(out.size))
+        launch(FILL, blocks(out.size), out, out.number(value), *u4(out.size))
     return out
 
 

@@ -35,13 +35,11 @@ PLANE_PART = 8192
 ROW_PART = 128
 
 # ---- planes ----------------------------------------------------------------------------------------------
-# A thread walks the elements of a channel in steps of the block. Where it is, sample n and place s, is kept up without a
-# division: a step is `step_n` samples and `step_s` places.
+# A thread walks the elements of a channel in steps of the block. Where it is, sample n and place s, is kept up without
+# a division: a step is `step_n` samples and `step_s` places.
 
 
-@program(
-    "batch_norm.plane_moments", "f4* f4* u4 u4 u4 u4 u4 u4 u4", block=THREADS, shared=4 * WARPS, shuffles=24
-)
+@program("batch_norm.plane_moments", "f4* f4* u4 u4 u4 u4 u4 u4 u4", block=THREADS, shared=4 * WARPS, shuffles=24)
 def PLANE_MOMENTS(T: Any) -> Scalar:
     """Of each part and channel: a mean m, what is left of it, and the sum of squares about both: (parts, 3, C)."""
     total = over_block(plus)
@@ -228,7 +226,10 @@ for _relu in (False, True):
         shuffles=24,
     )(_plane_sums(_relu))  # fmt: skip
     program(
-        f"batch_norm.row_sums{_end}", "f4* f4* f4* f4* f4* u4 u4 u4 u4 u4", block=(LANES, GROUPS), shared=12 * TILE,
+        f"batch_norm.row_sums{_end}",
+        "f4* f4* f4* f4* f4* u4 u4 u4 u4 u4",
+        block=(LANES, GROUPS),
+        shared=12 * TILE,
         registers=64,
     )(_row_sums(_relu))
 
@@ -237,7 +238,7 @@ for _relu in (False, True):
 
 @program("batch_norm.finish", "f4* f4* f4* f4* f4* u4 u4 u4 u4 f4")
 def FINISH(T: Any) -> Scalar:
-    """Mean and variance of each channel from its parts (Chan et al. 1983), and m, low and scale of its output (3, C)."""
+    """Mean and variance of each channel from its parts (Chan et al. 1983), and m, low and scale for its output."""
 
     def finish(moments, weight, mean, var, constants, channels, parts, count, part, eps):
         c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
@@ -487,7 +488,7 @@ def _forward(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, eps: float,
     to = _Sizes(x)
     moments, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((3, to.channels), x.dtype)
     launch(ROW_MOMENTS if to.rows else PLANE_MOMENTS, blocks(to.work, 1), x, moments, *to.numbers)
-    numbers = *u4(to.channels, to.parts, to.count, to.part), x.dtype.type(eps)
+    numbers = *u4(to.channels, to.parts, to.count, to.part), x.number(eps)
     launch(FINISH, -(-to.channels // 256), moments, weight, mean, var, constants, *numbers)
     to.apply("batch_norm.normalize", relu, x, constants, bias, y)
     return y, mean, var
@@ -512,7 +513,7 @@ def _backward(
     sums, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((4, to.channels), x.dtype)
     which = PROGRAMS[f"batch_norm.{'row' if to.rows else 'plane'}_sums{'_relu' * relu}"]
     launch(which, blocks(to.work, 1), g, y, x, mean, sums, *to.numbers)
-    numbers = *u4(to.channels, to.parts, to.count), x.dtype.type(eps)
+    numbers = *u4(to.channels, to.parts, to.count), x.number(eps)
     launch(GRADIENTS, -(-to.channels // 256), sums, mean, var, weight, gweight, gbias, constants, *numbers)
     gx = None
     if needs[0]:
@@ -543,7 +544,7 @@ def batch_norm_inference(
     if x.size:
         mean, var, weight, bias = _vectors(x, mean, var, weight, bias)
         to, constants = _Sizes(x), DeviceArray((3, x.shape[1]), x.dtype)
-        numbers = *u4(to.channels), x.dtype.type(eps)
+        numbers = *u4(to.channels), x.number(eps)
         launch(GIVEN, -(-to.channels // 256), mean, var, weight, constants, *numbers)
         to.apply("batch_norm.normalize", False, x, constants, bias, y)
     return y
@@ -581,6 +582,6 @@ def running_statistics(
     dtype = running_mean.dtype
     new_mean, new_var = (DeviceArray(running_mean.shape, dtype) for _ in range(2))
     arrays = [a.astype(dtype, copy=False) for a in (running_mean, running_var, mean, var)]
-    numbers = *u4(mean.size), dtype.type(momentum), dtype.type(unbias)
+    numbers = *u4(mean.size), running_mean.number(momentum), running_mean.number(unbias)
     launch(RUNNING, 1, *arrays, new_mean, new_var, *numbers)
     return new_mean, new_var, True

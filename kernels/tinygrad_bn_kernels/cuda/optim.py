@@ -56,7 +56,7 @@ def adam(
     out = DeviceArray(p.shape, p.dtype)
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, step_size, root_scale, eps, shrink, decay)
     if p.size:
-        launch(ADAM, blocks(p.size), p, g, m, v, out, *u4(p.size), *map(p.dtype.type, numbers))
+        launch(ADAM, blocks(p.size), p, g, m, v, out, *u4(p.size), *map(p.number, numbers))
     return out
 
 
@@ -70,6 +70,6 @@ def sgd(
     out = DeviceArray(p.shape, p.dtype)
     a, b = (lr, lr * momentum) if nesterov else (0.0, lr)
     if p.size:
-        numbers = map(p.dtype.type, (a, b, momentum, 1 - dampening, decay))
+        numbers = map(p.number, (a, b, momentum, 1 - dampening, decay))
         launch(SGD, blocks(p.size), p, g, v, out, *u4(p.size), *numbers)
     return out

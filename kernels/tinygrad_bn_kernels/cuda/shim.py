@@ -8,19 +8,31 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import boolean, cuda, float32, float64, int32, int64, types, uint8, uint32, uint64, void
-from numba.extending import intrinsic
+from numba import cuda as _cuda
+from numba import types as _types
+from numba.extending import intrinsic as _intrinsic
 
-__all__ = ["compile_ptx", "cuda", "device", "float32", "float64", "int32", "int64", "load4", "store4", "uint32", "uint64"]
+__all__ = [
+    "compile_ptx", "cuda", "device", "float32", "float64", "int32", "int64", "load4", "store4", "uint32", "uint64",
+]  # fmt: skip
+
+cuda: Any = _cuda
+types: Any = _types
+intrinsic: Any = _intrinsic  # as its results have types that are only known in a program
+float32, float64, int32, int64, uint32, uint64 = (
+    getattr(types, name) for name in ("float32", "float64", "int32", "int64", "uint32", "uint64")
+)
 
 TYPES: dict[str, Any] = {
-    "b1": boolean, "u1": uint8, "i4": int32, "i8": int64, "u4": uint32, "u8": uint64, "f4": float32, "f8": float64,
+    "b1": types.boolean, "u1": types.uint8, "i4": int32, "i8": int64, "u4": uint32, "u8": uint64,
+    "f4": float32, "f8": float64,
 }  # fmt: skip
 
 
 def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that programs call."""
-    return cuda.jit(device=True)(function)
+    compiled: Callable[..., Any] = cuda.jit(device=True)(function)
+    return compiled
 
 
 def argument(kind: str) -> Any:
@@ -30,7 +42,7 @@ def argument(kind: str) -> Any:
 
 def compile_ptx(function: Callable[..., Any], signature: tuple[str, ...], cc: tuple[int, int]) -> str:
     """The PTX of a program for arguments of these types and GPUs of compute capability `cc`."""
-    ptx, _ = cuda.compile_ptx(function, void(*map(argument, signature)), cc=cc)
+    ptx, _ = cuda.compile_ptx(function, types.void(*map(argument, signature)), cc=cc)
     return str(ptx)
 
 
@@ -45,7 +57,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @intrinsic
 def load4(typingctx, array, index):
-    """array[index], …, array[index + 3] of float32, where index is a multiple of 4 and the array aligned to 16 bytes."""
+    """array[index], …, array[index + 3] of float32; index is a multiple of 4, the array aligned to 16 bytes."""
 
     def codegen(context, builder, signature, args):
         vector = builder.load(_pointer(context, builder, signature.args[0], *args), align=16)

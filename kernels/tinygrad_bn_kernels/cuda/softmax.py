@@ -19,9 +19,7 @@ from tinygrad_bn_kernels.cuda.warps import over_warp, plus
 LANES, GROUPS = 32, 8  # of a block: a warp, and how many there are
 
 
-@program(
-    "cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=20, registers=64
-)
+@program("cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=20, registers=64)
 def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
     """The loss of each row, the weight of its target, and the largest logit and the log of the sum of exponentials.
 
@@ -78,7 +76,7 @@ def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
     "cross_entropy.vjp", "f4* f4* f4* i8* f4* f4* f4* u4 u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=5, registers=64
 )
 def CROSS_ENTROPY_VJP(T: Any) -> Callable[..., None]:
-    """gᵢ · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c), divided by `whole`; `each` is 0 if there is one g for all rows."""
+    """gᵢ · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c), divided by `whole`; `each` is 0 if all rows have one g."""
     total = over_warp(plus)
 
     def cross_entropy_vjp(g, whole, x, target, weight, normalizer, gx, rows, classes, each, ignored, smoothing):
@@ -133,7 +131,7 @@ def softmax_cross_entropy(
     rows, classes = x.shape
     loss, mass, normalizer = (DeviceArray(shape, x.dtype) for shape in ((rows,), (rows,), (rows, 2)))
     if rows:
-        numbers = *u4(rows, classes), np.int64(ignore_index), x.dtype.type(smoothing)
+        numbers = *u4(rows, classes), np.int64(ignore_index), x.number(smoothing)
         launch(CROSS_ENTROPY, blocks(rows, GROUPS), x, target, weight, loss, mass, normalizer, *numbers)
     total = sum_(mass)
     if reduction == "none":
@@ -153,6 +151,6 @@ def softmax_cross_entropy_vjp(
     gx, (rows, classes) = DeviceArray(x.shape, x.dtype), x.shape
     if gx.size:
         whole = total if reduction == "mean" else maps.fill(DeviceArray((), x.dtype), 1)
-        numbers = *u4(rows, classes, reduction == "none"), np.int64(ignore_index), x.dtype.type(smoothing)
+        numbers = *u4(rows, classes, reduction == "none"), np.int64(ignore_index), x.number(smoothing)
         launch(CROSS_ENTROPY_VJP, blocks(rows, GROUPS), g, whole, x, target, weight, normalizer, gx, *numbers)
     return gx, None, None

@@ -51,9 +51,7 @@ def walks(shape: Shape, starts: Sequence[int], steps: Sequence[Shape]) -> Iterat
     lengths = tuple(n for n, _ in inner)
     inner_steps = tuple(tuple(s[k] for _, s in inner) for k in range(len(steps)))
     for place in itertools.product(*(range(n) for n, _ in outer)):
-        at = [
-            start + sum(i * s[k] for i, (_, s) in zip(place, outer, strict=True)) for k, start in enumerate(starts)
-        ]
+        at = [start + sum(i * s[k] for i, (_, s) in zip(place, outer, strict=True)) for k, start in enumerate(starts)]
         yield Walk(lengths, tuple(at), inner_steps)
 
 
