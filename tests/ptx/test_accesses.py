@@ -176,13 +176,13 @@ def test_memory_is_moved_in_whole_sectors_and_without_bank_conflicts(name):
 
 @pytest.mark.parametrize("name", BUSY)
 def test_no_program_can_do_without_one_of_its_barriers(name):
-    needless = []
-    for program in {program for program, _ in launches(name)}:
-        users = [other for other in BUSY if any(program == p for p, _ in launches(other))]
-        count = len(barriers(ptx_for(programs()[program], Interpreted.cc)))
-        for k in range(count) if users[0] == name else ():
-            if not any(is_missed(user, program, k) for user in users):
-                needless.append(f"{program}: barrier {k + 1} of {count}")
+    needless = [
+        f"{program}: barrier {k + 1}"
+        for program in {program for program, _ in launches(name)}
+        if (users := [n for n in BUSY if any(program == p for p, _ in launches(n))])[0] == name
+        for k in range(len(barriers(ptx_for(programs()[program], Interpreted.cc))))
+        if not any(is_missed(user, program, k) for user in users)
+    ]
     assert not needless
 
 

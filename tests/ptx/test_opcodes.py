@@ -405,12 +405,12 @@ ATOMIC = {  # what is there before and after each lane has given its number, or 
 }
 
 
+@pytest.mark.parametrize("opcode", ["atom.global", "atom.shared", "red.global", "red.shared"])
 @pytest.mark.parametrize("name", ATOMIC)
-@pytest.mark.parametrize("opcode", ["atom.global", "red.global", "atom.shared", "red.shared"])
 def test_an_atomic_operation(opcode, name):
     operation, kind = name.split(".")
-    if opcode.startswith("red") and operation == "exch":
-        pytest.skip("there is no red.exch")
+    if operation == "exch":  # as its result says what was there, there is no red.exch
+        opcode = opcode.replace("red", "atom")
     dtype, size = arithmetic.DTYPES[kind], arithmetic.bits(kind)
     start, end = (int(np.array(n, dtype).view(arithmetic.unsigned(kind))) for n in ATOMIC[name])
     space, register = opcode.split(".")[1], {"f32": "f", "f64": "v"}.get(kind, "s")
