@@ -254,3 +254,37 @@ def test_dlpack_shares_memory_in_both_directions():
     assert t.data.__dlpack_device__() == (2, 0)
     with pytest.raises(TypeError, match="is not on cuda:0"):
         cuda.from_dlpack(np.ones(3))
+
+
+# ---- BatchNorm -------------------------------------------------------------------------------------------
+
+SHAPES = [(1025, 3), (3, 33), (5, 2, 7), (3, 2, 8, 8), (2, 3, 51, 20), (9, 1, 31)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("offset", "relu"), [(0, False), (1e3, True)])
+def test_batch_norm_is_exact_at_any_mean(shape, offset, relu):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=shape) + offset).astype(np.float32)
+    g = rng.normal(size=shape).astype(np.float32)
+    weight, bias = rng.normal(size=(2, shape[1])).astype(np.float32)
+    results = []
+    for where, dtype in (("cuda", np.float32), ("cpu", np.float64)):
+        ts = [Tensor(a, dtype=dtype).to(where).detach() for a in (x, weight, bias)]
+        for t in ts:
+            t.requires_grad = True
+        y, mean, var = functional.batch_norm_with_statistics(*ts, relu=relu)
+        y.backward(Tensor(g, dtype=dtype).to(where))
+        results.append([y.numpy(), *(np.asarray(s if where == "cpu" else s.numpy()) for s in (mean, var))])
+        results[-1] += [t.grad.numpy() for t in ts]
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
+
+
+def test_a_constant_channel_gives_exactly_bias_on_cuda():
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    x[:, 1] = 1e10
+    bias = Tensor([0.1, 0.2, 0.3]).to("cuda")
+    y, _, var = functional.batch_norm_with_statistics(Tensor(x).to("cuda"), None, bias)
+    assert (y.numpy()[:, 1] == np.float32(0.2)).all()
+    assert var.numpy()[1] == 0

@@ -1,12 +1,6 @@
 """BatchNorm over (N, C, S): statistics, output and gradients, in three launches each way.
 
-1. Sums: a block takes a part of a channel (S > 1, *planes*), or of 32 channels side by side (S = 1, *rows*). It takes
-   the part's mean first and then squares about that mean, from a second reading that comes from the cache. So the
-   variance is exact at any mean without a float64.
-2. Finish: the parts of each channel are put together, in one order: results do not change from run to run.
-3. Apply: an elementwise pass.
-
-What is rounded off a mean is kept in a second number, `low`: x − mean is (x − m) − low.
+Sums of the parts of each channel, and their whole, are in `norm_sums`; the third launch is an elementwise pass.
 """
 
 from __future__ import annotations
@@ -21,250 +15,16 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
-from tinygrad_bn_kernels.cuda.shim import cuda, uint32
+from tinygrad_bn_kernels.cuda.norm_sums import FINISH, GRADIENTS, GROUPS, LANES, passed_by
+from tinygrad_bn_kernels.cuda.shim import cuda, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import row_block
 from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, plus
 
 Scalar = Callable[..., None]
 
-LANES, GROUPS = 32, 8  # of a block for rows: columns side by side, and rows of threads
-TILE = LANES * GROUPS
-
 # Elements of a part: small enough for the second reading to come from the cache, large enough for a block.
 PLANE_PART = 8192
 ROW_PART = 128
-
-# ---- planes ----------------------------------------------------------------------------------------------
-# A thread walks the elements of a channel in steps of the block. Where it is, sample n and place s, is kept up without
-# a division: a step is `step_n` samples and `step_s` places.
-
-
-@program("batch_norm.plane_moments", "f4* f4* u4 u4 u4 u4 u4 u4 u4", block=THREADS, shared=4 * WARPS, shuffles=24)
-def PLANE_MOMENTS(T: Any) -> Scalar:
-    """Of each part and channel: a mean m, what is left of it, and the sum of squares about both: (parts, 3, C)."""
-    total = over_block(plus)
-
-    def plane_moments(x, moments, work, channels, size, count, part, step_n, step_s):
-        shared = cuda.shared.array(WARPS, T)
-        block = uint32(cuda.blockIdx.x)
-        while block < work:
-            p = uint32(block // channels)
-            c = uint32(block - p * channels)
-            first = uint32(p * part)
-            last = uint32(min(uint32(first + part), count))
-            number = T(last - first)
-            n = uint32(first // size)
-            shift = x[uint32((n * channels + c) * size + (first - n * size))]
-            m, rest, squares = shift, T(0), T(0)
-            for again in range(2):
-                start = uint32(first + cuda.threadIdx.x)
-                n = uint32(start // size)
-                s = uint32(start - n * size)
-                rest, squares = T(0), T(0)
-                while start < last:
-                    d = x[uint32((n * channels + c) * size + s)] - m
-                    rest += d
-                    squares += d * d
-                    start = uint32(start + uint32(THREADS))
-                    n, s = uint32(n + step_n), uint32(s + step_s)
-                    if s >= size:
-                        n, s = uint32(n + uint32(1)), uint32(s - size)
-                rest = total(rest, shared) / number
-                if again == 0:
-                    m = m + rest
-            squares = total(squares, shared)
-            if cuda.threadIdx.x == 0:
-                at = uint32(p * uint32(3) * channels + c)
-                moments[at] = m
-                moments[uint32(at + channels)] = rest
-                moments[uint32(at + channels + channels)] = squares - number * rest * rest
-            block = uint32(block + cuda.gridDim.x)
-
-    return plane_moments
-
-
-def _plane_sums(relu: bool) -> Callable[[Any], Scalar]:
-    def build(T: Any) -> Scalar:
-        total = over_block(plus)
-
-        def plane_sums(g, y, x, mean, sums, work, channels, size, count, part, step_n, step_s):
-            shared = cuda.shared.array(WARPS, T)
-            block = uint32(cuda.blockIdx.x)
-            while block < work:
-                p = uint32(block // channels)
-                c = uint32(block - p * channels)
-                last = uint32(min(uint32(p * part + part), count))
-                start = uint32(p * part + cuda.threadIdx.x)
-                n = uint32(start // size)
-                s = uint32(start - n * size)
-                m = mean[c]
-                s0, s1, s2 = T(0), T(0), T(0)
-                while start < last:
-                    i = uint32((n * channels + c) * size + s)
-                    d = x[i] - m
-                    gi = g[i]
-                    if relu:
-                        gi = gi if y[i] > T(0) else T(0)
-                    s0 += gi
-                    s1 += gi * d
-                    s2 += d
-                    start = uint32(start + uint32(THREADS))
-                    n, s = uint32(n + step_n), uint32(s + step_s)
-                    if s >= size:
-                        n, s = uint32(n + uint32(1)), uint32(s - size)
-                s0, s1, s2 = total(s0, shared), total(s1, shared), total(s2, shared)
-                if cuda.threadIdx.x == 0:
-                    at = uint32(p * uint32(3) * channels + c)
-                    sums[at] = s0
-                    sums[uint32(at + channels)] = s1
-                    sums[uint32(at + channels + channels)] = s2
-                block = uint32(block + cuda.gridDim.x)
-
-        return plane_sums
-
-    return build
-
-
-# ---- rows ------------------------------------------------------------------------------------------------
-
-
-@program("batch_norm.row_moments", "f4* f4* u4 u4 u4 u4 u4", block=(LANES, GROUPS), shared=8 * TILE)
-def ROW_MOMENTS(T: Any) -> Scalar:
-    """What `plane_moments` gives, for x (N, C)."""
-
-    def row_moments(x, moments, work, channels, rows, part, tiles):
-        first_sums, second_sums = cuda.shared.array(TILE, T), cuda.shared.array(TILE, T)
-        lane, group = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
-        place = uint32(group * uint32(LANES) + lane)
-        block = uint32(cuda.blockIdx.x)
-        while block < work:
-            p = uint32(block // tiles)
-            c = uint32((block - p * tiles) * uint32(LANES) + lane)
-            first = uint32(p * part)
-            last = uint32(min(uint32(first + part), rows))
-            number = T(last - first)
-            m, rest, squares = T(0), T(0), T(0)
-            if c < channels:
-                m = x[uint32(first * channels + c)]
-            for again in range(2):
-                rest, squares = T(0), T(0)
-                row = uint32(first + group)
-                if c < channels:
-                    while row < last:
-                        d = x[uint32(row * channels + c)] - m
-                        rest += d
-                        squares += d * d
-                        row = uint32(row + uint32(GROUPS))
-                first_sums[place], second_sums[place] = rest, squares
-                cuda.syncthreads()
-                rest, squares = T(0), T(0)
-                for k in range(GROUPS):
-                    rest += first_sums[uint32(uint32(k) * uint32(LANES) + lane)]
-                    squares += second_sums[uint32(uint32(k) * uint32(LANES) + lane)]
-                rest = rest / number
-                if again == 0:
-                    m = m + rest
-                cuda.syncthreads()
-            if group == 0 and c < channels:
-                at = uint32(p * uint32(3) * channels + c)
-                moments[at] = m
-                moments[uint32(at + channels)] = rest
-                moments[uint32(at + channels + channels)] = squares - number * rest * rest
-            block = uint32(block + cuda.gridDim.x)
-
-    return row_moments
-
-
-def _row_sums(relu: bool) -> Callable[[Any], Scalar]:
-    def build(T: Any) -> Scalar:
-        def row_sums(g, y, x, mean, sums, work, channels, rows, part, tiles):
-            shared0, shared1 = cuda.shared.array(TILE, T), cuda.shared.array(TILE, T)
-            shared2 = cuda.shared.array(TILE, T)
-            lane, group = uint32(cuda.threadIdx.x), uint32(cuda.threadIdx.y)
-            place = uint32(group * uint32(LANES) + lane)
-            block = uint32(cuda.blockIdx.x)
-            while block < work:
-                p = uint32(block // tiles)
-                c = uint32((block - p * tiles) * uint32(LANES) + lane)
-                last = uint32(min(uint32(p * part + part), rows))
-                row = uint32(p * part + group)
-                s0, s1, s2 = T(0), T(0), T(0)
-                if c < channels:
-                    m = mean[c]
-                    while row < last:
-                        i = uint32(row * channels + c)
-                        d = x[i] - m
-                        gi = g[i]
-                        if relu:
-                            gi = gi if y[i] > T(0) else T(0)
-                        s0 += gi
-                        s1 += gi * d
-                        s2 += d
-                        row = uint32(row + uint32(GROUPS))
-                shared0[place], shared1[place], shared2[place] = s0, s1, s2
-                cuda.syncthreads()
-                if group == 0 and c < channels:
-                    for k in range(1, GROUPS):
-                        other = uint32(uint32(k) * uint32(LANES) + lane)
-                        s0, s1, s2 = s0 + shared0[other], s1 + shared1[other], s2 + shared2[other]
-                    at = uint32(p * uint32(3) * channels + c)
-                    sums[at] = s0
-                    sums[uint32(at + channels)] = s1
-                    sums[uint32(at + channels + channels)] = s2
-                cuda.syncthreads()
-                block = uint32(block + cuda.gridDim.x)
-
-        return row_sums
-
-    return build
-
-
-for _relu in (False, True):
-    _end = "_relu" * _relu
-    program(
-        f"batch_norm.plane_sums{_end}", "f4* f4* f4* f4* f4* u4 u4 u4 u4 u4 u4 u4", block=THREADS, shared=4 * WARPS,
-        shuffles=24,
-    )(_plane_sums(_relu))  # fmt: skip
-    program(
-        f"batch_norm.row_sums{_end}",
-        "f4* f4* f4* f4* f4* u4 u4 u4 u4 u4",
-        block=(LANES, GROUPS),
-        shared=12 * TILE,
-        registers=64,
-    )(_row_sums(_relu))
-
-# ---- putting the parts together --------------------------------------------------------------------------
-
-
-@program("batch_norm.finish", "f4* f4* f4* f4* f4* u4 u4 u4 u4 f4")
-def FINISH(T: Any) -> Scalar:
-    """Mean and variance of each channel from its parts (Chan et al. 1983), and m, low and scale for its output."""
-
-    def finish(moments, weight, mean, var, constants, channels, parts, count, part, eps):
-        c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-        if c < channels:
-            m = moments[c]
-            off = T(0)
-            for p in range(parts):
-                at = uint32(uint32(p) * uint32(3) * channels + c)
-                number = T(uint32(min(part, uint32(count - uint32(p) * part))))
-                off += number * ((moments[at] - m) + moments[uint32(at + channels)])
-            off = off / T(count)
-            squares = T(0)
-            for p in range(parts):
-                at = uint32(uint32(p) * uint32(3) * channels + c)
-                number = T(uint32(min(part, uint32(count - uint32(p) * part))))
-                d = (moments[at] - m) + moments[uint32(at + channels)] - off
-                squares += moments[uint32(at + channels + channels)] + number * d * d
-            rounded = m + off
-            variance = squares / T(count)
-            variance = T(0) if variance < T(0) else variance
-            mean[c], var[c] = rounded, variance
-            constants[c] = rounded
-            constants[uint32(c + channels)] = (m - rounded) + off
-            constants[uint32(c + channels + channels)] = weight[c] / math.sqrt(variance + eps)
-
-    return finish
 
 
 @program("batch_norm.given", "f4* f4* f4* f4* u4 f4")
@@ -281,36 +41,11 @@ def GIVEN(T: Any) -> Scalar:
     return given
 
 
-@program("batch_norm.gradients", "f4* f4* f4* f4* f4* f4* f4* u4 u4 u4 f4")
-def GRADIENTS(T: Any) -> Scalar:
-    """Those of weight and bias from the parts' sums; and low, scale, mean of g and slope for the gradient of x."""
-
-    def gradients(sums, mean, var, weight, gweight, gbias, constants, channels, parts, count, eps):
-        c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-        if c < channels:
-            s0, s1, s2 = T(0), T(0), T(0)
-            for p in range(parts):
-                at = uint32(uint32(p) * uint32(3) * channels + c)
-                s0 += sums[at]
-                s1 += sums[uint32(at + channels)]
-                s2 += sums[uint32(at + channels + channels)]
-            number, ivar = T(count), T(1) / math.sqrt(var[c] + eps)
-            low = s2 / number
-            by_weight = ivar * (s1 - low * s0)
-            gbias[c], gweight[c] = s0, by_weight
-            constants[c] = low
-            constants[uint32(c + channels)] = weight[c] * ivar
-            constants[uint32(c + uint32(2) * channels)] = s0 / number
-            constants[uint32(c + uint32(3) * channels)] = ivar * by_weight / number
-
-    return gradients
-
-
 # ---- applying --------------------------------------------------------------------------------------------
 # Rows of the last axis: for planes a row has one channel, and for rows each column is one.
 
 
-def _normalize(columns: bool, relu: bool) -> Callable[[Any], Scalar]:
+def _normalize(word: str, relu: bool) -> Callable[[Any], Scalar]:
     def build(T: Any) -> Scalar:
         def planes(x, constants, bias, y, rows, channels, size):
             row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -328,7 +63,26 @@ def _normalize(columns: bool, relu: bool) -> Callable[[Any], Scalar]:
                     s = uint32(s + cuda.blockDim.x)
                 row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
-        def vectors(x, constants, bias, y, rows, channels, size):
+        def planes4(x, constants, bias, y, rows, channels, size):
+            row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+            while row < rows:
+                c = uint32(row % channels)
+                m, low = constants[c], constants[uint32(c + channels)]
+                a, b = constants[uint32(c + channels + channels)], bias[c]
+                s = uint32(cuda.threadIdx.x)
+                while s < size:
+                    i = uint32((row * size + s) << uint32(2))
+                    x0, x1, x2, x3 = load4(x, i)
+                    v0, v1 = ((x0 - m) - low) * a + b, ((x1 - m) - low) * a + b
+                    v2, v3 = ((x2 - m) - low) * a + b, ((x3 - m) - low) * a + b
+                    if relu:
+                        v0, v1 = T(0) if v0 <= T(0) else v0, T(0) if v1 <= T(0) else v1
+                        v2, v3 = T(0) if v2 <= T(0) else v2, T(0) if v3 <= T(0) else v3
+                    store4(y, i, (v0, v1, v2, v3))
+                    s = uint32(s + cuda.blockDim.x)
+                row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+        def rows(x, constants, bias, y, rows, channels, size):
             c = uint32(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
             if c < channels:
                 m, low = constants[c], constants[uint32(c + channels)]
@@ -342,13 +96,15 @@ def _normalize(columns: bool, relu: bool) -> Callable[[Any], Scalar]:
                     y[i] = v
                     row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
-        return vectors if columns else planes
+        return {"rows": rows, "planes": planes, "planes4": planes4}[word]
 
     return build
 
 
-def _gradient(columns: bool, relu: bool) -> Callable[[Any], Scalar]:
+def _gradient(word: str, relu: bool) -> Callable[[Any], Scalar]:
     def build(T: Any) -> Scalar:
+        passed = passed_by(relu)(T)
+
         def planes(g, y, x, mean, constants, gx, rows, channels, size):
             row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
             while row < rows:
@@ -359,14 +115,33 @@ def _gradient(columns: bool, relu: bool) -> Callable[[Any], Scalar]:
                 s = uint32(cuda.threadIdx.x)
                 while s < size:
                     i = uint32(row * size + s)
-                    gi = g[i]
-                    if relu:
-                        gi = gi if y[i] > T(0) else T(0)
+                    gi = passed(g[i], y[i]) if relu else g[i]
                     gx[i] = a * (gi - shift - ((x[i] - m) - low) * slope)
                     s = uint32(s + cuda.blockDim.x)
                 row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
-        def vectors(g, y, x, mean, constants, gx, rows, channels, size):
+        def planes4(g, y, x, mean, constants, gx, rows, channels, size):
+            row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+            while row < rows:
+                c = uint32(row % channels)
+                m, low, a = mean[c], constants[c], constants[uint32(c + channels)]
+                shift = constants[uint32(c + uint32(2) * channels)]
+                slope = constants[uint32(c + uint32(3) * channels)]
+                s = uint32(cuda.threadIdx.x)
+                while s < size:
+                    i = uint32((row * size + s) << uint32(2))
+                    g0, g1, g2, g3 = load4(g, i)
+                    if relu:
+                        y0, y1, y2, y3 = load4(y, i)
+                        g0, g1, g2, g3 = passed(g0, y0), passed(g1, y1), passed(g2, y2), passed(g3, y3)
+                    x0, x1, x2, x3 = load4(x, i)
+                    g0, g1 = a * (g0 - shift - ((x0 - m) - low) * slope), a * (g1 - shift - ((x1 - m) - low) * slope)
+                    g2, g3 = a * (g2 - shift - ((x2 - m) - low) * slope), a * (g3 - shift - ((x3 - m) - low) * slope)
+                    store4(gx, i, (g0, g1, g2, g3))
+                    s = uint32(s + cuda.blockDim.x)
+                row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+        def rows(g, y, x, mean, constants, gx, rows, channels, size):
             c = uint32(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
             if c < channels:
                 m, low, a = mean[c], constants[c], constants[uint32(c + channels)]
@@ -375,26 +150,25 @@ def _gradient(columns: bool, relu: bool) -> Callable[[Any], Scalar]:
                 row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
                 while row < rows:
                     i = uint32(row * channels + c)
-                    gi = g[i]
-                    if relu:
-                        gi = gi if y[i] > T(0) else T(0)
+                    gi = passed(g[i], y[i]) if relu else g[i]
                     gx[i] = a * (gi - shift - ((x[i] - m) - low) * slope)
                     row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
-        return vectors if columns else planes
+        return {"rows": rows, "planes": planes, "planes4": planes4}[word]
 
     return build
 
 
-for _columns, _word in ((False, "planes"), (True, "rows")):
+for _word in ("rows", "planes", "planes4"):
     for _relu in (False, True):
-        _end = f"{_word}{'_relu' * _relu}"
-        program(f"batch_norm.normalize_{_end}", "f4* f4* f4* f4* u4 u4 u4", block=(LANES, GROUPS))(
-            _normalize(_columns, _relu)
+        _end, _wide = f"{_word}{'_relu' * _relu}", _word == "planes4"
+        program(f"batch_norm.normalize_{_end}", "f4* f4* f4* f4* u4 u4 u4", block=(LANES, GROUPS), vector=_wide)(
+            _normalize(_word, _relu)
         )
-        program(f"batch_norm.gradient_{_end}", "f4* f4* f4* f4* f4* f4* u4 u4 u4", block=(LANES, GROUPS))(
-            _gradient(_columns, _relu)
-        )
+        program(
+            f"batch_norm.gradient_{_end}", "f4* f4* f4* f4* f4* f4* u4 u4 u4", block=(LANES, GROUPS), vector=_wide,
+            registers=64 if _wide else 40,
+        )(_gradient(_word, _relu))  # fmt: skip
 
 
 @program("batch_norm.running", "f4* f4* f4* f4* f4* f4* u4 f4 f4", block=THREADS, shared=4 * WARPS, shuffles=8)
@@ -436,35 +210,44 @@ def _cut(length: int, least: int, beside: int) -> tuple[int, int]:
 
 
 class _Sizes:
-    """The numbers that the programs need of x (N, C, ...)."""
+    """The numbers that the programs need of x (N, C, ...), and which programs they are."""
 
-    def __init__(self, x: DeviceArray) -> None:
+    def __init__(self, x: DeviceArray, *others: DeviceArray) -> None:
         self.channels = x.shape[1]
-        self.count = x.size // max(self.channels, 1)  # elements of a channel
-        self.size = self.count // max(x.shape[0], 1)
+        self.count = x.size // self.channels  # elements of a channel
+        self.size = self.count // x.shape[0]
         self.rows = self.size == 1
-        tiles = -(-self.channels // LANES)
         if self.rows:
-            self.parts, self.part = _cut(self.count, ROW_PART, tiles)
-            self.work = self.parts * tiles
-            self.numbers = u4(self.work, self.channels, self.count, self.part, tiles)
+            tiles = -(-self.channels // LANES)
+            self.word, self.parts, part = "row", *_cut(self.count, ROW_PART, tiles)
+            self.part, self.work = part, self.parts * tiles
+            self.numbers = u4(self.work, self.channels, self.count, part, tiles)
         else:
-            self.parts, self.part = _cut(self.count, PLANE_PART // 8, self.channels)
-            self.work = self.parts * self.channels
-            steps = THREADS // self.size, THREADS % self.size
-            self.numbers = u4(self.work, self.channels, self.size, self.count, self.part, *steps)
+            wide = self.size % 4 == 0 and all(a.kind == "f4*" and a.aligned for a in (x, *others))
+            self.word, self.unit = ("plane4", 4) if wide else ("plane", 1)
+            size, count = self.size // self.unit, self.count // self.unit
+            self.parts, part = _cut(count, PLANE_PART // 8 // self.unit, self.channels)
+            self.part, self.work = part * self.unit, self.parts * self.channels
+            steps = THREADS // size, THREADS % size
+            self.numbers = u4(self.work, self.channels, size, count, part, *steps)
+
+    def sums(self, name: str, relu: bool, *args: Any) -> None:
+        """Launch the sums of all parts."""
+        which = PROGRAMS[f"batch_norm.{self.word}_{name}{'_relu' * relu}"]
+        launch(which, blocks(self.work, 1), *args, *self.numbers)
 
     def apply(self, name: str, relu: bool, *args: Any) -> None:
         """Launch an elementwise pass, of rows of a channel's elements, or of all channels."""
-        which = PROGRAMS[f"{name}_{'rows' if self.rows else 'planes'}{'_relu' * relu}"]
+        word = self.word.replace("plane", "planes").replace("row", "rows")
+        which = PROGRAMS[f"batch_norm.{name}_{word}{'_relu' * relu}"]
         if self.rows:
-            block = row_block(self.channels)
-            grid: tuple[int, ...] = blocks(self.count, 4 * block[1]), -(-self.channels // block[0])
-            rows = self.count
+            block, size, rows = row_block(self.channels), 1, self.count
+            grid: tuple[int, ...] = blocks(rows, 4 * block[1]), -(-self.channels // block[0])
         else:
-            block, rows = row_block(self.size), self.count // self.size * self.channels
+            size, rows = self.size // self.unit, self.count // self.size * self.channels
+            block = row_block(size)
             grid = (blocks(rows, block[1]),)
-        launch(which, grid, *args, *u4(rows, self.channels, self.size), block=block)
+        launch(which, grid, *args, *u4(rows, self.channels, size), block=block)
 
 
 def _expect_channels(x: DeviceArray, *vectors: DeviceArray) -> None:
@@ -487,10 +270,10 @@ def _forward(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, eps: float,
     weight, bias = _vectors(x, weight, bias)
     to = _Sizes(x)
     moments, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((3, to.channels), x.dtype)
-    launch(ROW_MOMENTS if to.rows else PLANE_MOMENTS, blocks(to.work, 1), x, moments, *to.numbers)
+    to.sums("moments", False, x, moments)
     numbers = *u4(to.channels, to.parts, to.count, to.part), x.number(eps)
     launch(FINISH, -(-to.channels // 256), moments, weight, mean, var, constants, *numbers)
-    to.apply("batch_norm.normalize", relu, x, constants, bias, y)
+    to.apply("normalize", relu, x, constants, bias, y)
     return y, mean, var
 
 
@@ -509,16 +292,15 @@ def _backward(
     if not x.size:
         return DeviceArray(x.shape, x.dtype), maps.fill(gweight, 0), maps.fill(gbias, 0)
     (weight,) = _vectors(x, weight)
-    to = _Sizes(x)
+    to = _Sizes(x, g, y)
     sums, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((4, to.channels), x.dtype)
-    which = PROGRAMS[f"batch_norm.{'row' if to.rows else 'plane'}_sums{'_relu' * relu}"]
-    launch(which, blocks(to.work, 1), g, y, x, mean, sums, *to.numbers)
+    to.sums("sums", relu, g, y, x, mean, sums)
     numbers = *u4(to.channels, to.parts, to.count), x.number(eps)
     launch(GRADIENTS, -(-to.channels // 256), sums, mean, var, weight, gweight, gbias, constants, *numbers)
     gx = None
     if needs[0]:
         gx = DeviceArray(x.shape, x.dtype)
-        to.apply("batch_norm.gradient", relu, g, y, x, mean, constants, gx)
+        to.apply("gradient", relu, g, y, x, mean, constants, gx)
     return gx, gweight, gbias
 
 
@@ -546,7 +328,7 @@ def batch_norm_inference(
         to, constants = _Sizes(x), DeviceArray((3, x.shape[1]), x.dtype)
         numbers = *u4(to.channels), x.number(eps)
         launch(GIVEN, -(-to.channels // 256), mean, var, weight, constants, *numbers)
-        to.apply("batch_norm.normalize", False, x, constants, bias, y)
+        to.apply("normalize", False, x, constants, bias, y)
     return y
 
 
