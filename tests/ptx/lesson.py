@@ -1,0 +1,260 @@
+"""How a block of threads adds numbers up, shown by executing it: `python -m tests.ptx.lesson` prints the page.
+
+The page is `kernels/block_reduction.md`; it needs numba-cuda and the CUDA toolkit's compiler, and no GPU.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32, void
+
+from tests.ptx.barriers import barriers, without_barrier
+from tests.ptx.compile import compile_ptx
+from tests.ptx.interpreter import Device, PTXError, Report, array_argument
+from tests.ptx.machine import Machine
+from tests.ptx.opcodes import source
+
+ALL = 0xFFFFFFFF
+SMALL, LARGE = 16, 256  # threads of a block: few enough to print, and as many as kernels use
+
+
+def tree(x, out):
+    tile = cuda.shared.array(16, float32)
+    t = cuda.threadIdx.x
+    tile[t] = x[t]
+    cuda.syncthreads()
+    half = 8
+    while half > 0:
+        if t < half:
+            tile[t] += tile[t + half]
+        cuda.syncthreads()
+        half //= 2
+    if t == 0:
+        out[0] = tile[0]
+
+
+def warp(x, out):
+    v = x[cuda.threadIdx.x]
+    v += cuda.shfl_xor_sync(ALL, v, 16)
+    v += cuda.shfl_xor_sync(ALL, v, 8)
+    v += cuda.shfl_xor_sync(ALL, v, 4)
+    v += cuda.shfl_xor_sync(ALL, v, 2)
+    v += cuda.shfl_xor_sync(ALL, v, 1)
+    out[cuda.threadIdx.x] = v
+
+
+def neighbours(x, out):
+    tile = cuda.shared.array(256, float32)
+    t = cuda.threadIdx.x
+    tile[t] = x[t]
+    cuda.syncthreads()
+    step = 1
+    while step < 256:
+        i = 2 * step * t
+        if i < 256:
+            tile[i] += tile[i + step]
+        cuda.syncthreads()
+        step *= 2
+    if t == 0:
+        out[0] = tile[0]
+
+
+def halves(x, out):
+    tile = cuda.shared.array(256, float32)
+    t = cuda.threadIdx.x
+    tile[t] = x[t]
+    cuda.syncthreads()
+    half = 128
+    while half > 0:
+        if t < half:
+            tile[t] += tile[t + half]
+        cuda.syncthreads()
+        half //= 2
+    if t == 0:
+        out[0] = tile[0]
+
+
+def shuffles(x, out):
+    tile = cuda.shared.array(8, float32)
+    t = cuda.threadIdx.x
+    v = x[t]
+    v += cuda.shfl_xor_sync(ALL, v, 16)
+    v += cuda.shfl_xor_sync(ALL, v, 8)
+    v += cuda.shfl_xor_sync(ALL, v, 4)
+    v += cuda.shfl_xor_sync(ALL, v, 2)
+    v += cuda.shfl_xor_sync(ALL, v, 1)
+    if t % 32 == 0:
+        tile[t // 32] = v
+    cuda.syncthreads()
+    v = tile[t % 8]
+    v += cuda.shfl_xor_sync(ALL, v, 4)
+    v += cuda.shfl_xor_sync(ALL, v, 2)
+    v += cuda.shfl_xor_sync(ALL, v, 1)
+    if t == 0:
+        out[0] = v
+
+
+def execute(kernel: Callable[..., None], threads: int, watch: Any = None, edit: Any = str) -> tuple[np.ndarray, Report]:
+    """The result of a kernel for x = 1, 2, …, and what the interpreter reports."""
+    ptx = edit(compile_ptx(kernel, void(float32[::1], float32[::1]), cc=(7, 5)))
+    device, arguments = Device(), []
+    for values in (np.arange(1, threads + 1), np.zeros(threads)):
+        address = device.alloc(4 * threads)
+        device.write(address, values.astype(np.float32))
+        arguments += array_argument(address, values.shape, np.float32)
+    report = device.launch(ptx, 1, threads, arguments, watch=watch)
+    return device.read(address, (threads,), np.float32), report
+
+
+def code(kernel: Callable[..., None]) -> str:
+    return f"```python\n{textwrap.dedent(inspect.getsource(kernel))}```"
+
+
+def text(lines: list[str]) -> str:
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def show_tree() -> str:
+    """Shared memory at each barrier, and which threads had written since the one before."""
+    lines, wrote = [], np.zeros(SMALL, bool)
+
+    def watch(machine: Machine, pc: int, lanes: np.ndarray) -> None:
+        instruction = machine.kernel.instructions[pc]
+        if instruction.opcode == "st" and "shared" in instruction.modifiers:
+            wrote[lanes] = True
+        if instruction.opcode == "bar":
+            tile = machine.shared.data.view(np.float32)[:SMALL]
+            lines.append("".join("#" if w else "." for w in wrote) + "  " + " ".join(f"{n:3.0f}" for n in tile))
+            wrote[:] = False
+
+    result, _ = execute(tree, SMALL, watch)
+    head = f"{'wrote':{SMALL}}  tile, at the barrier"
+    return text([head, *lines, "", f"out[0] = {result[0]:.0f}"])
+
+
+def show_race(k: int) -> str:
+    """What the interpreter says when the k-th barrier is missing."""
+    try:
+        execute(tree, SMALL, edit=lambda ptx: without_barrier(ptx, k))
+    except PTXError as error:
+        message = re.sub(r"_cudapy_smem_\d+", "tile's", re.sub(r"kernel \S+,", "kernel tree,", str(error)))
+        return text(message.split("\n"))
+    raise AssertionError("a missing barrier was not found")
+
+
+def show_warp() -> str:
+    """The values of a warp's lanes after each of its five shuffles."""
+    lines = []
+
+    def watch(machine: Machine, pc: int, lanes: np.ndarray) -> None:
+        instruction = machine.kernel.instructions[pc]
+        if instruction.opcode in ("shfl", "st"):
+            values = source(instruction.operands[1], "f32")(machine, slice(0, 32))
+            step = "sum"
+            if instruction.opcode == "shfl":
+                step = str(np.ravel(source(instruction.operands[2], "u32")(machine, slice(0, 1)))[0])
+            lines.append(f"{step:>4}  " + " ".join(f"{n:4.0f}" for n in (*values[:12], *values[-2:])))
+
+    execute(warp, 32, watch)
+    head = "xor   " + " ".join(f"{i:>4}" for i in (*range(12), 30, 31))
+    return text([head + "   lane", *lines])
+
+
+def show_costs() -> str:
+    """What three ways to add 256 numbers cost."""
+    rows = [
+        "| | barriers | shuffles | shared words moved | bank conflicts | instructions |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for kernel in (neighbours, halves, shuffles):
+        result, report = execute(kernel, LARGE)
+        assert result[0] == LARGE * (LARGE + 1) / 2
+        words = sum(t.nbytes // 4 for (space, _, _), t in report.traffic.items() if space == "shared")
+        numbers = report.barriers, report.shuffles, words, report.bank_conflicts, report.steps
+        rows.append(f"| `{kernel.__name__}` | " + " | ".join(map(str, numbers)) + " |")
+    return "\n".join(rows)
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    count = len(barriers(compile_ptx(tree, void(float32[::1], float32[::1]), cc=(7, 5))))
+    return f"""# How a block of threads adds numbers up
+
+A sum, a mean, the statistics of BatchNorm: all of them ask threads that run side by side to agree on one number. This
+page shows how they do it, by executing it: `python -m tests.ptx.lesson` prints it. Each kernel below is compiled to
+PTX, the assembly language of NVIDIA's GPUs, and that runs in the interpreter of `tests/ptx`. No GPU is needed.
+
+Threads come in *blocks*, of up to 1024, that have a little *shared memory* together. 32 neighbours of a block are a
+*warp*; a thread's place in it is its *lane*.
+
+## A tree
+
+The first half of the threads adds the values of the second half to its own, then the first quarter those of the second
+quarter, and so on: log₂ n steps in place of n.
+
+{code(tree)}
+
+Here are {SMALL} threads with x = 1, 2, … {SMALL}. Each row is a barrier, `cuda.syncthreads()`, where all wait for
+all; `#` is a thread that has written since the one before.
+
+{show_tree()}
+
+In each step the writing threads read places that nobody else changes in that step. What is read was written before the
+last barrier; what is written will be read after the next.
+
+## A barrier less
+
+The kernel has {count} barriers. Without the first, a thread would read another's value before it is there, or after, as
+it happens: a *data race*. The sum would often be right, and sometimes not. The interpreter does not wait for a wrong
+sum. It knows of each word who touched it since the last barrier, and says so:
+
+{show_race(0)}
+
+That the threads of a warp usually run in step is no excuse, as the hardware has not promised it since 2017. In the same
+way it finds each of the others missing; here the second:
+
+{show_race(1)}
+
+The tests do this to every kernel of the project: they take out one barrier after the other, and each has to be missed.
+
+## Within a warp: shuffles
+
+The lanes of a warp can read each other's registers, without shared memory and without a barrier. In the step "xor 16"
+lane i reads lane i ^ 16, which is the other half; then comes the other half of the half.
+
+{code(warp)}
+
+A row shows the values before a step, of a warp that holds 1, 2, … 32; after the last, every lane has the sum.
+
+{show_warp()}
+
+## Put together
+
+`shuffles` does that in each of 8 warps, leaves 8 numbers in shared memory, and adds those the same way. `halves` is the
+tree from above for 256 threads. `neighbours` is a tree too, which adds the nearest number first, then the one two
+places on, then four.
+
+{code(neighbours)}
+
+{code(shuffles)}
+
+{show_costs()}
+
+Shared memory lies in 32 *banks*, word i in bank i mod 32, and a bank serves one word at a time. `halves` always reads
+neighbouring words, one from each bank. `neighbours` reads words 2, 4, 8, … apart: more and more of them lie in the same
+bank, and the warp waits for one after the other. A conflict in the table is one such turn more.
+
+The kernels of the project do as `shuffles` does: `over_warp` and `over_block` in
+[`cuda/warps.py`](tinygrad_bn_kernels/cuda/warps.py). All threads get the result, so that they can go on with it.
+A block that uses its shared memory again needs one barrier more, after the reading.
+
+How fast any of this is, only a GPU can tell: the interpreter counts, and does not time.
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")
