@@ -66,6 +66,7 @@ class Device:
         self.quarantine: deque[int] = deque()
         self.end = BASE + ALIGNMENT
         self.variables: dict[str, int] = {}
+        self.last: Launch | None = None  # the launch before, which knows what it touched
 
     def alloc(self, nbytes: int) -> int:
         """Address of nbytes of new memory, which may be written but not read before."""
@@ -149,8 +150,8 @@ class Device:
         for variable in kernel.variables:
             if variable.name not in self.variables:
                 self._load_variable(variable)
-        launch = Launch(self, kernel, _triple(grid), _triple(block), args, dynamic_shared, watch)
-        return launch.run()
+        self.last = Launch(self, kernel, _triple(grid), _triple(block), args, dynamic_shared, watch)
+        return self.last.run()
 
     def _load_variable(self, variable: Variable) -> None:
         address = self.variables[variable.name] = self.alloc(variable.nbytes)
@@ -202,6 +203,17 @@ class Launch:
         for first in range(0, blocks, at_once):
             Machine(self, first, min(at_once, blocks - first)).run()
         return self.report
+
+    def touched(self) -> dict[int, tuple[int, int]]:
+        """Of each allocation, by address, how many of its bytes were read and how many written, each byte once."""
+        found = {}
+        for address, nbytes in self.device.sizes.items():
+            part = slice((address - BASE) // self.shadow.granule, (address - BASE + nbytes) // self.shadow.granule)
+            counts = (np.count_nonzero(who[part]) for who in (self.shadow.reader, self.shadow.writer))
+            read, written = (self.shadow.granule * int(n) for n in counts)
+            if read or written:
+                found[address] = read, written
+        return found
 
     def describe(self, space: str, address: int, kernel: Kernel) -> str:
         """An address with the allocation or variable that it belongs or is next to."""

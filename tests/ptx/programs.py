@@ -69,12 +69,12 @@ class Interpreted(Device):
 
 
 @contextmanager
-def interpreted(edit: Edit | None = None):
-    """In this block what is launched runs on a device of its own, which is given."""
+def interpreted(device: Interpreted | None = None):
+    """In this block what is launched runs on the device that is given, or on a new one."""
     from tinygrad_bn_kernels.cuda import launch
 
-    with offline(Interpreted.cc), launch.using(Interpreted(edit)) as device:
-        yield device
+    with offline(Interpreted.cc), launch.using(device or Interpreted()) as used:
+        yield used
 
 
 def run(name: str, *operands: Any, **params: Any) -> Any:

@@ -33,6 +33,7 @@ FORWARD = ["sub", "div", "pow", "less", "less_equal"]  # with a number first
 SCATTERED = {  # programs whose accesses lie where their arguments say
     "gather": "rows wherever the index points",
     "scatter_add": "rows wherever the index points",
+    "where.aa": "each element is read from one of two arrays, so a warp reads in both",
     "where.rows": "each element is read from one of two arrays, so a warp reads in both",
     "columns": "a stride in the convolution is one in memory",
     "images": "columns that met an element are a row apart",
@@ -56,7 +57,9 @@ def elementwise() -> None:
             computed(name, 1.5, x)
             computed(name, 1.5, unaligned(x))
     run("clip", x, min=-1.0, max=1.0)
-    run("where", x > 0, x, y)
+    for pair in ((x, y), (x, 0.0), (0.0, x)):
+        run("where", x > 0, *pair)
+    run("where", numbers((70, 1)) > 0, numbers((70, 197)), numbers(197))
     run("pad", x, width=((1, 1),), value=1.0)
 
 
@@ -144,6 +147,7 @@ BUSY |= {name: partial(reduced, name) for name in ("sum", "sum_of_squares", "max
 BUSY |= {name: partial(run, name, numbers((40, 300)), axis=1) for name in ("argmax", "argmin")}
 for _relu in ("", "_relu"):
     BUSY[f"batch_norm_of_planes{_relu}"] = partial(batch_norm, (6, 40, 197), _relu)
+    BUSY[f"batch_norm_of_planes4{_relu}"] = partial(batch_norm, (6, 40, 196), _relu)
     BUSY[f"batch_norm_of_rows{_relu}"] = partial(batch_norm, (300, 700, 1), _relu)
 
 
@@ -189,7 +193,7 @@ def test_no_program_can_do_without_one_of_its_barriers(name):
 def is_missed(name: str, program: str, k: int) -> bool:
     """Whether the interpreter notices that a program lacks its k-th barrier."""
     try:
-        with interpreted(lambda which, ptx: without_barrier(ptx, k) if which == program else ptx):
+        with interpreted(Interpreted(lambda which, ptx: without_barrier(ptx, k) if which == program else ptx)):
             BUSY[name]()
     except PTXError:
         return True

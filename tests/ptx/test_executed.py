@@ -125,6 +125,8 @@ def test_where_clip_fill_and_conversions(n, m, kind, seed):
     a, b = numbers((n, m), kind, seed), numbers((m,), "plain", seed + 1)
     condition = numbers((n, 1), "plain", seed + 2) > 0
     close(run("where", condition, a, b), np.where(condition, a, b))
+    for pair in ((a, -a), (a, 0.5), (0.5, a)):
+        close(run("where", a > 0, *pair), np.where(a > 0, *pair).astype(np.float32))
     close(run("clip", a, min=-0.5, max=0.25), np.clip(a, -0.5, 0.25))
     close(run("pad", a, width=((1, 2), (0, 3)), value=7.0), np.pad(a, ((1, 2), (0, 3)), constant_values=7))
     close(run("astype", (a > 0), dtype=np.float32), (a > 0).astype(np.float32))
@@ -217,7 +219,7 @@ def test_matrix_products(rows, depth, columns, kind, seed):
 # ---- normalisation ---------------------------------------------------------------------------------------
 
 SHAPES = st.tuples(
-    st.integers(1, 9), st.sampled_from([1, 2, 31, 33]), st.sampled_from([1, 5, 49, 197, 1024])
+    st.integers(1, 9), st.sampled_from([1, 2, 31, 33]), st.sampled_from([1, 4, 5, 49, 196, 197, 1024])
 ) | st.tuples(st.sampled_from([1, 2, 40, 129, 300]), st.sampled_from([1, 7, 32, 65]), st.just(1))
 
 

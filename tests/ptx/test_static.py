@@ -33,6 +33,7 @@ def test_the_machine_code_of_every_program(cc):
     for name, code in assemble(modules, cc).items():
         program = programs()[name]
         wide = bool(code.count("LDG.E.128")), bool(code.count("STG.E.128"))
+        all_wide = program.vector, program.vector and not program.shared  # a reduction stores few numbers
         expected = {
             f"{code.registers} registers, more than {program.registers}": code.registers > program.registers,
             f"declares {program.registers} registers, more than {CEILING}": program.registers > CEILING,
@@ -40,7 +41,7 @@ def test_the_machine_code_of_every_program(cc):
             f"{code.stack} bytes of stack": code.stack,
             f"{code.shared} bytes of shared memory, not {program.shared}": code.shared != program.shared,
             f"{code.float64} instructions of float64": code.float64,
-            f"128 bits are loaded, stored: {wide}": wide != (program.vector, program.vector),
+            f"128 bits are loaded, stored: {wide}": wide != all_wide,
         }
         wrong += [f"{name}: {what}" for what, is_wrong in expected.items() if is_wrong]
     assert not wrong
