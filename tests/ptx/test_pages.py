@@ -1,0 +1,28 @@
+"""The pages that are printed by programs show what these print now."""
+
+import re
+from pathlib import Path
+
+from tests.ptx.compile import need_compiler
+from tests.ptx.programs import programs
+
+PAGES = Path(__file__).parents[2] / "kernels"
+
+
+def without_compilers_choices(page: str) -> str:
+    """The page without the lines and registers of PTX, which differ between compilers."""
+    return re.sub(r"line \d+|%\w+", "…", page)
+
+
+def test_the_page_for_learners_is_what_the_lesson_prints():
+    need_compiler()
+    from tests.ptx.lesson import page
+
+    assert without_compilers_choices((PAGES / "block_reduction.md").read_text()) == without_compilers_choices(page())
+
+
+def test_the_table_has_every_program():
+    """Its numbers are the compiler's, and change with it: `python -m tests.ptx.table` prints it anew."""
+    need_compiler()
+    names = re.findall(r"^\| `([\w.]+)` \|", (PAGES / "cuda_programs.md").read_text(), re.M)
+    assert sorted(names) == sorted(programs())
