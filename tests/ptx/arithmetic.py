@@ -52,7 +52,7 @@ def operation(instruction: Instruction) -> Operation:
 
 def _only(instruction: Instruction, modifiers: set[str], known: set[str]) -> None:
     if modifiers - known:
-        raise UnknownInstruction(f"{instruction.text}: modifiers {sorted(modifiers - known)} of {instruction.opcode}")
+        raise UnknownInstruction(f"modifiers {sorted(modifiers - known)} of {instruction.opcode}")
 
 
 # Rounding
@@ -264,7 +264,7 @@ def _arithmetic(plain: Function) -> Callable[..., Operation]:
         _only(instruction, modifiers, ROUNDINGS | {"ftz", "sat"})
         mode = next(iter(modifiers & ROUNDINGS), "rn")
         if mode != "rn" and kind != "f32":
-            raise UnknownInstruction(f"{instruction.text}: only float32 is rounded in other directions")
+            raise UnknownInstruction("only float32 is rounded in other directions")
         function = plain if mode == "rn" else _exactly(opcode, mode)
         return _finish(function, kind, modifiers), [kind, kind], kind
 
@@ -291,7 +291,7 @@ def _multiply_add(instruction: Instruction, kind: str, modifiers: set[str]) -> O
         elif mode == "rn":
             function = fma
         else:
-            raise UnknownInstruction(f"{instruction.text}: only float32 is rounded in other directions")
+            raise UnknownInstruction("only float32 is rounded in other directions")
         return _finish(function, kind, modifiers), [kind] * 3, kind
     _only(instruction, modifiers, {"lo", "hi", "wide"})
     product, _, result = _multiply(instruction, kind, modifiers)
@@ -387,7 +387,7 @@ def _convert(instruction: Instruction, source: str, modifiers: set[str]) -> Oper
         return _finish(function, target, modifiers - {"ftz"}), [source], target
     if source[0] == "f":
         if mode not in TO_INTEGER:
-            raise UnknownInstruction(f"{instruction.text}: a conversion to integer needs a rounding")
+            raise UnknownInstruction("a conversion to integer needs a rounding")
         start = _flush_if_float32 if "ftz" in modifiers else np.asarray
         return (lambda x: to_integer(TO_INTEGER[mode](start(x).astype(np.float64)), dtype)), [source], target
     if target[0] == "f":
@@ -395,7 +395,7 @@ def _convert(instruction: Instruction, source: str, modifiers: set[str]) -> Oper
             return _finish(lambda x: x.astype(dtype), target, modifiers), [source], target
         if target == "f32" and bits(source) <= 32 and mode in ROUNDINGS:
             return (lambda x: round_to_float32(x.astype(np.float64), np.float64(0), mode)), [source], target
-        raise UnknownInstruction(f"{instruction.text}: rounding {mode}")
+        raise UnknownInstruction(f"rounding {mode}")
     if "sat" in modifiers:
         to, of = np.iinfo(dtype), np.iinfo(DTYPES[source])
         low, high = max(to.min, of.min), min(to.max, of.max)
@@ -414,7 +414,7 @@ def _between_floats(instruction: Instruction, source: str, dtype: np.dtype, mode
         return lambda x: x.astype(dtype)
     if source == "f64" and dtype == np.float32:
         return lambda x: round_to_float32(x, np.float64(0), mode)
-    raise UnknownInstruction(f"{instruction.text}: rounding {mode}")
+    raise UnknownInstruction(f"rounding {mode}")
 
 
 def _funnel_shift(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:

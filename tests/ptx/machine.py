@@ -22,12 +22,8 @@ from tests.ptx.opcodes import InactiveLane, Lanes, decode, source
 from tests.ptx.parse import GUARD, PTXError, UnknownInstruction
 
 BASE = 1 << 44  # of global memory
-WINDOWS = {
-    "global": 0,
-    "const": 0,
-    "shared": 1 << 40,
-    "local": 1 << 41,
-}  # generic address = window + address in a space
+# A generic address is that within a space plus:
+WINDOWS = {"global": 0, "const": 0, "shared": 1 << 40, "local": 1 << 41}
 STEPS = 2_000_000  # a kernel that executes more instructions than this does not end
 
 
@@ -74,10 +70,12 @@ class Report:
 class Machine:
     """Executes some blocks of a launch to their end."""
 
+    WINDOWS = WINDOWS
+
     def __init__(self, launch, first_block: int, blocks: int):
         kernel = launch.kernel
         self.launch, self.kernel, self.report = launch, kernel, launch.report
-        self.first_block, self.blocks = first_block, blocks
+        self.blocks = blocks
         self.threads = int(np.prod(launch.block))
         self.padded = -(-self.threads // 32) * 32  # lanes of a block
         self.lanes = blocks * self.padded
@@ -90,11 +88,8 @@ class Machine:
         self.specials: dict[str, np.ndarray] = {}
         self.shared_size = kernel.dynamic + -(-launch.dynamic_shared // GUARD) * GUARD + GUARD
         self.shared = Memory(blocks * self.shared_size)
-        regions = [*kernel.shared.values(), (kernel.dynamic, launch.dynamic_shared)]
-        for offset, nbytes in regions:
-            self.shared.state.reshape(-1)[: blocks * self.shared_size].reshape(blocks, -1)[
-                :, offset : offset + nbytes
-            ] = ALLOCATED
+        for offset, nbytes in (*kernel.shared.values(), (kernel.dynamic, launch.dynamic_shared)):
+            self.shared.state.reshape(blocks, -1)[:, offset : offset + nbytes] = ALLOCATED
         self.local = Memory(self.lanes * kernel.local_bytes, ALLOCATED)
         self.shared_shadow = Shadow(self.shared.data.size, launch.granules["shared"], launch.shift)
         self.program = decode(kernel)
@@ -103,7 +98,7 @@ class Machine:
         self.ready: dict[int, Lanes] = {0: self.compact(np.flatnonzero(self.live))}
         self.waiting: dict[int, Lanes] = {}  # at a barrier
         self.stalled: dict[int, Lanes] = {}  # at an instruction of the warp, for the other lanes of its mask
-        self.pc = 0
+        self.pc = self.steps = 0
 
     # Lanes
 
@@ -144,7 +139,8 @@ class Machine:
             return pc, None
         instruction = self.kernel.instructions[pc]
         self.report.steps += 1
-        if self.report.steps > STEPS:
+        self.steps += 1
+        if self.steps > STEPS:
             raise PTXError(f"{self.kernel.label(pc)}: {STEPS} instructions were executed, and the kernel has not ended")
         active, passive = lanes, None
         if instruction.guard is not None:
@@ -261,9 +257,7 @@ class Machine:
         match stem:
             case "tid" | "ctaid":
                 index, shape = (self.thread, self.launch.block) if stem == "tid" else (self.block, self.launch.grid)
-                return {"x": index % shape[0], "y": index // shape[0] % shape[1], "z": index // (shape[0] * shape[1])}[
-                    axis
-                ]
+                return _coordinates(index, shape)["xyz".index(axis)]
             case "ntid" | "nctaid":
                 return (self.launch.block if stem == "ntid" else self.launch.grid)["xyz".index(axis)]
             case "laneid":
@@ -287,9 +281,6 @@ class Machine:
             case "total_smem_size":
                 return self.kernel.shared_bytes + self.launch.dynamic_shared
         raise UnknownInstruction(f"{self.kernel.label(self.pc)}: the interpreter has no register {name}")
-
-    def window(self, space: str) -> int:
-        return WINDOWS[space]
 
     def address_of(self, space: str, name: str, offset: int) -> int:
         return self.launch.variables[name] if space == "global" else offset
@@ -344,9 +335,8 @@ class Machine:
 
     def fail(self, error: type[PTXError], lane: int, problem: str) -> None:
         """Raise an error that names kernel, line, thread and block."""
-        thread, block = (
-            _coordinates(int(i[lane]), s) for i, s in ((self.thread, self.launch.block), (self.block, self.launch.grid))
-        )
+        thread = _coordinates(int(self.thread[lane]), self.launch.block)
+        block = _coordinates(int(self.block[lane]), self.launch.grid)
         raise error(f"{self.kernel.label(self.pc)}\n  thread {thread} of block {block}: {problem}")
 
 
@@ -364,5 +354,6 @@ def _distinct_warps(ids: np.ndarray) -> int:
     return 1 + int(np.count_nonzero(np.diff(ids >> 5)))
 
 
-def _coordinates(index: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def _coordinates(index: np.ndarray | int, shape: tuple[int, int, int]) -> tuple:
+    """x, y and z of a thread in its block, or of a block in its grid."""
     return index % shape[0], index // shape[0] % shape[1], index // (shape[0] * shape[1])

@@ -49,9 +49,11 @@ def decode(kernel: Kernel) -> list[Step | None]:
 def _decode(kernel: Kernel, pc: int, instruction: Instruction) -> Step | None:
     try:
         if instruction.opcode in CONTROL:
-            return None
+            return _check_control(instruction)
         if instruction.opcode in NOTHING:
             return lambda m, lanes: None
+        if "cc" in instruction.modifiers:
+            return _carrying(instruction)
         if instruction.opcode in SPECIFIC:
             return SPECIFIC[instruction.opcode](instruction)
         if instruction.opcode not in arithmetic.OPERATIONS:
@@ -177,7 +179,7 @@ def _convert_address(instruction: Instruction) -> Step:
     read, write = source(value, "u64"), target(into, "u64")
     sign = -1 if "to" in instruction.modifiers else 1
     return lambda m, lanes: write(
-        m, lanes, (read(m, lanes).view(np.int64) + np.int64(sign * m.window(space))).view(np.uint64)
+        m, lanes, (read(m, lanes).view(np.int64) + np.int64(sign * m.WINDOWS[space])).view(np.uint64)
     )
 
 
@@ -185,7 +187,7 @@ def _access_modifiers(instruction: Instruction) -> tuple[str, int, bool]:
     """State space ("": generic), vector length and whether the access is a strong one."""
     modifiers = set(instruction.modifiers[:-1])
     unknown = {m for m in modifiers - SPACES - STRONG - HINTS if m not in ("v2", "v4", "v8") and m[0] != "L"}
-    if unknown - {"global", "shared_cta"}:
+    if unknown - {"shared_cta"}:
         raise UnknownInstruction(f"modifiers {sorted(unknown)} of {instruction.opcode}")
     space = "shared" if "shared_cta" in modifiers else next(iter(modifiers & SPACES), "")
     vector = next((int(m[1]) for m in modifiers if m in ("v2", "v4", "v8")), 1)
@@ -300,19 +302,6 @@ def _carrying(instruction: Instruction) -> Step:
     return compute
 
 
-def _either(plain: str) -> Callable[[Instruction], Step]:
-    """The step of an opcode that may have `.cc`: with carries, or the plain arithmetic one."""
-
-    def build(instruction: Instruction) -> Step:
-        if "cc" in instruction.modifiers:
-            return _carrying(instruction)
-        function, kinds, result = arithmetic.operation(instruction)
-        sources = [source(o, kind) for o, kind in zip(instruction.operands[1:], kinds, strict=True)]
-        return _apply(function, sources, target(instruction.operands[0], result))
-
-    return build
-
-
 # Instructions of a warp. The machine has made sure that all lanes that their masks name, and that live, are here.
 
 
@@ -417,6 +406,16 @@ def _active_mask(instruction: Instruction) -> Step:
     return lambda m, lanes: write(m, lanes, _ballots(m, lanes, np.True_))
 
 
+def _check_control(instruction: Instruction) -> None:
+    """Raise for a kind of barrier that the machine does not know."""
+    if instruction.opcode not in ("bar", "barrier"):
+        return
+    kind = [m for m in instruction.modifiers if m not in ("cta", "aligned")]
+    known = kind == ["sync"] and len(instruction.operands) == 1, kind == ["warp", "sync"], kind[:1] == ["red"]
+    if not any(known):
+        raise UnknownInstruction("barriers are known of all threads of a block or warp")
+
+
 def _trap(instruction: Instruction) -> Step:
     return lambda m, lanes: m.fail(PTXError, m.ids[lanes][0], "the kernel stopped itself")
 
@@ -429,9 +428,6 @@ SPECIFIC: dict[str, Callable[[Instruction], Step]] = {
     "st": _store,
     "atom": _atomic,
     "red": _atomic,
-    "add": _either("add"),
-    "sub": _either("sub"),
-    "mad": _either("mad"),
     "addc": _carrying,
     "subc": _carrying,
     "madc": _carrying,

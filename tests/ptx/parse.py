@@ -80,10 +80,6 @@ class Instruction:
     def type(self) -> str:
         return self.modifiers[-1]
 
-    @property
-    def is_float(self) -> bool:
-        return self.type.startswith("f")
-
 
 @dataclass(frozen=True)
 class Variable:
@@ -173,12 +169,13 @@ class _Body:
 
     def __init__(self, kernel: Kernel, functions: dict):
         self.kernel, self.functions = kernel, functions
+        self.symbols: dict[str, Symbol] = {}  # that every function may name
         self.fresh = count()
 
     def add(self, statements: list[tuple[int, str]], names: dict, end: str) -> None:
         """Append a function's body; names map its parameters, `ret` becomes a jump to end (if there is one)."""
         inlining = next(self.fresh)
-        scopes = [dict(names)]
+        scopes = [self.symbols | names]
         for line, text in statements:
             if text == "{":
                 scopes.append(dict(scopes[-1]))
@@ -238,14 +235,14 @@ class _Body:
     def _call(self, line: int, text: str, rest: str, scope: dict, guard: str | None) -> None:
         lists = OPERAND.findall(rest)
         name = next(o.strip() for o in lists if not o.startswith("("))
-        if guard is not None or name not in self.functions or self.functions[name][2] is None:
-            raise UnknownInstruction(f"kernel {self.kernel.name}, line {line}: {text}: no body to call")
+        if guard is not None or not self.functions.get(name, (None,))[-1]:
+            raise UnknownInstruction(f"kernel {demangle(self.kernel.name)}, line {line}: {text}: no body to call")
         results, parameters, body = self.functions[name]
         groups = [[n.strip() for n in o.strip("()").split(",")] for o in lists if o.startswith("(")]
         given = [n for group in groups for n in group if n]
         names = {n: scope[g] for (n, _), g in zip(results + parameters, given, strict=True)}
         end = f"end of call {len(self.kernel.labels)}"
-        self.add(body, self.symbols | names, end)
+        self.add(body, names, end)
         self.kernel.labels[end] = len(self.kernel.instructions)
 
     def _operand(self, text: str, scope: dict, line: int, statement: str) -> Operand:
@@ -267,7 +264,8 @@ class _Body:
             return Literal(text)
         if text in ("_", "WARP_SZ") or text[0] == "%":
             return Special(text)
-        raise UnknownInstruction(f"kernel {self.kernel.name}, line {line}: {statement}: unknown operand {text!r}")
+        where = f"kernel {demangle(self.kernel.name)}, line {line}: {statement}"
+        raise UnknownInstruction(f"{where}: unknown operand {text!r}")
 
 
 @lru_cache(maxsize=256)
@@ -295,13 +293,11 @@ def parse(text: str) -> dict[str, Kernel]:
 def _kernel(name: str, parameters: list, body: list, functions: dict, variables: list[Variable]) -> Kernel:
     kernel = Kernel(name, parameters, variables=tuple(v for v in variables if v.space != "shared"))
     builder = _Body(kernel, functions)
-    symbols = {n: Symbol("param", n, 0) for n, _ in parameters}
-    symbols |= {v.name: Symbol("global", v.name, 0) for v in kernel.variables}
+    builder.symbols |= {v.name: Symbol("global", v.name, 0) for v in kernel.variables}
     for variable in variables:
         if variable.space == "shared":
-            builder.share(variable, symbols)
-    builder.symbols = symbols
-    builder.add(body, symbols, "")
+            builder.share(variable, builder.symbols)
+    builder.add(body, {n: Symbol("param", n, 0) for n, _ in parameters}, "")
     return kernel
 
 

@@ -410,7 +410,7 @@ ATOMIC = {  # what is there before and after each lane has given its number, or 
 def test_an_atomic_operation(opcode, name):
     operation, kind = name.split(".")
     if operation == "exch":  # as its result says what was there, there is no red.exch
-        opcode = opcode.replace("red", "atom")
+        opcode = opcode.replace("red.", "atom.")
     dtype, size = arithmetic.DTYPES[kind], arithmetic.bits(kind)
     start, end = (int(np.array(n, dtype).view(arithmetic.unsigned(kind))) for n in ATOMIC[name])
     space, register = opcode.split(".")[1], {"f32": "f", "f64": "v"}.get(kind, "s")
@@ -473,7 +473,10 @@ def test_the_snippets_are_ptx():
     assert len(assemble({str(k): HEADER + code for k, code in enumerate(codes)}, (9, 0))) == len(codes)
 
 
-@pytest.mark.parametrize("code", ["dp4a.u32.u32 r, s, t, r;", "add.sat.s32 r, s, t;", "mov.u32 r, %clock;"])
+@pytest.mark.parametrize(
+    "code",
+    ["dp4a.u32.u32 r, s, t, r;", "add.sat.s32 r, s, t;", "mov.u32 r, %clock;", "bar.arrive 0, 64;", "bar.sync 0, 64;"],
+)
 def test_what_the_interpreter_lacks_is_named_with_its_line(code):
     with pytest.raises(UnknownInstruction, match=r"kernel k, line 10: .*" + re.escape(code[:-1].split(".")[0])):
         run(PROLOGUE.format(parameters=".param .u64 to") + code + EPILOGUE, "u4")
