@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench bench-quick exactness lint format clean
+.PHONY: help demo test test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,13 @@ test: $(VENV)/.test  ## run the test-suite
 
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
+
+test-cuda: $(VENV)/.ptx  ## execute every CUDA kernel without a GPU (installs numba-cuda; needs the CUDA 13 toolkit)
+	TINYGRAD_BN_CUDA_TOOLS=required $(BIN)/python -m pytest -n auto tests/ptx tests/test_cuda.py tests/test_cuda_driver.py
+
+gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op there, and print the bandwidth of each kernel
+	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+	$(BIN)/python -m tests.gpu_report
 
 bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 6 minutes, a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py
@@ -48,6 +55,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.gpu: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
+	@touch $@
+
+$(VENV)/.test $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.ptx: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@

@@ -3,37 +3,17 @@
 import numpy as np
 import pytest
 
-from tests.ptx.compile import need_compiler, offline
-from tests.ptx.interpreter import Device
+from tests.ptx.compile import need_compiler
+from tests.ptx.programs import interpreted
 from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import OPS
-
-
-class Interpreted(Device):
-    """The interpreter, as the driver that programs are launched with."""
-
-    cc, processors, name = (7, 5), 2, "PTX interpreter"
-
-    def read(self, pointer, nbytes):
-        return super().read(pointer, (nbytes,), np.uint8)
-
-    def copy(self, to, source, nbytes):
-        self.write(to, self.read(source, nbytes))
-
-    def launch(self, ptx, name, grid, block, args):
-        super().launch(ptx, grid, block, args, name=name)
-
-    def synchronize(self):
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
     need_compiler()
-    from tinygrad_bn_kernels.cuda import launch
-
-    with offline((7, 5)), launch.using(Interpreted()) as interpreted:
-        yield interpreted
+    with interpreted() as used:
+        yield used
 
 
 BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
@@ -41,9 +21,9 @@ BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_op_is_the_same_as_on_the_cpu(name):
-    for example in range(4):
+    for example, dtype in enumerate((np.float32, np.float32, np.float64)):
         xs, params = OPS[name].sample(testing.RandomDraw(example))
-        testing.device_matches_cpu(OPS[name], xs, params, example, "cuda")
+        testing.device_matches_cpu(OPS[name], xs, params, example, dtype)
 
 
 # ---- training --------------------------------------------------------------------------------------------

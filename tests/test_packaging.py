@@ -16,7 +16,19 @@ from tinygrad_bn.device import kernels_disabled
 
 MODULES = [
     f"tinygrad_bn{name}"
-    for name in ("", ".functional", ".nn", ".optim", ".train", ".datasets", ".testing", ".viz", ".device", ".kernels")
+    for name in (
+        "",
+        ".functional",
+        ".nn",
+        ".optim",
+        ".train",
+        ".datasets",
+        ".testing",
+        ".viz",
+        ".device",
+        ".kernels",
+        ".cuda",
+    )
 ]
 
 LAZY = """

@@ -318,29 +318,29 @@ def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> 
                     np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=tolerance, atol=tolerance)
 
 
-def device_matches_cpu(op: Op, xs: Operands, params: Params, seed: int, device: str = "cuda") -> None:
+def device_matches_cpu(
+    op: Op, xs: Operands, params: Params, seed: int, dtype: type = np.float32, device: str = "cuda"
+) -> None:
     """On another device: the CPU's values and dtype; and gradients, by the plain and the differentiable route."""
-    for dtype, tolerance in ((np.float32, 2e-5), (np.float64, 1e-11)):
-        cast = [x.astype(dtype) if x.dtype.kind == "f" else x for x in xs]
-        _, real = _split(op, cast, params)
-        results = []
-        for where in ("cpu", device):
-            wanted = [op.differentiable and any(x is r for r in real) for x in cast]
-            ts = [Tensor(x, requires_grad=w).to(where) for x, w in zip(cast, wanted, strict=True)]
-            ts = [t.detach() for t in ts]
-            for t, w in zip(ts, wanted, strict=True):
-                t.requires_grad = w
-            y = apply(op, ts, {**params, "device": where} if "device" in params else params)
-            assert y.device == where, f"operands on {where} gave a result on {y.device}"
-            results.append([y])
-            if y.requires_grad:
-                sources = [t for t in ts if t.requires_grad]
-                v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype).to(where)
-                results[-1] += grad(y, sources, v) + grad(y, sources, v, create_graph=True)
-        for got, want in zip(*results[::-1], strict=True):
-            assert (got.dtype, got.shape) == (want.dtype, want.shape)
-            scale = 1 + np.abs(want.numpy()).max(initial=0)
-            np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=tolerance, atol=tolerance * scale)
+    tolerance = 2e-5 if dtype == np.float32 else 1e-11
+    cast = [x.astype(dtype) if x.dtype.kind == "f" else x for x in xs]
+    _, real = _split(op, cast, params)
+    results = []
+    for where in ("cpu", device):
+        ts = [Tensor(x).to(where).detach() for x in cast]
+        sources = [t for t, x in zip(ts, cast, strict=True) if op.differentiable and any(x is r for r in real)]
+        for t in sources:
+            t.requires_grad = True
+        y = apply(op, ts, {**params, "device": where} if "device" in params else params)
+        assert y.device == where, f"operands on {where} gave a result on {y.device}"
+        results.append([y])
+        if y.requires_grad:
+            v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype).to(where)
+            results[-1] += grad(y, sources, v) + grad(y, sources, v, create_graph=True)
+    for want, got in zip(*results, strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        scale = 1 + np.abs(want.numpy()).max(initial=0)
+        np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=tolerance, atol=tolerance * scale)
 
 
 PROPERTIES: tuple[Callable[[Op, Operands, Params, int], None], ...] = (

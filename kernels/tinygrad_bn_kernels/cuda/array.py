@@ -14,6 +14,7 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 DTYPES = ("bool", "uint8", "int32", "int64", "float32", "float64")
+KINDS = {np.dtype(name): np.dtype(name).str[1:] + "*" for name in DTYPES}  # as signatures of programs have them
 
 
 class Buffer:
@@ -49,11 +50,12 @@ class DeviceArray:
     def __init__(self, shape: Shape, dtype: DTypeLike, buffer: Any = None, pointer: int | None = None) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.size = math.prod(shape)
-        if self.dtype.name not in DTYPES:
+        kind = KINDS.get(self.dtype)
+        if kind is None:
             raise TypeError(f"arrays on cuda are of {', '.join(DTYPES)}; not of {self.dtype}")
         if self.size >= launch.LARGEST:
             raise ValueError(f"an array on cuda has fewer than 2^31 elements; {shape} has {self.size}")
-        self.kind = self.dtype.str[1:] + "*"
+        self.kind = kind
         self.base: DeviceArray | None = None
         self.buffer = Buffer(self.nbytes) if buffer is None else buffer
         self.pointer: int = self.buffer.pointer if pointer is None else pointer
@@ -120,6 +122,12 @@ class DeviceArray:
         """A number as an argument of a program, in this array's type."""
         scalar: Any = self.dtype.type
         return scalar(value)
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """As Numba passes an array: two pointers of its own, size, item size, data, shape and strides."""
+        item = self.dtype.itemsize
+        return 0, 0, self.size, item, self.pointer, self.size, item
 
     @property
     def aligned(self) -> bool:

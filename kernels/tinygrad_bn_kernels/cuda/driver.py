@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,12 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 STREAM = 0  # the default one, which other libraries work on too: so what they and we do comes in order
+
+# How a number is laid out in 8 bytes, for `struct`.
+_SLOTS: dict[type, str] = {
+    int: "Q", np.uint64: "Q", np.int64: "q", np.float64: "d", np.float32: "f4x", np.uint32: "I4x", np.int32: "i4x",
+    np.uint8: "B7x", np.bool_: "?7x",
+}  # fmt: skip
 
 
 def _bindings() -> Any:
@@ -64,7 +70,7 @@ class Device:
         pool = _checked(api.cuDeviceGetDefaultMemPool(device))
         keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         _checked(api.cuMemPoolSetAttribute(pool, keep, api.cuuint64_t(2**64 - 1)))
-        self._function = cache(self._load)
+        self._functions: dict[str, tuple[Any, struct.Struct]] = {}
         self._context, self._thread = context, threading.local()
 
     @property
@@ -97,19 +103,22 @@ class Device:
         """Copy from one place of the device to another."""
         _checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, STREAM))
 
-    def _load(self, ptx: str, name: str) -> Any:
+    def _load(self, ptx: str, name: str, args: list[Any]) -> tuple[Any, struct.Struct]:
+        """The program on the device, and how its arguments lie in slots of 8 bytes."""
         module = _checked(self._driver.cuModuleLoadData(ptx.encode() + b"\0"))
-        return _checked(self._driver.cuModuleGetFunction(module, name.encode()))
+        function = _checked(self._driver.cuModuleGetFunction(module, name.encode()))
+        found = function, struct.Struct("<" + "".join(_SLOTS[type(a)] for a in args))
+        self._functions[ptx] = found
+        return found
 
     def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
-        """Run a program; `args` are NumPy scalars, one for each parameter of the entry."""
-        values = [a.tobytes() for a in args]
+        """Run a program; `args` are NumPy scalars, or integers of 64 bits, one for each parameter of the entry."""
+        function, layout = self._functions.get(ptx) or self._load(ptx, name, args)
         # The driver wants the address of each argument.
-        held = ctypes.create_string_buffer(b"".join(v.ljust(8, b"\0") for v in values))
+        held = ctypes.create_string_buffer(layout.pack(*args))
         start = ctypes.addressof(held)
-        addresses = np.arange(start, start + 8 * len(values), 8, dtype=np.uint64)
+        addresses = np.arange(start, start + layout.size, 8, dtype=np.uint64)
         sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
-        function = self._function(ptx, name)
         _checked(self._driver.cuLaunchKernel(function, *sizes, 0, STREAM, addresses.ctypes.data, 0))
 
     def synchronize(self) -> None:

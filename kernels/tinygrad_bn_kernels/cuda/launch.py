@@ -20,6 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+# The types of numbers that are arguments, as signatures have them.
+NUMBERS: dict[type, str] = {
+    t: np.dtype(t).str[1:]
+    for t in (np.bool_, np.uint8, np.int32, np.int64, np.uint32, np.uint64, np.float32, np.float64)
+}
+
 Array = NDArray[Any]
 Signature = tuple[str, ...]
 
@@ -191,18 +197,15 @@ def launch(program: Program, grid: int | tuple[int, ...], *args: Any, block: tup
     device = driver()
     kinds, flat = [], []
     for a in args:
-        if isinstance(a, np.generic):
-            kinds.append(a.dtype.str[1:])
+        kind = NUMBERS.get(type(a))
+        if kind is not None:
+            kinds.append(kind)
             flat.append(a)
-        else:  # as Numba passes an array: two pointers of its own, size, item size, data, shape and strides
+        else:
             kinds.append(a.kind)
-            size, item = np.uint64(a.size), np.uint64(a.dtype.itemsize)
-            flat += (_NULL, _NULL, size, item, np.uint64(a.pointer), size, item)
+            flat += a.parameters
     ptx, name = program.compiled(tuple(kinds), device.cc)
     device.launch(ptx, name, (grid,) if isinstance(grid, int) else grid, block or program.block, flat)
-
-
-_NULL = np.uint64(0)
 
 
 def u4(*numbers: int) -> Sequence[np.uint32]:

@@ -293,6 +293,9 @@ def FILL(T: Any) -> Scalar:
 
 def _wide(*operands: Any) -> np.dtype[Any]:
     """The common type of arrays and Python's numbers, by NumPy's rules."""
+    known = {o.dtype for o in operands if hasattr(o, "dtype")}
+    if len(known) == 1 and (dtype := known.pop()).kind == "f":
+        return dtype
     return np.result_type(*(o.dtype if hasattr(o, "dtype") else o for o in operands))
 
 

@@ -1,0 +1,57 @@
+"""On an NVIDIA GPU: every op, training, and memory that is shared with others. Skipped where there is none."""
+
+import numpy as np
+import pytest
+
+from tests import test_cuda
+from tests.gpu_report import measure, table
+from tinygrad_bn import Tensor, cuda, testing
+from tinygrad_bn.autograd import OPS
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    if not cuda.is_available():
+        pytest.skip(cuda.info()["reason"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", test_cuda.BUILT_IN)
+def test_every_op_is_the_same_as_on_the_cpu(name, dtype, gpu):
+    for example in range(10):
+        xs, params = OPS[name].sample(testing.RandomDraw(example))
+        testing.device_matches_cpu(OPS[name], xs, params, example, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimiser", test_cuda.OPTIMISERS)
+def test_training_steps_are_those_of_the_cpu(optimiser, gpu):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 6)).astype(np.float32), rng.integers(0, 3, 300)
+    losses, want = (test_cuda.three_steps(test_cuda.network, optimiser, x, y, where)[0] for where in ("cuda", "cpu"))
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_memory_is_shared_with_other_libraries(library, gpu):
+    other = pytest.importorskip(library)
+    t = Tensor(np.arange(6.0).reshape(2, 3)).to("cuda")
+    theirs = other.from_dlpack(t.data)
+    theirs += 1
+    np.testing.assert_array_equal(t.numpy(), np.arange(6.0).reshape(2, 3) + 1)
+    np.testing.assert_array_equal(cuda.from_dlpack(theirs).numpy(), t.numpy())
+
+
+def test_the_report_measures_every_kernel_that_it_names():
+    """On the interpreter, whose times mean nothing: that the report runs."""
+    from tests.ptx.compile import need_compiler
+    from tests.ptx.programs import interpreted
+
+    need_compiler()
+    with interpreted():
+        rows = list(measure((2, 2, 4, 4), (5, 7), repeats=1, calls=1))
+    lines = list(table(rows))
+    assert len(lines) == len(rows) + 1
+    assert "100%" in lines[1]
