@@ -11,7 +11,7 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
-from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32, uint64
+from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32, uint64
 
 
 @device
@@ -22,29 +22,47 @@ def _round(c0, c1, c2, c3, k0, k1):
     return uint32(uint32(p1 >> half) ^ c1 ^ k0), uint32(p1), uint32(uint32(p0 >> half) ^ c3 ^ k1), uint32(p0)
 
 
-@program("dropout", "f4* f4* u4 u8 u4 u4 f4")
-def DROPOUT(T: Any) -> Callable[..., None]:
+@device
+def _kept(x, scale):
+    """The element, scaled; 0, also of a NaN, where the scale is 0."""
+    return x * scale if scale > 0 else scale
+
+
+def _dropout(wide: bool) -> Callable[[Any], Callable[..., None]]:
     """A thread draws four words of 32 bits, for four neighbouring elements; an element stays if its word is large."""
 
-    def dropout(x, out, n, threshold, key_low, key_high, scale):
-        block = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-        while block < uint32((n + uint32(3)) >> uint32(2)):
-            c0, c1, c2, c3 = block, uint32(0), uint32(0), uint32(0)
-            k0, k1 = key_low, key_high
-            for _ in range(10):
-                c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-                k0, k1 = uint32(k0 + uint32(0x9E3779B9)), uint32(k1 + uint32(0xBB67AE85))
-            i = uint32(block << uint32(2))
-            out[i] = x[i] * scale if c0 >= threshold else T(0)
-            if i + uint32(1) < n:
-                out[uint32(i + uint32(1))] = x[uint32(i + uint32(1))] * scale if c1 >= threshold else T(0)
-            if i + uint32(2) < n:
-                out[uint32(i + uint32(2))] = x[uint32(i + uint32(2))] * scale if c2 >= threshold else T(0)
-            if i + uint32(3) < n:
-                out[uint32(i + uint32(3))] = x[uint32(i + uint32(3))] * scale if c3 >= threshold else T(0)
-            block = uint32(block + cuda.gridDim.x * cuda.blockDim.x)
+    def build(T: Any) -> Callable[..., None]:
+        def dropout(x, out, n, threshold, key_low, key_high, scale):
+            block = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+            while block < uint32((n + uint32(3)) >> uint32(2)):
+                c0, c1, c2, c3 = block, uint32(0), uint32(0), uint32(0)
+                k0, k1 = key_low, key_high
+                for _ in range(10):
+                    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+                    k0, k1 = uint32(k0 + uint32(0x9E3779B9)), uint32(k1 + uint32(0xBB67AE85))
+                s0, s1 = scale if c0 >= threshold else T(0), scale if c1 >= threshold else T(0)
+                s2, s3 = scale if c2 >= threshold else T(0), scale if c3 >= threshold else T(0)
+                i = uint32(block << uint32(2))
+                if wide and i + uint32(3) < n:
+                    x0, x1, x2, x3 = load4(x, i)
+                    store4(out, i, (_kept(x0, s0), _kept(x1, s1), _kept(x2, s2), _kept(x3, s3)))
+                else:
+                    out[i] = _kept(x[i], s0)
+                    if i + uint32(1) < n:
+                        out[uint32(i + uint32(1))] = _kept(x[uint32(i + uint32(1))], s1)
+                    if i + uint32(2) < n:
+                        out[uint32(i + uint32(2))] = _kept(x[uint32(i + uint32(2))], s2)
+                    if i + uint32(3) < n:
+                        out[uint32(i + uint32(3))] = _kept(x[uint32(i + uint32(3))], s3)
+                block = uint32(block + cuda.gridDim.x * cuda.blockDim.x)
 
-    return dropout
+        return dropout
+
+    return build
+
+
+DROPOUT = program("dropout", "f4* f4* u4 u8 u4 u4 f4")(_dropout(False))
+DROPOUT4 = program("dropout4", "f4* f4* u4 u8 u4 u4 f4", vector=True)(_dropout(True))
 
 
 @kernel("dropout_by_key", "cuda")
@@ -55,5 +73,6 @@ def dropout_by_key(x: DeviceArray, *, p: float, key: int) -> DeviceArray:
     if x.size:
         scale = x.number(1 / (1 - p) if p < 1 else 0)
         numbers = *u4(x.size), np.uint64(round(p * 2**32)), *u4(key, key >> 32), scale
-        launch(DROPOUT, blocks(-(-x.size // 4)), x, out, *numbers)
+        which = DROPOUT4 if x.kind == "f4*" and x.aligned else DROPOUT
+        launch(which, blocks(-(-x.size // 4)), x, out, *numbers)
     return out
