@@ -33,11 +33,13 @@ from tinygrad_bn.nn.norm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchStatistics,
     GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     LayerNorm,
     RMSNorm,
+    batch_statistics,
 )
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchStatistics",
     "Buffer",
     "Conv1d",
     "Conv2d",
@@ -75,6 +78,7 @@ __all__ = [
     "Softmax",
     "Softplus",
     "Tanh",
+    "batch_statistics",
     "evaluating",
     "init",
     "observe",
