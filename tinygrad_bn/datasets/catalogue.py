@@ -60,8 +60,8 @@ KNOWN = {
         ("died", "survived"),
     ),
     # The archives' hashes are those of TensorFlow Datasets 4.9.10 (url_checksums/mnist.txt), which uses the first
-    # mirror; the second is torchvision 0.29.1's. The contents' hashes are as published by several projects that
-    # decompress these archives; for instance ggml and zml name that of t10k-images.
+    # mirror; the second is torchvision 0.29.1's. The contents' hashes are those that many projects publish which
+    # decompress these archives, with one voice; zml's build, for instance, has that of t10k-images.
     "mnist": Known(
         {
             "train": (
