@@ -41,7 +41,8 @@ class Run:
         check: Mapping[str, Any] | None = None,
         **defaults: Any,
     ) -> None:
-        self.name, self.title = name, (doc or "").splitlines()[0]
+        self.name, (self.title, *text) = name, (doc or "").splitlines()
+        self.text = " ".join(text).strip()
         self.parser = _parser(name, doc, defaults)
         argv = sys.argv[1:] if argv is None else argv
         if "--check" in argv:
@@ -63,9 +64,6 @@ class Run:
     def load(self, part: str = "train") -> datasets.Dataset:
         """The data set that `--data` names, or a part of it; ends the process if there is none."""
         try:
-            source = Path(self.args.data)
-            if source.is_dir() or len(source.parts) > 1:
-                return datasets.load(source.name, source, part)
             return datasets.load(self.args.data, part=part)
         except ValueError as error:  # also DataError
             self.parser.error(str(error))
@@ -138,13 +136,24 @@ class Run:
         self.claims[words] = bool(holds)
 
     def finish(self, **results: Any) -> "Run":
-        """Print which claims hold, and write results.json: settings, claims and `results`."""
+        """Print which claims hold, and write results.json: settings, claims and `results`.
+
+        A demo that only prints writes nothing, unless told where.
+        """
         self.results = results
         for words, holds in self.claims.items():
             self.console.print(f"[{'green' if holds else 'red'}]{'✓' if holds else '✗'}[/] {words}", highlight=False)
+        if self._folder is None and self.args.out is None:
+            return self
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         seconds = time.perf_counter() - self._started
-        content = {"demo": self.name, "title": self.title, "seconds": round(seconds, 1), "settings": settings}
+        content = {
+            "demo": self.name,
+            "title": self.title,
+            "text": self.text,
+            "seconds": round(seconds, 1),
+            "settings": settings,
+        }
         figures = [path.name for path in self.files if path.suffix == ".png"]
         content |= {"claims": self.claims, "figures": figures, "results": results}
         self.path("results.json").write_text(json.dumps(content, indent=1))

@@ -45,16 +45,9 @@ def table(histories: Mapping[str, train.History]) -> Table:
 def main(argv: list[str] | None = None) -> Run:
     """Train both networks, print the table, write the figure and the numbers."""
     run = Run(
-        "deep_mlp",
-        __doc__,
-        argv,
-        epochs=20,
-        batch_size=500,
-        lr=1e-3,
-        optimizer="adam",
-        data="mnist5k",
-        check={"epochs": 6},
-    )
+        "deep_mlp", __doc__, argv,
+        epochs=20, batch_size=500, lr=1e-3, optimizer="adam", data="mnist5k", check={"epochs": 6},
+    )  # fmt: skip
     training, validation = run.images()
     if len(training) % run.args.batch_size == 1 or run.args.batch_size == 1:
         run.parser.error(

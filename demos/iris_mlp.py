@@ -22,17 +22,9 @@ def build(batch_norm: bool, features: int, classes: int) -> nn.Sequential:
 def main(argv: list[str] | None = None) -> Run:
     """Train both networks once for each seed, and compare their test accuracies."""
     run = Run(
-        "iris_mlp",
-        __doc__,
-        argv,
-        data="iris",
-        epochs=150,
-        batch_size=32,
-        lr=1e-3,
-        optimizer="adam",
-        seeds=5,
-        check={"epochs": 40, "seeds": 3},
-    )
+        "iris_mlp", __doc__, argv,
+        data="iris", epochs=150, batch_size=32, lr=1e-3, optimizer="adam", seeds=5, check={"epochs": 40, "seeds": 3},
+    )  # fmt: skip
     flowers = run.load()
     if flowers.x.ndim != 2:
         run.parser.error(f"this network takes rows of numbers; {flowers!r} has none")

@@ -53,7 +53,7 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
         axes.set(xlabel="epoch", ylabel=measure)
         axes.set_ylim(bottom=0, top=1.02 if measure == "accuracy" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(title)
     return figure
 
