@@ -28,7 +28,7 @@ MODULES: dict[tuple[str, str], str] = {
         "blocks": "block_norm_fused block_norm_fused.vjp",
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp_fused",
         "elementwise": "relu.vjp erf dropout_by_key",
-        "conv": "conv conv_input conv_weight",
+        "conv": "conv conv_input conv_weight conv_fused conv_fused.vjp",
         "pool": "max_pool_fused max_pool_fused.vjp",
         "linear": "linear.vjp",
         "optim": "optim.sgd optim.adam",
