@@ -76,14 +76,12 @@ def _sample_max_pool(d: Draw) -> Drawn:
 
 @primitive(
     fuses=_max_pool_composed,
-    saves=("places",),
     formula="y = the largest of each window;  its place gets g",
     sample=_sample_max_pool,
 )
 def max_pool_fused(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Operand:
-    """Max pooling of x (N, C, *size) to (N, C, *out); saves where in its plane each lies. The first of a tie counts."""
-    places = _places(x, kernel, out, stride, padding, dilation)
-    return _taken(x, places), places
+    """Max pooling of x (N, C, *size) to (N, C, *out). The first of a tie counts."""
+    return _taken(x, _places(x, kernel, out, stride, padding, dilation))
 
 
 # ---- average ---------------------------------------------------------------------------------------------

@@ -115,3 +115,72 @@ def total(typingctx, vector):
         return _call(builder, "llvm.vector.reduce.fadd", vector, scalar, [start, args[0]], fastmath=("reassoc",))
 
     return vector.dtype(vector), codegen
+
+
+def _shuffled(typingctx, a, b, indices):
+    """The signature and code of an intrinsic that takes lanes `indices` of two vectors put together."""
+
+    def codegen(context, builder, signature, args):
+        return builder.shuffle_vector(*args, _mask(indices))
+
+    return a(a, b), codegen
+
+
+@intrinsic
+def evens(typingctx, a, b):
+    """Lanes 0, 2, 4, … of two vectors put together."""
+    return _shuffled(typingctx, a, b, range(0, 2 * a.lanes, 2))
+
+
+@intrinsic
+def odds(typingctx, a, b):
+    """Lanes 1, 3, 5, … of two vectors put together."""
+    return _shuffled(typingctx, a, b, range(1, 2 * a.lanes, 2))
+
+
+@intrinsic
+def zip_first(typingctx, a, b):
+    """The first half of a₀, b₀, a₁, b₁, …"""
+    return _shuffled(typingctx, a, b, [i // 2 + i % 2 * a.lanes for i in range(a.lanes)])
+
+
+@intrinsic
+def zip_last(typingctx, a, b):
+    """The last half of a₀, b₀, a₁, b₁, …"""
+    return _shuffled(typingctx, a, b, [i // 2 + i % 2 * a.lanes for i in range(a.lanes, 2 * a.lanes)])
+
+
+@intrinsic
+def larger(typingctx, a, b):
+    """The larger in each lane: a if they are equal, NaN if one of them is."""
+
+    def codegen(context, builder, signature, args):
+        x, y = args
+        beats = builder.or_(builder.fcmp_ordered(">", y, x), builder.fcmp_unordered("uno", y, y))
+        return builder.select(beats, y, x)
+
+    return a(a, b), codegen
+
+
+def _divided(typingctx, x, y, g, where_equal):
+    """The signature and code of an intrinsic: g in the lanes where x is y, or in the others, and 0 elsewhere."""
+
+    def codegen(context, builder, signature, args):
+        x, y, g = args
+        equal = builder.or_(builder.fcmp_ordered("==", x, y), builder.fcmp_unordered("uno", x, x))
+        zero = ir.Constant(g.type, [0.0] * g.type.count)
+        return builder.select(equal, *((g, zero) if where_equal else (zero, g)))
+
+    return g(x, y, g), codegen
+
+
+@intrinsic
+def taken(typingctx, x, y, g):
+    """g in the lanes where x is y, or NaN; 0 in the others."""
+    return _divided(typingctx, x, y, g, True)
+
+
+@intrinsic
+def left(typingctx, x, y, g):
+    """What `taken` leaves."""
+    return _divided(typingctx, x, y, g, False)
