@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -104,10 +105,10 @@ class Run:
             raise KeyboardInterrupt
         return history
 
-    def track(self, items: Sequence[Item], description: str) -> Iterable[Item]:
+    def track(self, items: Iterable[Item], description: str) -> Iterable[Item]:
         """The items, with a progress bar."""
         self.folder  # noqa: B018  # as in fit
-        return track(items, description, disable=self.args.quiet, console=self.console)
+        return track(list(items), description, disable=self.args.quiet, console=self.console)
 
     @property
     def folder(self) -> Path:
@@ -131,7 +132,7 @@ class Run:
         if not self.args.no_plot:
             viz.save(figure, self.path(f"{name}.png"))
 
-    def claim(self, words: str, holds: bool) -> None:
+    def claim(self, words: str, holds: bool | np.bool) -> None:
         """What the experiment should show, and whether it did."""
         self.claims[words] = bool(holds)
 

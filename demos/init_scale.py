@@ -23,7 +23,7 @@ def build(batch_norm: bool, std: float, seed: int) -> nn.Sequential:
         layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(SIZES[-2], SIZES[-1]))
     for layer in model:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
     return model
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> Run:
 
     curves: dict[str, list[list[float]]] = {name: [] for name in MODELS}
     with np.errstate(over="ignore", invalid="ignore"):  # the largest weights overflow, which is what is shown
-        for std in run.track(SCALES, "panels"):
+        for std in run.track(SCALES.tolist(), "panels"):
             for name, batch_norm in MODELS.items():
                 model = build(batch_norm, std, run.args.seed)
                 curves[name].append(run.fit(model, training, None, name, progress=False)["accuracy"])

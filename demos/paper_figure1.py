@@ -25,7 +25,7 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
         layers += [nn.Linear(fan_in, fan_out), *([nn.BatchNorm1d(fan_out)] if batch_norm else []), nn.Sigmoid()]
     model = nn.Sequential(*layers, nn.Linear(100, 10))
     for layer in model:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
             nn.init.normal_(layer.weight, std=0.1)
             nn.init.zeros_(layer.bias)
     return model
@@ -34,7 +34,7 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
 def sigmoid_input(model: nn.Sequential, images: Array) -> Array:
     """What one sigmoid of the last hidden layer is given for each image (N,), in evaluation mode."""
     with nn.evaluating(model), no_grad():
-        return np.asarray(model[:-2](Tensor(images)).numpy()[:, UNIT])  # type: ignore[operator]
+        return np.asarray(model[:-2](Tensor(images)).numpy()[:, UNIT])
 
 
 def main(argv: list[str] | None = None) -> Run:

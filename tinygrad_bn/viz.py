@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def colour(name: str, position: int = 0) -> str:
     return known.get(name, COLOURS[position % len(COLOURS)])
 
 
-def subplots(rows: int, columns: int, width: float, height: float, **options: object) -> tuple[Figure, Array]:
+def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Array]:
     """A figure of `width` by `height` inches, and its axes (rows, columns), with a light grid and no frame.
 
     `options` are those of `matplotlib.figure.Figure.subplots`.
@@ -33,7 +33,7 @@ def subplots(rows: int, columns: int, width: float, height: float, **options: ob
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid: Array = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+    grid: Array = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -232,7 +232,7 @@ def _conv_nd(
     padded = pairs(padding, kernel, stride, dilation)
     if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
         raise ValueError(f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}")
-    options = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
+    options: dict[str, Any] = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
     if bias is None:
         return conv(x, weight, **options)
     _check_bias(bias, weight.shape[0])

@@ -13,6 +13,7 @@ from tinygrad_bn.nn.conv import (
     MaxPool1d,
     MaxPool2d,
 )  # fmt: skip
+from tinygrad_bn.nn.fold import Folded, fold_batch_norm
 from tinygrad_bn.nn.layers import (
     ELU,
     GELU,
@@ -60,6 +61,7 @@ __all__ = [
     "ConvTranspose2d",
     "Dropout",
     "Flatten",
+    "Folded",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
@@ -80,6 +82,7 @@ __all__ = [
     "Tanh",
     "batch_statistics",
     "evaluating",
+    "fold_batch_norm",
     "init",
     "observe",
 ]  # fmt: skip

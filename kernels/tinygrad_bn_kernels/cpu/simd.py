@@ -7,12 +7,15 @@ needs, and what a compiler does not find. On a processor with other registers LL
 # What intrinsics return is known to Numba only.
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import Any
+
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 BITS = 256
+intrinsic: Any = extending.intrinsic  # makes what loops call, with arguments that they do not name
 
 
 class Vector(types.Type):
