@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demos import bn_backward, common, deep_mlp, gallery, mnist_cnn, mnist_mlp, new_op
+from demos import common, deep_mlp, gallery, mnist_cnn, mnist_mlp, new_op
 from demos.__main__ import main, names
 from tinygrad_bn import datasets, functional, nn, optim, train
 
@@ -183,17 +183,16 @@ def test_the_network_of_the_first_article():
 
 def test_the_log_of_the_third_article(tmp_path, capsys):
     run = mnist_mlp.main(["--epochs", "1", "--no-plot", "--out", str(tmp_path)])
-    number = r"\d+\.\d{5}"
+    printed, number = capsys.readouterr().out, r"\d+\.\d{5}"
     for part in ("TRAIN", "VALID"):
         found = re.search(
             rf"^\[Epoch 1-{part}\] Batchnorm Loss\(Acc\): bn_loss:({number})\(bn_acc:0\.\d\d\) "
             rf"vs No Batchnorm Loss\(Acc\): nn_loss:({number})\(nn_acc:0\.\d\d\)$",
-            capsys.readouterr().out if part == "TRAIN" else printed,
+            printed,
             re.M,
         )
-        printed = found.string
         for model, loss in zip(MODELS[::-1], found.groups(), strict=True):
-            assert float(loss) == pytest.approx(run.results[f"{model}, {part}"][0][0], abs=6e-6)
+            assert float(loss) == pytest.approx(run.results[f"{model}, {part}"][0].loss, abs=6e-6)
 
 
 def test_the_page_of_all_demos(tmp_path, capsys):
