@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench bench-quick exactness lint format clean
+.PHONY: help demo demos test test-peers bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.installed  ## train the six-hidden-layer network with and without BatchNorm, and draw the figure
 	$(BIN)/python -m demos deep_mlp
+
+demos: $(VENV)/.installed  ## run every demo, and make a page of their figures in runs/all
+	$(BIN)/python -m demos all
 
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
