@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos test test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,13 +13,16 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## train the six-hidden-layer network with and without BatchNorm, and draw the figure
 	$(BIN)/python -m demos deep_mlp
 
+demos: $(VENV)/.installed  ## run every demo, and make a page of their figures in runs/all
+	$(BIN)/python -m demos all
+
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
 
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
 
-test-cuda: $(VENV)/.ptx  ## execute every CUDA kernel without a GPU (installs numba-cuda; needs the CUDA 13 toolkit)
+test-cuda: $(VENV)/.cuda-test  ## execute every CUDA kernel without a GPU (installs numba-cuda; needs the CUDA 13 toolkit)
 	TINYGRAD_BN_CUDA_TOOLS=required $(BIN)/python -m pytest -n auto tests/ptx tests/test_cuda.py tests/test_cuda_driver.py
 
 gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op there, and print the bandwidth of each kernel
@@ -59,6 +62,6 @@ $(VENV)/.gpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.ptx: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@

@@ -1,10 +1,10 @@
-"""List the demos, or run one."""
+"""List the demos, run one, or run all of them and make a page of what they show."""
 
 import sys
 from importlib import import_module
 from pathlib import Path
 
-HIDDEN = ("__init__", "__main__", "common")
+HIDDEN = ("__init__", "__main__", "common", "gallery")
 
 
 def names() -> list[str]:
@@ -18,13 +18,19 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m demos NAME [options]\n")
         for name in names():
             print(f"  {name:18} {(import_module(f'demos.{name}').__doc__ or '').splitlines()[0]}")
+        print(f"\n  {'all':18} every one of them, and a page of their figures")
         return 0
     name, *options = arguments
+    if name == "all":
+        return int(import_module("demos.gallery").main(names(), options))
     if name not in names():
-        print(f"there is no demo {name!r}; there are {', '.join(names())}", file=sys.stderr)
+        print(f"there is no demo {name!r}; there are {', '.join(names())}, and all", file=sys.stderr)
         return 2
-    import_module(f"demos.{name}").main(options)
-    return 0
+    try:
+        return int(import_module(f"demos.{name}").main(options).code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the closed form beside their sum.
 
 import numpy as np
 
-from demos.common import options
+from demos.common import Run
 from tinygrad_bn import Tensor, functional
 
 # Step: how it is computed, and its gradient from those of the steps that use it (∂ stands for ∂loss/∂).
@@ -30,10 +30,10 @@ def show(label: str, array: np.ndarray) -> None:
     print(f"  {label:9}" + text.replace("\n", "\n" + " " * 11))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Run:
     """Print the steps, the paths and the closed form."""
-    args = options("bn_backward", __doc__).parse_args(argv)
-    rng = np.random.default_rng(args.seed)
+    run = Run("bn_backward", __doc__, argv)
+    rng = np.random.default_rng(run.args.seed)
     x = Tensor(rng.normal(3.0, 2.0, (5, 2)), requires_grad=True)
     weight = Tensor(np.array([1.5, -0.5]), requires_grad=True)
     bias = Tensor(np.array([0.1, 0.2]), requires_grad=True)
@@ -75,11 +75,14 @@ def main(argv: list[str] | None = None) -> None:
     found = np.asarray(x.grad)
     show("autograd", found)
     show("closed", closed)
-    print(f"\nlargest difference: {max(np.abs(total - found).max(), np.abs(closed - found).max()):.2g}")
+    difference = max(np.abs(total - found).max(), np.abs(closed - found).max())
+    print(f"\nlargest difference: {difference:.2g}")
     print("∂weight = Σ g · xhat, ∂bias = Σ g:")
     show("∂weight", np.asarray(weight.grad))
     show("∂bias", np.asarray(bias.grad))
     print(f"The sum of ∂x over the batch is 0 ({np.abs(found.sum(0)).max():.1g}): shifting x changes nothing.")
+    run.claim("the sum of the paths, autograd and the closed form agree to 1e-12", difference < 1e-12)
+    return run.finish(difference=float(difference))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,199 @@
-"""What the demos share: their options, and the folder they write to."""
+"""What the demos share: their options, their data, and what a run leaves behind."""
 
 import argparse
+import json
 import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tinygrad_bn import optim
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from tinygrad_bn import cuda, datasets, nn, optim, train, viz
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
+MODELS = {"without BatchNorm": False, "with BatchNorm": True}
+
+Item = TypeVar("Item")
 
 
-def options(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every demo has."""
+class Run:
+    """One run of a demo: its options, its data, what it prints, and the files that it leaves.
+
+    Args:
+        name, doc: of the demo's module; the first line of `doc` is its title.
+        argv: the command line; by default the process's own.
+        check: what `--check` sets, where the command line does not: enough for the claims to hold, and quick.
+        defaults: of `epochs`, `batch_size`, `lr`, `optimizer`, `data` and `seeds`; a demo has the options it names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        doc: str | None,
+        argv: Sequence[str] | None = None,
+        check: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> None:
+        self.name, (self.title, *text) = name, (doc or "").splitlines()
+        self.text = " ".join(text).strip()
+        self.parser = _parser(name, doc, defaults)
+        argv = sys.argv[1:] if argv is None else argv
+        if "--check" in argv:
+            self.parser.set_defaults(**(check or {}))
+        self.args = self.parser.parse_args(argv)
+        if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
+            self.parser.error(cuda.info()["reason"])
+        self.console = Console(quiet=self.args.quiet)
+        self.histories: dict[str, train.History] = {}
+        self.results: dict[str, Any] = {}
+        self.claims: dict[str, bool] = {}
+        self.files: list[Path] = []
+        self._started = time.perf_counter()
+        self._folder: Path | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit status: 1 if `--check` was asked for and a claim does not hold."""
+        return int(self.args.check and not all(self.claims.values()))
+
+    def load(self, part: str = "train") -> datasets.Dataset:
+        """The data set that `--data` names, or a part of it; ends the process if there is none."""
+        try:
+            return datasets.load(self.args.data, part=part)
+        except ValueError as error:  # also DataError
+            self.parser.error(str(error))
+
+    def images(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Images to train and to validate on, 28 × 28 in [0, 1]; of `mnist5k`, 4,000 and 1,000."""
+        if self.args.data == "mnist5k":
+            training, validation = self.load().split(1000, seed=self.args.seed)
+        else:
+            training, validation = self.load("train"), self.load("test")
+        for part in (training, validation):
+            if part.x.shape[1:] != (28, 28) or len(part.classes) > 10:
+                self.parser.error(f"{part!r} does not fit a network for 28 × 28 images of 10 classes")
+        self.console.print(f"{training!r}\n{len(training):,} images to train on, {len(validation):,} to validate on")
+        return training.scaled(), validation.scaled()
+
+    def fit(
+        self,
+        model: nn.Module,
+        training: train.Data,
+        validation: train.Data | None = None,
+        name: str = "training",
+        **options: Any,
+    ) -> train.History:
+        """`train.fit` with the options of the command line, kept as `histories[name]`; the model comes back to the CPU.
+
+        Raises KeyboardInterrupt after Ctrl-C; what was learned so far is kept.
+        """
+        args = self.args
+        self.folder  # noqa: B018  # that nothing can be written has to be known before, not after the training
+        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "description": name}
+        settings["device"] = args.device
+        if "optimizer" not in options:
+            settings["optimizer"] = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
+        settings = {"validation": validation, "progress": not args.quiet} | settings | options
+        history = self.histories[name] = train.fit(model, training, **settings)
+        model.to("cpu")
+        if history.interrupted:
+            self.console.print("interrupted: what follows is what was learned so far")
+            raise KeyboardInterrupt
+        return history
+
+    def track(self, items: Iterable[Item], description: str) -> Iterable[Item]:
+        """The items, with a progress bar."""
+        self.folder  # noqa: B018  # as in fit
+        return track(list(items), description, disable=self.args.quiet, console=self.console)
+
+    @property
+    def folder(self) -> Path:
+        """`--out`, or a new folder runs/NAME/DATE-TIME: one run never overwrites another unless told to."""
+        if self._folder is None:
+            date = datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
+            self._folder = self.args.out or Path("runs") / self.name / date
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                sys.exit(f"cannot write to {self._folder}: {error}")
+        return self._folder
+
+    def path(self, filename: str) -> Path:
+        """Where to write a file of this run."""
+        self.files.append(self.folder / filename)
+        return self.files[-1]
+
+    def save(self, figure: "Figure", name: str) -> None:
+        """Write a figure as PNG, unless `--no-plot`."""
+        if not self.args.no_plot:
+            viz.save(figure, self.path(f"{name}.png"))
+
+    def claim(self, words: str, holds: bool | np.bool) -> None:
+        """What the experiment should show, and whether it did."""
+        self.claims[words] = bool(holds)
+
+    def finish(self, **results: Any) -> "Run":
+        """Print which claims hold, and write results.json: settings, claims and `results`.
+
+        A demo that only prints writes nothing, unless told where.
+        """
+        self.results = results
+        for words, holds in self.claims.items():
+            self.console.print(f"[{'green' if holds else 'red'}]{'✓' if holds else '✗'}[/] {words}", highlight=False)
+        if self._folder is None and self.args.out is None:
+            return self
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        seconds = time.perf_counter() - self._started
+        content = {
+            "demo": self.name,
+            "title": self.title,
+            "text": self.text,
+            "seconds": round(seconds, 1),
+            "settings": settings,
+        }
+        figures = [path.name for path in self.files if path.suffix == ".png"]
+        content |= {"claims": self.claims, "figures": figures, "results": results}
+        self.path("results.json").write_text(json.dumps(content, indent=1))
+        for path in self.files:
+            self.console.print(f"wrote {path}", soft_wrap=True)
+        self.console.print(f"in all {seconds:.1f} s")
+        return self
+
+
+def _parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m demos {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=natural, default=0, help="same seed, same numbers (default: %(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
-    return parser
-
-
-def training_options(parser: argparse.ArgumentParser, epochs: int, batch_size: int, lr: float) -> None:
-    """Add the options of a demo that trains networks and writes what came of it."""
-    parser.add_argument("--epochs", type=positive, default=epochs, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=rate, default=lr, help="learning rate (default: %(default)s)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam", help="(default: %(default)s)")
-    parser.add_argument("--data", default="mnist5k", help="mnist5k, or a folder of IDX files (default: %(default)s)")
+    shared: dict[str, tuple[Any, str]] = {
+        "epochs": (positive, "passes over the training data"),
+        "batch_size": (positive, "samples in a batch"),
+        "lr": (rate, "learning rate"),
+        "seeds": (positive, "how many runs to average over"),
+        "data": (str, "a data set's name, or a folder of IDX files"),
+    }
+    for option, (kind, words) in shared.items():
+        if option in defaults:
+            text = f"{words} (default: {defaults[option]})"
+            parser.add_argument(f"--{option.replace('_', '-')}", type=kind, default=defaults[option], help=text)
+    if "epochs" in defaults:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+    if "optimizer" in defaults:
+        text = f"(default: {defaults['optimizer']})"
+        parser.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults["optimizer"], help=text)
+    parser.add_argument("--seed", type=natural, default=0, help="same seed, same numbers (default: 0)")
     parser.add_argument("--out", type=Path, help="where to write (default: runs/NAME/DATE-TIME)")
     parser.add_argument("--no-plot", action="store_true", help="write no figure")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    parser.add_argument("--check", action="store_true", help="a quick run that fails if a claim does not hold")
+    return parser
 
 
 def positive(text: str) -> int:
@@ -50,13 +215,3 @@ def rate(text: str) -> float:
     if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"has to be greater than 0; got {text}")
     return value
-
-
-def output_folder(name: str, out: Path | None) -> Path:
-    """`out`, or a new folder runs/NAME/DATE-TIME: one run never overwrites another unless told to."""
-    folder = out or Path("runs") / name / datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"cannot write to {folder}: {error}")
-    return folder

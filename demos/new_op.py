@@ -6,8 +6,8 @@ order and the tests of the built-in ops; here it is the activation of a small ne
 
 import numpy as np
 
-from demos.common import options
-from tinygrad_bn import datasets, functional, manual_seed, nn, primitive, testing, train
+from demos.common import Run
+from tinygrad_bn import functional, manual_seed, nn, primitive, testing
 from tinygrad_bn.sample import REAL, elementwise
 
 
@@ -28,10 +28,9 @@ class Squareplus(nn.Module):
         return squareplus(x)
 
 
-def main(argv: list[str] | None = None) -> train.History:
+def main(argv: list[str] | None = None) -> Run:
     """Check the op, then train with it."""
-    parser = options("new_op", __doc__)
-    args = parser.parse_args(argv)
+    run = Run("new_op", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=1e-3, optimizer="adam")
 
     print(squareplus.__doc__)
     print("\ngradcheck:", *testing.gradcheck(squareplus, np.linspace(-3, 3, 7)))
@@ -39,22 +38,14 @@ def main(argv: list[str] | None = None) -> train.History:
     testing.check_op(squareplus)
     print("second derivative and every property of the test-suite: ok\n")
 
-    manual_seed(args.seed)
-    training, validation = datasets.load("mnist5k").scaled().split(1000, seed=args.seed)
+    manual_seed(run.args.seed)
+    training, validation = run.images()
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.BatchNorm1d(64), Squareplus(), nn.Linear(64, 10))
-    history = train.fit(
-        model,
-        training,
-        validation=validation,
-        epochs=5,
-        batch_size=100,
-        seed=args.seed,
-        progress=not args.quiet,
-        description="squareplus",
-    )
-    if len(history):
-        print(f"accuracy on {len(validation):,} digits it has not seen: {history['val_accuracy'][-1]:.3f}")
-    return history
+    history = run.fit(model, training, validation, "squareplus")
+    accuracy = history["val_accuracy"][-1]
+    print(f"accuracy on {len(validation):,} digits it has not seen: {accuracy:.3f}")
+    run.claim("the network learns: 0.85 or more", accuracy >= 0.85)
+    return run.finish(epochs=history.rows())
 
 
 if __name__ == "__main__":

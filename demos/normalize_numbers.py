@@ -6,13 +6,13 @@ back what went in, so a network that has it can still learn to do without.
 
 import numpy as np
 
-from demos.common import options
+from demos.common import Run
 from tinygrad_bn import Tensor, functional, nn
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Run:
     """Print each step."""
-    options("normalize_numbers", __doc__).parse_args(argv)
+    run = Run("normalize_numbers", __doc__, argv)
 
     X = np.arange(1, 21, 1)
     print("X :", X)
@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     print("\nThe same by functional.batch_norm: twenty samples of one channel, eps = 0")
     x = Tensor(X.reshape(20, 1), dtype=np.float64)
     y = functional.batch_norm(x, training=True, eps=0.0)
-    print("largest difference :", np.abs(y.numpy().ravel() - xhat).max())
+    difference = np.abs(y.numpy().ravel() - xhat).max()
+    print("largest difference :", difference)
 
     print("\nnn.BatchNorm1d with weight = standard deviation and bias = mean")
     layer = nn.BatchNorm1d(1).astype(np.float64)
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     print(restored.numpy().ravel())
     print(f"largest difference from X : {np.abs(restored.numpy().ravel() - X).max():.2g}, as eps is {layer.eps:g}")
     print(f"running mean {layer.running_mean}\nrunning variance {layer.running_var}")
+    run.claim("BatchNorm gives the same numbers to 1e-12", difference < 1e-12)
+    run.claim("and with weight and bias gives back 1 to 20", np.abs(restored.numpy().ravel() - X).max() < 1e-4)
+    return run.finish(difference=float(difference))
 
 
 if __name__ == "__main__":

@@ -281,6 +281,56 @@ def test_an_update_in_training_does_not_disturb_a_pending_backward_of_evaluation
     np.testing.assert_allclose(x.grad.numpy(), 1 / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
+# ---- ghost batches -----------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 20), st.integers(2, 6), st.sampled_from([(3,), (3, 2), (2, 2, 3)]), st.integers(0, 999))
+def test_ghost_batches_are_batches_of_their_own(n, virtual, shape, seed):
+    """Outputs, gradients and running statistics are those of a plain layer that meets the parts one after the other."""
+    rng = np.random.default_rng(seed)
+    x, g = rng.normal(3, 2, (2, n, *shape))
+    weight, bias = rng.normal(size=(2, x.shape[1]))
+    parts = max(1, n // virtual)
+    ghost, plain = (layer_for(x, weight, bias, virtual_batch_size=v) for v in (virtual, None))
+    t, twin = Tensor(x, requires_grad=True), Tensor(x, requires_grad=True)
+    y = ghost(t)
+    y.backward(g)
+    cuts = [i * len(x) // parts for i in range(parts + 1)]
+    assert min(np.diff(cuts)) >= min(virtual, len(x))
+    for i, j in itertools.pairwise(cuts):
+        part = plain(twin[i:j])
+        np.testing.assert_array_equal(y.numpy()[i:j], part.numpy())
+        part.backward(g[i:j])
+    np.testing.assert_array_equal(t.grad.numpy(), twin.grad.numpy())
+    for a, b in zip(ghost.parameters(), plain.parameters(), strict=True):
+        np.testing.assert_allclose(a.grad.numpy(), b.grad.numpy(), rtol=1e-9, atol=1e-9)
+    for key, value in ghost.state_dict().items():
+        np.testing.assert_array_equal(value, plain.state_dict()[key])
+    assert ghost.num_batches_tracked.item() == parts
+
+
+def test_a_ghost_batch_of_one_image_is_instance_normalisation():
+    x = np.random.default_rng(0).normal(3, 2, (4, 3, 5, 5)).astype(np.float32)
+    y = nn.BatchNorm2d(3, virtual_batch_size=1)(x).numpy()
+    np.testing.assert_allclose(y, nn.InstanceNorm2d(3)(x).numpy(), atol=1e-6)
+
+
+def test_ghost_batches_are_for_training_only():
+    x = np.random.default_rng(0).normal(3, 2, (16, 3)).astype(np.float32)
+    ghost, plain = nn.BatchNorm1d(3, virtual_batch_size=4), nn.BatchNorm1d(3)
+    ghost(x)
+    plain.load_state_dict(ghost.state_dict())
+    assert not np.allclose(ghost(x).numpy(), plain(x).numpy(), atol=0.1)
+    plain.load_state_dict(ghost.state_dict())
+    for a, b in ((ghost.eval(), plain.eval()), (ghost.train().freeze(), plain.train().freeze())):
+        np.testing.assert_array_equal(a(x).numpy(), b(x).numpy())
+    untracked = (nn.BatchNorm1d(3, track_running_stats=False, virtual_batch_size=v).eval() for v in (4, None))
+    np.testing.assert_array_equal(*(layer(x).numpy() for layer in untracked))
+    relu = nn.Sequential(nn.BatchNorm1d(3, virtual_batch_size=4), nn.ReLU())
+    np.testing.assert_array_equal(relu(x).numpy(), np.maximum(relu[0](x).numpy(), 0))
+    assert "virtual_batch_size=4" in repr(ghost)
+
+
 # ---- options -----------------------------------------------------------------------------------------------
 
 
@@ -339,6 +389,7 @@ def test_a_momentum_in_the_other_convention_warns():
         ({"eps": float("nan")}, "eps"),
         ({"momentum": 7.0}, "momentum"),
         ({"momentum": -0.1}, "momentum"),
+        ({"virtual_batch_size": 0}, "virtual_batch_size"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from tinygrad_bn import datasets
-from tinygrad_bn.datasets import Batches, DataError, Dataset, load, read_csv, read_idx
+from tinygrad_bn.datasets import Batches, DataError, Dataset, fetch, load, read_csv, read_idx
 
 IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 EMBEDDED = Path(datasets.__file__).parent / "data"
@@ -47,21 +48,61 @@ def test_iris():
     assert (data.x.shape, data.x.dtype, data.y.dtype) == ((150, 4), np.float32, np.int64)
     assert data.classes == ("setosa", "versicolor", "virginica")
     assert np.bincount(data.y).tolist() == [50, 50, 50]
-    with pytest.raises(ValueError, match=r"'nope'.*'mnist5k' and 'iris'"):
+    with pytest.raises(DataError, match=r"no data set or folder 'nope'.*mnist5k.*titanic"):
         load("nope")
+    with pytest.raises(ValueError, match=r"iris comes in one part.*load\('iris'\)\.split"):
+        load("iris", part="test")
     assert data.x[0].tolist() == np.array([5.1, 3.5, 1.4, 0.2], np.float32).tolist()
 
 
-@pytest.mark.parametrize("name", ["mnist5k-images-idx3-ubyte.gz", "mnist5k-labels-idx1-ubyte.gz", "iris.csv"])
+def test_digits():
+    data = load("digits")
+    assert (data.x.shape, data.x.dtype, data.y.dtype) == ((1797, 8, 8), np.uint8, np.int64)
+    assert np.bincount(data.y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (data.x.min(), data.x.max()) == (0, 16)
+    assert (data.scaled().x.min(), data.scaled().x.max()) == (0, 1)
+    assert data.x[0, 0].tolist() == [0, 0, 5, 13, 9, 1, 0, 0]
+    assert data.y[:3].tolist() == [0, 1, 2]
+
+
+def test_titanic():
+    """The figures are those that everybody gets who describes the 891 passengers."""
+    data = load("titanic")
+    assert (data.x.shape, data.x.dtype, data.classes) == ((891, 3), np.float32, ("died", "survived"))
+    assert np.bincount(data.y).tolist() == [549, 342]
+    pclass, age, fare = data.x.astype(np.float64).T
+    assert np.bincount(pclass.astype(int)).tolist() == [0, 216, 184, 491]
+    assert np.isnan(age).sum() == 177
+    assert (np.nanmin(age), np.nanmax(age)) == (np.float32(0.42), 80)
+    assert np.nanmean(age) == pytest.approx(29.699118, abs=1e-6)
+    assert fare.mean() == pytest.approx(32.204208, abs=1e-6)
+    assert [round(data.y[pclass == c].mean(), 4) for c in (1, 2, 3)] == [0.6296, 0.4728, 0.2424]
+    known = data.complete()
+    assert len(known) == 714
+    assert not np.isnan(known.x).any()
+    assert known.y.sum() == 290
+    assert len(load("digits").complete()) == 1797
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mnist5k-images-idx3-ubyte.gz",
+        "mnist5k-labels-idx1-ubyte.gz",
+        "digits-labels-idx1-ubyte.gz",
+        "iris.csv",
+        "titanic.csv",
+    ],
+)
 def test_a_changed_byte_of_the_embedded_data_is_noticed(name, tmp_path, monkeypatch):
     shutil.copytree(EMBEDDED, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(datasets, "_DATA", tmp_path)
-    dataset = "iris" if name == "iris.csv" else "mnist5k"
+    monkeypatch.setattr(fetch, "EMBEDDED", tmp_path)
+    dataset = re.split(r"[-.]", name)[0]
     assert load(dataset).name == dataset
     content = (tmp_path / name).read_bytes()
     content = bytearray(gzip.decompress(content) if name.endswith(".gz") else content)
     content[-3] ^= 1  # still a well-formed file
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
     with pytest.raises(DataError, match=f"{name}.*SHA-256"):
         load(dataset)
 
@@ -172,6 +213,7 @@ def test_folder_of_idx_files(tmp_path):
     with pytest.raises(DataError, match=r"neither t10k-images-idx3-ubyte\.gz nor") as error:
         load(source=tmp_path, part="test")
     assert str(tmp_path) in str(error.value)
+    assert "another name" not in str(error.value), "that is advice for the names of the catalogue"
 
 
 @given(y=arrays(np.int64, st.integers(2, 60), elements=st.integers(0, 3)), seed=st.integers(0, 9), data=st.data())

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import json
 import re
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demos import bn_backward, deep_mlp, new_op, normalize_numbers
-from demos.__main__ import main
+from demos import common, deep_mlp, gallery, mnist_cnn, mnist_mlp, new_op
+from demos.__main__ import main, names
 from tinygrad_bn import datasets, functional, nn, optim, train
 
 ROOT = Path(deep_mlp.__file__).parents[1]
@@ -45,26 +46,28 @@ def idx_folder(tmp_path: Path) -> Path:
 def test_the_list_has_every_demo_with_its_first_line():
     done = demos()
     assert (done.returncode, done.stderr) == (0, "")
-    for module in (bn_backward, deep_mlp, new_op, normalize_numbers):
-        assert re.search(rf"^  {module.__name__[6:]} +{re.escape(module.__doc__.splitlines()[0])}$", done.stdout, re.M)
-    files = {path.stem for path in (ROOT / "demos").glob("*.py")} - {"__init__", "__main__", "common"}
-    assert set(re.findall(r"^  (\w+)", done.stdout, re.M)) == files
+    for name in names():
+        doc = importlib.import_module(f"demos.{name}").__doc__
+        assert re.search(rf"^  {name} +{re.escape(doc.splitlines()[0])}$", done.stdout, re.M)
+    files = {path.stem for path in (ROOT / "demos").glob("*.py")} - {"__init__", "__main__", "common", "gallery"}
+    assert set(re.findall(r"^  (\w+)", done.stdout, re.M)) == files | {"all"}
 
 
 def test_a_demo_that_is_not_there():
     done = demos("nope")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("there is no demo 'nope'; there are bn_backward, deep_mlp")
+    assert done.stderr.startswith("there is no demo 'nope'; there are batch_size, bn_backward, deep_mlp")
 
 
-@pytest.mark.parametrize("name", ["bn_backward", "deep_mlp", "new_op", "normalize_numbers"])
+@pytest.mark.parametrize("name", names())
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     printed = capsys.readouterr().out
     assert end.value.code == 0
     assert f"python -m demos {name}" in printed
-    assert "--seed" in printed
+    for option in ("--seed", "--out", "--no-plot", "--quiet", "--check"):
+        assert option in printed
 
 
 def test_normalize_numbers_prints_the_values_of_the_article(capsys):
@@ -100,24 +103,27 @@ def test_bn_backward(capsys):
         assert shown["autograd"][i, j] == pytest.approx(((up - down) * _g).sum() / 2e-5, abs=6e-5)
 
 
-def test_new_op_learns(capsys):
-    history = new_op.main(["--quiet"])
+def test_new_op_learns(tmp_path, capsys):
+    run = new_op.main(["--quiet", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert history["val_accuracy"][-1] > 0.8
+    accuracy = run.histories["squareplus"]["val_accuracy"][-1]
+    assert accuracy > 0.8
     assert "every property of the test-suite: ok" in printed
-    assert f"{history['val_accuracy'][-1]:.3f}" in printed
+    assert f"{accuracy:.3f}" in printed
 
 
 def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
-    histories = deep_mlp.main(["--epochs", "2", "--quiet", "--seed", "5", "--out", str(tmp_path / "a")])
+    run = deep_mlp.main(["--epochs", "2", "--quiet", "--seed", "5", "--out", str(tmp_path / "a")])
     printed = capsys.readouterr()
     assert (len(printed.out.splitlines()), printed.err) == (2, "")
-    assert tuple(histories) == MODELS
-    saved = json.loads((tmp_path / "a" / "history.json").read_text())
+    assert tuple(run.histories) == MODELS
+    saved = json.loads((tmp_path / "a" / "results.json").read_text())
     assert (saved["settings"]["epochs"], saved["settings"]["seed"]) == (2, 5)
-    for name, history in histories.items():
+    assert saved["figures"] == ["history.png"]
+    assert saved["claims"] == run.claims
+    for name, history in run.histories.items():
         assert history["epoch"] == [1, 2]
-        assert saved["models"][name] == {"seconds": history.seconds, "interrupted": False, "epochs": history.rows()}
+        assert saved["results"][name] == {"interrupted": False, "epochs": history.rows()}
         with (tmp_path / "a" / f"{name.replace(' ', '_')}.csv").open(newline="") as file:
             assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == history.rows()
         assert f"{name:17} accuracy {history['val_accuracy'][-1]:.3f}" in printed.out
@@ -128,11 +134,83 @@ def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
     arguments = ["--epochs", "1", "--seed", "5", "--no-plot", "--out", str(tmp_path / "b")]
     again = deep_mlp.main(arguments)
     for name in MODELS:
-        assert numbers(again[name]) == numbers(histories[name])[:1], "same seed, same numbers"
+        assert numbers(again.histories[name]) == numbers(run.histories[name])[:1], "same seed, same numbers"
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        "history.json", "with_BatchNorm.csv", "without_BatchNorm.csv",
+        "results.json", "with_BatchNorm.csv", "without_BatchNorm.csv",
     ]  # fmt: skip
-    assert f"{histories[MODELS[1]]['loss'][0]:.4f}" in capsys.readouterr().out, "not quiet: the table"
+    assert f"{run.histories[MODELS[1]]['loss'][0]:.4f}" in capsys.readouterr().out, "not quiet: the table"
+
+
+def test_ctrl_c_keeps_what_was_learned(tmp_path, monkeypatch, capsys):
+    def interrupt(optimizer):
+        if (steps := optimizer.__dict__.setdefault("steps", 0)) == 12:  # of 8 in an epoch
+            raise KeyboardInterrupt
+        optimizer.steps = steps + 1
+        step(optimizer)
+
+    step = optim.Adam.step
+    monkeypatch.setattr(optim.Adam, "step", interrupt)
+    run = deep_mlp.main(["--epochs", "3", "--quiet", "--no-plot", "--out", str(tmp_path)])
+    assert [len(history) for history in run.histories.values()] == [1]
+    assert (tmp_path / "without_BatchNorm.csv").exists()
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["without BatchNorm"]["interrupted"]
+    assert main(["new_op", "--quiet", "--out", str(tmp_path / "b")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_check_sets_what_the_command_line_does_not_and_fails_with_a_claim(tmp_path):
+    def run(*arguments: str) -> common.Run:
+        return common.Run(
+            "none", "Title\n\nText.", [*arguments, "--out", str(tmp_path)], epochs=9, lr=0.1, check={"epochs": 2}
+        )
+
+    assert (run().args.epochs, run("--check").args.epochs, run("--check", "--epochs", "5").args.epochs) == (9, 2, 5)
+    for arguments, holds, code in (([], False, 0), (["--check"], True, 0), (["--check"], False, 1)):
+        one = run("--quiet", *arguments)
+        one.claim("it does", True)
+        one.claim("so does this", holds)
+        assert one.finish(found=1).code == code
+        saved = json.loads((tmp_path / "results.json").read_text())
+        assert saved["claims"] == {"it does": True, "so does this": holds}
+        assert (saved["title"], saved["text"], saved["results"]) == ("Title", "Text.", {"found": 1})
+
+
+def test_the_network_of_the_first_article():
+    model = mnist_cnn.build(0)
+    counts = [sum(p.size for _, p in layer.named_tensors() if p.dtype.kind == "f") for layer in model]
+    assert [n for n in counts if n] == [320, 128, 18496, 256, 409856, 2570]
+
+
+def test_the_log_of_the_third_article(tmp_path, capsys):
+    run = mnist_mlp.main(["--epochs", "1", "--no-plot", "--out", str(tmp_path)])
+    printed, number = capsys.readouterr().out, r"\d+\.\d{5}"
+    for part in ("TRAIN", "VALID"):
+        found = re.search(
+            rf"^\[Epoch 1-{part}\] Batchnorm Loss\(Acc\): bn_loss:({number})\(bn_acc:0\.\d\d\) "
+            rf"vs No Batchnorm Loss\(Acc\): nn_loss:({number})\(nn_acc:0\.\d\d\)$",
+            printed,
+            re.M,
+        )
+        for model, loss in zip(MODELS[::-1], found.groups(), strict=True):
+            assert float(loss) == pytest.approx(run.results[f"{model}, {part}"][0].loss, abs=6e-6)
+
+
+def test_the_page_of_all_demos(tmp_path, capsys):
+    assert gallery.main(["bn_backward", "deep_mlp"], ["--out", str(tmp_path), "--check"]) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "with BatchNorm the network reaches 0.90 in validation" in page
+    assert "∂xhat = ∂gammax · weight" in page, "what was printed"
+    assert not re.search(r"https?://|src=\"[^d]", page), "everything is inside"
+    assert "does not hold" not in page
+
+    def fails(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "a word\n", "an error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", fails)
+        assert gallery.main(["bn_backward"], ["--out", str(tmp_path / "b")]) == 1
+    assert "an error" in capsys.readouterr().out
 
 
 def test_both_models_start_alike():
@@ -166,14 +244,14 @@ def test_a_folder_of_ones_own_and_the_same_batches_for_both(idx_folder, tmp_path
     monkeypatch.setattr(train, "Batches", Recorded)
     monkeypatch.setattr(train, "fit", fit)
     options = ["--epochs", "3", "--batch-size", "10", "--optimizer", "sgd", "--lr", "0.1", "--no-plot", "--quiet"]
-    histories = deep_mlp.main([*options, "--seed", "1", "--data", str(idx_folder), "--out", str(tmp_path / "out")])
+    run = deep_mlp.main([*options, "--seed", "1", "--data", str(idx_folder), "--out", str(tmp_path / "out")])
     assert len(seen[0]) == 12
     assert len(set(seen[0])) == 12
     assert seen[0] == seen[1]
-    assert histories["with BatchNorm"]["accuracy"][-1] > 0.5
-    settings = json.loads((tmp_path / "out" / "history.json").read_text())["settings"]
+    assert run.histories["with BatchNorm"]["accuracy"][-1] > 0.5
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert (settings["data"], settings["lr"]) == (str(idx_folder), 0.1)
-    assert optim.SGD is deep_mlp.OPTIMIZERS["sgd"]
+    assert optim.SGD is common.OPTIMIZERS["sgd"]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +261,7 @@ def test_a_folder_of_ones_own_and_the_same_batches_for_both(idx_folder, tmp_path
         (["--batch-size", "-3"], "argument --batch-size: has to be at least 1; got -3"),
         (["--epochs", "many"], "argument --epochs"),
         (["--optimizer", "newton"], "argument --optimizer: invalid choice: 'newton'"),
-        (["--data", "no/such/folder"], "train-images-idx3-ubyte in no/such/folder"),
+        (["--data", "no/such/folder"], "there is no data set or folder 'no/such/folder'"),
         (["--seed", "-1"], "argument --seed: has to be at least 0"),
         (["--lr", "-1"], "argument --lr: has to be greater than 0"),
         (["--batch-size", "3999"], "leave a batch of one for BatchNorm"),

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
 from tinygrad_bn_kernels import MODULES, kernel, names
-from tinygrad_bn_kernels.cpu import jit, threads
+from tinygrad_bn_kernels.cpu import threads
 
 from tinygrad_bn import Tensor, functional, nn, optim
 from tinygrad_bn.device import find_kernel, kernels_disabled
@@ -253,35 +252,6 @@ def test_every_name_of_the_table_is_found_and_a_place_is_taken_once():
     with kernels_disabled():
         assert find_kernel("batch_norm_fused", "cpu") is None
     assert find_kernel("batch_norm_fused", "gpu") is None
-
-
-def test_without_a_cache_folder_loops_are_compiled_anew_with_one_warning(monkeypatch):
-    from numba.core.caching import CacheImpl
-
-    def double(x):
-        return 2 * x
-
-    def triple(x):
-        return 3 * x
-
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    jit._warn_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="cannot be cached .* NUMBA_CACHE_DIR") as caught:
-        compiled = [jit.njit()(double), jit.njit()(triple)]
-    assert len(caught) == 1
-    assert [f(14) for f in compiled] == [28, 42]
-
-
-def test_the_cache_is_a_folder_of_our_own_that_goes_by_the_source(monkeypatch, tmp_path):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    jit.cache_folder.cache_clear()
-    try:
-        folder = jit.cache_folder()
-        assert folder.startswith(str(tmp_path / "tinygrad_bn"))
-        assert jit.njit()(lambda x: x + 1)(1) == 2
-        assert list(Path(folder).rglob("*.nbi"))
-    finally:
-        jit.cache_folder.cache_clear()
 
 
 INTERPRETED = """

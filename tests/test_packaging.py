@@ -33,7 +33,7 @@ MODULES = [
 
 LAZY = """
 import sys
-HEAVY = ("numba", "matplotlib", "rich")
+HEAVY = ("numba", "matplotlib", "rich", "pooch")
 def loaded():
     return [name for name in HEAVY if name in sys.modules]
 import tinygrad_bn
@@ -98,7 +98,7 @@ def test_data_and_licenses_are_with_the_package():
     metadata = importlib.metadata.metadata("tinygrad-bn")
     assert metadata["Requires-Python"] == ">=3.11"
     required = {r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert required == {"numpy", "numba", "matplotlib", "rich"}
+    assert required == {"numpy", "numba", "matplotlib", "rich", "pooch[progress]"}
 
 
 @pytest.mark.parametrize("name", MODULES)

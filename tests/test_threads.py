@@ -1,12 +1,11 @@
-"""Work in parts on Python's own threads: complete, right beside other threads and processes, and compiled once."""
+"""Work in parts on Python's own threads: complete, and right beside other threads and processes."""
 
 import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
+from processes import output, python
 from tinygrad_bn_kernels.cpu import threads
 
 from tinygrad_bn import functional, ops
@@ -19,22 +18,6 @@ def parallel(monkeypatch):
     monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
     yield
     threads.set_num_threads(before)
-
-
-def python(program, **environment):
-    """Start a Python process."""
-    environment = {k: str(v) for k, v in environment.items()}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}, stdout=-1, text=True
-    )
-
-
-def output(process):
-    """What it has written, once it has ended well."""
-    written, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    return written.strip()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -164,7 +147,6 @@ def test_reductions_and_adam_in_a_forked_child():
     output(python(FORK, TINYGRAD_BN_PARALLEL_FROM=1, TINYGRAD_BN_NUM_THREADS=3))
 
 
-# The C library's mallopt is replaced, to see whether it is called.
 ENVIRONMENT = """
 from tinygrad_bn_kernels.cpu import threads
 print(threads.num_threads(), threads.PARALLEL_FROM)
@@ -178,34 +160,3 @@ def test_the_environment_sets_threads_and_threshold():
     )
     assert output(one) == "5 7"
     assert "has to be at least 1" in output(none)
-
-
-COMPILING = """
-import sys, numpy as np
-from numba.core import event
-from tinygrad_bn import Tensor, ops, functional as F
-compiled = 0
-
-class Count(event.Listener):
-    def on_start(self, event):
-        global compiled
-        compiled += 1
-    def on_end(self, event):
-        pass
-
-event.register("numba:compile", Count())
-x = np.arange(6000, dtype="f4").reshape(60, 100)
-np.testing.assert_array_equal(ops.sum(x, axis=0), x.sum(axis=0))
-np.testing.assert_allclose(F.var(x, axis=1), x.var(axis=1), rtol=1e-6)
-print(compiled)
-"""
-
-
-def test_processes_share_one_cache_of_compiled_loops_even_if_they_start_together(tmp_path):
-    first, second = (python(COMPILING, NUMBA_CACHE_DIR=tmp_path) for _ in range(2))
-    assert int(output(first)) > 0
-    assert int(output(second)) > 0
-    files = sorted(tmp_path.rglob("*.nb?"))
-    assert files
-    assert output(python(COMPILING, NUMBA_CACHE_DIR=tmp_path)) == "0"
-    assert sorted(tmp_path.rglob("*.nb?")) == files

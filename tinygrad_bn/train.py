@@ -1,4 +1,5 @@
-"""A training loop that can be read: `fit`, `evaluate`, and the `History` of what happened."""
+"""A training loop that can be read: `fit`, `evaluate`, and the `History` of what happened; and, for BatchNorm, whether
+its running statistics lie (`statistics_gap`) and how to mend them (`recalibrate`)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from tinygrad_bn.datasets import Batches, Dataset
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
 from tinygrad_bn.tensor import Array, Tensor
 
-__all__ = ["Epoch", "History", "Score", "evaluate", "fit"]
+__all__ = ["Epoch", "Gap", "History", "Score", "evaluate", "fit", "recalibrate", "statistics_gap"]
 
 Data: TypeAlias = Dataset | tuple[Array, Array]
 Loss: TypeAlias = Callable[[Tensor, Array], Tensor]
@@ -33,6 +34,13 @@ class Score(NamedTuple):
 
     loss: float
     accuracy: float
+
+
+class Gap(NamedTuple):
+    """Scores of the same samples, normalised by the statistics of their batches, and by the running ones."""
+
+    batch: Score
+    running: Score
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,7 @@ def fit(
         callbacks: each called after every epoch with the history and the model; True ends the training.
         progress: show a progress bar.
         description: what the bar is called.
-        device: where to train, "cpu" or "cuda": the model is moved there, and stays. By default where it is. An
-            optimizer is to be made of a model that is there already.
+        device: where to train, "cpu" or "cuda": the model is moved there, and stays. By default where it is.
 
     Returns:
         The history. Ctrl-C ends the training and returns what there is so far; the model keeps what it learned.
@@ -175,7 +182,7 @@ def fit(
 def _train_step(
     model: nn.Module, x: Array, y: Array, loss: Loss, optimizer: Optimizer, clip_norm: float | None
 ) -> Score:
-    outputs = model(_input(x, model))
+    outputs = model(x)
     value = loss(outputs, _target(y, outputs))
     optimizer.zero_grad()
     value.backward()
@@ -187,21 +194,96 @@ def _train_step(
 
 def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batch_size: int = 1000) -> Score:
     """Mean loss and accuracy over `data` in evaluation mode; the model's modes stay as they were."""
+    with nn.evaluating(model):
+        return _score(model, Batches(*_arrays(data), batch_size, shuffle=False), loss)
+
+
+def statistics_gap(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batch_size: int = 32) -> Gap:
+    """Whether BatchNorm's running statistics tell the truth: the score of `data` by those of its batches, and by them.
+
+    Nothing else differs: both are taken without dropout, and the model's state and modes stay as they were. A large
+    gap means that the running statistics are not those of the data: batches too small or too few to average over,
+    or other data than in training. `recalibrate` mends that.
+
+    Args:
+        model, data, loss: as for `fit`.
+        batch_size: of the batches whose statistics are used, that of the training; all have at least so many samples.
+
+    Raises:
+        ValueError: no samples, a `batch_size` below 1, or batches with one value per channel.
+    """
     x, y = _arrays(data)
-    if not len(x):
+    batches = [(x[chosen], y[chosen]) for chosen in _parts(len(x), batch_size)]
+    with nn.batch_statistics(model):
+        batch = _score(model, batches, loss)
+    with nn.evaluating(model):
+        return Gap(batch, _score(model, batches, loss))
+
+
+def recalibrate(model: nn.Module, data: Data | Array, *, batch_size: int = 1000) -> None:
+    """Set BatchNorm's running statistics to those of `data`, all of it with equal weight, whatever the momentum.
+
+    Each layer gets the mean and variance of all the values that came to it while the batches' statistics normalised:
+    the variance is that within the batches plus that of their means (PreciseBN of Wu & Johnson 2021; PyTorch's
+    `update_bn` leaves out the latter, so that small batches give too small a variance). Dropout is off, as it will be
+    in evaluation. No parameter changes, and no label is needed. Frozen layers stay as they are, and so does
+    everything on an error.
+
+    Args:
+        model: any; without BatchNorm nothing happens.
+        data: what the model shall be used on, mostly that of the training: samples, or samples and targets.
+        batch_size: of the batches, which come in a random but fixed order; all have at least so many samples.
+
+    Raises:
+        ValueError: no samples, a `batch_size` below 1, batches with one value per channel, or statistics that are
+            not finite.
+    """
+    x = data if isinstance(data, np.ndarray) else _arrays(data)[0]
+    with nn.batch_statistics(model) as collected, no_grad():
+        for chosen in _parts(len(x), batch_size):
+            model(x[chosen])
+    new = {}
+    for layer, batches in collected.items():
+        if batches:  # else the model does not use this layer
+            values = (*_pooled(batches, layer.running_var_correction), len(batches))
+            for buffer, value in zip(layer.buffers(), values, strict=True):
+                new[buffer] = np.asarray(value, buffer.dtype)
+                if not np.isfinite(new[buffer]).all():
+                    raise ValueError(f"the statistics of these data are not finite in {layer!r}; nothing was changed")
+    for buffer, value in new.items():
+        buffer.data = value
+
+
+def _pooled(batches: Sequence[nn.BatchStatistics], correction: int) -> tuple[Array, Array]:
+    """Mean and variance (C,) of all batches' values together."""
+    means, variances, counts = map(np.array, zip(*batches, strict=True))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.average(means, axis=0, weights=counts)
+        var = np.average(variances + (means - mean) ** 2, axis=0, weights=counts)
+    return mean, var * counts.sum() / (counts.sum() - correction)
+
+
+def _parts(n: int, batch_size: int) -> list[Array]:
+    """The numbers 0 … n − 1 in a random but fixed order, in parts of at least `batch_size`, as equal as can be."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size has to be at least 1; got {batch_size}")
+    if not n:
+        raise ValueError("there are no samples to take statistics of")
+    return np.array_split(np.random.default_rng(0).permutation(n), max(1, n // batch_size))
+
+
+def _score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) -> Score:
+    """Mean loss and accuracy in the mode that the model is in."""
+    losses, hits, seen = 0.0, 0.0, 0
+    with no_grad():
+        for x, y in batches:
+            outputs = model(x)
+            value = float(loss(outputs, _target(y, outputs)))
+            losses, hits = losses + value * len(x), hits + _accuracy(outputs, y) * len(x)
+            seen += len(x)
+    if not seen:
         raise ValueError("there are no samples to evaluate on")
-    losses, hits = 0.0, 0.0
-    with nn.evaluating(model), no_grad():
-        for xb, yb in Batches(x, y, batch_size, shuffle=False):
-            outputs = model(_input(xb, model))
-            losses += float(loss(outputs, _target(yb, outputs))) * len(xb)
-            hits += _accuracy(outputs, yb) * len(xb)
-    return Score(losses / len(x), hits / len(x))
-
-
-def _input(x: Array, model: nn.Module) -> Tensor:
-    """A batch on the model's device."""
-    return Tensor(x).to(next((p.device for p in model.parameters()), "cpu"))
+    return Score(losses / seen, hits / seen)
 
 
 def _target(y: Array, outputs: Tensor) -> Any:
@@ -219,8 +301,10 @@ def _accuracy(outputs: Tensor, y: Array) -> float:
 def _arrays(data: Data) -> tuple[Array, Array]:
     if not isinstance(data, Dataset) and not (isinstance(data, tuple) and len(data) == 2):
         raise TypeError(f"data are a Dataset or a pair of arrays (x, y), not a {type(data).__name__}")
-    x, y = (data.x, data.y) if isinstance(data, Dataset) else data
-    return np.asarray(x), np.asarray(y)
+    x, y = (np.asarray(a) for a in ((data.x, data.y) if isinstance(data, Dataset) else data))
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} samples, but {len(y)} targets")
+    return x, y
 
 
 def _warn_of_a_batch_of_one(model: nn.Module, batches: Batches) -> None:

@@ -3,37 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tinygrad_bn.tensor import Array
 from tinygrad_bn.train import History
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
+def colour(name: str, position: int = 0) -> str:
+    """The colour of a model: the same in every figure for those with and without BatchNorm, by name; of any other
+    the one at its position."""
+    known = {"without BatchNorm": COLOURS[0], "with BatchNorm": COLOURS[1], "with noisy BatchNorm": COLOURS[2]}
+    return known.get(name, COLOURS[position % len(COLOURS)])
+
+
+def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Array]:
+    """A figure of `width` by `height` inches, and its axes (rows, columns), with a light grid and no frame.
+
+    `options` are those of `matplotlib.figure.Figure.subplots`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid: Array = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
 def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
     """Loss and accuracy over the epochs, one colour a model: validation solid, training dashed."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for (name, history), colour in zip(histories.items(), cycle(COLOURS), strict=False):
-            marker = "o" if len(history) == 1 else ""
+    figure, grid = subplots(1, 2, 11, 4.4)
+    for axes, measure in zip(grid[0], ("loss", "accuracy"), strict=True):
+        for position, (name, history) in enumerate(histories.items()):
+            marker, hue = "o" if len(history) == 1 else "", colour(name, position)
             for column, style, of in ((f"val_{measure}", "-", "validation"), (measure, "--", "training")):
-                axes.plot(history["epoch"], history[column], style, color=colour, label=f"{name}, {of}", marker=marker)
+                axes.plot(history["epoch"], history[column], style, color=hue, label=f"{name}, {of}", marker=marker)
         axes.set(xlabel="epoch", ylabel=measure)
         axes.set_ylim(bottom=0, top=1.02 if measure == "accuracy" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(title)
     return figure
+
+
+def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None:
+    """How the distribution of something moves: its 15th, 50th and 85th percentile over time (Ioffe and Szegedy 2015,
+    figure 1).
+
+    Args:
+        axes: where to draw.
+        steps: times (T,).
+        values: samples at each time (T, N).
+        name: of the model; it decides the colour.
+    """
+    low, middle, high = np.percentile(values, (15, 50, 85), axis=1)
+    axes.fill_between(steps, low, high, color=colour(name), alpha=0.2, linewidth=0)
+    axes.plot(steps, middle, color=colour(name), label=name)
 
 
 def save(figure: Figure, path: str | Path) -> Path:

@@ -1,37 +1,37 @@
-"""Data to train on: what comes with the package, your own IDX files, and seeded mini-batches of either."""
+"""Data to train on: data sets by name, your own IDX files, and seeded mini-batches of either."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tinygrad_bn.datasets.catalogue import KNOWN, OWN
+from tinygrad_bn.datasets.fetch import find
 from tinygrad_bn.datasets.files import DataError, read_csv, read_idx
 from tinygrad_bn.tensor import Array
 
 __all__ = ["Batches", "DataError", "Dataset", "load", "read_csv", "read_idx"]
 
-_DATA = Path(__file__).parent / "data"
-_DIGITS = tuple("0123456789")
-# SHA-256 of the contents (decompressed: gzip files of the same data differ).
-_HASHES = {
-    "mnist5k-images-idx3-ubyte.gz": "1d63efb4ac5ab122c73fed605a3f2897fe3ede87e9b4e9fe369abbdd36dad1e7",
-    "mnist5k-labels-idx1-ubyte.gz": "d212e5beab3667d7fe028273e33cf4cd1e584108be3fdcc5dde1f59e74a2a558",
-    "iris.csv": "f7fac79ad999fd2d001fd012dd70c0f42c738a7e7cfb7069e71371b55c29341e",
-}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples `x` (N, ...), their classes `y` (N,) as int64, the classes' names, and where they came from."""
+    """Samples `x` (N, ...), their classes `y` (N,) as int64, the classes' names, and where they came from.
+
+    `white` is the largest value that a pixel can have.
+    """
 
     name: str
     x: Array
     y: Array
     classes: tuple[str, ...]
     source: str
+    white: int = 255
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -44,14 +44,18 @@ class Dataset:
         return f"Dataset({self.name!r}: x {self.x.dtype} {self.x.shape}, {len(self.classes)} classes, {self.source})"
 
     def take(self, indices: Array) -> Dataset:
-        """Some of the samples."""
+        """Some of the samples, by their numbers."""
         return replace(self, x=self.x[indices], y=self.y[indices])
 
+    def complete(self) -> Dataset:
+        """The samples without a missing value, which is NaN."""
+        return self.take(np.flatnonzero(~np.isnan(self.x).reshape(len(self), -1).any(axis=1)))
+
     def scaled(self) -> Dataset:
-        """8-bit pixels 0 … 255 as float32 in [0, 1]. Raises TypeError for other data."""
+        """8-bit pixels 0 … `white` as float32 in [0, 1]. Raises TypeError for other data."""
         if self.x.dtype != np.uint8:
             raise TypeError(f"scaled() is for 8-bit pixels; {self.name} is {self.x.dtype}")
-        return replace(self, x=self.x.astype(np.float32) / np.float32(255))
+        return replace(self, x=self.x.astype(np.float32) / np.float32(self.white))
 
     def split(self, held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Two parts, the second of `held_out` samples, with the classes in the same proportions.
@@ -69,51 +73,49 @@ class Dataset:
         return self.take(np.sort(by_rank[held_out:])), self.take(np.sort(by_rank[:held_out]))
 
 
-def load(name: str = "mnist5k", source: str | Path | None = None, part: str = "train") -> Dataset:
-    """Load a data set.
+def load(name: str | Path | None = None, source: str | Path | None = None, part: str = "train") -> Dataset:
+    """Load a data set by its name, or IDX files of your own.
+
+    | name | samples | x | part |
+    | --- | --- | --- | --- |
+    | "mnist5k" (the default) | 5,000 of MNIST's training images, in random order | uint8 (28, 28) | "train" |
+    | "mnist" | 60,000 and 10,000 handwritten digits | uint8 (28, 28) | "train", "test" |
+    | "fashion_mnist" | 60,000 and 10,000 articles of clothing | uint8 (28, 28) | "train", "test" |
+    | "digits" | 1,797 handwritten digits, pixels 0 … 16 | uint8 (8, 8) | "train" |
+    | "iris" | 150 flowers: length and width of sepal and petal, in cm | float32 (4,) | "train" |
+    | "titanic" | 891 passengers: class 1 … 3, age (177 are NaN: see `complete`), fare | float32 (3,) | "train" |
+
+    "mnist" and "fashion_mnist" are taken from the first place that has them: `$TINYGRAD_BN_DATA/NAME`; the user's
+    cache; a copy that is installed (Debian: `apt install dataset-fashion-mnist`); the network, from where they get
+    into the cache. The others come with the package. Whatever the place, the contents are checked: a name never
+    stands for other data. `Dataset.source` tells the place, as does a message at level INFO of the logger
+    "tinygrad_bn.datasets".
 
     Args:
-        name: "mnist5k" (5,000 images of MNIST, x uint8 (5000, 28, 28), in random order) or "iris" (150 flowers,
-            x float32 (150, 4)), which come with the package; or, with `source`, any name.
-        source: a folder with IDX files under MNIST's names, plain or gzip (`train-images-idx3-ubyte.gz`,
-            `train-labels-idx1-ubyte.gz`, and `t10k-…` of the test part).
-        part: "train" or "test" of the files in `source`.
+        name: one of the above; or, with `source`, any name for your own data; or their folder.
+        source: the only folder to look in. Files of your own are IDX files under MNIST's names, plain or gzip
+            (`train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-…` of the test part).
+        part: "train" or "test". A data set that comes in one part is held out from with `split`.
 
     Raises:
-        DataError: a file is missing, damaged, or not the one it should be.
-        ValueError: there is no such data set.
+        DataError: there is no such data set, it cannot be had, or a file is damaged or not the one it should be.
+        ValueError: there is no such part.
     """
-    if source is not None:
-        return _load_idx_folder(name, Path(source), part)
-    if part != "train":
-        raise ValueError(f"{name} comes in one part; hold some of it out with load({name!r}).split(...)")
-    if name == "mnist5k":
-        images, labels = "mnist5k-images-idx3-ubyte.gz", "mnist5k-labels-idx1-ubyte.gz"
-        x, y = read_idx(_DATA / images, _HASHES[images]), read_idx(_DATA / labels, _HASHES[labels])
-        return Dataset(name, x, y.astype(np.int64), _DIGITS, "embedded in the package")
-    if name == "iris":
-        _, rows = read_csv(_DATA / "iris.csv", _HASHES["iris.csv"])
-        classes = tuple(dict.fromkeys(row[-1] for row in rows))
-        x = np.array([row[:-1] for row in rows], np.float32)
-        return Dataset(name, x, np.array([classes.index(row[-1]) for row in rows]), classes, "embedded in the package")
-    raise ValueError(f"there is no data set {name!r}; there are 'mnist5k' and 'iris', or give a source folder")
-
-
-def _load_idx_folder(name: str, folder: Path, part: str) -> Dataset:
-    if part not in ("train", "test"):
-        raise ValueError(f"part is 'train' or 'test'; got {part!r}")
-    prefix = "train" if part == "train" else "t10k"
-    arrays = []
-    for stem in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
-        found = [path for path in (folder / f"{stem}.gz", folder / stem) if path.exists()]
-        if not found:
-            raise DataError(f"there is neither {stem}.gz nor {stem} in {folder}")
-        arrays.append(read_idx(found[0]))
-        if arrays[-1].ndim != (axes := 3 if "images" in stem else 1):
-            raise DataError(f"{found[0]} holds an array of shape {arrays[-1].shape}, not one of {axes} axes")
-    x, y = arrays
-    classes = tuple(str(c) for c in range(int(y.max(initial=0)) + 1))
-    return Dataset(name, x, y.astype(np.int64), classes, str(folder))
+    if name is None:
+        name = "mnist5k" if source is None else Path(source).resolve().name
+    elif source is None and name not in KNOWN:
+        if not Path(name).is_dir():
+            raise DataError(f"there is no data set or folder {str(name)!r}; the data sets are {', '.join(KNOWN)}")
+        name, source = Path(name).resolve().name, name
+    name, known = str(name), KNOWN.get(str(name), OWN)
+    if part not in known.parts:
+        one = f"{name} comes in one part; hold some of it out with load({name!r}).split(...)"
+        raise ValueError(one if len(known.parts) == 1 else f"part is 'train' or 'test'; got {part!r}")
+    x, y, where = find(name, known, part, source)
+    classes = known.classes or tuple(str(c) for c in range(int(y.max(initial=0)) + 1))
+    data = Dataset(name, x, y, classes, where, known.white)
+    _log.info("%r", data)
+    return data
 
 
 class Batches:

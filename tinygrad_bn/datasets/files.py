@@ -8,6 +8,8 @@ import hashlib
 import io
 import math
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,31 @@ IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 
 
 class DataError(ValueError):
-    """A data file is missing, damaged, or another one than it should be."""
+    """A data file is missing, damaged, or another one than it should be; or there is no such data set."""
+
+
+class MissingError(DataError):
+    """There is no such file."""
+
+
+@dataclass(frozen=True)
+class File:
+    """An IDX or CSV file, found as `name` or `name.gz`.
+
+    `sha256` is that of its contents, decompressed (None: any), and `archive` that of `name.gz` as the mirrors have it.
+    """
+
+    name: str
+    sha256: str | None = None
+    archive: str = ""
+
+
+def locate(folder: Path, name: str) -> Path:
+    """`name.gz` or `name`, whichever the folder has. Raises MissingError."""
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.exists():
+            return path
+    raise MissingError(f"there is neither {name}.gz nor {name} in {folder}")
 
 
 def read_bytes(path: Path, sha256: str | None = None) -> bytes:
@@ -87,3 +113,22 @@ def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], li
     if not rows:
         raise DataError(f"{path} is not a CSV file with a header: it is empty")
     return rows[0], rows[1:]
+
+
+def read_samples(folder: Path, files: Sequence[File], classes: Sequence[str]) -> tuple[Array, Array]:
+    """Samples and their classes: images and labels in two IDX files, or a CSV table, its last column one of `classes`.
+
+    Raises DataError.
+    """
+    if len(files) == 1:
+        _, rows = read_csv(locate(folder, files[0].name), files[0].sha256)
+        x = np.array([[value or "nan" for value in row[:-1]] for row in rows], np.float32)
+        return x, np.array([classes.index(row[-1]) for row in rows])
+    arrays = []
+    for file, ndim in zip(files, (3, 1), strict=True):
+        path = locate(folder, file.name)
+        arrays.append(read_idx(path, file.sha256))
+        if arrays[-1].ndim != ndim:
+            raise DataError(f"{path} holds an array of shape {arrays[-1].shape}, not one of {ndim} axes")
+    images, labels = arrays
+    return images, labels.astype(np.int64)

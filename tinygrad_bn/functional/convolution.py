@@ -154,6 +154,27 @@ def conv_weight(
     return y.reshape(g.shape[1], x.shape[1] // groups, *kernel).astype(np.result_type(x, g), copy=False)
 
 
+def _conv_composed(x: Operand, weight: Operand, bias: Operand, **options: Any) -> Tensor:
+    return conv(x, weight, **options) + reshape(bias, shape=(-1, *(1,) * (x.ndim - 2)))
+
+
+def _sample_conv_fused(d: Draw) -> Drawn:
+    (x, weight), options = _sample_conv(d)
+    return (x, weight, d.array(REAL, weight.shape[:1])), options
+
+
+@primitive(
+    fuses=_conv_composed,
+    formula="y = conv(x, w) + bias, one number for each output channel",
+    sample=_sample_conv_fused,
+)
+def conv_fused(
+    x: Operand, weight: Operand, bias: Operand, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int
+) -> Operand:
+    """`conv` with a bias (O,)."""
+    return _conv_composed(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
 # ---- functions -------------------------------------------------------------------------------------------
 
 
@@ -211,16 +232,16 @@ def _conv_nd(
     padded = pairs(padding, kernel, stride, dilation)
     if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
         raise ValueError(f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}")
-    y = conv(x, weight, stride=stride, padding=padded, dilation=dilation, groups=groups)
-    return _with_bias(y, bias)
-
-
-def _with_bias(y: Tensor, bias: Operand | None) -> Tensor:
+    options: dict[str, Any] = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
     if bias is None:
-        return y
-    if np.shape(values(bias)) != y.shape[1:2]:
-        raise ValueError(f"bias has shape {np.shape(values(bias))}, for {y.shape[1]} output channels")
-    return y + reshape(bias, shape=(-1, *(1,) * (y.ndim - 2)))
+        return conv(x, weight, **options)
+    _check_bias(bias, weight.shape[0])
+    return conv_fused(x, weight, bias, **options)
+
+
+def _check_bias(bias: Operand, channels: int) -> None:
+    if np.shape(values(bias)) != (channels,):
+        raise ValueError(f"bias has shape {np.shape(values(bias))}, for {channels} output channels")
 
 
 def conv1d(
@@ -311,4 +332,7 @@ def conv_transpose2d(
         raise ValueError(f"an input of shape {x.shape} with padding {around} leaves no output")
     padded = tuple((p, p) for p in around)
     y = conv_input(x, weight, size=size, stride=stride, padding=padded, dilation=dilation, groups=groups)
-    return _with_bias(y, bias)
+    if bias is None:
+        return y
+    _check_bias(bias, y.shape[1])
+    return y + reshape(bias, shape=(-1, 1, 1))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.autograd import OPS, Operand, primitive, run
-from tinygrad_bn.device import beside, device_of
+from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.device import beside, kernel_or
 from tinygrad_bn.functional.convolution import Ints, Pairs, each_axis, windows
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.ops import getitem, matmul, pad, reshape
@@ -64,9 +64,7 @@ def _taken(x: Operand, places: Array) -> Tensor:
 
 def _max_pool_composed(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
     how = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
-    if device_of(x) != "cpu":
-        return _taken(x, run(OPS["max_pool_fused"], (values(x),), how)[1][0])
-    return _taken(x, _places(values(x), **how))
+    return _taken(x, kernel_or(_places, "nn.max_pool_places", values(x), **how))
 
 
 def _sample_max_pool(d: Draw) -> Drawn:
@@ -80,14 +78,12 @@ def _sample_max_pool(d: Draw) -> Drawn:
 
 @primitive(
     fuses=_max_pool_composed,
-    saves=("places",),
     formula="y = the largest of each window;  its place gets g",
     sample=_sample_max_pool,
 )
 def max_pool_fused(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Operand:
-    """Max pooling of x (N, C, *size) to (N, C, *out); saves where in its plane each lies. The first of a tie counts."""
-    places = _places(x, kernel, out, stride, padding, dilation)
-    return _taken(x, places), places
+    """Max pooling of x (N, C, *size) to (N, C, *out). The first of a tie counts."""
+    return _taken(x, _places(x, kernel, out, stride, padding, dilation))
 
 
 # ---- average ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tinygrad_bn.nn.conv import (
     MaxPool1d,
     MaxPool2d,
 )  # fmt: skip
+from tinygrad_bn.nn.fold import Folded, fold_batch_norm
 from tinygrad_bn.nn.layers import (
     ELU,
     GELU,
@@ -33,11 +34,13 @@ from tinygrad_bn.nn.norm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchStatistics,
     GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     LayerNorm,
     RMSNorm,
+    batch_statistics,
 )
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchStatistics",
     "Buffer",
     "Conv1d",
     "Conv2d",
@@ -57,6 +61,7 @@ __all__ = [
     "ConvTranspose2d",
     "Dropout",
     "Flatten",
+    "Folded",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
@@ -75,7 +80,9 @@ __all__ = [
     "Softmax",
     "Softplus",
     "Tanh",
+    "batch_statistics",
     "evaluating",
+    "fold_batch_norm",
     "init",
     "observe",
 ]  # fmt: skip

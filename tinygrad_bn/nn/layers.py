@@ -30,8 +30,8 @@ class Sequential(Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = iter([child for child in vars(self).values() if isinstance(child, Module)])
         for layer in layers:
-            following = next(layers, None) if _is_plain(layer, *BATCH_NORMS) and not being_observed() else None
-            if following is not None and _is_plain(following, ReLU):
+            following = next(layers, None) if is_plain(layer, *BATCH_NORMS) and not being_observed() else None
+            if following is not None and is_plain(following, ReLU):
                 x = layer(x, relu=True)
             else:
                 x = layer(x)
@@ -53,7 +53,7 @@ class Sequential(Module):
         return Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
 
 
-def _is_plain(layer: Module, *types: type) -> bool:
+def is_plain(layer: Module, *types: type) -> bool:
     """Whether `layer` is one of these itself: a subclass, or another `forward`, may do something else."""
     return type(layer) in types and "forward" not in vars(layer)
 

@@ -56,12 +56,15 @@ class Module:
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Run `forward`; arrays and lists among the positional arguments become tensors."""
-        y = self.forward(*[Tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
+        """Run `forward`; arrays and lists among the positional arguments become tensors where the module lives."""
+        y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
         observer = _observer.get()
         if observer is not None:
             observer(self, y)
         return y
+
+    def _tensor(self, data: Array | list[Any]) -> Tensor:
+        return Tensor(data).to(next((p.device for p in self.parameters()), "cpu"))
 
     # ---- what it consists of ----------------------------------------------------------------------------
 
@@ -169,7 +172,9 @@ class Module:
                 t._data = t._data.astype(dtype)
 
     def to(self, device: str) -> Self:
-        """Move parameters, their gradients and buffers to `device`, "cpu" or "cuda"; make the optimiser afterwards.
+        """Move parameters, their gradients and buffers to `device`, "cpu" or "cuda".
+
+        An optimiser that has made steps already stays where it was: make it afterwards.
 
         Raises RuntimeError where there is no such device, saying what is missing: then nothing was moved.
         """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.device import as_array, full, kernel_or
-from tinygrad_bn.nn.module import Buffer, Module, Parameter
+from tinygrad_bn.device import as_array, full, kernel_or, to_numpy
+from tinygrad_bn.nn.module import Buffer, Module, Parameter, evaluating
 from tinygrad_bn.tensor import Array, Tensor
 
 
@@ -24,8 +27,17 @@ def _running_statistics(
     return new_mean, new_var, bool(np.isfinite(new_mean).all() and np.isfinite(new_var).all())
 
 
+class BatchStatistics(NamedTuple):
+    """Mean and biased variance of a batch, float64 (C,), and how many values of each channel they are of."""
+
+    mean: Array
+    var: Array
+    count: int
+
+
 class _BatchNorm(Module):
     _shapes: ClassVar[dict[int, str]]  # how many axes the input may have, and what they are
+    _collected: list[BatchStatistics] | None = None  # where `batch_statistics` wants those of each batch
 
     def __init__(
         self,
@@ -36,6 +48,7 @@ class _BatchNorm(Module):
         track_running_stats: bool = True,
         *,
         running_var_correction: int = 1,
+        virtual_batch_size: int | None = None,
     ) -> None:
         if num_features < 1:
             raise ValueError(f"num_features has to be at least 1; got {num_features}")
@@ -43,6 +56,8 @@ class _BatchNorm(Module):
             raise ValueError(f"eps has to be greater than 0; got {eps}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum has to be in [0, 1], or None for the cumulative mean; got {momentum}")
+        if virtual_batch_size is not None and virtual_batch_size < 1:
+            raise ValueError(f"virtual_batch_size has to be at least 1, or None; got {virtual_batch_size}")
         if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # else it comes from a preset
             warnings.warn(
                 f"momentum={momentum} is the weight of the NEW batch here, as in PyTorch; did you mean "
@@ -50,7 +65,7 @@ class _BatchNorm(Module):
                 stacklevel=2,
             )
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        self.running_var_correction = running_var_correction
+        self.running_var_correction, self.virtual_batch_size = running_var_correction, virtual_batch_size
         self.num_batches_skipped = 0
         self.stats_frozen = False
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
@@ -100,11 +115,18 @@ class _BatchNorm(Module):
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Normalise `x`, and with `relu` take the ReLU of the result in the same pass over memory."""
         self._check(x)
-        per_channel = x.size // self.num_features
         uses_batch = (self.training and not self.stats_frozen) or not self.track_running_stats
-        if not uses_batch or not per_channel:
+        if not uses_batch or not x.size:
             y = self._normalize_by_running(x)
             return y.relu() if relu else y
+        parts = len(x) // self.virtual_batch_size if self.training and self.virtual_batch_size else 1
+        if parts < 2:
+            return self._normalize_by_batch(x, relu)
+        bounds = [i * len(x) // parts for i in range(parts + 1)]
+        return F.concatenate([self._normalize_by_batch(x[i:j], relu) for i, j in pairwise(bounds)])
+
+    def _normalize_by_batch(self, x: Tensor, relu: bool) -> Tensor:
+        per_channel = x.size // self.num_features
         if self.training and per_channel == 1:
             raise ValueError(
                 f"{self!r} in training needs more than one value per channel, and got an input of shape {x.shape}. "
@@ -132,6 +154,9 @@ class _BatchNorm(Module):
 
     def _track(self, mean: Any, var: Any, count: int) -> None:
         """Move the running statistics towards those that normalised this batch, unless they are not finite."""
+        if self._collected is not None:
+            self._collected.append(BatchStatistics(to_numpy(mean), to_numpy(var), count))
+            return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         tracked = self.num_batches_tracked._data + 1
@@ -165,6 +190,8 @@ class _BatchNorm(Module):
             words.append(f"momentum={self.momentum:g}: running = {old}")
         if self.running_var_correction != 1:
             words.append(f"running_var_correction={self.running_var_correction}")
+        if self.virtual_batch_size is not None:
+            words.append(f"virtual_batch_size={self.virtual_batch_size}")
         if self.stats_frozen:
             words.append("stats frozen")
         if self.weight is not None and not self.weight.requires_grad:
@@ -190,6 +217,9 @@ _DOC = """Batch normalisation (Ioffe & Szegedy 2015) of {shapes}, each channel o
         affine: whether to scale by a `weight` and shift by a `bias` of shape (C,), at first 1 and 0.
         track_running_stats: whether to keep `running_mean`, `running_var` and `num_batches_tracked`.
         running_var_correction: 1 for the unbiased running variance, 0 for the biased (Keras, ONNX).
+        virtual_batch_size: for ghost batch normalisation (Hoffer et al. 2017): in training a batch is cut into parts
+            of at least as many samples, as equal as can be; each is normalised by its own statistics, and the running
+            ones follow each in turn.
 
     Raises:
         ValueError: options out of range; an input of another shape; or, in training, one value per channel.
@@ -222,6 +252,31 @@ class BatchNorm3d(_BatchNorm):
 
 
 BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+
+
+@contextmanager
+def batch_statistics(model: Module) -> Iterator[dict[_BatchNorm, list[BatchStatistics]]]:
+    """Evaluation mode for this block, but BatchNorm normalises by the batch: its running statistics stay as they are.
+
+    Gives, for each BatchNorm that has running statistics, the list that fills with what normalised each batch; of a
+    frozen one it stays empty. Dropout does nothing. Afterwards every module is in the mode it was in.
+
+    >>> bn = BatchNorm1d(1)
+    >>> with batch_statistics(bn) as collected:
+    ...     y = bn(np.array([[1.0], [3.0]]))
+    >>> [(s.mean.item(), s.var.item(), s.count) for s in collected[bn]], bn.running_mean.item()
+    ([(2.0, 1.0, 2)], 0.0)
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    collected: dict[_BatchNorm, list[BatchStatistics]] = {layer: [] for layer in layers}
+    with evaluating(model):
+        for layer in layers:
+            layer.training, layer._collected = True, collected[layer]
+        try:
+            yield collected
+        finally:
+            for layer in layers:
+                layer._collected = None
 
 
 class LayerNorm(Module):

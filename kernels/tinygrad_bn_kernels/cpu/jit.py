@@ -3,13 +3,16 @@
 import hashlib
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 try:
     import fcntl
@@ -21,19 +24,41 @@ F = TypeVar("F", bound=Callable[..., Any])
 # reassoc lets sums use vector registers; nnan and ninf are left out, as they would break NaN and Inf.
 SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
+if hasattr(os, "register_at_fork"):
+    # A fork waits for a thread that compiles: the child would inherit its lock, and nobody to release it.
+    release = global_compiler_lock.release
+    os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=release, after_in_child=release)
+
+
+def _bases() -> Iterator[Path]:
+    """Where a cache may be, best first: in NUMBA_CACHE_DIR, or the user's cache; beside the source."""
+    given = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    if given:
+        yield Path(given)
+    else:
+        with suppress(RuntimeError):  # a user who has no home
+            yield Path.home() / (".cache" if os.name == "posix" else "AppData/Local")
+    yield Path(__file__).parent / "__pycache__"
+
 
 @cache
 def cache_folder() -> str:
-    """Where compiled loops are kept: in NUMBA_CACHE_DIR, or the user's cache, under a name that their source gives.
+    """Where compiled loops are kept, under a name that their source gives, and what changes the code made of it.
 
-    So a change of any of these files, or of Numba, starts an empty folder: Numba itself notices a change only in the
-    file of the loop.
+    So a change of any of these files, of Numba or of its options starts an empty folder: Numba itself notices a change
+    only in the file of the loop. Raises RuntimeError where nothing can be written.
     """
+    config: Any = numba.config
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    version = hashlib.sha256(sources + numba.__version__.encode() + sys.version.encode()).hexdigest()[:16]
-    home = Path.home() / (".cache" if os.name == "posix" else "AppData/Local")
-    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or home
-    return str(Path(base) / "tinygrad_bn" / version)
+    made_by = numba.__version__, sys.version, bool(config.BOUNDSCHECK), config.OPT
+    version = hashlib.sha256(sources + repr(made_by).encode()).hexdigest()[:16]
+    for base in _bases():
+        folder = base / "tinygrad_bn" / version
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return str(folder)
+    raise RuntimeError("no folder for compiled loops can be written to")
 
 
 @cache
@@ -46,19 +71,27 @@ def _warn_once() -> None:
     )
 
 
-def _save_one_at_a_time(dispatcher: Any) -> None:
-    """Let one process at a time write to a loop's cache: two that save different dtypes would mix them up."""
+def _save_safely(dispatcher: Any) -> None:
+    """Let one process at a time write to a loop's cache: two that save different dtypes would mix them up.
+
+    What cannot be written, to a full disk or for want of locks, is compiled all the same.
+    """
     cache = getattr(dispatcher, "_cache", None)  # there is none with NUMBA_DISABLE_JIT
-    if fcntl is None or cache is None:
+    if cache is None:
         return
-    save, path = cache._cache_file.save, os.path.join(cache.cache_path, ".lock")
+    save = cache.save_overload
 
-    def locked(key: Any, data: Any) -> None:
-        with open(path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-            save(key, data)
+    def save_alone(signature: Any, data: Any) -> None:
+        try:
+            os.makedirs(cache.cache_path, exist_ok=True)
+            with open(os.path.join(cache.cache_path, ".lock"), "w") as lock:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+                save(signature, data)
+        except OSError:
+            _warn_once()
 
-    cache._cache_file.save = locked
+    cache.save_overload = save_alone
 
 
 def njit(**options: Any) -> Callable[[F], F]:
@@ -71,11 +104,12 @@ def njit(**options: Any) -> Callable[[F], F]:
 
     def compile_lazily(function: F) -> F:
         config: Any = numba.config
-        before, config.CACHE_DIR = config.CACHE_DIR, cache_folder()  # read while the dispatcher is made
+        before = config.CACHE_DIR
         try:
+            config.CACHE_DIR = cache_folder()  # read while the dispatcher is made
             compiled: F = numba.njit(cache=True, **options)(function)
-            _save_one_at_a_time(compiled)
-        except RuntimeError:  # Numba's "no locator available"
+            _save_safely(compiled)
+        except RuntimeError:  # nowhere to write, or no source file that a cache could go by
             _warn_once()
             compiled = numba.njit(**options)(function)
         finally:

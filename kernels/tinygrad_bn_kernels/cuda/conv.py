@@ -19,6 +19,7 @@ from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.layout import View, copy_between, transpose
 from tinygrad_bn_kernels.cuda.linear import product
+from tinygrad_bn_kernels.cuda.reduce import sum_
 from tinygrad_bn_kernels.cuda.shim import cuda, uint32
 from tinygrad_bn_kernels.cuda.strides import contiguous, row_block
 
@@ -237,3 +238,21 @@ def conv_weight(
         total = part if total is None else maps.add(total, part)
     shape = (outputs, channels // groups, *kernel)
     return maps.fill(DeviceArray(shape, x.dtype), 0) if total is None else total.reshape(shape)
+
+
+@kernel("conv_fused", "cuda")
+def conv_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, **options: Any) -> DeviceArray:
+    """`conv` with a bias (O,)."""
+    maps.check(x, weight, bias)
+    return maps.add(conv(x, weight, **options), bias.reshape((-1, *(1,) * (x.ndim - 2))))
+
+
+@kernel("conv_fused.vjp", "cuda")
+def conv_fused_vjp(
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Those of x, weight and bias that are needed."""
+    gx = conv_input(g, weight, size=x.shape[2:], **options) if needs[0] else None
+    gweight = conv_weight(x, g, kernel=weight.shape[2:], **options) if needs[1] else None
+    return gx, gweight, sum_(g, axis=(0, *range(2, g.ndim))) if needs[2] else None

@@ -1,0 +1,101 @@
+"""Run every demo, and make one page, index.html, of what they printed, drew and claimed."""
+
+import argparse
+import base64
+import html
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from rich.console import Console
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>tinygrad_bn: the demos</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem }
+img { max-width: 100%; height: auto } pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: 13px }
+.fails { color: #b00 } code { background: #f6f6f6 } summary { cursor: pointer }
+</style>
+<h1>BatchNorm, experiment by experiment</h1>
+<p>Made by <code>$command</code>. Every figure was drawn, and every number measured, by the runs shown here.</p>
+<ul>$contents</ul>
+$sections
+</html>
+""")
+SECTION = Template("""<h2 id="$name">$title</h2>
+<p>$text</p>
+<ul>$claims</ul>
+$figures
+<details><summary>what <code>python -m demos $name</code> printed, in $seconds s</summary><pre>$printed</pre></details>
+""")
+
+
+def figure(path: Path) -> str:
+    """An image as part of the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+
+
+def section(folder: Path) -> str:
+    """What one demo left in its folder, as HTML."""
+    left: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    claims = "".join(
+        f"<li>{html.escape(words)}</li>" if holds else f'<li class="fails">does not hold: {html.escape(words)}</li>'
+        for words, holds in left["claims"].items()
+    )
+    return SECTION.substitute(
+        name=left["demo"],
+        title=html.escape(left["title"]),
+        text=html.escape(left["text"]),
+        claims=claims,
+        figures="".join(figure(folder / name) for name in left["figures"]),
+        seconds=left["seconds"],
+        printed=html.escape((folder / "output.txt").read_text()),
+    )
+
+
+def main(names: Sequence[str], argv: Sequence[str]) -> int:
+    """Run the demos one after the other; 1 if one of them failed, and the page has those that did not."""
+    parser = argparse.ArgumentParser(prog="python -m demos all", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/all"), help="where to write (default: %(default)s)")
+    parser.add_argument("--seed", default="0", help="of every demo (default: 0)")
+    parser.add_argument("--check", action="store_true", help="quick runs that fail if a claim does not hold")
+    args = parser.parse_args(argv)
+    console = Console()
+    failed, done = [], []
+    for name in names:
+        folder = args.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "demos", name, "--out", str(folder), "--seed", args.seed]
+        start = time.perf_counter()
+        with console.status(name):
+            ended = subprocess.run(
+                command + ["--check"] * args.check, capture_output=True, text=True, env=os.environ | {"COLUMNS": "110"}
+            )
+        (folder / "output.txt").write_text(ended.stdout)
+        console.print(
+            f"{name:18} {'ok    ' if ended.returncode == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s"
+        )
+        if ended.returncode:
+            failed.append(name)
+            console.print(ended.stdout + ended.stderr, markup=False, highlight=False)
+        if (folder / "results.json").exists():
+            done.append(name)
+    page = args.out / "index.html"
+    page.write_text(
+        PAGE.substitute(
+            command=html.escape(" ".join(["python -m demos all", *argv])),
+            contents="".join(f'<li><a href="#{name}">{name}</a></li>' for name in done),
+            sections="".join(section(args.out / name) for name in done),
+        )
+    )
+    console.print(f"wrote {page}", soft_wrap=True)
+    return int(bool(failed))

@@ -1,0 +1,113 @@
+"""Gradient flow: how gradients vanish and explode on their way through twenty layers, and what cures which.
+
+784-100×19-10 with sigmoid, tanh or ReLU, its weights small or large: normal, with a deviation of gain/√inputs. First
+the norm of the gradient that each layer's weights get before any training. Then how far gradient descent with momentum
+gets as it is, with the gradient clipped to a norm of 1, and with BatchNorm.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+
+from demos.common import MODELS, Run
+from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train, viz
+from tinygrad_bn.tensor import Array
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "ReLU": nn.ReLU}
+GAINS = {"small": {"sigmoid": 1.0, "tanh": 0.5, "ReLU": 0.5}, "large": {"sigmoid": 20.0, "tanh": 2.0, "ReLU": 2.0}}
+CURES = ("without BatchNorm", "with clipping", "with BatchNorm")
+
+
+def build(activation: str, weights: str, batch_norm: bool, seed: int) -> nn.Sequential:
+    """Nineteen hidden layers with weights of this gain, and an output layer."""
+    manual_seed(seed)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise((784, *[100] * 19)):
+        linear = nn.Linear(fan_in, fan_out, bias=False)
+        nn.init.normal_(linear.weight, std=GAINS[weights][activation] / math.sqrt(fan_in))
+        layers += [linear, *([nn.BatchNorm1d(fan_out)] if batch_norm else []), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(100, 10))
+
+
+def norms(model: nn.Sequential, data: datasets.Dataset) -> Array:
+    """The norm of the loss's gradient by the weights of each layer (20,)."""
+    functional.cross_entropy(model(Tensor(data.x)), data.y).backward()
+    gradients = [layer.weight.grad for layer in model if isinstance(layer, nn.Linear)]
+    return np.array([np.linalg.norm(np.asarray(g, np.float64)) for g in gradients])
+
+
+def main(argv: list[str] | None = None) -> Run:
+    """Look at the gradients of twelve networks, then train them, and six of them with clipping."""
+    run = Run(
+        "gradient_flow", __doc__, argv,
+        data="mnist5k", epochs=5, batch_size=100, lr=0.03, check={"epochs": 1, "batch_size": 50},
+    )  # fmt: skip
+    training, validation = run.images()
+    training = training.take(np.arange(2000)) if run.args.check else training
+    cases = [(activation, weights) for activation in ACTIVATIONS for weights in GAINS]
+    norm: dict[tuple[str, ...], Array] = {}
+    loss: dict[tuple[str, ...], float] = {}
+    accuracy: dict[tuple[str, ...], float] = {}
+    with np.errstate(over="ignore", invalid="ignore"):  # what explodes overflows
+        for activation, weights in run.track(cases, "networks"):
+            for cure in CURES:
+                key = activation, weights, cure
+                model = build(activation, weights, cure == "with BatchNorm", run.args.seed)
+                norm[key] = norms(model, training.take(np.arange(500)))
+                history = run.fit(
+                    model, training, None, cure, progress=False,
+                    optimizer=optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9),
+                    clip_norm=1.0 if cure == "with clipping" else None,
+                    callbacks=lambda history, _: not math.isfinite(history["loss"][-1]),
+                )  # fmt: skip
+                train.recalibrate(model, training.x)  # running statistics lag behind in a short training
+                loss[key], accuracy[key] = history["loss"][-1], train.evaluate(model, validation).accuracy
+
+    print(f"{'gradient, layers 1 → 19':26}without              with                 accuracy of each")
+    for case in cases:
+        ends = [f"{norm[*case, name][0]:.1e} → {norm[*case, name][-2]:.1e}" for name in MODELS]
+        reached = " ".join(f"{accuracy[*case, cure]:.3f}" for cure in CURES)
+        print(f"{', '.join(case):16}{ends[0]:>20}  {ends[1]:>20}    {reached}")
+
+    figure, grid = viz.subplots(2, 3, 13, 7.6, sharey="row")
+    for (above, below), activation in zip(grid.T, ACTIVATIONS, strict=True):
+        for weights, style in zip(GAINS, ("--", "-"), strict=True):
+            for name in MODELS:
+                line, hue = norm[activation, weights, name], viz.colour(name)
+                above.semilogy(range(1, 21), line, style, color=hue, label=f"{name}, {weights} weights")
+        for i, cure in enumerate(CURES):
+            heights = [accuracy[activation, weights, cure] for weights in GAINS]
+            below.bar(np.arange(2) + 0.27 * (i - 1), heights, 0.25, color=viz.colour(cure, 4), label=cure)
+        below.set_axisbelow(True)
+        above.set(title=activation, xlabel="layer", xticks=range(2, 21, 3))
+        below.set_xticks(range(2), [f"{weights} weights" for weights in GAINS])
+    grid[0, 0].set_ylabel("norm of the gradient before training")
+    grid[1, 0].set(ylabel="validation accuracy", ylim=(0, 1))
+    grid[0, 1].legend(frameon=False, loc="lower center")
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    figure.suptitle(f"Twenty layers on {run.args.data}, the accuracy after {run.args.epochs} epochs")
+    run.save(figure, "gradient_flow")
+
+    run.console.print(
+        "Clipping multiplies all gradients by one number, 1 or less. It shortens the steps that would overshoot, does "
+        "nothing for a gradient that has vanished, and leaves layers as unequal as they were."
+    )
+    first = [norm[activation, "small", "without BatchNorm"][0] for activation in ACTIVATIONS]
+    whole = {name: np.array([np.linalg.norm(norm[a, "large", name]) for a in ACTIVATIONS]) for name in MODELS}
+    best = [accuracy[*case, "with BatchNorm"] > max(accuracy[*case, cure] for cure in CURES[:2]) for case in cases]
+    run.claim("small weights: the first layer's gradient vanishes, to less than 0.0001", max(first) < 1e-4)
+    run.claim("large weights: the gradient is larger than with BatchNorm", all(np.greater(*whole.values())))
+    stuck = all(accuracy[activation, "small", "with clipping"] < 0.2 for activation in ACTIVATIONS)
+    run.claim("clipping does not cure what vanishes: the accuracy is that of guessing", stuck)
+    finite = [math.isfinite(loss["ReLU", "large", cure]) for cure in CURES[:2]]
+    run.claim("it does cure what explodes: large ReLU networks no longer overflow", finite == [False, True])
+    run.claim("BatchNorm cures both, and is ahead in all six networks", all(best))
+    return run.finish(
+        gradient={", ".join(key): values.tolist() for key, values in norm.items()},
+        accuracy={", ".join(key): value for key, value in accuracy.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

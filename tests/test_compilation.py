@@ -1,0 +1,162 @@
+"""How loops are compiled: once, into a cache that other processes share, and all the same where there can be none."""
+
+import errno
+import os
+from pathlib import Path
+
+import numba
+import pytest
+from processes import output, python
+from tinygrad_bn_kernels.cpu import jit
+
+resource = pytest.importorskip("resource", reason="a limit for files is POSIX's")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """An empty cache, and warnings anew."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    jit.cache_folder.cache_clear()
+    jit._warn_once.cache_clear()
+    yield tmp_path
+    jit.cache_folder.cache_clear()
+
+
+def compile_two():
+    """Compile two loops, and see that they compute."""
+
+    def double(x):
+        return 2 * x
+
+    def triple(x):
+        return 3 * x
+
+    assert [jit.njit()(f)(14) for f in (double, triple)] == [28, 42]
+
+
+def expect_one_warning():
+    with pytest.warns(RuntimeWarning, match=r"cannot be cached .* NUMBA_CACHE_DIR") as caught:
+        compile_two()
+    assert len(caught) == 1
+
+
+def test_the_cache_is_a_folder_of_our_own(cache):
+    compile_two()
+    folder = Path(jit.cache_folder())
+    assert folder.parent == cache / "tinygrad_bn"
+    assert len(list(folder.rglob("*.nbi"))) == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("BOUNDSCHECK", 1), ("OPT", 0)])
+def test_what_the_compiler_makes_of_the_source_has_a_folder_of_its_own(option, value, monkeypatch):
+    plain = jit.cache_folder()
+    jit.cache_folder.cache_clear()
+    monkeypatch.setattr(numba.config, option, value)
+    assert jit.cache_folder() != plain
+
+
+def test_a_user_without_a_home_has_a_cache(cache, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert jit.cache_folder().startswith(str(cache))
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert list(jit._bases()) == [Path(jit.__file__).parent / "__pycache__"]
+
+
+def test_beside_the_source_the_cache_goes_by_the_source_too(cache, monkeypatch):
+    version = Path(jit.cache_folder()).name
+    (cache / "file").touch()
+    monkeypatch.setattr(jit, "_bases", lambda: [cache / "file" / "no folder", cache / "second"])
+    jit.cache_folder.cache_clear()
+    assert jit.cache_folder() == str(cache / "second" / "tinygrad_bn" / version)
+
+
+def test_without_a_folder_that_can_be_written_to_loops_are_compiled_anew(cache, monkeypatch):
+    (cache / "file").touch()
+    monkeypatch.setattr(jit, "_bases", lambda: [cache / "file" / "no folder"])
+    expect_one_warning()
+
+
+def test_without_a_source_file_loops_are_compiled_anew(monkeypatch):
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    expect_one_warning()
+
+
+def test_a_file_system_without_locks(monkeypatch):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(jit.fcntl, "flock", no_locks)
+    expect_one_warning()
+
+
+def test_a_full_disk():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        expect_one_warning()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+FORK = """
+import os, signal, threading, numba
+from numba.core.compiler_lock import global_compiler_lock
+from tinygrad_bn_kernels.cpu import jit
+
+compiling = threading.Event()
+
+def compile_for_a_while():
+    with global_compiler_lock:
+        compiling.set()
+        threading.Event().wait(0.3)
+
+threading.Thread(target=compile_for_a_while).start()
+compiling.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(numba.njit(lambda x: x - 1)(1))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_while_another_thread_compiles_can_compile():
+    output(python(FORK))
+
+
+COMPILING = """
+import sys, numpy as np
+from numba.core import event
+from tinygrad_bn import Tensor, ops, functional as F
+compiled = 0
+
+class Count(event.Listener):
+    def on_start(self, event):
+        global compiled
+        compiled += 1
+    def on_end(self, event):
+        pass
+
+event.register("numba:compile", Count())
+x = np.arange(6000, dtype="f4").reshape(60, 100)
+np.testing.assert_array_equal(ops.sum(x, axis=0), x.sum(axis=0))
+np.testing.assert_allclose(F.var(x, axis=1), x.var(axis=1), rtol=1e-6)
+print(compiled)
+"""
+
+
+def test_processes_share_one_cache_of_compiled_loops_even_if_they_start_together(cache):
+    first, second = (python(COMPILING, NUMBA_CACHE_DIR=str(cache)) for _ in range(2))
+    assert int(output(first)) > 0
+    assert int(output(second)) > 0
+    files = sorted(cache.rglob("*.nb?"))
+    assert files
+    assert output(python(COMPILING, NUMBA_CACHE_DIR=str(cache))) == "0"
+    assert sorted(cache.rglob("*.nb?")) == files

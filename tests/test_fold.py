@@ -1,0 +1,72 @@
+"""BatchNorm folded into the layer before it gives the same outputs."""
+
+import copy
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinygrad_bn import Tensor, nn, no_grad
+
+LAYERS = {
+    0: lambda i, o, bias: (nn.Linear(i, o, bias=bias), nn.BatchNorm1d(o)),
+    1: lambda i, o, bias: (nn.Conv1d(i, o, 2, bias=bias), nn.BatchNorm1d(o)),
+    2: lambda i, o, bias: (nn.Conv2d(i, o, 2, stride=2, bias=bias), nn.BatchNorm2d(o)),
+    3: lambda i, o, bias: (nn.Conv3d(i, o, 2, bias=bias), nn.BatchNorm3d(o)),
+}
+
+
+def unusual(norm: nn.BatchNorm1d, rng: np.random.Generator) -> None:
+    """State that no folding could do without."""
+    for t in (norm.weight, norm.bias, norm.running_mean):
+        if t is not None:
+            t.data = rng.normal(1, 1, t.shape).astype(np.float32)
+    norm.running_var.data = rng.uniform(0.1, 9, norm.running_var.shape).astype(np.float32)
+
+
+@given(st.sampled_from(list(LAYERS)), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_the_same_outputs_without_batch_norm(axes, bias, affine, seed):
+    rng = np.random.default_rng(seed)
+    layer, norm = LAYERS[axes](3, 4, bias)
+    if not affine:
+        norm = type(norm)(4, affine=False)
+    unusual(norm, rng)
+    model = nn.Sequential(layer, norm, nn.ReLU(), nn.Sequential(nn.Flatten(), nn.Softplus())).eval()
+    before = copy.deepcopy(model.state_dict())
+    x = rng.normal(size=(2, 3, *(4,) * axes)).astype(np.float32)
+    folded, count, difference = nn.fold_batch_norm(model, x)
+    with no_grad():
+        y, z = model(Tensor(x)).numpy(), folded(Tensor(x)).numpy()
+    np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-5)
+    assert (count, len(folded), len(model)) == (1, 3, 4)
+    assert difference == pytest.approx(np.abs(y - z).max() / np.abs(y).max())
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in folded.modules())
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_what_cannot_be_folded():
+    x = np.ones((2, 3), np.float32)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"1 is in training mode: call eval\(\)"):
+        nn.fold_batch_norm(model, x)
+    with pytest.raises(ValueError, match="track_running_stats=False"):
+        nn.fold_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval(), x)
+    with pytest.raises(ValueError, match="no BatchNorm follows"):
+        nn.fold_batch_norm(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)).eval(), x)
+
+
+def test_a_batch_norm_over_another_axis_is_refused():
+    norm = nn.BatchNorm1d(4)
+    unusual(norm, np.random.default_rng(0))
+    model = nn.Sequential(nn.Linear(3, 4), norm).eval()
+    with pytest.raises(ValueError, match="normalises another"):
+        nn.fold_batch_norm(model, np.random.default_rng(1).normal(size=(2, 4, 3)).astype(np.float32))
+
+
+def test_a_layer_that_is_used_twice_is_folded_where_a_batch_norm_follows():
+    shared, norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+    unusual(norm, np.random.default_rng(0))
+    model = nn.Sequential(shared, norm, nn.Sequential(shared)).eval()
+    assert nn.fold_batch_norm(model, np.ones((2, 3), np.float32)).difference < 1e-6

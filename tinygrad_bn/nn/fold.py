@@ -1,0 +1,99 @@
+"""BatchNorm folded into the layer before it, for inference."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.nn.conv import Conv1d, Conv2d, Conv3d
+from tinygrad_bn.nn.layers import Linear, Sequential, is_plain
+from tinygrad_bn.nn.module import Module, Parameter
+from tinygrad_bn.nn.norm import BATCH_NORMS, BatchNorm1d
+from tinygrad_bn.tensor import Array, Tensor
+
+FOLDABLE = (Linear, Conv1d, Conv2d, Conv3d)
+TOLERANCE = 1e-2  # far above rounding, far below a wrong result
+
+
+class Folded(NamedTuple):
+    """What `fold_batch_norm` gives."""
+
+    model: Module
+    norms: int  # how many BatchNorms are gone
+    difference: float  # the largest between the outputs of both models, relative to the largest output
+
+
+def fold_batch_norm(model: Module, example: Array) -> Folded:
+    """A copy of `model` in which every BatchNorm that follows a Linear or Conv in a Sequential is part of it.
+
+    In evaluation mode BatchNorm is y = weight · (x − running_mean) / √(running_var + eps) + bias, which is linear, so
+    that its factor and its shift go into the weight and the bias of the layer before. The copy is for inference: it
+    does not normalise by batches.
+
+    Args:
+        model: in evaluation mode; it stays as it is.
+        example: an input (N, ...), on which both models are compared.
+
+    Raises:
+        ValueError: the model is in training mode, a BatchNorm has no running statistics, there is none to fold, or
+            the outputs differ by more than rounding.
+
+    >>> model = Sequential(Linear(3, 4), BatchNorm1d(4)).eval()
+    >>> fold_batch_norm(model, np.ones((2, 3), np.float32)).norms
+    1
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            if module.training:
+                raise ValueError(f"{name or 'the model'} is in training mode: call eval() on the model first")
+            if module.running_mean is None:
+                raise ValueError(f"{name or 'the model'} has track_running_stats=False: there is nothing to fold")
+    with no_grad():
+        folded = copy.deepcopy(model)
+        count = _fold_inside(folded)
+        if not count:
+            raise ValueError("no BatchNorm follows a Linear or Conv in a Sequential of this model")
+        y, z = model(Tensor(example)).numpy(), folded(Tensor(example)).numpy()
+    difference = float(np.abs(y - z).max() / np.abs(y).max())
+    if not difference < TOLERANCE:
+        raise ValueError(
+            f"the folded model's output differs by {difference:.2g} of the largest: a BatchNorm normalises another "
+            "axis than the layer before it makes"
+        )
+    return Folded(folded, count, difference)
+
+
+def _fold_inside(module: Module) -> int:
+    """Fold in every Sequential within a module; how often."""
+    count = sum(_fold_inside(child) for child in module.children())
+    if isinstance(module, Sequential):
+        layers: list[Module] = []
+        for layer in module:
+            if layers and is_plain(layer, *BATCH_NORMS) and is_plain(layers[-1], *FOLDABLE):
+                layers[-1] = _folded(cast(Linear, layers[-1]), cast(BatchNorm1d, layer))
+                count += 1
+            else:
+                layers.append(layer)
+        for i in range(len(module)):
+            delattr(module, str(i))
+        for i, layer in enumerate(layers):
+            setattr(module, str(i), layer)
+    return count
+
+
+def _folded(layer: Linear, norm: BatchNorm1d) -> Linear:
+    """The layer with the BatchNorm after it, in float64; the layer itself, which may be used elsewhere, stays."""
+
+    def wide(t: Tensor | None, default: float) -> Array:
+        return np.full(norm.num_features, default) if t is None else t.numpy().astype(np.float64)
+
+    factor = wide(norm.weight, 1) / np.sqrt(wide(norm.running_var, 1) + norm.eps)
+    shift = wide(norm.bias, 0) + (wide(layer.bias, 0) - wide(norm.running_mean, 0)) * factor
+    weight = layer.weight.numpy()
+    layer = copy.copy(layer)
+    layer.weight = Parameter((weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))).astype(weight.dtype))
+    layer.bias = Parameter(shift.astype(weight.dtype))
+    return layer
