@@ -268,3 +268,31 @@ def test_a_constant_channel_gives_exactly_bias_on_cuda():
     y, _, var = functional.batch_norm_with_statistics(Tensor(x).to("cuda"), None, bias)
     assert (y.numpy()[:, 1] == np.float32(0.2)).all()
     assert var.numpy()[1] == 0
+
+
+FUNCTIONS = {
+    "adaptive_max_pool": lambda x: functional.adaptive_max_pool(x, (2, 3)),
+    "adaptive_avg_pool": lambda x: functional.adaptive_avg_pool(x, (2, 3)),
+    "avg_pool2d": lambda x: functional.avg_pool2d(x, 2, padding=1, count_include_pad=False),
+    "gelu": functional.gelu, "elu": functional.elu, "silu": functional.silu, "leaky_relu": functional.leaky_relu,
+    "softmax": functional.softmax, "std": lambda x: functional.std(x, (0, 2)),
+    "huber": lambda x: functional.huber_loss(x, x.detach() * 0.5),
+    "group_norm": lambda x: functional.group_norm(x, 2), "rms_norm": lambda x: functional.rms_norm(x, 5),
+    "nll": lambda x: functional.nll_loss(x, Tensor(np.zeros((2, 5, 5), int)).to(x.device)),
+    "bce": lambda x: functional.binary_cross_entropy_with_logits(x, x.detach().sigmoid()),
+    "index": lambda x: x[:, [1, 0, 1], ::-2] * x[:, :3, :3], "iteration": lambda x: functional.stack(list(x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_that_are_no_ops(name):
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 5)).astype(np.float32)
+    results = []
+    for where in ("cuda", "cpu"):
+        t = Tensor(x).to(where).detach()
+        t.requires_grad = True
+        y = FUNCTIONS[name](t)
+        y.backward(Tensor(np.random.default_rng(1).normal(size=y.shape), dtype=np.float32).to(where))
+        results.append((y.numpy(), t.grad.numpy()))
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

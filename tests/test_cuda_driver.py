@@ -1,6 +1,7 @@
 """What surrounds the launches: the driver's interface, what is said where something is missing, and the cache."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import types
@@ -38,7 +39,8 @@ except RuntimeError:
 
 
 def test_without_the_extra_the_error_says_what_to_install():
-    subprocess.run([sys.executable, "-W", "error", "-c", MISSING], check=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "error", "-c", MISSING], env=environment, check=True, timeout=60)
 
 
 def test_without_a_device_the_error_says_so():

@@ -69,6 +69,8 @@ def _cases(op: str) -> list[Case]:
         how: dict[str, Any] = {"stride": (2, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
         if op == "conv":
             return [((x, weight), how)]
+        if op == "conv_fused":
+            return [((x, weight, normal(8)), how)]
         if op == "conv_input":
             return [((y, weight), {"size": (12, 12), **how})]
         return [((x, y), {"kernel": (3, 3), **how})]

@@ -15,7 +15,7 @@ from tinygrad_bn.autograd import Operand, primitive
 from tinygrad_bn.device import beside, kernel_or
 from tinygrad_bn.functional.convolution import Ints, Pairs, each_axis, windows
 from tinygrad_bn.functional.statistics import values
-from tinygrad_bn.ops import getitem, matmul, pad, reshape
+from tinygrad_bn.ops import argmax, getitem, matmul, pad, reshape, stack
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -292,9 +292,9 @@ def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
     out = _adaptive_size(x, output_size)
     bounds = [_bounds(n, m) for n, m in zip(x.shape[2:], out, strict=True)]
     index = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
-    places = np.empty((*x.shape[:2], *out), np.intp)
+    places = []
     for place in np.ndindex(*out):
         window = tuple(slice(start[i], stop[i]) for i, (start, stop) in zip(place, bounds, strict=True))
         part = values(x)[(..., *window)].reshape(*x.shape[:2], -1)
-        places[(..., *place)] = index[window].reshape(-1)[np.argmax(part, axis=2)]
-    return _taken(x, places)
+        places.append(getitem(beside(index[window].reshape(-1), x), index=argmax(part, axis=2)))
+    return _taken(x, stack(*places, axis=2).reshape(*x.shape[:2], *out))  # type: ignore[arg-type]
