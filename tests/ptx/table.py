@@ -3,7 +3,6 @@
 It prints `kernels/cuda_programs.md`; numba-cuda, the CUDA toolkit's compiler and nvdisasm are needed, and no GPU.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -30,36 +29,6 @@ array, `n` a number, a `4` that 128 bits are moved at a time, `rows` that operan
 | program | registers | shared | bytes | least | sectors, 32 bits | 128 bits | executed | timed |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |
 """
-
-
-PAPER = """
-## On paper: BatchNorm on an H100
-
-Nobody has timed these programs. What can be said before: the bytes of the table at {rate} TB/s, the data sheet's figure
-for an H100, take a time that no launch can beat, unless it finds them in the 50 MB of the L2 cache; and each launch has
-a cost, taken as {launch} µs here. The *share* is that of the bandwidth that could be reached at most, if nothing else
-took time.
-
-| (N, C, S) | pass | launches | bytes an element | µs for the bytes | share, at most |
-| --- | --- | ---: | ---: | ---: | ---: |
-{lines}
-
-So large layers are a matter of bytes, and small ones of launches. What to measure first, in this order:
-
-1. the rate of a plain copy on the same device, which is the true ceiling;
-2. whether the second reading of `plane4_moments` comes from the cache, as it is meant to: its time against that of one
-   reading of x. If not, the forward pass moves 16 bytes an element in place of 12;
-3. the gaps between the three launches of a pass, on a small layer;
-4. `plane4_sums_relu`, whose 64 registers leave room for half of the threads that a multiprocessor could hold;
-5. `normalize_planes4`, in which each lane reads its channel's constants again for every row.
-"""
-BANDWIDTH, LAUNCH = 3.35, 3.0  # TB/s and µs
-PASSES = {  # the programs of each, but for those that work on channels alone
-    "forward": ("plane4_moments", "normalize_planes4"),
-    "backward": ("plane4_sums", "gradient_planes4"),
-    "forward, with ReLU": ("plane4_moments", "normalize_planes4_relu"),
-    "backward, with ReLU": ("plane4_sums_relu", "gradient_planes4_relu"),
-}
 
 
 @dataclass
@@ -118,25 +87,10 @@ def rows(moved: dict[str, Moved]) -> list[str]:
     return lines
 
 
-def estimates(moved: dict[str, Moved]) -> list[str]:
-    """What bytes and launches leave of the bandwidth."""
-    lines = []
-    for shape in ((256, 64, 3136), (64, 256, 196), (128, 64, 64)):
-        for name, parts in PASSES.items():
-            found = [moved[f"batch_norm.{part}"] for part in parts]
-            each = sum(round(m.least / m.elements) for m in found)
-            time = each * math.prod(shape) / BANDWIDTH / 1e6
-            share = time / (time + 3 * LAUNCH)
-            lines.append(f"| {shape} | {name} | 3 | {each} | {time:.1f} | {share:.0%} |")
-    return lines
-
-
 def page() -> str:
     """The page, in Markdown."""
-    moved = measured()
     head = HEAD.format(archs=", ".join(f"sm_{major}{minor}" for major, minor in ARCHITECTURES))
-    paper = PAPER.format(rate=BANDWIDTH, launch=LAUNCH, lines="\n".join(estimates(moved)))
-    return head + "\n".join(rows(moved)) + "\n" + paper
+    return head + "\n".join(rows(measured())) + "\n"
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ SCATTERED = {  # programs whose accesses lie where their arguments say
     "columns": "a stride in the convolution is one in memory",
     "images": "columns that met an element are a row apart",
     "max_pool": "a stride of the pooling is one in memory",
+    "max_pool.places": "a stride of the pooling is one in memory",
+    "max_pool.vjp": "gradients go to where the largest elements lay",
     "dropout": "four words of random bits belong to four neighbours, so a thread moves four elements one by one",
 }
 
@@ -117,7 +119,9 @@ def convolution() -> None:
     x, weight = numbers((2, 3, 9, 40)), numbers((4, 3, 3, 3))
     y = run("conv", x, weight, **options)
     run("conv_input", y, weight, size=(9, 40), **options)
-    run("max_pool_fused", x, kernel=(2, 2), out=(4, 20), stride=(2, 2), padding=(0, 0), dilation=(1, 1))
+    pooling = {"kernel": (2, 2), "out": (4, 20), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+    pooled = run("max_pool_fused", x, **pooling)
+    run("max_pool_fused.vjp", pooled, pooled, x, needs=[True], **pooling)
 
 
 def updates() -> None:
@@ -126,6 +130,7 @@ def updates() -> None:
     run("optim.adam", p, g, m, v, **adam)
     run("optim.sgd", p, g, v, lr=0.1, momentum=0.9, dampening=0.0, decay=0.0, nesterov=True)
     run("dropout_by_key", p, p=0.5, key=1)
+    run("dropout_by_key", unaligned(p), p=0.5, key=1)
 
 
 # Each gives its programs more work than they have blocks, so that every loop is walked more than once.

@@ -225,6 +225,14 @@ def test_a_block_larger_than_its_shared_array_is_found(numba, kernel):
         launch(numba, kernel["reverse"], numbers(96), zeros(96), block=96)
 
 
+def test_blocks_race_also_if_they_are_executed_one_after_the_other(monkeypatch, numba, kernel):
+    monkeypatch.setattr("tests.ptx.interpreter.LANES", 32)
+    with pytest.raises(DataRace, match=r"block \(1, 0, 0\).*what thread 0 of block 0 wrote"):
+        launch(numba, kernel["total"], numbers(), zeros(), grid=2, block=1)
+    _, (_, out) = launch(numba, kernel["scale"], numbers(), zeros(), grid=4, block=16)
+    np.testing.assert_array_equal(out, numbers())
+
+
 def test_blocks_that_meet_in_global_memory_race(numba, kernel):
     with pytest.raises(DataRace, match=r"of block \(0, 0, 0\).*overwrites what thread 0 of block 1 read"):
         launch(numba, kernel["total"], numbers(), zeros(), grid=2, block=1)

@@ -4,6 +4,7 @@ The interpreter raises for any access out of bounds, misaligned or to memory nev
 of these tests is one of that too.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tests.ptx.compile import need_compiler
 from tests.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
 from tinygrad_bn.autograd import OPS
+from tinygrad_bn.functional.pooling import _places
 
 BLOCK = 256
 SIZES = st.sampled_from([1, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK, 8 * BLOCK + 3]) | st.integers(1, 3000)
@@ -385,18 +387,23 @@ def test_max_pooling(n, kind, seed):
         axes = zip(size, kernel, stride, padding, dilation, strict=True)
         out = tuple((m + 2 * p - d * (k - 1) - 1) // s + 1 for m, k, s, p, d in axes)
         options = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
-        expected, places = OPS["max_pool_fused"].forward(x, **options)
-        y, found = run("max_pool_fused", x, **options)
-        np.testing.assert_array_equal(y, expected)
-        np.testing.assert_array_equal(found, places)
+        places = _places(x, **options)
+        expected = np.take_along_axis(x.reshape(n, 3, -1), places.reshape(n, 3, -1), 2).reshape(places.shape)
+        np.testing.assert_array_equal(run("nn.max_pool_places", x, **options), places)
+        np.testing.assert_array_equal(run("max_pool_fused", x, **options), expected)
+        g = np.round(numbers(places.shape, "plain", seed + 1) * 8)  # sums of few integers are exact in any order
+        gx = np.zeros((n * 3, math.prod(size)))
+        np.add.at(gx, (np.arange(n * 3)[:, None], places.reshape(n * 3, -1)), g.reshape(n * 3, -1))
+        (found,) = run("max_pool_fused.vjp", g, expected, x, needs=[True], **options)
+        close(found, gx.reshape(x.shape))
 
 
 @given(SIZES, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 2**64 - 1))
 def test_dropout_takes_the_elements_that_the_cpu_takes(n, p, key):
     x = numbers(n, "plain", 1)
-    np.testing.assert_array_equal(
-        run("dropout_by_key", x, p=p, key=key), OPS["dropout_by_key"].forward(x, p=p, key=key)
-    )
+    expected = OPS["dropout_by_key"].forward(x, p=p, key=key)
+    for operand in (x, unaligned(x)):
+        np.testing.assert_array_equal(run("dropout_by_key", operand, p=p, key=key), expected)
 
 
 @given(SIZES, SEEDS)
