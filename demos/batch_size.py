@@ -29,8 +29,8 @@ def grey(data: datasets.Dataset) -> datasets.Dataset:
 LIES: dict[str, dict[str, Any]] = {
     "few steps, batch 500": {"batch_size": 500, "epochs": 1, "lr": 1e-2},
     "momentum 1, batch 8": {"batch_size": 8, "momentum": 1.0},
-    "momentum 0.001": {"momentum": 0.001},
-    "other contrast": {"shown": grey},
+    "slow momentum, 0.001": {"momentum": 0.001},
+    "new data, less contrast": {"shown": grey},
 }
 
 
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> Run:
     grid[0, 0].plot(sizes, plain, "o-", color=viz.colour("without BatchNorm"), label="without BatchNorm")
     grid[0, 0].set(ylabel="validation accuracy", ylim=(0, 1))
     grid[0, 0].legend(frameon=False, loc="lower right")
+    figure.suptitle(f"784-100-100-100-10 on {run.args.data}, {run.args.epochs} epochs")
     run.save(figure, "batch_size")
 
     run.claim("with the smallest batches the network is ahead without BatchNorm", batches[0, 2] < plain[0])

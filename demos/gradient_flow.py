@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> Run:
             for cure in CURES:
                 key = activation, weights, cure
                 model = build(activation, weights, cure == "with BatchNorm", run.args.seed)
-                norm[key] = norms(model, training.take(np.arange(500)))
+                norm[key] = norms(model, training.take(np.arange(200)))
                 history = run.fit(
                     model, training, None, cure, progress=False,
                     optimizer=optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9),

@@ -1,5 +1,8 @@
 """Training on cuda, end to end: what a GPU would run is executed from its PTX, by the interpreter of `tests/ptx`."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -296,3 +299,10 @@ def test_functions_that_are_no_ops(name):
         results.append((y.numpy(), t.grad.numpy()))
     for got, want in zip(*results, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_pickles_have_memory_of_their_own():
+    layer = nn.Linear(2, 3).to("cuda")
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        np.testing.assert_array_equal(other.weight.numpy(), layer.weight.numpy())
+        assert other.weight.data.pointer != layer.weight.data.pointer

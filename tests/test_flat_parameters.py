@@ -1,6 +1,7 @@
 """Optimisers lay small parameters side by side and update them in one call; nobody may notice."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -259,6 +260,89 @@ def test_half_precision_is_updated_in_single(make):
     assert p.dtype == np.float16
     assert np.isfinite(p.numpy()).all()
     assert (p.numpy() < 1).all()
+
+
+@pytest.mark.parametrize("size", [3, optim.LARGE])
+def test_state_that_is_assigned_is_checked_and_copied(size):
+    def step(first, second):
+        p, q = (Tensor(np.ones(n), requires_grad=True, dtype=np.float32) for n in (size, 2))
+        optimizer = optim.SGD([p, q], lr=1.0, momentum=0.5)
+        for _ in range(2):
+            p.grad, q.grad = Tensor(np.zeros(size, np.float32)), Tensor(np.zeros(2, np.float32))
+            optimizer.step()
+            optimizer.state[p]["momentum_buffer"], optimizer.state[q]["momentum_buffer"] = first, second
+        optimizer.step()
+        return p.numpy(), q.numpy()
+
+    given = np.full(size, 4)
+    given.flags.writeable = False
+    p, q = step(given, [2, 2])
+    np.testing.assert_array_equal(p, -3)  # 1 − 4 · 0.5 in the last two steps
+    np.testing.assert_array_equal(q, -1)
+    assert (given == 4).all()
+    for wrong in (np.ones(size - 1), np.ones((size, 1)), 1.0):
+        with pytest.raises(ValueError, match=rf"momentum_buffer of a parameter of shape \({size},\) has the shape"):
+            step(wrong, np.ones(3))
+
+
+def test_momentum_that_is_turned_on_later_starts_at_0():
+    p = Tensor([1.0], requires_grad=True)
+    optimizer = optim.SGD([p], lr=1.0)
+    for momentum in (0.0, 0.5, 0.5):
+        optimizer.param_groups[0]["momentum"] = momentum
+        p.grad = Tensor([1.0])
+        optimizer.step()
+    assert p.item() == 1 - 1 - 1 - 1.5
+
+
+@every_optimizer
+def test_a_state_dict_may_go_through_json(kind, options):
+    ours, theirs = (parameters(shapes=[(), (3,), (2, 5), (4, 1, 2)]) for _ in range(2))
+    first, second = kind(ours, lr=0.1, **options), kind(theirs, lr=0.1, **options)
+    for params, optimizer in ((ours, first), (theirs, second)):
+        give_gradients(params, 0)
+        optimizer.step()
+    saved = json.loads(json.dumps(first.state_dict(), default=np.ndarray.tolist))
+    second = kind(theirs, lr=9.0, **options)
+    second.load_state_dict(saved)
+    for params, optimizer in ((ours, first), (theirs, second)):
+        give_gradients(params, 1)
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state[0].pop("exp_avg"), "state of parameter 0 has no exp_avg"),
+        (lambda state: state[0].pop("step"), "state of parameter 0 has no step"),
+        (lambda state: state.__setitem__(7, state[0]), "state of parameter 7, for 1"),
+        (lambda state: state[0].__setitem__("exp_avg", [1.0]), r"exp_avg of a parameter of shape \(3,\) has the shape"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(change, message):
+    p = Tensor(np.ones(3), requires_grad=True)
+    optimizer = optim.Adam([p], lr=0.1)
+    p.grad = Tensor(np.ones(3))
+    optimizer.step()
+    wrong = {**optimizer.state_dict(), "param_groups": [{**optimizer.state_dict()["param_groups"][0], "lr": 5.0}]}
+    before = copy.deepcopy(optimizer.state[p])
+    change(wrong["state"])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    for name, value in before.items():
+        np.testing.assert_array_equal(optimizer.state[p][name], value)
+
+
+@pytest.mark.parametrize("clip", [optim.clip_grad_norm_, optim.clip_grad_value_])
+def test_gradients_in_foreign_byte_order_are_clipped(clip):
+    for size in (2, 5000):
+        p = Tensor(np.zeros(size), requires_grad=True)
+        p.grad = Tensor._of(np.full(size, 3.0, ">f8"))
+        clip([p], 1.0)
+        want = 1 / math.sqrt(size) if clip is optim.clip_grad_norm_ else 1
+        np.testing.assert_allclose(p.grad.numpy(), want, rtol=1e-6)
 
 
 def test_state_that_is_assigned_is_used():

@@ -11,11 +11,12 @@ import threading
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import tinygrad_bn_kernels as kernels_module
 from hypothesis import given
 from tinygrad_bn_kernels import MODULES, kernel, names
 from tinygrad_bn_kernels.cpu import threads
 
-from tinygrad_bn import Tensor, functional, nn, optim
+from tinygrad_bn import Tensor, functional, nn, ops, optim
 from tinygrad_bn.device import find_kernel, kernels_disabled
 from tinygrad_bn.functional.normalization import block_norm_fused
 from tinygrad_bn.kernels import kernel_errors
@@ -58,6 +59,29 @@ def test_batch_norm_is_exact_at_any_mean(shape, offset, driver):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("offset", [3, 1e2, 1e4, 1e6, -1e6])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_batch_norm_are_exact_at_any_mean_of_the_cotangent(shape, relu, offset, driver):
+    x, g, weight, bias = operands(shape)
+    g, bias = (g + offset).astype(np.float32), bias + np.float32(3 if relu else 0)  # most pass the ReLU
+    got = training_step(x, g, weight, bias, relu)
+    with kernels_disabled():
+        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)), relu)
+    for a, b in zip(got[3:], want[3:], strict=True):
+        assert np.abs(a - b).max() <= 1.5e-6 * np.abs(b).max()
+    assert np.abs(got[3] - want[3]).max() <= 4e-7 * np.abs(want[3]).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cotangent_that_is_constant_has_no_gradient_but_that_of_the_bias(shape):
+    x, g, weight, bias = operands(shape)
+    *_, gx, gweight, gbias = training_step(x, np.full_like(g, 1e5), weight, bias)
+    assert not gx.any()
+    assert not gweight.any()
+    np.testing.assert_array_equal(gbias, 1e5 * (x.size // shape[1]))
+
+
 @given(st.sampled_from(SHAPES), st.integers(0, 999), st.booleans(), st.sampled_from([np.float32, np.float64]))
 def test_kernels_equal_the_composition(shape, seed, relu, dtype):
     args = operands(shape, seed, dtype)
@@ -93,13 +117,15 @@ def test_channels_of_any_scale(shape, scale):
 
 
 @pytest.mark.parametrize("blocks", [(37, 1, 50, 1), (9, 3, 2, 40), (8, 5, 1, 60), (1, 1, 7, 1)])
-@pytest.mark.parametrize("offset", [0, 1e3, 1e6])
+@pytest.mark.parametrize(("offset", "offset_of_g"), [(0, 0), (1e3, 0), (1e6, 0), (0, 1e2), (10, 1e6), (0, -1e6)])
 @pytest.mark.parametrize("centered", [True, False])
-def test_blocks_are_normalised_exactly_at_any_mean(blocks, offset, centered, driver):
+def test_blocks_are_normalised_exactly_at_any_mean(blocks, offset, offset_of_g, centered, driver):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(blocks[0], int(np.prod(blocks[1:])))) + offset).astype(np.float32)
     weight, bias = rng.normal(size=(2, blocks[1] * blocks[2])).astype(np.float32)
-    g, results = rng.normal(size=x.shape).astype(np.float32), []
+    offset_of_g *= centered  # what is not centered has the mean in its gradient
+    weight[:] = 0.7 if offset_of_g else weight  # weights that differ would make the mean a part of the gradient
+    g, results = (rng.normal(size=x.shape) + offset_of_g).astype(np.float32), []
     for dtype in (np.float32, np.float64):
         ts = [Tensor(a, requires_grad=True, dtype=dtype) for a in (x, weight, bias)]
         y = block_norm_fused(*ts, blocks=blocks, eps=1e-5, centered=centered)
@@ -260,6 +286,10 @@ from tinygrad_bn import Tensor, functional as F
 x = Tensor(np.random.default_rng(0).normal(size=(5, 3)), requires_grad=True)
 F.cross_entropy(F.batch_norm(x, training=True), np.zeros(5, int)).backward()
 assert np.isfinite(x.grad.numpy()).all()
+from tinygrad_bn_kernels.cpu.softmax import _exp
+with np.errstate(all="raise"):  # k is an exponent of float64, whatever x is
+    got = [_exp(np.float64(v)) for v in (-np.inf, np.inf, np.nan, 709.7, 0)]
+np.testing.assert_allclose(got, [0, np.inf, np.nan, np.exp(709.7), 1], rtol=1e-15)
 """
 
 
@@ -313,6 +343,63 @@ def test_wrong_arguments_are_errors_and_no_reads_out_of_bounds():
         optim.Adam([p]).step()
     assert functional.erf(0.5) == pytest.approx(0.5204998778)
     assert functional.max([1.0, 2.0]) == 2
+
+
+def test_kernels_that_are_called_by_themselves_check_shapes():
+    p, short = np.zeros(5000), np.zeros(10)
+    adam = {"beta1": 0.9, "beta2": 0.9, "step_size": 0.1, "root_scale": 1.0, "eps": 1e-8, "shrink": 1.0, "decay": 0.0}
+    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "decay": 0.0, "nesterov": False}
+    for name, operands, options in (
+        ("optim.adam", (p, p, short, p.copy()), adam),
+        ("optim.adam", (p, short, p.copy(), p.copy()), adam),
+        ("optim.sgd", (p, p, short), sgd),
+        ("relu.vjp", (p, short, short), {"needs": [True]}),
+    ):
+        with pytest.raises(ValueError, match=r"one shape; got .*\(10,\)"):
+            find_kernel(name, "cpu")(*operands, **options)
+
+
+def test_read_only_operands_and_other_kinds_of_numbers_are_not_compiled_for():
+    x, target = np.random.default_rng(0).normal(size=(70, 80)).astype(np.float32), np.arange(70)
+
+    def signatures():
+        cpu = [module for name, module in sys.modules.items() if name.startswith("tinygrad_bn_kernels.cpu.")]
+        return {f: len(f.signatures) for m in cpu for f in vars(m).values() if hasattr(f, "signatures")}
+
+    def everything(x, number, integer):
+        t = Tensor._of(x)
+        for axis in (0, 1, None):
+            functional.mean_and_var(t, axis), ops.sum(t, axis=axis), ops.max(t, axis=axis)
+            functional.mean(t, axis), functional.var(t, axis), functional.logsumexp(t, axis)
+        functional.layer_norm(t, 80, eps=number(0.0)), functional.batch_norm(t, training=True, eps=number(0.0))
+        functional.batch_norm(t, np.ones(80), np.ones(80), eps=number(0.0))
+        functional.cross_entropy(t, target, label_smoothing=number(0.0), ignore_index=integer(-100))
+
+    everything(x, float, int)
+    x.flags.writeable = False
+    before = signatures()
+    for number, integer in ((int, np.int32), (np.float32, np.int64)):
+        everything(x, number, integer)
+    assert signatures() == before
+
+
+@pytest.mark.parametrize("name", ["optim.adam", "optim.sgd", "nn.running_statistics", "batch_norm_fused"])
+@pytest.mark.parametrize("what", ["last element", "last array"])
+def test_the_table_of_kernels_notices_a_mistake_in_any_of_their_results(name, what, monkeypatch):
+    right = find_kernel(name, "cpu")
+
+    def wrong(*operands, **options):
+        result = right(*operands, **options)
+        results = [*(result if isinstance(result, tuple) else [result]), *operands]
+        arrays = [r for r in results[: -1 if name == "batch_norm_fused" else None] if np.size(r) > 1]
+        if name.startswith(("nn", "batch")):
+            arrays = [r for r in arrays if not any(r is o for o in operands)]
+        (arrays[0] if what == "last element" else arrays[-1])[..., -1] *= 1.001
+        return result
+
+    monkeypatch.setitem(kernels_module._kernels, (name, "cpu"), wrong)
+    monkeypatch.setattr("tinygrad_bn.kernels.MODULES", {(name, "cpu"): ""})
+    assert all(row.error > 1e-5 for row in kernel_errors())
 
 
 def test_the_gradient_of_a_long_half_precision_mean():

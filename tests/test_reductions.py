@@ -4,16 +4,16 @@ Small shapes never reach the loops as they are, so that most tests lower the thr
 """
 
 import math
-from contextlib import contextmanager
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tinygrad_bn_kernels.cpu import reduce, threads
+from tinygrad_bn_kernels.cpu import threads
 
 from tinygrad_bn import Tensor, functional, ops
 from tinygrad_bn.device import find_kernel
+from tinygrad_bn.testing import thresholds
 
 REFERENCES = {
     "sum": np.sum,
@@ -28,16 +28,6 @@ REFERENCES = {
     "logsumexp_fused": np.logaddexp.reduce,
 }
 PLACES = ("argmax", "argmin")
-
-
-@contextmanager
-def thresholds(small=0, piece=8, wide=6, narrow=5, parallel_from=1):
-    """In this block small work takes the paths of large work."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("SMALL", small), ("PIECE", piece), ("WIDE", wide), ("NARROW", narrow)):
-            patch.setattr(reduce, name, value)
-        patch.setattr(threads, "PARALLEL_FROM", parallel_from)
-        yield
 
 
 def compare(name, x, axis, keepdims=False):
@@ -154,6 +144,17 @@ def test_nan_wins_wherever_it_is_and_the_first_place_in_a_tie(name, shape):
                 x = np.zeros(shape)
                 x[place] = x[1, 1] = np.nan
                 assert compare(name, x, axis)
+
+
+@pytest.mark.parametrize("shape", [(8192,), (8192, 1), (64, 128), (1, 8192, 3)])
+def test_what_is_small_beside_what_cancels_is_kept(shape):
+    x = np.repeat(np.array([1e8, 1, -1e8, 1], np.float32), 2048)
+    x = np.broadcast_to(x[:, None], (8192, 3)).reshape(shape) if shape[-1] == 3 else x.reshape(shape)
+    axis = None if shape[-1] != 3 else 1
+    for layout in (x, np.asfortranarray(x)):
+        assert np.all(find_kernel("sum", "cpu")(layout, axis=axis) == 4096)
+        assert np.all(find_kernel("mean_fused", "cpu")(layout, axis=axis) == 0.5)
+        assert np.all(find_kernel("mean_and_var_fused", "cpu")(layout, axis=axis)[0] == 0.5)
 
 
 @pytest.mark.parametrize("shape", [(4, 2000), (8000,), (200, 40)])

@@ -7,6 +7,7 @@ array of parameters is replaced, never written into, so a graph that still needs
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
@@ -86,12 +87,12 @@ class Optimizer:
                             state[name] = full(p.shape, first, _wide(p.dtype), p.device)
                     state["step"] += 1
                     alone = id(p) if p.size >= LARGE else None
-                    alike.setdefault((p.dtype, state["step"], alone), []).append(p)
-            for (_, step, _), params in alike.items():
+                    alike.setdefault((p.dtype, state["step"], p.device, alone), []).append(p)
+            for (_, step, _, _), params in alike.items():
                 key = tuple(map(id, params))
                 flat = self._flats.get(key)
-                if flat is None or not flat.holds(self.state):
-                    flat = _Flat(params, self.state)
+                if flat is None or not flat.holds(self.state, kept):
+                    flat = _Flat(params, self.state, kept)
                 flats[key] = flat
                 flat.replace(self._update(flat.values(), flat.gradients(), flat.state, step=step, **group))
         self._flats = flats  # any other way of being laid out is over
@@ -133,26 +134,29 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError if the groups or the shapes do not fit."""
-        everything = [p for group in self.param_groups for p in group["params"]]
+        """Take over what `state_dict` gave, which may have been lists meanwhile, as in JSON.
+
+        Raises ValueError, and changes nothing, if the groups, the names or the shapes do not fit.
+        """
         if len(state["param_groups"]) != len(self.param_groups):
             raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
+        groups = [{**group, **options} for group, options in zip(self.param_groups, state["param_groups"], strict=True)]
         for group, options in zip(self.param_groups, state["param_groups"], strict=True):
             if options.keys() != group.keys() - {"params"}:
                 raise ValueError(f"the saved options {', '.join(options)} are not those of {type(self).__name__}")
+        everything = [(p, self._kept(group)) for group in groups for p in group["params"]]
+        loaded: dict[Tensor, State] = {}
         for i, saved in state["state"].items():
-            arrays = [v for v in saved.values() if isinstance(v, np.ndarray)]
-            if i >= len(everything) or any(a.shape != everything[i].shape for a in arrays):
-                raise ValueError(f"the saved state of parameter {i} does not fit the parameters here")
+            if not 0 <= int(i) < len(everything):
+                raise ValueError(f"there is a saved state of parameter {i}, for {len(everything)} parameters")
+            p, kept = everything[int(i)]
+            if missing := {"step", *kept} - saved.keys():
+                raise ValueError(f"the saved state of parameter {i} has no {', '.join(sorted(missing))}")
+            arrays = {name: move(_state_of(p, name, saved[name]), p.device) for name in kept}
+            loaded[p] = copy.deepcopy({**saved, **arrays})
         for group, options in zip(self.param_groups, state["param_groups"], strict=True):
             group.update(options)
-        self._flats = {}
-        self.state = {
-            everything[i]: {
-                k: move(np.array(v), everything[i].device) if isinstance(v, np.ndarray) else v for k, v in saved.items()
-            }
-            for i, saved in state["state"].items()
-        }
+        self._flats, self.state = {}, loaded
 
 
 class _Flat:
@@ -161,13 +165,11 @@ class _Flat:
     Each parameter's array is a view of it, and whoever keeps one keeps them all; `np.array(p)` is a copy.
     """
 
-    def __init__(self, params: list[Tensor], state: dict[Tensor, State]) -> None:
+    def __init__(self, params: list[Tensor], state: dict[Tensor, State], kept: Iterable[str]) -> None:
         self.params = params
         self.stops = np.cumsum([p.size for p in params])[:-1].tolist()
-        self.state = {
-            name: _joined([state[p][name] for p in params])
-            for name, value in state[params[0]].items()
-            if not isinstance(value, int)
+        self.state = {  # always a copy, as it is written into
+            name: join([_state_of(p, name, state[p][name]).reshape(-1) for p in params]) for name in kept
         }
         self.state_parts = {name: self._parts(array) for name, array in self.state.items()}
         for name, parts in self.state_parts.items():
@@ -175,9 +177,9 @@ class _Flat:
                 state[p][name] = part
         self.replace(_joined([p._data for p in params]))
 
-    def holds(self, state: dict[Tensor, State]) -> bool:
-        """Whether this is still the parameters' state, and nobody has assigned another."""
-        return all(
+    def holds(self, state: dict[Tensor, State], kept: Mapping[str, float]) -> bool:
+        """Whether this is still the parameters' state, by these names, and nobody has assigned another."""
+        return self.state.keys() == kept.keys() and all(
             state[p][name] is part
             for name, parts in self.state_parts.items()
             for p, part in zip(self.params, parts, strict=True)
@@ -211,6 +213,14 @@ class _Flat:
     def _parts(self, whole: Array) -> list[Array]:
         bounds = zip([0, *self.stops], [*self.stops, whole.size], self.params, strict=True)
         return [whole[start:stop].reshape(p.shape) for start, stop, p in bounds]
+
+
+def _state_of(p: Tensor, name: str, value: Any) -> Array:
+    """State of a parameter as an array in the precision of the update. Raises ValueError if it has another shape."""
+    array = as_array(value).astype(_wide(p.dtype), copy=False)
+    if array.shape != p.shape:
+        raise ValueError(f"the state {name} of a parameter of shape {p.shape} has the shape {array.shape}")
+    return array
 
 
 def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tinygrad_bn_kernels.cpu import reduce, threads
 
 from tinygrad_bn.autograd import OPS, Op, apply, grad
 from tinygrad_bn.device import device_of, find_kernel, kernels_disabled
@@ -300,8 +302,27 @@ def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> N
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12, atol=1e-12)
 
 
+@contextmanager
+def thresholds(piece: int = 8, parallel_from: int = 1) -> Iterator[None]:
+    """In this block small work takes the kernels' paths for large work: the loops, in pieces, on threads."""
+    before = reduce.SMALL, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM
+    reduce.SMALL, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM = 0, piece, 6, 5, parallel_from
+    try:
+        yield
+    finally:
+        reduce.SMALL, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM = before
+
+
 def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
-    """Each kernel, forward and backward, against the NumPy reference and the composition's gradient."""
+    """Each kernel, forward and backward, against the NumPy reference and the composition's gradient.
+
+    As a kernel does small work like the reference, it is made to take the paths of large work.
+    """
+    with thresholds():
+        _kernels_match_reference(op, xs, params, seed)
+
+
+def _kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
     for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
         cast = tuple(x.astype(dtype) if x.dtype.kind == "f" else x for x in xs)
         f, real = _split(op, cast, params)

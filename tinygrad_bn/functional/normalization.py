@@ -107,7 +107,7 @@ def batch_norm_steps(
 
 
 def _sample_batch_norm(d: Draw) -> Any:
-    shape = d.shape(min_dims=2, max_dims=4, min_side=1, max_side=3)
+    shape = d.integer(1, 9), *d.shape(min_dims=1, max_dims=3, min_side=1, max_side=3)
     weight, bias = d.array(REAL, shape[1:2]), d.array(REAL, shape[1:2])
     x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
     return (x, weight, bias), {"eps": 0.3}
@@ -135,10 +135,11 @@ def _batch_norm_relu_composed(x: Operand, weight: Operand, bias: Operand, *, eps
 
 def _sample_batch_norm_relu(d: Draw) -> Any:
     """Operands whose outputs keep a distance from the kink."""
-    n, c = d.integer(3, 4), d.integer(1, 3)
-    x = np.stack([d.distinct((n,)) * 10 for _ in range(c)], axis=1)
-    xhat = (x - x.mean(0)) / np.sqrt(x.var(0) + 0.3)
-    between = np.sort(xhat, axis=0)[:2].mean(0)  # the output is 0 half-way between two samples
+    n, c, plane = d.integer(3, 9), d.integer(1, 3), d.choice([(), (2,), (1, 2)])
+    x = np.stack([d.distinct((n, *plane)) * 10 for _ in range(c)], axis=1)
+    channels = x.swapaxes(0, 1).reshape(c, -1)
+    xhat = (channels - channels.mean(1, keepdims=True)) / np.sqrt(channels.var(1, keepdims=True) + 0.3)
+    between = np.sort(xhat)[:, :2].mean(1)  # the output is 0 half-way between two samples
     weight = np.where(np.arange(c) % 2, -1.5, 1.0)
     return (x, weight, -weight * between), {"eps": 0.3}
 

@@ -32,7 +32,7 @@ class BatchStatistics(NamedTuple):
 
     mean: Array
     var: Array
-    count: int
+    size: int
 
 
 class _BatchNorm(Module):
@@ -264,7 +264,7 @@ def batch_statistics(model: Module) -> Iterator[dict[_BatchNorm, list[BatchStati
     >>> bn = BatchNorm1d(1)
     >>> with batch_statistics(bn) as collected:
     ...     y = bn(np.array([[1.0], [3.0]]))
-    >>> [(s.mean.item(), s.var.item(), s.count) for s in collected[bn]], bn.running_mean.item()
+    >>> [(s.mean.item(), s.var.item(), s.size) for s in collected[bn]], bn.running_mean.item()
     ([(2.0, 1.0, 2)], 0.0)
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

@@ -2,61 +2,41 @@
 
 A block is P planes of S elements: all features of a sample for layer and RMS norm (S = 1), the channels of a group for
 group norm, one channel for instance norm (P = 1). Weight and bias have one number for each plane, and are the same for
-every sample. Statistics are summed in float64 about the block's first element: exact at any mean.
+every sample. Statistics and sums of gradients are taken about an element of the block, in float64: exact at any mean.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.norm import in_common, plane_statistics, rounded
 from tinygrad_bn_kernels.cpu.threads import split
 
-Array = NDArray[Any]
 Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S: x has N · G · P · S elements
-
-# Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
-FAR = 16.0
 
 # Into how many parts the samples are cut at most, each with its own sums of the gradients of weight and bias.
 PARTS = 16
 
 
 @njit(fastmath=SUMS)
-def _statistics(block, centered):
-    """Mean and biased variance; not centered, 0 and the mean square."""
-    shift, var = np.float64(block[0]) if centered and np.isfinite(block[0]) else 0.0, 0.0
-    for _ in range(2):
-        s1 = 0.0
-        s2 = 0.0
-        for j in range(block.size):
-            d = np.float64(block[j]) - shift
-            s1 += d
-            s2 += d * d
-        if not centered:
-            return 0.0, s2 / block.size
-        off = s1 / block.size
-        var = max(s2 / block.size - off * off, 0.0)
-        shift += off
-        if not off * off > FAR * FAR * var:
-            break
-    return shift, var
+def _mean_square(block):
+    total = 0.0
+    for j in range(block.size):
+        total += np.float64(block[j]) * np.float64(block[j])
+    return total / block.size
 
 
 @njit(fastmath=SUMS)
 def _forward(x, weight, bias, eps, centered, y, mean, var, start, stop):
     groups, planes = weight.shape
     size = x.shape[1] // planes
+    channels = x.reshape(1, *x.shape)
     for i in range(start, stop):
         block, out, g = x[i], y[i], i % groups
-        mean[i], var[i] = _statistics(block, centered)
-        m = x.dtype.type(mean[i])
-        ivar = 1 / np.sqrt(var[i] + eps)
-        a = x.dtype.type(ivar)
-        r = x.dtype.type((m - mean[i]) * ivar)  # x̂ = (x − m) · a + r: what rounding took from m comes back
+        mean[i], var[i] = plane_statistics(channels, i) if centered else (0.0, _mean_square(block))
+        m, ivar, shift = rounded(x, mean[i], var[i], eps)
+        a, r = x.dtype.type(ivar), x.dtype.type(shift)
         if size == 1:
             w, b = weight[g], bias[g]
             for j in range(planes):
@@ -64,56 +44,77 @@ def _forward(x, weight, bias, eps, centered, y, mean, var, start, stop):
         else:
             for p in range(planes):
                 source, target = block[p * size : (p + 1) * size], out[p * size : (p + 1) * size]
-                scale, shift = a * weight[g, p], r * weight[g, p] + bias[g, p]
+                scale, shift = x.dtype.type(ivar * weight[g, p]), x.dtype.type(r * weight[g, p] + bias[g, p])
                 for j in range(size):
                     target[j] = (source[j] - m) * scale + shift
 
 
-@njit(fastmath=SUMS - {"contract"})  # so that g · w − mean(g · w) is 0 for a block of one element
+@njit(fastmath={"contract"})
+def _xhat(x, m, a, r):
+    return (x - m) * a + r
+
+
+@njit(fastmath={"contract"})
+def _shifted(g, shift, w, extra):
+    """g · w less the same for all of the block: (g − shift) · w + extra, where extra is shift · (w − its first w)."""
+    return (g - shift) * w + extra
+
+
+@njit(fastmath=SUMS)
 def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
-    """`sums` is (parts, 2, G, P): of g · x̂ and of g, over the samples of each part."""
+    """`sums` is (parts, 2, G, P): of g · x̂ and of g, over the samples of each part.
+
+    gx = ivar · (d − mean d − x̂ · mean(d x̂)), where d is g · w less a number, since what all have in common is taken off
+    with the mean; not centered, d = g · w, and there is no mean.
+    """
     groups, planes = weight.shape
     count, parts, samples = x.shape[1], sums.shape[0], x.shape[0] // groups
     size = count // planes
+    kind = x.dtype.type
     for part in range(start, stop):
         for i in range(part * samples // parts * groups, (part + 1) * samples // parts * groups):
             gs, block, out, group = g[i], x[i], gx[i], i % groups
-            m = x.dtype.type(mean[i])
-            ivar = 1 / np.sqrt(var[i] + eps)
-            a, r = x.dtype.type(ivar), x.dtype.type((m - mean[i]) * ivar)
+            m, ivar, rest = rounded(x, mean[i], var[i], eps)
+            a, r, w, w0 = kind(ivar), kind(rest), weight[group], weight[group, 0]
+            shift = in_common(gs[0], gs[count // 2], gs[count - 1]) if centered else kind(0)
+            to_weight, to_bias = sums[part, 0, group], sums[part, 1, group]
             s1 = 0.0
             s2 = 0.0
             if size == 1:
-                w, to_weight, to_bias = weight[group], sums[part, 0, group], sums[part, 1, group]
                 for j in range(planes):
-                    gw, xhat = gs[j] * w[j], (block[j] - m) * a + r
-                    s1 += np.float64(gw)
-                    s2 += np.float64(gw) * np.float64(xhat)
+                    d, xhat = _shifted(gs[j], shift, w[j], shift * (w[j] - w0)), _xhat(block[j], m, a, r)
+                    s1 += np.float64(d)
+                    s2 += np.float64(d) * np.float64(xhat)
                 for j in range(planes):
-                    to_weight[j] += np.float64(gs[j]) * np.float64((block[j] - m) * a + r)
+                    to_weight[j] += np.float64(gs[j]) * np.float64(_xhat(block[j], m, a, r))
                     to_bias[j] += np.float64(gs[j])
-                shift, slope = x.dtype.type(s1 / count if centered else 0.0), x.dtype.type(s2 / count)
-                for j in range(planes):
-                    xhat = (block[j] - m) * a + r
-                    out[j] = a * (gs[j] * w[j] - shift - xhat * slope)
             else:
                 for p in range(planes):
-                    g0, x0 = gs[p * size : (p + 1) * size], block[p * size : (p + 1) * size]
+                    g0, x0, extra = gs[p * size : (p + 1) * size], block[p * size : (p + 1) * size], shift * (w[p] - w0)
                     t1 = 0.0
                     t2 = 0.0
+                    t3 = 0.0
                     for j in range(size):
-                        t1 += np.float64(g0[j])
-                        t2 += np.float64(g0[j]) * np.float64((x0[j] - m) * a + r)
-                    sums[part, 0, group, p] += t2
-                    sums[part, 1, group, p] += t1
-                    s1 += t1 * weight[group, p]
-                    s2 += t2 * weight[group, p]
-                shift, slope = x.dtype.type(s1 / count if centered else 0.0), x.dtype.type(s2 / count)
+                        d, xhat = np.float64(g0[j]) - np.float64(shift), np.float64(_xhat(x0[j], m, a, r))
+                        t1 += d
+                        t2 += d * xhat
+                        t3 += xhat
+                    to_weight[p] += t2 + np.float64(shift) * t3 if planes > 1 else t2  # of a whole block Σ x̂ is 0
+                    to_bias[p] += t1 + size * np.float64(shift)
+                    s1 += t1 * w[p] + size * np.float64(extra)
+                    s2 += t2 * w[p] + extra * t3
+            mean_d, slope = kind(s1 / count if centered else 0.0), kind(s2 / count)
+            if size == 1:
+                for j in range(planes):
+                    d, xhat = _shifted(gs[j], shift, w[j], shift * (w[j] - w0)), _xhat(block[j], m, a, r)
+                    out[j] = a * (d - (xhat * slope + mean_d))
+            else:
                 for p in range(planes):
-                    g0, x0 = gs[p * size : (p + 1) * size], block[p * size : (p + 1) * size]
-                    o0, w0 = out[p * size : (p + 1) * size], weight[group, p]
+                    g0, x0, extra = gs[p * size : (p + 1) * size], block[p * size : (p + 1) * size], shift * (w[p] - w0)
+                    o0 = out[p * size : (p + 1) * size]
                     for j in range(size):
-                        o0[j] = a * (g0[j] * w0 - shift - ((x0[j] - m) * a + r) * slope)
+                        d, xhat = _shifted(g0[j], shift, w[p], extra), _xhat(x0[j], m, a, r)
+                        o0[j] = a * (d - (xhat * slope + mean_d))
 
 
 def _as_blocks(x: Array, weight: Array, blocks: Blocks) -> tuple[Array, Array]:
@@ -129,7 +130,7 @@ def block_norm_fused(
     x: Array, weight: Array, bias: Array, *, blocks: Blocks, eps: float, centered: bool
 ) -> tuple[Array, Array, Array]:
     """The output, in x's shape, and mean and variance of each block in float64, (N · G,)."""
-    source = compiled(x)
+    eps, centered, source = float(eps), bool(centered), compiled(x)
     rows, w = _as_blocks(source, compiled(weight, source.dtype), blocks)
     b = compiled(bias, source.dtype).reshape(w.shape)
     y, mean, var = np.empty_like(source), np.empty(len(rows)), np.empty(len(rows))
@@ -154,7 +155,7 @@ def block_norm_fused_vjp(
     var: Array,
 ) -> tuple[Array, Array, Array]:
     """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
-    source = compiled(x)
+    eps, centered, source = float(eps), bool(centered), compiled(x)
     rows, w = _as_blocks(source, compiled(weight, source.dtype), blocks)
     gx, parts = np.empty_like(source), max(1, min(PARTS, blocks[0]))
     sums = np.zeros((parts, 2, *w.shape))

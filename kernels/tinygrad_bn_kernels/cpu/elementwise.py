@@ -1,17 +1,13 @@
 """Elementwise functions that NumPy has not, or has only in several passes over memory."""
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled, expect_one_shape
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import ERF_COST, PHILOX_COST, split
-
-Array = NDArray[Any]
 
 
 @njit()
@@ -24,6 +20,7 @@ def _relu_vjp(g, y, out, start, stop):
 @kernel("relu.vjp", "cpu")
 def relu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
     """g where the output was positive, 0 elsewhere."""
+    expect_one_shape(g, y)
     g, y = compiled(g), compiled(y)
     out = np.empty_like(g)
     split(_relu_vjp, g.size, g.size, g.reshape(-1), y.reshape(-1), out.reshape(-1))

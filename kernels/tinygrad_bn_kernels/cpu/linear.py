@@ -1,14 +1,10 @@
 """The affine map of a layer. BLAS multiplies; what is left is to touch memory and Python as little as possible."""
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.reduce import sum_
-
-Array = NDArray[Any]
 
 
 @kernel("linear.vjp", "cpu")

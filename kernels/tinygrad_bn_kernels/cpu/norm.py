@@ -3,26 +3,23 @@
 S = 1 is a batch of vectors (`_rows_…`), of which a part is a chunk of rows; otherwise the planes of images
 (`_planes_…`), of which a part is a range of channels, so that a channel is read again while it is in cache. Statistics
 are taken of x − shift, with the channel's first element as shift, and summed in float64: exact at any mean, and 0 for a
-constant channel.
+constant channel. Gradients far from 0 are computed from g − shift likewise: Σ x̂ is 0, so only the bias feels a shift.
 """
 
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.threads import split
-
-Array = NDArray[Any]
 
 # Rows of a batch of vectors whose sums are added up before those of the next.
 CHUNK = 256
 
-# Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
-FAR = 16.0
+_moments = njit(fastmath=SUMS)(moments)
 
 
 @njit()
@@ -35,9 +32,10 @@ def _floor(x, relu):
 
 
 @njit(fastmath=SUMS)
-def _plane_statistics(x, c):
+def plane_statistics(x, c):
+    """Mean and biased variance of channel c."""
     n, _, size = x.shape
-    shift = np.float64(x[0, c, 0] if np.isfinite(x[0, c, 0]) else 0)  # or an infinite mean would be NaN
+    mean = np.float64(x[0, c, 0] if np.isfinite(x[0, c, 0]) else 0)  # or an infinite mean would be NaN
     var = 0.0
     for _ in range(2):
         s1 = 0.0
@@ -45,30 +43,28 @@ def _plane_statistics(x, c):
         for i in range(n):
             plane = x[i, c]
             for j in range(size):
-                d = plane[j] - shift
+                d = plane[j] - mean
                 s1 += d
                 s2 += d * d
-        off = s1 / (n * size)
-        var = max(s2 / (n * size) - off * off, 0.0)
-        shift += off
-        if not off * off > FAR * FAR * var:
+        mean, var, far = _moments(mean, s1, s2, n * size)
+        if not far:
             break
-    return shift, var
+    return mean, var
 
 
 @njit(fastmath=SUMS)
-def _rounded(x, mean, var, eps):
-    """m, a and r in x's dtype, of which x̂ = (x − m) · a + r; r is what rounding took from the mean, m."""
+def rounded(x, mean, var, eps):
+    """m in x's dtype and ivar and r in float64, of which x̂ = (x − m) · ivar + r: r is what rounding took from m."""
     m, ivar = x.dtype.type(mean), 1 / np.sqrt(var + eps)
-    return m, x.dtype.type(ivar), x.dtype.type((m - mean) * ivar)
+    return m, ivar, (m - mean) * ivar
 
 
 @njit(fastmath=SUMS)
 def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
     floor = _floor(x, relu)
-    m, a, r = _rounded(x, mean, var, eps)
-    a, b = a * weight, r * weight + bias
+    m, ivar, r = rounded(x, mean, var, eps)
+    a, b = x.dtype.type(ivar * weight), x.dtype.type(r * weight + bias)
     for i in range(n):
         source, target = x[i, c], y[i, c]
         for j in range(size):
@@ -79,7 +75,7 @@ def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
 @njit(fastmath=SUMS)
 def _planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
     for c in range(start, stop):
-        mean[c], var[c] = _plane_statistics(x, c)
+        mean[c], var[c] = plane_statistics(x, c)
         _plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
 
 
@@ -90,67 +86,86 @@ def _planes_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
 
 
 @njit()
-def _passed(g, xhat, w, b, zero):
-    """g where the output x̂ · w + b is positive; 0 elsewhere."""
-    return g if xhat * w + b > zero else zero
+def in_common(first, second, third):
+    """One of three gradients, if they lie close together and far from 0; otherwise, and if not finite, 0."""
+    low, high = min(first, second, third), max(first, second, third)
+    return first if abs(low + high) > 8 * (high - low) else type(first)(0)
+
+
+# The next three are not to be reassociated: a shift that is taken from a sum instead of its terms has no use any more.
+# In all of them u · a + b is the output, computed as the forward pass did.
+
+
+@njit(fastmath={"contract"})
+def _term(g, x, m, a, b, ivar, shift, relu):
+    """d = g − shift, where g is 0 behind a ReLU that gave 0; and d (x − m) · ivar."""
+    u = x - m
+    d = (g if not relu or u * a + b > type(g)(0) else type(g)(0)) - shift
+    return d, d * (u * ivar)
+
+
+@njit(fastmath={"contract"})
+def _four_terms(g0, g1, g2, g3, x0, x1, x2, x3, m, a, b, ivar, shift, relu):
+    """The sums of four such, in their own precision, which rounds by less than the gradients will be; in float64."""
+    d0, h0 = _term(g0, x0, m, a, b, ivar, shift, relu)
+    d1, h1 = _term(g1, x1, m, a, b, ivar, shift, relu)
+    d2, h2 = _term(g2, x2, m, a, b, ivar, shift, relu)
+    d3, h3 = _term(g3, x3, m, a, b, ivar, shift, relu)
+    return np.float64((d0 + d1) + (d2 + d3)), np.float64((h0 + h1) + (h2 + h3))
+
+
+@njit(fastmath={"contract"})
+def _gradient(g, x, m, a, b, shift, p, q, relu):
+    """a · (d − mean d − x̂ · mean(d x̂)), where the two means are in p and q."""
+    u = x - m
+    d = (g if not relu or u * a + b > type(g)(0) else type(g)(0)) - shift
+    return a * (d - (u * p + q))
 
 
 @njit(fastmath=SUMS)
-def _plane_gradient_sums(g, x, c, m, a, r, w, b, relu):
-    """Σ g and Σ g x̂ of channel c.
-
-    Four terms are added in their own precision, which rounds by less than the gradients will be, these in float64.
-    """
+def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
+    """Σ d and Σ d (x − m) · ivar of channel c."""
     n, _, size = x.shape
-    zero = x.dtype.type(0)
     s1 = 0.0
     s2 = 0.0
     i = 0
     while i + 4 <= n:
         g0, g1, g2, g3 = g[i, c], g[i + 1, c], g[i + 2, c], g[i + 3, c]
         x0, x1, x2, x3 = x[i, c], x[i + 1, c], x[i + 2, c], x[i + 3, c]
-        if relu:
-            for j in range(size):
-                h0, h1, h2, h3 = (x0[j] - m) * a + r, (x1[j] - m) * a + r, (x2[j] - m) * a + r, (x3[j] - m) * a + r
-                e0, e1 = _passed(g0[j], h0, w, b, zero), _passed(g1[j], h1, w, b, zero)
-                e2, e3 = _passed(g2[j], h2, w, b, zero), _passed(g3[j], h3, w, b, zero)
-                s1 += np.float64((e0 + e1) + (e2 + e3))
-                s2 += np.float64((e0 * h0 + e1 * h1) + (e2 * h2 + e3 * h3))
-        else:
-            for j in range(size):
-                h0, h1, h2, h3 = (x0[j] - m) * a + r, (x1[j] - m) * a + r, (x2[j] - m) * a + r, (x3[j] - m) * a + r
-                s1 += np.float64((g0[j] + g1[j]) + (g2[j] + g3[j]))
-                s2 += np.float64((g0[j] * h0 + g1[j] * h1) + (g2[j] * h2 + g3[j] * h3))
+        for j in range(size):
+            d, h = _four_terms(
+                g0[j], g1[j], g2[j], g3[j], x0[j], x1[j], x2[j], x3[j], m, a, b, ivar, shift, relu
+            )  # fmt: skip
+            s1 += d
+            s2 += h
         i += 4
     while i < n:
         g0, x0 = g[i, c], x[i, c]
         for j in range(size):
-            h = (x0[j] - m) * a + r
-            e = _passed(g0[j], h, w, b, zero) if relu else g0[j]
-            s1 += np.float64(e)
-            s2 += np.float64(e * h)
+            d, h = _term(g0[j], x0[j], m, a, b, ivar, shift, relu)
+            s1 += np.float64(d)
+            s2 += np.float64(h)
         i += 1
     return s1, s2
 
 
 @njit(fastmath=SUMS)
 def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    """gx = a w · (g − mean g − x̂ · mean(g x̂)), if gx is there to be written."""
+    """gx = ivar w · (d − mean d − x̂ · mean(d x̂)), where d = g − shift, if gx is there to be written."""
     n, _, size = x.shape
-    zero = x.dtype.type(0)
-    m, a, r = _rounded(x, mean[c], var[c], eps)
-    w, b = weight[c], bias[c]
-    gbias[c], gweight[c] = _plane_gradient_sums(g, x, c, m, a, r, w, b, relu)
-    scale, shift, slope = a * w, x.dtype.type(gbias[c] / (n * size)), x.dtype.type(gweight[c] / (n * size))
+    kind = x.dtype.type
+    m, ivar, r = rounded(x, mean[c], var[c], eps)
+    a, b = kind(ivar * weight[c]), kind(r * weight[c] + bias[c])
+    shift = in_common(g[0, c, 0], g[n // 2, c, size // 2], g[n - 1, c, size - 1])
+    s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
+    s2 += r * s1
+    gbias[c], gweight[c] = s1 + n * size * np.float64(shift), s2
+    slope = s2 / (n * size)
+    p, q = kind(ivar * slope), kind(r * slope + s1 / (n * size))  # x̂ · mean(d x̂) + mean d = (x − m) · p + q
     for i in range(gx.shape[0]):
         gs, xs, out = g[i, c], x[i, c], gx[i, c]
-        if relu:
-            for j in range(size):
-                h = (xs[j] - m) * a + r
-                out[j] = scale * (_passed(gs[j], h, w, b, zero) - shift - h * slope)
-        else:
-            for j in range(size):
-                out[j] = scale * (gs[j] - shift - ((xs[j] - m) * a + r) * slope)
+        for j in range(size):
+            out[j] = _gradient(gs[j], xs[j], m, a, b, shift, p, q, relu)
 
 
 @njit(fastmath=SUMS)
@@ -189,7 +204,7 @@ def _rows_sums(x, shift, sums, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_statistics(sums, n, shift, mean, var):
-    """Mean and variance from the chunks' sums; whether the shift was good enough, else it is set to the mean."""
+    """Mean and variance from the chunks' sums, and whether the shift was good enough; it is set to the mean."""
     good = True
     for j in range(shift.size):
         s1 = 0.0
@@ -197,22 +212,20 @@ def _rows_statistics(sums, n, shift, mean, var):
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-        off = s1 / n
-        mean[j] = shift[j] + off
-        var[j] = max(s2 / n - off * off, 0.0)
-        if off * off > FAR * FAR * var[j]:
-            good = False
+        mean[j], var[j], far = _moments(shift[j], s1, s2, n)
         shift[j] = mean[j]
+        good = good and not far
     return good
 
 
 @njit(fastmath=SUMS)
-def _rows_constants(x, weight, bias, mean, var, eps):
-    """Rows m, a, r, w, b, of which x̂ = (x − m) · a + r and y = x̂ · w + b; and two more for the backward pass."""
+def _rows_constants(x, g, weight, bias, mean, var, eps):
+    """Rows m, a, b, of which y = (x − m) · a + b, and ivar; then, for the backward pass, the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
     for j in range(mean.size):
-        k[0, j], k[1, j], k[2, j] = _rounded(x, mean[j], var[j], eps)
-        k[3, j], k[4, j] = weight[j], bias[j]
+        m, ivar, r = rounded(x, mean[j], var[j], eps)
+        k[0, j], k[1, j], k[2, j], k[3, j] = m, ivar * weight[j], r * weight[j] + bias[j], ivar
+        k[4, j] = in_common(g[0, j], g[len(g) // 2, j], g[-1, j])
     return k
 
 
@@ -222,7 +235,7 @@ def _rows_normalize(x, k, relu, y, start, stop):
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         row, out = x[i], y[i]
         for j in range(row.size):
-            v = ((row[j] - k[0, j]) * k[1, j] + k[2, j]) * k[3, j] + k[4, j]
+            v = (row[j] - k[0, j]) * k[1, j] + k[2, j]
             out[j] = floor if v < floor else v
 
 
@@ -235,77 +248,60 @@ def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, 
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, weight, bias, mean, var, eps), relu, y)
+    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y)
 
 
 @njit(fastmath=SUMS)
 def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    _rows_normalize(x, _rows_constants(x, weight, bias, mean, var, eps), relu, y, start, stop)
+    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y, start, stop)
 
 
 @njit(fastmath=SUMS)
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
-    """Σ g and Σ g x̂ of each column, for every chunk from start to stop; four terms at a time as for planes."""
-    zero = x.dtype.type(0)
+    """Σ d and Σ d (x − m) · ivar of each column, for every chunk from start to stop."""
     for t in range(start, stop):
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
             x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-            if relu:
-                for j in range(k.shape[1]):
-                    m, a, r, w, b = k[0, j], k[1, j], k[2, j], k[3, j], k[4, j]
-                    h0, h1 = (x0[j] - m) * a + r, (x1[j] - m) * a + r
-                    h2, h3 = (x2[j] - m) * a + r, (x3[j] - m) * a + r
-                    e0, e1 = _passed(g0[j], h0, w, b, zero), _passed(g1[j], h1, w, b, zero)
-                    e2, e3 = _passed(g2[j], h2, w, b, zero), _passed(g3[j], h3, w, b, zero)
-                    sums[t, 0, j] += np.float64((e0 + e1) + (e2 + e3))
-                    sums[t, 1, j] += np.float64((e0 * h0 + e1 * h1) + (e2 * h2 + e3 * h3))
-            else:
-                for j in range(k.shape[1]):
-                    m, a, r = k[0, j], k[1, j], k[2, j]
-                    h0, h1 = (x0[j] - m) * a + r, (x1[j] - m) * a + r
-                    h2, h3 = (x2[j] - m) * a + r, (x3[j] - m) * a + r
-                    sums[t, 0, j] += np.float64((g0[j] + g1[j]) + (g2[j] + g3[j]))
-                    sums[t, 1, j] += np.float64((g0[j] * h0 + g1[j] * h1) + (g2[j] * h2 + g3[j] * h3))
+            for j in range(k.shape[1]):
+                m, a, b, ivar, shift = k[0, j], k[1, j], k[2, j], k[3, j], k[4, j]
+                d, h = _four_terms(
+                    g0[j], g1[j], g2[j], g3[j], x0[j], x1[j], x2[j], x3[j], m, a, b, ivar, shift, relu
+                )  # fmt: skip
+                sums[t, 0, j] += d
+                sums[t, 1, j] += h
             i += 4
         while i < last:
             g0, x0 = g[i], x[i]
             for j in range(k.shape[1]):
-                h = (x0[j] - k[0, j]) * k[1, j] + k[2, j]
-                e = _passed(g0[j], h, k[3, j], k[4, j], zero) if relu else g0[j]
-                sums[t, 0, j] += np.float64(e)
-                sums[t, 1, j] += np.float64(e * h)
+                d, h = _term(g0[j], x0[j], k[0, j], k[1, j], k[2, j], k[3, j], k[4, j], relu)
+                sums[t, 0, j] += np.float64(d)
+                sums[t, 1, j] += np.float64(h)
             i += 1
 
 
 @njit(fastmath=SUMS)
-def _rows_gradients(sums, n, k, gweight, gbias):
-    """Those of weight and bias from the chunks' sums, and their means into k."""
+def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
+    """Those of weight and bias from the chunks' sums; and p and q into k, as for planes."""
     for j in range(gweight.size):
         s1 = 0.0
         s2 = 0.0
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-        gbias[j], gweight[j] = s1, s2
-        k[5, j], k[6, j] = s1 / n, s2 / n
+        _, ivar, r = rounded(k, mean[j], var[j], eps)
+        s2 += r * s1
+        gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
+        k[5, j], k[6, j] = ivar * s2 / n, r * s2 / n + s1 / n
 
 
 @njit(fastmath=SUMS)
 def _rows_gradient(g, x, k, relu, gx, start, stop):
-    zero = x.dtype.type(0)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         gs, row, out = g[i], x[i], gx[i]
-        if relu:
-            for j in range(row.size):
-                h = (row[j] - k[0, j]) * k[1, j] + k[2, j]
-                e = _passed(gs[j], h, k[3, j], k[4, j], zero)
-                out[j] = k[1, j] * k[3, j] * (e - k[5, j] - h * k[6, j])
-        else:
-            for j in range(row.size):
-                h = (row[j] - k[0, j]) * k[1, j] + k[2, j]
-                out[j] = k[1, j] * k[3, j] * (gs[j] - k[5, j] - h * k[6, j])
+        for j in range(row.size):
+            out[j] = _gradient(gs[j], row[j], k[0, j], k[1, j], k[2, j], k[4, j], k[5, j], k[6, j], relu)
 
 
 def _rows_backward(
@@ -313,9 +309,9 @@ def _rows_backward(
 ) -> None:
     gx, gweight, gbias = out
     chunks = -(-len(x) // CHUNK)
-    k, sums = _rows_constants(x, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
+    k, sums = _rows_constants(x, g, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
     split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
-    _rows_gradients(sums, len(x), k, gweight, gbias)
+    _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
     if gx.size:
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
 
@@ -349,6 +345,7 @@ def _expect_channels(x: Array, *vectors: Array) -> None:
 
 
 def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
+    eps = float(eps)  # not 0, nor a float32: each would be compiled for
     _expect_channels(x, weight, bias)
     source = compiled(x)
     y, (mean, var) = np.empty_like(source), np.empty((2, x.shape[1])) if x.size else np.full((2, x.shape[1]), np.nan)
@@ -373,6 +370,7 @@ def _backward(
     var: Array,
     relu: bool,
 ) -> tuple[Array | None, Array, Array]:
+    eps = float(eps)
     source = compiled(x)
     gx = np.empty_like(source) if needs[0] else None
     gweight, gbias = np.empty((2, x.shape[1])) if x.size else np.zeros((2, x.shape[1]))
@@ -403,7 +401,7 @@ def batch_norm_relu_fused(x: Array, weight: Array, bias: Array, *, eps: float) -
 def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Array, bias: Array, *, eps: float) -> Array:
     """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
     _expect_channels(x, mean, var, weight, bias)
-    source = compiled(x)
+    eps, source = float(eps), compiled(x)
     y, statistics = np.empty_like(source), (compiled(mean, np.float64), compiled(var, np.float64))
     if x.size:
         xs, ys = _channels(source), _channels(y)
@@ -439,5 +437,5 @@ def running_statistics(
     if running_mean.dtype.char not in "fd" or running_var.dtype.char not in "fd":
         return NotImplemented
     new_mean, new_var = np.empty_like(running_mean), np.empty_like(running_var)
-    old = compiled(running_mean), compiled(running_var)
-    return new_mean, new_var, _track(*old, compiled(mean), compiled(var), momentum, unbias, new_mean, new_var)
+    old, numbers = (compiled(running_mean), compiled(running_var)), (float(momentum), float(unbias))
+    return new_mean, new_var, _track(*old, compiled(mean), compiled(var), *numbers, new_mean, new_var)

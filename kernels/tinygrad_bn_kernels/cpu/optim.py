@@ -4,17 +4,12 @@ Each takes flat arrays, gives the new parameter as a new array (a graph may stil
 state in place.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu.arrays import Array, expect_one_shape
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import split
-
-Array = NDArray[Any]
-
 
 # Elements that a loop takes at a time, in two passes: with five arrays in one pass the compiler would need so many
 # checks for overlap that it gives up on vector registers.
@@ -52,6 +47,7 @@ def adam(
     """The new p = shrink · p − step_size · m / (root_scale · √v + eps), after m and v have taken in g + decay · p."""
     if p.dtype.char not in "fd":
         return NotImplemented
+    expect_one_shape(p, g, m, v)
     out = np.empty_like(p)
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, step_size, root_scale, eps, shrink, decay)
     split(_adam, p.size, p.size, p, g, m, v, *map(p.dtype.type, numbers), out)
@@ -75,8 +71,9 @@ def sgd(
     """The new p = p − lr · v, or p − lr · (g + momentum · v), after v has taken in g + decay · p."""
     if p.dtype.char not in "fd":
         return NotImplemented
+    expect_one_shape(p, g, v)
     out = np.empty_like(p)
     kind = p.dtype.type
-    numbers = kind(lr), kind(momentum), kind(1 - dampening), kind(decay), nesterov
+    numbers = kind(lr), kind(momentum), kind(1 - dampening), kind(decay), bool(nesterov)
     split(_sgd, p.size, p.size, p, g, v, *numbers, out)
     return out

@@ -5,8 +5,7 @@ last axis is reduced (each of M rows of D elements), or *columns*, when it is ke
 A loop takes its work in pieces whose bounds follow from the shape alone, and leaves a partial result for each; the
 partial results, which are few, are put together in one order. So the number of threads changes nothing.
 
-Sums are in float64, of groups of four elements that are added in their own precision (its error is below ε Σ|x|);
-moments are in float64 throughout. What NumPy does as well is declined (`NotImplemented`): other dtypes, empty arrays,
+Everything is added up in float64. What NumPy does as well is declined (`NotImplemented`): other dtypes, empty arrays,
 and axes that are wrong.
 """
 
@@ -17,13 +16,13 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu import threads
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled
+from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.threads import READING_COST, split
 
-Array = NDArray[Any]
 Axis = int | tuple[int, ...] | None
 
 # Elements of a piece.
@@ -35,10 +34,6 @@ NARROW = 64
 
 # Up to so many elements a call of NumPy's own reduction costs less than the planning here.
 SMALL = 1 << 12
-
-# Of a shift that is further from the mean than this many deviations the sums are taken again, from a better one.
-FAR = 16.0
-
 
 # NumPy's reductions, without the keyword handling of np.sum and its kin.
 ADD: Any = np.add.reduce
@@ -102,8 +97,8 @@ def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool) -> Any:
     if not x.flags.c_contiguous:
         return _reduced_in_memory_order(reduce, x, axis, found)
     if found.copied:
-        x = np.ascontiguousarray(x.transpose(found.copied))
-    return reduce(x.reshape(found.view), found)
+        x = x.transpose(found.copied)
+    return reduce(compiled(x).reshape(found.view), found)
 
 
 def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan) -> Any:
@@ -130,7 +125,7 @@ class _Pieces(NamedTuple):
 def _pieces(view: tuple[int, ...]) -> _Pieces:
     a, b, c = view
     columns = min(c, WIDE)
-    fold = max(1, NARROW // c)
+    fold = max(1, min(NARROW // c, b))
     rows = b if c > WIDE else -(-max(PIECE // columns, 4) // fold) * fold
     return _Pieces(rows, columns, fold, (a, -(-b // rows), -(-c // columns)))
 
@@ -197,16 +192,12 @@ def _summed(x: Array, axis: Axis, keepdims: bool) -> Any:
     """Sums in float64."""
     if x.dtype.char not in "fd":
         return NotImplemented
-    if x.size > SMALL:
-        total = _reduced(_sums, x, axis, keepdims)
-        if total is NotImplemented or np.isfinite(total).all():
-            return total  # otherwise four large elements may have overflowed where float64 does not
-    return ADD(x, axis, np.float64, None, keepdims)
+    return _reduced(_sums, x, axis, keepdims) if x.size > SMALL else ADD(x, axis, np.float64, None, keepdims)
 
 
 @kernel("sum", "cpu")
 def sum_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Sum over `axis`, in x's dtype: groups of four elements are added up in float64."""
+    """Sum over `axis`, added up in float64, in x's dtype."""
     total = _summed(x, axis, keepdims)
     return total if total is NotImplemented else total.astype(x.dtype)
 
@@ -269,11 +260,8 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
     shift = (x[:, 0, :, 0] if x.ndim == 4 else x[:, 0]).astype(np.float64).reshape(-1)
     shift[~np.isfinite(shift)] = 0.0  # or the mean would be NaN where it is infinite
     for _ in range(2):
-        s1, s2 = _moments(x, shift)
-        off = s1 / found.terms
-        var = np.maximum(s2 / found.terms - off * off, 0.0)
-        shift = shift + off
-        if not (off * off > FAR * FAR * var).any():
+        shift, var, far = moments(shift, *_moments(x, shift), found.terms)
+        if not far.any():
             break
     return shift.reshape(found.shape), var.reshape(found.shape)
 

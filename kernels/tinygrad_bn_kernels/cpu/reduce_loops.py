@@ -8,12 +8,10 @@ import numpy as np
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 
-# Elements of a row from which its sum is taken in four streams.
+# Elements of a row from which its sum is taken in four streams, which the memory delivers faster than one.
 LONG = 1 << 12
 
 # ---- sums ------------------------------------------------------------------------------------------------
-# Four elements are added in their own precision, which rounds by less than the result will be rounded, and these sums
-# in float64: twice as fast as converting each element.
 
 
 @njit(fastmath=SUMS)
@@ -30,7 +28,7 @@ def _sum_of_long(row):
     r0, r1, r2, r3 = row[:quarter], row[quarter:], row[2 * quarter :], row[3 * quarter :]
     total = _sum_of_short(row[4 * quarter :])
     for j in range(quarter):
-        total += np.float64((r0[j] + r1[j]) + (r2[j] + r3[j]))
+        total += (np.float64(r0[j]) + np.float64(r1[j])) + (np.float64(r2[j]) + np.float64(r3[j]))
     return total
 
 
@@ -59,7 +57,7 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
             k = (a * b + i) * c + first
             r0, r1, r2, r3 = flat[k:], flat[k + fold * c :], flat[k + 2 * fold * c :], flat[k + 3 * fold * c :]
             for j in range(sums.size):
-                sums[j] += np.float64((r0[j] + r1[j]) + (r2[j] + r3[j]))
+                sums[j] += (np.float64(r0[j]) + np.float64(r1[j])) + (np.float64(r2[j]) + np.float64(r3[j]))
             i += 4 * fold
         while i < last:
             r0 = flat[(a * b + i) * c + first :]

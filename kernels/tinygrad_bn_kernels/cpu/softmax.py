@@ -10,14 +10,11 @@ import numpy as np
 from llvmlite import ir
 from numba import config, types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.threads import EXP_COST, split
-
-Array = NDArray[Any]
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
@@ -48,9 +45,10 @@ def _exp(x):
 
     eˣ = 2ᵏ eʳ with |r| ≤ log(2) / 2, and eʳ by its Taylor polynomial of degree 13, whose rest is below 2⁻⁵³.
     """
-    x = -707.0 if x < -707.0 else x
-    k = np.floor(x * LOG2_E + 0.5)
-    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    inside = x if x > -707.0 else -707.0  # so that k is an exponent of float64, for NaN as well
+    inside = inside if inside < 709.782 else 709.782
+    k = np.floor(inside * LOG2_E + 0.5)
+    r = (inside - k * LN2_HIGH) - k * LN2_LOW
     p = 1 / 6227020800.0
     p = p * r + 1 / 479001600.0
     p = p * r + 1 / 39916800.0
@@ -66,7 +64,8 @@ def _exp(x):
     p = p * r + 1.0
     p = p * r + 1.0
     e = (p + p) * _from_bits((np.int64(k) + 1022) << 52)  # 2ᵏ alone overflows before eˣ does
-    return 0.0 if x <= -707.0 else np.inf if x > 709.782 else e
+    e = 0.0 if x <= -707.0 else np.inf if x > 709.782 else e
+    return e if x == x else x
 
 
 # ---- cross-entropy ---------------------------------------------------------------------------------------
@@ -149,6 +148,7 @@ def softmax_cross_entropy(
     The loss is that of each row (M,) for the reduction "none", else one number. Raises ValueError for a target that
     is no class.
     """
+    ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
     loss, mass, normalizer = np.empty(len(x)), np.empty(len(x)), np.empty((len(x), 2))
     args = logits, target, weight, ignore_index, smoothing, loss, mass, normalizer
@@ -178,6 +178,7 @@ def softmax_cross_entropy_vjp(
     """The gradient with respect to the logits; that of the weights is left to the composition."""
     if needs[2]:
         return NotImplemented
+    ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
     gx = np.empty_like(logits)
     if x.size:
@@ -213,7 +214,7 @@ def logsumexp_fused(x: Array, *, axis: int | tuple[int, ...] | None = None, keep
     shift = np.where(np.isfinite(largest), largest, 0).astype(x.dtype)
     last = {a % x.ndim for a in axes}
     order = (*(i for i in range(x.ndim) if i not in last), *sorted(last))
-    rows = np.ascontiguousarray(x.transpose(order)).reshape(largest.size, -1)
+    rows = compiled(x.transpose(order)).reshape(largest.size, -1)
     total = np.empty(len(rows))
     split(_exp_sums, len(rows), EXP_COST * x.size, rows, shift.reshape(-1), total)
     with np.errstate(divide="ignore"):

@@ -170,6 +170,12 @@ class DeviceArray:
             launch.driver().copy(out.pointer, self.pointer, self.nbytes)
         return out
 
+    def __deepcopy__(self, memo: Any) -> DeviceArray:
+        return self.copy()
+
+    def __reduce__(self) -> Any:
+        return DeviceArray.from_numpy, (self.numpy(),)  # in a pickle, by way of the host
+
     def astype(self, dtype: DTypeLike, copy: bool = True) -> DeviceArray:
         """Converted to `dtype`."""
         return _maps().astype(self, dtype=dtype) if copy or np.dtype(dtype) != self.dtype else self
