@@ -1,15 +1,16 @@
 """What the compiler makes of every program for cuda, for four generations of GPUs; no GPU is needed for it."""
 
 import re
+from typing import Any
 
 import pytest
 
-from tests.ptx.compile import ARCHITECTURES, assemble, compile_ptx, need_compiler
+from tests.ptx.compile import ARCHITECTURES, Assembly, assemble, compile_ptx, need_compiler
 from tests.ptx.parse import parse
 from tests.ptx.programs import programs, ptx_for
 
 CEILING = 64  # registers of a thread that no program may have more of; most say 40 or less
-DIVIDING: dict[str, str] = {}  # programs whose inner loop divides integers, and why
+PARTS = 4  # of the programs, for processes that test side by side
 
 
 def inner_loops(ptx: str) -> list[list[str]]:
@@ -24,50 +25,47 @@ def inner_loops(ptx: str) -> list[list[str]]:
     return [[".".join((i.opcode, *i.modifiers)) for i in kernel.instructions[a : b + 1]] for a, b in inner]
 
 
+def wrong_in_machine_code(program: Any, code: Assembly) -> list[str]:
+    """What of registers, spills, stack, shared memory, vector accesses and float64 is not as the program declares."""
+    wide = bool(code.count("LDG.E.128")), bool(code.count("STG.E.128"))
+    all_wide = program.vector, program.vector and not program.shared  # a reduction stores few numbers
+    found = {
+        f"{code.registers} registers, more than {program.registers}": code.registers > program.registers,
+        f"declares {program.registers} registers, more than {CEILING}": program.registers > CEILING,
+        f"{code.spills} bytes of spilled registers": code.spills,
+        f"{code.stack} bytes of stack": code.stack,
+        f"{code.shared} bytes of shared memory, not {program.shared}": code.shared != program.shared,
+        f"{code.float64} instructions of float64": code.float64,
+        f"128 bits are loaded, stored: {wide}": wide != all_wide,
+    }
+    return [what for what, is_wrong in found.items() if is_wrong]
+
+
+def wrong_in_ptx(program: Any, ptx: str) -> list[str]:
+    """Whether anything is float64 or called, an inner loop divides integers, or the shuffles are not those declared."""
+    body = re.sub(r"(?m)^\s*\.(reg|param).*$", "", ptx)
+    shuffles = body.count("shfl.sync")
+    divisions = [op for loop in inner_loops(ptx) for op in loop if re.fullmatch(r"(div|rem)\.[us]\d+", op)]
+    found = {
+        "float64": re.search(r"\.f64\b", body),
+        "a call": re.search(r"\bcall\b", body),
+        f"{divisions} in an inner loop": divisions,
+        f"{shuffles} shuffles, not {program.shuffles} or, of an unrolled loop, a multiple": (
+            shuffles % program.shuffles if program.shuffles else shuffles
+        ),
+    }
+    return [what for what, is_wrong in found.items() if is_wrong]
+
+
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
-def test_the_machine_code_of_every_program(cc):
-    """Registers, spills, stack, shared memory, vector accesses and float64 of each program are as it declares."""
+def test_every_program_is_compiled_to_what_it_declares(cc, part):
     need_compiler()
-    modules = {name: ptx_for(program, cc) for name, program in programs().items()}
-    wrong = []
-    for name, code in assemble(modules, cc).items():
-        program = programs()[name]
-        wide = bool(code.count("LDG.E.128")), bool(code.count("STG.E.128"))
-        all_wide = program.vector, program.vector and not program.shared  # a reduction stores few numbers
-        expected = {
-            f"{code.registers} registers, more than {program.registers}": code.registers > program.registers,
-            f"declares {program.registers} registers, more than {CEILING}": program.registers > CEILING,
-            f"{code.spills} bytes of spilled registers": code.spills,
-            f"{code.stack} bytes of stack": code.stack,
-            f"{code.shared} bytes of shared memory, not {program.shared}": code.shared != program.shared,
-            f"{code.float64} instructions of float64": code.float64,
-            f"128 bits are loaded, stored: {wide}": wide != all_wide,
-        }
-        wrong += [f"{name}: {what}" for what, is_wrong in expected.items() if is_wrong]
-    assert not wrong
-
-
-@pytest.mark.parametrize("cc", [(7, 5), (10, 0)], ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
-def test_the_ptx_of_every_program(cc):
-    """Nothing is float64, nothing is called, no inner loop divides integers, and the shuffles are those declared."""
-    need_compiler()
-    wrong = []
-    for name, program in programs().items():
-        ptx = ptx_for(program, cc)
-        body = re.sub(r"(?m)^\s*\.(reg|param).*$", "", ptx)
-        shuffles = body.count("shfl.sync")
-        divisions = [op for loop in inner_loops(ptx) for op in loop if re.fullmatch(r"(div|rem)\.[us]\d+", op)]
-        expected = {
-            "float64": re.search(r"\.f64\b", body),
-            "a call": re.search(r"\bcall\b", body),
-            f"{divisions} in an inner loop": divisions and name not in DIVIDING,
-            "no division in an inner loop any more": name in DIVIDING and not divisions,
-            f"{shuffles} shuffles, not {program.shuffles} or, of an unrolled loop, a multiple": (
-                shuffles % program.shuffles if program.shuffles else shuffles
-            ),
-        }
-        wrong += [f"{name}: {what}" for what, is_wrong in expected.items() if is_wrong]
-    assert not wrong
+    some = {name: programs()[name] for name in sorted(programs())[part::PARTS]}  # sorted: as in other processes
+    modules = {name: ptx_for(program, cc) for name, program in some.items()}
+    codes = assemble(modules, cc)
+    wrong = {n: wrong_in_ptx(p, modules[n]) + wrong_in_machine_code(p, codes[n]) for n, p in some.items()}
+    assert not {name: what for name, what in wrong.items() if what}
 
 
 def test_sm_80_and_90_get_the_ptx_of_sm_75():
