@@ -68,7 +68,8 @@ class Bindings(types.ModuleType):
         self.device = Interpreter()
         self.calls = []
         self.full = False
-        self.CUresult = types.SimpleNamespace(CUDA_ERROR_OUT_OF_MEMORY=2)
+        self.CUresult = types.SimpleNamespace(CUDA_ERROR_OUT_OF_MEMORY=2, CUDA_ERROR_UNSUPPORTED_PTX_VERSION=222)
+        self.is_old = False
         self.CUdevice_attribute = types.SimpleNamespace(
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
@@ -116,6 +117,8 @@ class Bindings(types.ModuleType):
         return (0,)
 
     def cuModuleLoadData(self, image):
+        if self.is_old and image.startswith(b"//"):
+            return 222, None
         assert image.endswith(b"\0")
         self.calls.append("load")
         self.modules[len(self.modules)] = image[:-1].decode()
@@ -179,3 +182,15 @@ def test_a_failed_call_names_the_drivers_error(bindings):
 
     with pytest.raises(RuntimeError, match="CUDA: CUDA_ERROR_OF_SOME_KIND"):
         cuda.synchronize()
+
+
+def test_a_driver_older_than_the_compiler_gets_machine_code(bindings, monkeypatch):
+    from tinygrad_bn_kernels.cuda import driver
+
+    from tinygrad_bn import Tensor
+
+    linked = []
+    bindings.is_old = True
+    monkeypatch.setattr(driver, "_linked", lambda ptx, cc: linked.append(cc) or b" " + ptx.encode() + b"\0")
+    assert (Tensor([1.0, 2.0]).to("cuda") * 2.0).numpy().tolist() == [2, 4]
+    assert linked == [(7, 5)]

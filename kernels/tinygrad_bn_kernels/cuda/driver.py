@@ -41,6 +41,14 @@ def _checked(answer: Any) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def _linked(ptx: str, cc: tuple[int, int]) -> bytes:
+    """Machine code of a program, which a driver takes also from a newer compiler of the same major version."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}")
+    return bytes(Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin").code)
+
+
 class Device:
     """The first device, its memory, and programs that run on it."""
 
@@ -105,7 +113,10 @@ class Device:
 
     def _load(self, ptx: str, name: str, args: list[Any]) -> tuple[Any, struct.Struct]:
         """The program on the device, and how its arguments lie in slots of 8 bytes."""
-        module = _checked(self._driver.cuModuleLoadData(ptx.encode() + b"\0"))
+        answer = self._driver.cuModuleLoadData(ptx.encode() + b"\0")
+        if answer[0] == self._api.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION:  # the compiler is newer than the driver
+            answer = self._driver.cuModuleLoadData(_linked(ptx, self.cc))
+        module = _checked(answer)
         function = _checked(self._driver.cuModuleGetFunction(module, name.encode()))
         found = function, struct.Struct("<" + "".join(_SLOTS[type(a)] for a in args))
         self._functions[ptx] = found
