@@ -67,7 +67,7 @@ def split(loop: Callable[..., object], items: int, elements: float, *args: objec
     others = []
     with suppress(RuntimeError):  # no more threads, or the interpreter is shutting down: fewer threads do all of it
         for _ in range(1, _threads):
-            others.append(_executor().submit(work))
+            others.append(_executor().submit(work))  # noqa: PERF401  # an error has to leave those before it
     try:
         work()
     finally:
