@@ -22,7 +22,7 @@ test: $(VENV)/.test  ## run the test-suite
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
 
-bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 6 minutes, a quiet machine)
+bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 10 minutes, a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py
 
 bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly, without compiled PyTorch
