@@ -29,7 +29,7 @@ gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op the
 	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 	$(BIN)/python -m tests.gpu_report
 
-bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 6 minutes, a quiet machine)
+bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 10 minutes, a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py
 
 bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly, without compiled PyTorch

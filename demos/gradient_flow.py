@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> Run:
     grid[0, 0].set_ylabel("norm of the gradient before training")
     grid[1, 0].set(ylabel="validation accuracy", ylim=(0, 1))
     grid[0, 1].legend(frameon=False, loc="lower center")
-    figure.legend(*grid[1, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
-    figure.suptitle(f"Twenty layers on {run.args.data}, the accuracy after {run.args.epochs} epochs")
+    viz.legend_below(grid[1, 0])
+    figure.suptitle(f"Twenty layers on {run.args.data}, accuracy after so many epochs: {run.args.epochs}")
     run.save(figure, "gradient_flow")
 
     run.console.print(

@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> Run:
         axes.set(title=f"deviation {std:.2g}", ylim=(0, 1.02))
     figure.supxlabel("epoch")
     figure.supylabel("accuracy on the training images, in training mode")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=2)
+    viz.legend_below(grid[0, 0])
     run.save(figure, "panels")
 
     final = {name: [line[-1] for line in lines] for name, lines in curves.items()}

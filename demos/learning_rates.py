@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> Run:
     grid[0, 0].axhline(CHANCE, color="0.5", linewidth=1, linestyle=":")
     grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log", title="dotted: the loss of guessing")
     grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1), title="×: diverged, no better than guessing")
-    grid[0, 1].legend(frameon=False, loc="center left")
-    figure.suptitle(f"784-100×5-10 on {run.args.data}, momentum 0.9, {run.args.epochs} epochs for each rate")
+    viz.legend_below(grid[0, 1])
+    figure.suptitle(f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs for each rate: {run.args.epochs}")
     run.save(figure, "learning_rates")
 
     largest = {

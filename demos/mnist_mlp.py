@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> Run:
             values = [getattr(score, measure) for score in line]
             axes.plot(range(1, len(line) + 1), values, style, color=viz.colour(name), label=f"{name}, {of}")
         axes.set(xlabel="epoch", ylabel=measure)
-    figure.legend(*grid[0, 1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+    viz.legend_below(grid[0, 1])
     figure.suptitle(f"784-32-32-10 on {run.args.data}, {run.args.optimizer} {run.args.lr:g}, both in evaluation mode")
     run.save(figure, "history")
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks for every setting and seed, and compare their test accuracies."""
     run = Run(
         "titanic_mlp", __doc__, argv,
-        data="titanic", epochs=200, batch_size=128, seeds=10, check={"seeds": 3},
+        data="titanic", epochs=200, batch_size=128, seeds=10, check={"epochs": 100, "seeds": 3},
     )  # fmt: skip
     passengers = run.load()
     if passengers.x.shape[1:] != (3,):
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> Run:
             grid[0, 0].plot(i + offset, np.mean(values), "_", color=hue, markersize=26, mew=3, label=label)
     grid[0, 0].set(ylabel="test accuracy", title=f"{run.args.seeds} seeds; the dash is the mean")
     grid[0, 0].set_xticks(range(len(SETTINGS)), list(SETTINGS))
-    grid[0, 0].legend(frameon=False, loc="lower right")
+    viz.legend_below(grid[0, 0])
     run.save(figure, "accuracy")
 
     raw = accuracy["raw inputs, SGD"]

@@ -81,6 +81,29 @@ def test_when_split_returns_nothing_is_at_work_any_more():
         assert sorted(begun) == sorted(ended)
 
 
+def test_fewer_threads_than_asked_for_do_all_of_the_work(monkeypatch):
+    """At a limit of processes the first thread starts, and another does not."""
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    threads.set_num_threads(4)
+    done = []
+
+    def loop(first, stop):
+        threading.Event().wait(0.2 if threading.current_thread() in started else 0.01)
+        done.extend(range(first, stop))
+
+    threads.split(loop, 16, 1)
+    assert sorted(done) == list(range(16))
+    assert started
+
+
 def test_less_than_one_thread_is_an_error_that_changes_nothing():
     before = threads.num_threads()
     for count in (0, -1):

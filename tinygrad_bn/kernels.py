@@ -67,10 +67,10 @@ def _cases(op: str) -> list[Case]:
     if op.startswith("conv"):
         x, weight, y = normal(4, 6, 12, 12), normal(8, 6, 3, 3), normal(4, 8, 6, 12)
         how: dict[str, Any] = {"stride": (2, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
-        if op == "conv":
-            return [((x, weight), how)]
         if op == "conv_fused":
             return [((x, weight, normal(8)), how)]
+        if op == "conv":
+            return [((x, weight), how)]
         if op == "conv_input":
             return [((y, weight), {"size": (12, 12), **how})]
         return [((x, y), {"kernel": (3, 3), **how})]

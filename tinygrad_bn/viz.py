@@ -40,6 +40,12 @@ def subplots(rows: int, columns: int, width: float, height: float, **options: An
     return figure, grid
 
 
+def legend_below(axes: Axes) -> None:
+    """The legend of these axes, in a line below the whole figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
+
+
 def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
     """Loss and accuracy over the epochs, one colour a model: validation solid, training dashed."""
     from matplotlib.ticker import MaxNLocator
@@ -53,7 +59,7 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
         axes.set(xlabel="epoch", ylabel=measure)
         axes.set_ylim(bottom=0, top=1.02 if measure == "accuracy" else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+    legend_below(axes)
     figure.suptitle(title)
     return figure
 

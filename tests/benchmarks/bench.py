@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,6 +60,9 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] =
     ],
     "1e8": [((97656, 1024), -1), ((97656, 1024), 0), ((10**8,), None)],
 }
+
+# Sizes of which PyTorch compiles its reductions too, one in cache and one that is not: each takes it seconds.
+COMPILED = ("1e5", "1e7")
 
 Work = Callable[[], object]
 
@@ -285,10 +289,13 @@ def reduction(name: str, shape: tuple[int, ...], axis: int | tuple[int, ...] | N
     theirs = getattr(torch, {"max": "amax"}.get(name, name))
     dim = tuple(range(x.ndim)) if axis is None else axis
     jitted = jax.jit(lambda x: getattr(jnp, name)(x, axis=axis))
+    torch.compiler.reset()  # of one function it compiles a few variants, and then no more
+    compiled = torch.compile(lambda x: theirs(x, dim))
     return {
         "ours": lambda: ours(x, axis=axis),
         "NumPy": lambda: numpys(x, axis=axis),
         "PyTorch": lambda: theirs(xt, dim),
+        "compiled": lambda: compiled(xt),
         "JAX jit": lambda: jax.block_until_ready(jitted(xj)),
     }
 
@@ -340,11 +347,20 @@ def stall() -> tuple[float, float]:
     return sum(alone), interleaved({"both": lambda: (product(), normalization())}, 1.0)["both"]
 
 
-def copy_rate() -> float:
-    """Bytes a millisecond that a large copy reads and writes."""
+def memory_rates() -> tuple[float, float]:
+    """Bytes a millisecond that two threads read and write when they copy, and read when they only read."""
     a = np.ones(1 << 25, np.float32)
-    b = np.empty_like(a)
-    return 2 * a.nbytes / interleaved({"copy": lambda: np.copyto(b, a)}, 1.0)["copy"]
+    b, half = np.empty_like(a), a.size // 2
+    halves = [(a[:half], b[:half]), (a[half:], b[half:])]
+    with ThreadPoolExecutor(2) as pool:
+
+        def both(work: Callable[[np.ndarray, np.ndarray], object]) -> Work:
+            return lambda: [f.result() for f in [pool.submit(work, *pair) for pair in halves]]
+
+        times = interleaved(
+            {"copy": both(lambda x, y: np.copyto(y, x)), "read": both(lambda x, y: np.maximum.reduce(x))}, 1.0
+        )
+    return 2 * a.nbytes / times["copy"], a.nbytes / times["read"]
 
 
 def main() -> None:
@@ -358,13 +374,13 @@ def main() -> None:
     if args.peak:
         return _print_peak(args.peak, args.relu)
 
-    rate = copy_rate()
+    rate, read_rate = memory_rates()
     table = Table(box=box.MARKDOWN)
     for head in ("work", "ours, ms", *(f"vs {peer}" for peer in PEERS), "share of the limit"):
         table.add_column(head, justify="left" if head == "work" else "right")
 
-    def measured(contenders: dict[str, Work], seconds: float) -> dict[str, float]:
-        if args.quick:
+    def measured(contenders: dict[str, Work], seconds: float, compile: bool = True) -> dict[str, float]:
+        if args.quick or not compile:
             contenders.pop("compiled", None)
         return interleaved(contenders, seconds, rounds=2 if args.quick else 5)
 
@@ -382,11 +398,11 @@ def main() -> None:
         if args.quick and size == "1e8":
             continue
         for name in ("sum", "var") if args.quick else REDUCTIONS:
-            rows = [measured(reduction(name, *layout), args.seconds / 8) for layout in layouts]
+            rows = [measured(reduction(name, *layout), args.seconds / 8, size in COMPILED) for layout in layouts]
             reading = [
-                4 * float(np.prod(shape)) / rate / t["ours"] for (shape, _), t in zip(layouts, rows, strict=True)
+                4 * float(np.prod(shape)) / read_rate / t["ours"] for (shape, _), t in zip(layouts, rows, strict=True)
             ]
-            share = f"{min(reading):.0%} of copying" if float(size) > 1e6 else "in cache"
+            share = f"{min(reading):.0%} of reading" if float(size) > 1e6 else "in cache"
             table.add_row(f"{name} of {size} elements, {len(rows)} layouts of axes", *cells(rows), share)
     Console(width=170).print(table)
     if sys.platform == "linux" and not args.quick:
@@ -395,9 +411,8 @@ def main() -> None:
             print(f"memory that a training step of {what}, {LARGE}, takes at its peak: {peaks}")
     alone, together = stall()
     print(f"a product by BLAS and a kernel on threads: {alone:.2f} ms one by one, {together:.2f} ms in turn")
-    print(
-        f"copy rate {rate / 1e6:.1f} GB/s; load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores, {platform.machine()}"
-    )
+    print(f"two threads copy {rate / 1e6:.1f} GB/s and read {read_rate / 1e6:.1f} GB/s")
+    print(f"load {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores, {platform.machine()}")
     versions = {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": torch.__version__}
     print(", ".join(f"{name} {version}" for name, version in {**versions, "JAX": jax.__version__}.items()))
     return None

@@ -65,8 +65,9 @@ def split(loop: Callable[..., object], items: int, elements: float, *args: objec
             loop(*args, bounds[part], bounds[part + 1])
 
     others = []
-    with suppress(RuntimeError):  # the interpreter is shutting down: then this thread does all of it
-        others += [_executor().submit(work) for _ in range(1, _threads)]
+    with suppress(RuntimeError):  # no more threads, or the interpreter is shutting down: fewer threads do all of it
+        for _ in range(1, _threads):
+            others.append(_executor().submit(work))  # noqa: PERF401  # an error has to leave those before it
     try:
         work()
     finally:
