@@ -22,6 +22,7 @@ from pathlib import Path
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
+import cnn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -368,11 +369,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and rows, no compiled PyTorch")
+    parser.add_argument("--epoch", metavar="DATA", help="time an epoch of the CNN on a data set, such as fashion_mnist")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--relu", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return _print_peak(args.peak, args.relu)
+    if args.epoch:
+        seconds = {name: run_for(work, 0.0, least=1) for name, work in cnn.epoch(args.epoch).items()}
+        each = ", ".join(f"{name} {time:.1f} s" for name, time in seconds.items())
+        return print(f"an epoch of the first article's CNN on {args.epoch}, in batches of 256: {each}")
 
     rate, read_rate = memory_rates()
     table = Table(box=box.MARKDOWN)
@@ -393,6 +399,16 @@ def main() -> None:
         times = measured(training_step(sizes, batch), args.seconds)
         share = f"{times['products'] / times['ours']:.0%} of products"
         table.add_row(f"training step, {'-'.join(map(str, sizes))}, batch {batch}", *cells([times]), share)
+    for batch in cnn.BATCHES:
+        times = measured(cnn.training_step(batch), args.seconds)
+        table.add_row(f"training step, the first article's CNN, batch {batch}", *cells([times]), "–")
+    for work in cnn.CONVOLUTIONS:
+        times = measured(cnn.convolution(*work), args.seconds / 2)
+        n, channels, size, out = work
+        table.add_row(f"convolution, fwd + bwd, {(n, channels, size, size)} to {out} maps", *cells([times]), "–")
+    for shape in cnn.AROUND:
+        times = measured(cnn.around(shape), args.seconds / 2)
+        table.add_row(f"BatchNorm, ReLU, pooling by 2, fwd + bwd, {shape}", *cells([times]), "–")
     table.add_row("one product of (4, 4), forward + backward", *cells([measured(one_op(), args.seconds)]), "–")
     for size, layouts in LAYOUTS.items():
         if args.quick and size == "1e8":
