@@ -205,5 +205,13 @@ def test_what_would_be_a_silent_wrong_number_is_an_error(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("size", [50, 70_000])
+def test_exponentials_of_half_precision_add_up(size):
+    x = np.linspace(-3, 3, size).astype(np.float16)
+    want = np.log(np.exp(x, dtype=np.float64).sum())
+    assert F.logsumexp(x).dtype == F.log_softmax(x).dtype == np.float16
+    np.testing.assert_allclose([F.logsumexp(x).item(), F.log_softmax(x)[0]], [want, -3 - want], rtol=1e-3)
+
+
 def test_squares_of_half_precision_add_up():
     assert F.sum_of_squares(Tensor(np.full(10_000, 1e-4), dtype=np.float16)).item() == pytest.approx(1e-4, rel=1e-2)

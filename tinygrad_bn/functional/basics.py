@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad_bn import ops
 from tinygrad_bn.autograd import Operand, primitive
 from tinygrad_bn.functional.statistics import largest
-from tinygrad_bn.ops import erf, exp, expm1, log, matmul, reshape, sigmoid, sub, sum, transpose, where
+from tinygrad_bn.ops import astype, erf, exp, expm1, log, matmul, reshape, sigmoid, sub, sum, transpose, where
 from tinygrad_bn.random import generator, philox
 from tinygrad_bn.sample import REAL
 from tinygrad_bn.tensor import Tensor
@@ -20,6 +20,8 @@ from tinygrad_bn.tensor import Tensor
 
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     """Logarithm of `softmax`, without overflow or underflow."""
+    if x.dtype == np.float16:  # which may not hold the sum
+        return astype(log_softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     shifted = x - largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
     return sub(shifted, log(sum(exp(shifted), axis=axis, keepdims=True)))
 

@@ -129,6 +129,8 @@ def logsumexp_composed(x: Operand, *, axis: Axis = None, keepdims: bool = False)
     The largest element, subtracted and added again, is a constant to the gradient; for any constant the formula
     is the same function of x, so derivatives of every order are right.
     """
+    if x.dtype == np.float16:  # which may not hold the sum
+        return astype(logsumexp_composed(astype(x, dtype=np.float32), axis=axis, keepdims=keepdims), dtype=np.float16)
     top = largest(x, axis)
     y = log(sum(exp(x - top), axis=axis, keepdims=True)) + top
     return y if keepdims else reshape(y, shape=np.sum(np.broadcast_to(False, x.shape), axis=axis).shape)
