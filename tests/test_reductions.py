@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from tinygrad_bn_kernels.cpu import threads
 
-from tinygrad_bn import Tensor, functional, ops
-from tinygrad_bn.device import find_kernel
+from tinygrad_bn import Tensor, autograd, functional, ops
+from tinygrad_bn.device import find_kernel, kernels_disabled
 from tinygrad_bn.testing import thresholds
 
 REFERENCES = {
@@ -235,6 +235,36 @@ def test_a_wrong_axis_is_an_error_that_names_the_op(axis, shape):
     for f in (ops.sum, ops.max, ops.argmax, functional.mean, functional.var, functional.sum_of_squares):
         with pytest.raises((IndexError, ValueError, TypeError), match=rf"{f.__name__}.*axis|{f.__name__}.*tuple"):
             f(Tensor(np.ones(shape)), axis=axis)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (70, 80)])
+@pytest.mark.parametrize("axis", [True, (0, True), 1.0, "0", [0, 1]])
+def test_what_is_no_axis_is_an_error_at_any_size(axis, shape):
+    for f in (ops.sum, ops.argmax, functional.mean, functional.var):
+        with pytest.raises(TypeError, match="axis is an integer, a tuple of integers, or None"):
+            f(Tensor(np.ones(shape)), axis=axis)
+
+
+def test_numpys_integers_are_axes_to_kernels_too(monkeypatch):
+    seen = []
+
+    def kernel(*arrays, axis=None, **options):
+        seen.append(axis)
+        return NotImplemented
+
+    monkeypatch.setattr(autograd, "find_kernel", lambda name, device: kernel)
+    functional.var(np.ones((3, 4)), np.int64(1))
+    functional.max(np.ones((3, 4)), axis=(np.int8(1), 0))
+    assert (repr(seen[0]), repr(seen[-1])) == ("1", "(1, 0)")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ">f4", np.float64])
+def test_variance_is_exact_at_an_offset_without_kernels_too(dtype):
+    x = (1e6 + np.random.default_rng(0).normal(size=(5000, 8))).astype(dtype)
+    want = x.astype(np.float64).var(axis=0)
+    with kernels_disabled():
+        np.testing.assert_allclose(functional.var(x, 0), want, rtol=3e-7)
+        np.testing.assert_allclose(functional.std(x, np.int64(0)), np.sqrt(want), rtol=3e-7)
 
 
 def test_empty_arrays_give_the_results_of_numpy():

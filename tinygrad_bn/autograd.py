@@ -9,6 +9,7 @@ tensor is built; with `create_graph` they get tensors, so that the gradient has 
 
 from __future__ import annotations
 
+import operator
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 
 from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full
 from tinygrad_bn.sample import Sample
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.tensor import Array, Axis, Tensor
 
 P = ParamSpec("P")
 Operand: TypeAlias = Any  # a Tensor, an array or a number; a Tensor comes out, or an array if no operand is a Tensor
@@ -110,12 +111,25 @@ def primitive(
             for option, value in params.items():
                 if isinstance(value, Tensor):
                     raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
+            if "axis" in params:
+                params["axis"] = _plain_axis(name, params["axis"])
             return run(op, operands, {**defaults, **params} if params else defaults)[0]
 
         call.__doc__ = f"{forward.__doc__}\n\n{formula}"
         return call
 
     return register
+
+
+def _plain_axis(name: str, axis: Any) -> Axis:
+    """An axis, or several, as Python's integers; any other kind of integers is not known to kernels."""
+    given = axis if isinstance(axis, tuple) else (axis,)
+    if axis is None or all(type(a) is int for a in given):
+        return axis
+    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") for a in given):
+        raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {axis!r}")
+    plain = tuple(map(operator.index, given))
+    return plain if isinstance(axis, tuple) else plain[0]
 
 
 # ---- recording ------------------------------------------------------------------------------------------

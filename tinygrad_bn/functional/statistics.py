@@ -61,6 +61,8 @@ def var_composed(x: Operand, *, axis: Axis = None, keepdims: bool = False, corre
         wide = astype(x, dtype=np.float32)
         return astype(var_composed(wide, axis=axis, keepdims=keepdims, correction=correction), dtype=np.float16)
     xmu = x - mean_composed(x, axis=axis, keepdims=True)
+    # What rounding left of the mean. It is 0 in exact arithmetic, so a constant to derivatives of every order.
+    xmu = xmu - values(mean_composed(values(xmu), axis=axis, keepdims=True))
     return sum(xmu * xmu, axis=axis, keepdims=keepdims) / (count(x, axis) - correction)
 
 
