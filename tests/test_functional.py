@@ -145,6 +145,8 @@ ERRORS = [
     (lambda: F.pad(X, width=((1, 1),)), ValueError, "each of 2 axes"),
     (lambda: F.clip(X), ValueError, "min, max, or both"),
     (lambda: F.dropout(X, 2.0), ValueError, r"\[0, 1\]"),
+    (lambda: F.linear(X, X[:2], X[:, :2]), ValueError, r"bias \(out,\); got \(2, 3\) and \(4, 2\)"),
+    (lambda: F.linear(X, X[0], np.ones(1)), ValueError, r"weight has to be \(out, in\)"),
 ]
 
 

@@ -374,6 +374,8 @@ def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
 )
 def linear(x: Operand, weight: Operand, bias: Operand) -> Operand:
     """Affine map of the last axis: x (..., in), weight (out, in), bias (out,); gives (..., out)."""
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise ValueError(f"the weight has to be (out, in) and the bias (out,); got {weight.shape} and {bias.shape}")
     y = np.matmul(x, weight.T)
     return np.add(y, bias, out=y) if y.ndim and y.dtype == np.result_type(y, bias) else y + bias
 
