@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tinygrad_bn import Tensor, manual_seed, testing
+from tinygrad_bn import Tensor, grad, manual_seed, testing
 from tinygrad_bn import functional as F
 from tinygrad_bn.device import kernels_disabled
 
@@ -177,6 +177,15 @@ def test_a_class_masked_by_minus_infinity(disable):
         loss.backward()
     assert abs(loss.item() - np.log(1 + np.e)) < 1e-6
     np.testing.assert_allclose(x.grad.numpy(), [[-0.7310586, 0, 0.7310586]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("disable", [False, True])
+def test_the_logits_of_an_ignored_row_do_not_count_even_if_they_are_nan(disable, create_graph):
+    x = Tensor(np.array([[np.nan, 1.0], [1.0, 1.0]]), requires_grad=True)
+    with kernels_disabled() if disable else nullcontext():
+        dx = grad(F.cross_entropy(x, np.array([-100, 0])), x, create_graph=create_graph)
+    np.testing.assert_allclose(dx.numpy(), [[0, 0], [-0.5, 0.5]])
 
 
 def test_dropout_follows_the_package_seed():

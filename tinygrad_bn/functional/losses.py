@@ -146,7 +146,9 @@ def softmax_cross_entropy_composed(
     x: Operand, target: Operand, weight: Operand, *, smoothing: float, ignore_index: int, reduction: Reduction
 ) -> Tensor:
     """Softmax, its logarithm, and what the targets pick of it."""
-    return _picked(log_softmax(x, axis=1), values(target), weight, ignore_index, reduction, smoothing)
+    target = values(target)
+    counts = reshape(target != ignore_index, shape=(-1, 1))  # the logits of other rows may be NaN: 0 · NaN is no 0
+    return _picked(log_softmax(where(counts, x, 0.0), axis=1), target, weight, ignore_index, reduction, smoothing)
 
 
 def _sample_cross_entropy(d: Draw) -> Any:
