@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> Run:
         data="mnist5k", epochs=2, batch_size=32, lr=1e-3, check={"epochs": 1},
     )  # fmt: skip
     training, validation = run.images()
-    data = training.take(np.arange(2000)) if run.args.check else training, validation
+    data = training.take(np.arange(min(2000, len(training)))) if run.args.check else training, validation
     sizes = [3, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]
     plan: dict[str, dict[str, Any]] = {f"batches of {n}": {"batch_size": n} for n in sizes}
     plan |= {f"ghosts of {n} in 256": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | LIES

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,8 +62,8 @@ class Run:
 
     @property
     def code(self) -> int:
-        """The exit status: 1 if `--check` was asked for and a claim does not hold."""
-        return int(self.args.check and not all(self.claims.values()))
+        """The exit status: 1 if `--check` was asked for and a claim does not hold, or none was reached."""
+        return int(self.args.check and not (self.claims and all(self.claims.values())))
 
     def load(self, part: str = "train") -> datasets.Dataset:
         """The data set that `--data` names, or a part of it; ends the process if there is none."""
@@ -96,16 +97,18 @@ class Run:
         Raises KeyboardInterrupt after Ctrl-C; what was learned so far is kept.
         """
         args = self.args
-        self.folder  # noqa: B018  # that nothing can be written has to be known before, not after the training
         settings = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "description": name}
         settings["device"] = args.device
         if "optimizer" not in options:
             settings["optimizer"] = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
         settings = {"validation": validation, "progress": not args.quiet} | settings | options
+        samples, size = len(training if isinstance(training, datasets.Dataset) else training[0]), settings["batch_size"]
+        if size == 1 or (samples % size == 1 and not settings.get("drop_last")):
+            self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
+        self.folder  # noqa: B018  # that nothing can be written has to be known before, not after the training
         history = self.histories[name] = train.fit(model, training, **settings)
         model.to("cpu")
         if history.interrupted:
-            self.console.print("interrupted: what follows is what was learned so far")
             raise KeyboardInterrupt
         return history
 
@@ -161,11 +164,20 @@ class Run:
         }
         figures = [path.name for path in self.files if path.suffix == ".png"]
         content |= {"claims": self.claims, "figures": figures, "results": results}
-        self.path("results.json").write_text(json.dumps(content, indent=1))
+        self.path("results.json").write_text(json.dumps(_finite(content), indent=1, allow_nan=False))
         for path in self.files:
             self.console.print(f"wrote {path}", soft_wrap=True)
         self.console.print(f"in all {seconds:.1f} s")
         return self
+
+
+def _finite(content: Any) -> Any:
+    """With None for each number that is not finite, which JSON cannot say."""
+    if isinstance(content, Mapping):
+        return {k: _finite(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(v) for v in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:

@@ -49,14 +49,12 @@ def main(argv: list[str] | None = None) -> Run:
         epochs=20, batch_size=500, lr=1e-3, optimizer="adam", data="mnist5k", check={"epochs": 6},
     )  # fmt: skip
     training, validation = run.images()
-    if len(training) % run.args.batch_size == 1 or run.args.batch_size == 1:
-        run.parser.error(
-            f"{len(training):,} images in batches of {run.args.batch_size} leave a batch of one for BatchNorm"
-        )
     with suppress(KeyboardInterrupt):
         for name, batch_norm in MODELS.items():
             run.fit(build(batch_norm, run.args.seed), training, validation, name)
 
+    if any(history.interrupted for history in run.histories.values()):
+        run.console.print("interrupted: what follows is what was learned so far")
     run.console.print(table(run.histories))
     reached = {name: history["val_accuracy"][-1] for name, history in run.histories.items() if len(history)}
     for name, accuracy in reached.items():

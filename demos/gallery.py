@@ -15,6 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
+from demos.common import natural
+
 PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>tinygrad_bn: the demos</title>
@@ -62,39 +64,45 @@ def section(folder: Path) -> str:
     )
 
 
+def failure(folder: Path) -> str:
+    """What is left of a demo that did not get to its end."""
+    printed = html.escape((folder / "output.txt").read_text())
+    return f'<h2 id="{folder.name}">{folder.name}</h2><p class="fails">It failed.</p><pre>{printed}</pre>'
+
+
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
-    """Run the demos one after the other; 1 if one of them failed, and the page has those that did not."""
+    """Run the demos one after the other; 1 if one of them failed."""
     parser = argparse.ArgumentParser(prog="python -m demos all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/all"), help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", default="0", help="of every demo (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of every demo (default: 0)")
     parser.add_argument("--check", action="store_true", help="quick runs that fail if a claim does not hold")
     args = parser.parse_args(argv)
     console = Console()
-    failed, done = [], []
+    failed, sections = [], []
     for name in names:
         folder = args.out / name
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "demos", name, "--out", str(folder), "--seed", args.seed]
+        (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
+        command = [sys.executable, "-m", "demos", name, "--out", str(folder), "--seed", str(args.seed)]
         start = time.perf_counter()
         with console.status(name):
             ended = subprocess.run(
                 command + ["--check"] * args.check, capture_output=True, text=True, env=os.environ | {"COLUMNS": "110"}
             )
-        (folder / "output.txt").write_text(ended.stdout)
+        (folder / "output.txt").write_text(ended.stdout + ended.stderr)
         console.print(
             f"{name:18} {'ok    ' if ended.returncode == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s"
         )
         if ended.returncode:
             failed.append(name)
             console.print(ended.stdout + ended.stderr, markup=False, highlight=False)
-        if (folder / "results.json").exists():
-            done.append(name)
+        sections.append(section(folder) if (folder / "results.json").exists() else failure(folder))
     page = args.out / "index.html"
     page.write_text(
         PAGE.substitute(
             command=html.escape(" ".join(["python -m demos all", *argv])),
-            contents="".join(f'<li><a href="#{name}">{name}</a></li>' for name in done),
-            sections="".join(section(args.out / name) for name in done),
+            contents="".join(f'<li><a href="#{name}">{name}</a></li>' for name in names),
+            sections="".join(sections),
         )
     )
     console.print(f"wrote {page}", soft_wrap=True)

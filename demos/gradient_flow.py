@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> Run:
         data="mnist5k", epochs=5, batch_size=100, lr=0.03, check={"epochs": 1, "batch_size": 50},
     )  # fmt: skip
     training, validation = run.images()
-    training = training.take(np.arange(2000)) if run.args.check else training
+    training = training.take(np.arange(min(2000, len(training)))) if run.args.check else training
     cases = [(activation, weights) for activation in ACTIVATIONS for weights in GAINS]
     norm: dict[tuple[str, ...], Array] = {}
     loss: dict[tuple[str, ...], float] = {}
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> Run:
             for cure in CURES:
                 key = activation, weights, cure
                 model = build(activation, weights, cure == "with BatchNorm", run.args.seed)
-                norm[key] = norms(model, training.take(np.arange(200)))
+                norm[key] = norms(model, training.take(np.arange(min(200, len(training)))))
                 history = run.fit(
                     model, training, None, cure, progress=False,
                     optimizer=optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9),
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> Run:
     stuck = all(accuracy[activation, "small", "with clipping"] < 0.2 for activation in ACTIVATIONS)
     run.claim("clipping does not cure what vanishes: the accuracy is that of guessing", stuck)
     finite = [math.isfinite(loss["ReLU", "large", cure]) for cure in CURES[:2]]
-    run.claim("it does cure what explodes: large ReLU networks no longer overflow", finite == [False, True])
+    run.claim("it keeps what explodes finite: large ReLU networks no longer overflow", finite == [False, True])
     run.claim("BatchNorm cures both, and is ahead in all six networks", all(best))
     return run.finish(
         gradient={", ".join(key): values.tolist() for key, values in norm.items()},

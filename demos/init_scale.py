@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> Run:
         "init_scale", __doc__, argv,
         data="mnist5k", epochs=20, batch_size=100, lr=0.01, optimizer="sgd", check={"epochs": 8},
     )  # fmt: skip
-    training = run.images()[0].take(np.arange(1000))
+    images, _ = run.images()
+    training = images.take(np.arange(min(1000, len(images))))
 
     curves: dict[str, list[list[float]]] = {name: [] for name in MODELS}
     with np.errstate(over="ignore", invalid="ignore"):  # the largest weights overflow, which is what is shown

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> Run:
         "iris_mlp", __doc__, argv,
         data="iris", epochs=150, batch_size=32, lr=1e-3, optimizer="adam", seeds=5, check={"epochs": 40, "seeds": 3},
     )  # fmt: skip
-    flowers = run.load()
+    flowers = run.load().complete()
     if flowers.x.ndim != 2:
         run.parser.error(f"this network takes rows of numbers; {flowers!r} has none")
     run.console.print(flowers)
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> Run:
         print(f"{name:17} test accuracy {np.mean(values):.3f} on average   ({each})")
     one = 1 / len(test)
     difference = abs(np.mean(accuracy["with BatchNorm"]) - np.mean(accuracy["without BatchNorm"]))
+    no_difference = difference < 1.5 * one
     run.console.print(
         f"One flower of the {len(test)} is worth {one:.3f}. The difference of {difference:.3f} is "
-        f"{difference / one:.1f} of a flower: BatchNorm makes no real difference here, whatever the seed suggests."
+        f"{difference / one:.1f} of a flower" + (": BatchNorm makes no real difference here." if no_difference else ".")
     )
 
     figure, grid = viz.subplots(1, 2, 11, 4.2)
@@ -61,13 +62,13 @@ def main(argv: list[str] | None = None) -> Run:
         grid[0, 1].plot(offsets, accuracy[name], "o", color=viz.colour(name), markersize=8)
     grid[0, 0].set(xlabel="epoch", ylabel="test loss", ylim=(0, None), title="one line a seed")
     grid[0, 0].legend(frameon=False)
-    grid[0, 1].set(ylabel="test accuracy", ylim=(0.8, 1.01), xlim=(-0.5, 1.5), title="one dot a seed")
+    grid[0, 1].set(ylabel="test accuracy", xlim=(-0.5, 1.5), title="one dot a seed")
     grid[0, 1].set_xticks(range(len(MODELS)), list(MODELS))
     figure.suptitle(f"Dense 512 – Dense 512 – Dense {len(flowers.classes)} on {run.args.data}")
     run.save(figure, "accuracy")
 
     run.claim("with BatchNorm the mean test accuracy is at least 0.93", np.mean(accuracy["with BatchNorm"]) >= 0.93)
-    run.claim("and less than one and a half flowers from the one without", difference < 1.5 * one)
+    run.claim("and less than one and a half flowers from the one without", no_difference)
     return run.finish(**accuracy)
 
 

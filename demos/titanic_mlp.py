@@ -1,7 +1,8 @@
-"""Titanic: BatchNorm helps where the inputs are left as they are, because it scales them; so do simpler means.
+"""Titanic: what little BatchNorm gains on raw inputs, scaling them gains too.
 
 The experiment of the second article: who survived, by class, age and fare as they stand in the file; two hidden layers
-of 32, plain gradient descent, 200 epochs. Then the same with standardised inputs, and with Adam.
+of 32, plain gradient descent, 200 epochs. It saw 69 % become 71 %, in one run each. Here are several splits, with the
+errors of their means; then the same with standardised inputs, and with Adam.
 """
 
 from dataclasses import replace
@@ -66,14 +67,17 @@ def main(argv: list[str] | None = None) -> Run:
     table = Table("test accuracy", *MODELS, "gain", box=box.SIMPLE_HEAD, caption=caption)
     for setting, of in accuracy.items():
         gains = np.subtract(of["with BatchNorm"], of["without BatchNorm"])
-        cells = [f"{np.mean(v):.3f} ± {np.std(v) / len(v) ** 0.5:.3f}" for v in (*of.values(), gains)]
+        cells = [
+            f"{np.mean(v):.3f} ± {np.std(v, ddof=min(1, len(v) - 1)) / len(v) ** 0.5:.3f}"
+            for v in (*of.values(), gains)
+        ]
         table.add_row(setting, *cells)
     run.console.print(table)
-    spread = {column: f"{known.x[:, i].std():.2g}" for i, column in enumerate(("class", "age", "fare"))}
+    spread = ", ".join(f"{known.x[:, i].std():.2g} ({column})" for i, column in enumerate(("class", "age", "fare")))
     run.console.print(
-        f"The raw columns deviate by {', '.join(f'{v} ({k})' for k, v in spread.items())}: one learning rate is "
-        "too large for the weights of one and too small for another. BatchNorm after the first layer, standardised "
-        "inputs, and Adam's own step for every weight are three cures of the same thing, and one is enough."
+        f"The raw columns deviate by {spread}: one learning rate is too large for the weights of one and too small "
+        "for another. BatchNorm after the first layer scales what comes of them, standardising scales them before, "
+        "and Adam has a step of its own for every weight. A gain of less than two errors of the mean may be chance."
     )
 
     figure, grid = viz.subplots(1, 1, 8, 4.4)
@@ -88,11 +92,11 @@ def main(argv: list[str] | None = None) -> Run:
     run.save(figure, "accuracy")
 
     raw = accuracy["raw inputs, SGD"]
-    run.claim("raw inputs without BatchNorm: 0.69 to 0.04", abs(np.mean(raw["without BatchNorm"]) - 0.69) < 0.04)
-    run.claim("raw inputs with BatchNorm: 0.70 to 0.04", abs(np.mean(raw["with BatchNorm"]) - 0.7) < 0.04)
+    run.claim("raw inputs without BatchNorm: within 0.04 of 0.69", abs(np.mean(raw["without BatchNorm"]) - 0.69) < 0.04)
+    run.claim("raw inputs with BatchNorm: within 0.04 of 0.70", abs(np.mean(raw["with BatchNorm"]) - 0.7) < 0.04)
     simpler = [np.mean(accuracy[setting]["without BatchNorm"]) for setting in SETTINGS if setting != "raw inputs, SGD"]
     run.claim(
-        "standardised inputs alone, or Adam alone, bring as much (to 0.02)",
+        "standardised inputs alone, or Adam alone, bring as much, but for 0.02",
         min(simpler) > np.mean(raw["with BatchNorm"]) - 0.02,
     )
     return run.finish(accuracy=accuracy)

@@ -35,11 +35,11 @@ def test_the_same_outputs_without_batch_norm(axes, bias, affine, seed):
     model = nn.Sequential(layer, norm, nn.ReLU(), nn.Sequential(nn.Flatten(), nn.Softplus())).eval()
     before = copy.deepcopy(model.state_dict())
     x = rng.normal(size=(2, 3, *(4,) * axes)).astype(np.float32)
-    folded, count, difference = nn.fold_batch_norm(model, x)
+    folded, norms, difference = nn.fold_batch_norm(model, x)
     with no_grad():
         y, z = model(Tensor(x)).numpy(), folded(Tensor(x)).numpy()
     np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-5)
-    assert (count, len(folded), len(model)) == (1, 3, 4)
+    assert (norms, len(folded)) == (1, 4)
     assert difference == pytest.approx(np.abs(y - z).max() / np.abs(y).max())
     assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in folded.modules())
     for name, value in model.state_dict().items():
@@ -49,8 +49,14 @@ def test_the_same_outputs_without_batch_norm(axes, bias, affine, seed):
 def test_what_cannot_be_folded():
     x = np.ones((2, 3), np.float32)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match=r"1 is in training mode: call eval\(\)"):
+    with pytest.raises(ValueError, match=r"the model is in training mode: call eval\(\)"):
         nn.fold_batch_norm(model, x)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()).eval()
+    model[2].train()
+    with pytest.raises(ValueError, match="in training mode"):
+        nn.fold_batch_norm(model, x)
+    with pytest.raises(ValueError, match="not finite"):
+        nn.fold_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), x * np.nan)
     with pytest.raises(ValueError, match="track_running_stats=False"):
         nn.fold_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval(), x)
     with pytest.raises(ValueError, match="no BatchNorm follows"):
@@ -63,6 +69,13 @@ def test_a_batch_norm_over_another_axis_is_refused():
     model = nn.Sequential(nn.Linear(3, 4), norm).eval()
     with pytest.raises(ValueError, match="normalises another"):
         nn.fold_batch_norm(model, np.random.default_rng(1).normal(size=(2, 4, 3)).astype(np.float32))
+
+
+def test_outputs_that_are_all_0_are_no_difference():
+    linear = nn.Linear(3, 4)
+    linear.bias.data = np.full(4, -99, np.float32)
+    model = nn.Sequential(linear, nn.BatchNorm1d(4), nn.ReLU()).eval()
+    assert nn.fold_batch_norm(model, np.ones((2, 3), np.float32)).difference == 0
 
 
 def test_a_layer_that_is_used_twice_is_folded_where_a_batch_norm_follows():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,7 +56,7 @@ def _padded(x: Array, padding: Pairs) -> Array:
 
 def _grouped(x: Array, groups: int) -> Array:
     """(N, C, *S) as (N, groups, C / groups, S)."""
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
 
 
 def _wide(x: Array) -> Array:
@@ -180,7 +181,7 @@ def conv_fused(
 
 def each_axis(value: int | Ints, ndim: int, name: str, least: int) -> Ints:
     """One number for each axis, checked."""
-    each = (value,) * ndim if isinstance(value, int) else tuple(value)
+    each = (value,) * ndim if isinstance(value, int | np.integer) else tuple(value)
     if len(each) != ndim or not all(isinstance(v, int | np.integer) and v >= least for v in each):
         raise ValueError(f"{name} is a number of {least} or more, or {ndim} of them; got {value!r}")
     return tuple(int(v) for v in each)
@@ -202,9 +203,14 @@ def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs
         return tuple((t // 2, t - t // 2) for t in total)
     if isinstance(padding, str):
         raise ValueError(f"padding is 'same', 'valid', or in numbers; got {padding!r}")
-    if isinstance(padding, int) or not any(isinstance(p, tuple | list) for p in padding):
+    if isinstance(padding, int | np.integer) or not any(isinstance(p, tuple | list) for p in padding):
         return tuple((p, p) for p in each_axis(padding, ndim, "padding", 0))
-    if np.shape(padding) != (ndim, 2) or np.min(padding) < 0:
+    of_two = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in padding)
+    if (
+        len(padding) != ndim
+        or not of_two
+        or not all(isinstance(p, int | np.integer) and p >= 0 for p in chain(*padding))
+    ):
         raise ValueError(f"padding needs a pair (before, after) of 0 or more for each of {ndim} axes; got {padding}")
     return tuple((int(before), int(after)) for before, after in padding)
 
@@ -228,6 +234,8 @@ def _conv_nd(
             f"channels of x {x.shape} and of weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
         )
     kernel = weight.shape[2:]
+    if min(weight.shape) < 1:
+        raise ValueError(f"weight {weight.shape}, (O, C / groups, ...), has to have at least one element on each axis")
     stride, dilation = each_axis(stride, ndim, "stride", 1), each_axis(dilation, ndim, "dilation", 1)
     padded = pairs(padding, kernel, stride, dilation)
     if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
@@ -318,7 +326,10 @@ def conv_transpose2d(
     Raises:
         ValueError: shapes or options that do not fit.
     """
-    if x.ndim != 4 or np.ndim(values(weight)) != 4 or x.shape[1] != weight.shape[0] or x.shape[1] % groups:
+    if x.dtype.kind != "f":
+        raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
+    fits = x.ndim == np.ndim(values(weight)) == 4 and groups > 0
+    if not fits or x.shape[1] != weight.shape[0] or x.shape[1] % groups:
         raise ValueError(f"conv_transpose2d: x {x.shape}, weight {weight.shape} and {groups} groups do not fit")
     stride, dilation = each_axis(stride, 2, "stride", 1), each_axis(dilation, 2, "dilation", 1)
     around, extra = each_axis(padding, 2, "padding", 0), each_axis(output_padding, 2, "output_padding", 0)

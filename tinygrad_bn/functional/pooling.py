@@ -1,4 +1,4 @@
-"""Max and average pooling over windows, in any number of dimensions, and their adaptive variants.
+"""Max and average pooling over windows, and their adaptive variants.
 
 Max pooling is indexing: where the largest element of each window lies is a constant to the gradient, and what lies
 there is taken by `getitem`, whose derivatives of every order are there already. Average pooling is a sum of slices.
@@ -14,9 +14,9 @@ import numpy as np
 from tinygrad_bn.autograd import Operand, primitive
 from tinygrad_bn.device import beside, kernel_or
 from tinygrad_bn.functional.convolution import Ints, Pairs, each_axis, windows
-from tinygrad_bn.functional.statistics import values
-from tinygrad_bn.ops import argmax, getitem, matmul, pad, reshape, stack
-from tinygrad_bn.sample import REAL, Draw, Drawn
+from tinygrad_bn.functional.statistics import mean, values
+from tinygrad_bn.ops import argmax, astype, getitem, pad, reshape, stack
+from tinygrad_bn.sample import Draw, Drawn
 from tinygrad_bn.tensor import Array, Tensor
 
 
@@ -58,7 +58,7 @@ def _taken(x: Operand, places: Array) -> Tensor:
     """x (N, C, *size) at flat indices of each plane, (N, C, *out)."""
     planes = x.shape[0] * x.shape[1]
     flat = reshape(x, shape=(planes, math.prod(x.shape[2:])))
-    taken = getitem(flat, index=(np.arange(planes)[:, None], places.reshape(planes, -1)))
+    taken = getitem(flat, index=(np.arange(planes)[:, None], places.reshape(planes, math.prod(places.shape[2:]))))
     return reshape(taken, shape=places.shape)
 
 
@@ -89,18 +89,17 @@ def max_pool_fused(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding
 # ---- average ---------------------------------------------------------------------------------------------
 
 
-def _avg_pool_composed(
-    x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool
-) -> Tensor:
-    once = (1,) * len(kernel)
-    border = _border(x.shape[2:], kernel, out, stride, padding, once)
-    padded = pad(x, width=((0, 0), (0, 0), *border))
+def _averages(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool) -> Tensor:
+    """Average pooling of x (N, C, *size) to (N, C, *out): the sum of its shifted slices."""
+    border = _border(x.shape[2:], kernel, out, stride, padding, (1,) * len(kernel))
+    wide = np.result_type(x.dtype, np.float32)  # half precision could not hold the sums
+    padded = pad(astype(x, dtype=wide), width=((0, 0), (0, 0), *border))
     total: Any = 0.0
     for place in np.ndindex(*kernel):
         index = tuple(slice(at, at + (m - 1) * s + 1, s) for at, m, s in zip(place, out, stride, strict=True))
         total = total + getitem(padded, index=(slice(None), slice(None), *index))
-    shares = (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(x.dtype)
-    return total * beside(shares, x)
+    shares = (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(wide)
+    return astype(total * beside(shares, x), dtype=x.dtype)
 
 
 def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, include_pad: bool) -> Array:
@@ -112,28 +111,6 @@ def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, in
         inside = np.minimum(start + k, high) - np.maximum(start, low)
         counts = counts * inside.reshape(-1, *(1,) * (len(size) - axis - 1))
     return counts
-
-
-def _sample_avg_pool(d: Draw) -> Drawn:
-    (x,), options = _sample_max_pool(d)
-    del options["dilation"]
-    sizes = x.shape[2:], options["kernel"], options["stride"], options["padding"]
-    options["out"] = pooled_size(*sizes, (1, 1), d.choice([False, True]))
-    return (d.array(REAL, x.shape),), {**options, "count_include_pad": d.choice([False, True])}
-
-
-@primitive(
-    fuses=_avg_pool_composed,
-    formula="y = Σ of each window / its count;  ∂x = g / count, spread",
-    sample=_sample_avg_pool,
-)
-def avg_pool_fused(
-    x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool
-) -> Operand:
-    """Average pooling of x (N, C, *size) to (N, C, *out)."""
-    return _avg_pool_composed(
-        x, kernel=kernel, out=out, stride=stride, padding=padding, count_include_pad=count_include_pad
-    )
 
 
 # ---- functions -------------------------------------------------------------------------------------------
@@ -230,7 +207,7 @@ def _avg_pool(
 ) -> Tensor:
     kernel, steps, around, once = _pool_options(ndim, x, kernel_size, stride, padding, 1)
     out = _out(x, kernel, steps, around, once, ceil_mode)
-    return avg_pool_fused(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)
+    return _averages(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)
 
 
 def avg_pool1d(
@@ -277,13 +254,10 @@ def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:
     out = _adaptive_size(x, output_size)
     y = x
     for axis, m in enumerate(out, start=2):
-        n = x.shape[axis]
-        start, stop = _bounds(n, m)
-        at = np.arange(n)[:, None]
-        share = ((at >= start) & (at < stop)) / (stop - start)
-        # The axis goes last, for a product with the windows' shares, and back.
-        order = (*(i for i in range(x.ndim) if i != axis), axis)
-        y = matmul(y.transpose(order), beside(share.astype(x.dtype), x)).transpose(tuple(np.argsort(order)))
+        before = (slice(None),) * axis
+        parts = zip(*_bounds(x.shape[axis], m), strict=True)
+        means = [mean(getitem(y, index=(*before, slice(start, stop))), axis=axis) for start, stop in parts]
+        y = stack(*means, axis=axis)
     return y
 
 
@@ -295,6 +269,7 @@ def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
     places = []
     for place in np.ndindex(*out):
         window = tuple(slice(start[i], stop[i]) for i, (start, stop) in zip(place, bounds, strict=True))
-        part = values(x)[(..., *window)].reshape(*x.shape[:2], -1)
+        part = values(x)[(..., *window)]
+        part = part.reshape(*x.shape[:2], math.prod(part.shape[2:]))
         places.append(getitem(beside(index[window].reshape(-1), x), index=argmax(part, axis=2)))
     return _taken(x, stack(*places, axis=2).reshape(*x.shape[:2], *out))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from tinygrad_bn.tensor import Tensor
 
 def _options(module: Module, **defaults: object) -> str:
     """What differs from the defaults, for `repr`."""
-    return "".join(f", {k}={getattr(module, k)!r}" for k, v in defaults.items() if getattr(module, k) != v)
+    return "".join(f", {k}={getattr(module, k)!r}" for k, v in defaults.items() if getattr(module, k, v) != v)
 
 
 class _Conv(Module):
@@ -37,11 +37,13 @@ class _Conv(Module):
         if in_channels < 1 or out_channels < 1 or groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"{in_channels} and {out_channels} channels do not divide into {groups} groups")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = (kernel_size,) * self._ndim if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.kernel_size = (
+            (int(kernel_size),) * self._ndim if isinstance(kernel_size, int | np.integer) else tuple(kernel_size)
+        )
         if len(self.kernel_size) != self._ndim or min(self.kernel_size) < 1:
             raise ValueError(f"kernel_size is a number of 1 or more, or {self._ndim} of them; got {kernel_size!r}")
         self.stride, self.padding, self.dilation = stride, padding, dilation
-        bound = 1 / math.sqrt(in_channels // groups * math.prod(self.kernel_size))
+        bound = 1 / math.sqrt(math.prod(self._weight_shape()[1:]))  # the fan-in, as PyTorch counts it
         self.weight = Parameter(np.empty(self._weight_shape(), np.float32))
         init.uniform_(self.weight, -bound, bound, rng)
         self.bias = Parameter(np.empty(out_channels, np.float32)) if bias else None
@@ -57,7 +59,7 @@ class _Conv(Module):
             raise ValueError(f"{self!r} takes ({axes}); got shape {x.shape}")
 
     def extra_repr(self) -> str:
-        options = _options(self, stride=1, padding=0, dilation=1, groups=1)
+        options = _options(self, stride=1, padding=0, dilation=1, groups=1, output_padding=0)
         no_bias = ", bias=False" if self.bias is None else ""
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{options}{no_bias}"
 
@@ -115,10 +117,6 @@ class ConvTranspose2d(_Conv):
     ) -> None:
         self.output_padding = output_padding
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, rng)
-        bound = 1 / math.sqrt(out_channels // groups * math.prod(self.kernel_size))  # PyTorch's fan-in of this layout
-        for p in (self.weight, self.bias):
-            if p is not None:
-                init.uniform_(p, -bound, bound, rng)
 
     def _weight_shape(self) -> Ints:
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size

@@ -9,8 +9,8 @@ With stride s every s-th element meets a place: the buffer then holds s × s ima
 coordinates leave the same rest when divided by s, and in each the runs are contiguous again.
 
 A run goes on past the end of each row of the output, up to the width of the buffer. What it computes there is dropped,
-and in a gradient that comes from there is 0. (So where x is infinite, the gradient of every weight of its channel
-is NaN, also of those that it does not meet.)
+and of a gradient, what comes from there is 0. As 0 times infinity is NaN, weights that are not finite, and gradients of
+the weight that are not, are left to the reference.
 """
 
 from typing import Any, NamedTuple
@@ -355,7 +355,7 @@ def conv_input(
     g: Array, weight: Array, *, size: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Any:
     """g (N, O, *out) and weight (O, C / groups, *kernel) to (N, C, *size)."""
-    if not _fits(groups, g, weight) or g.shape[1] != len(weight):
+    if not _fits(groups, g, weight) or g.shape[1] != len(weight) or not np.isfinite(weight).all():
         return NotImplemented
     dtype = np.result_type(g, weight)
     frame, offsets = _frame(weight.shape[2:], g.shape[2:], stride, padding, dilation, weight.shape[1])
@@ -380,8 +380,10 @@ def conv_weight(x: Array, g: Array, *, kernel: Ints, stride: Ints, padding: Pair
     sums = np.zeros((parts, groups, -(-gs.shape[1] // ROWS) * ROWS, len(offsets)), dtype)
     work = g.size * places / MULTIPLICATIONS
     split(_correlate_weight, parts * groups, work, images, frame, offsets, gs, groups, sums)
-    total_ = sums.sum(axis=0)[:, : gs.shape[1], :places]
-    return np.ascontiguousarray(total_).reshape(g.shape[1], images.shape[1], *kernel)
+    gweight = np.ascontiguousarray(sums.sum(axis=0)[:, : gs.shape[1], :places])
+    if not np.isfinite(gweight).all():
+        return NotImplemented
+    return gweight.reshape(g.shape[1], images.shape[1], *kernel)
 
 
 @kernel("conv_fused.vjp", "cpu")

@@ -1,0 +1,194 @@
+"""The kernels of convolution and pooling against their references, on shapes that reach every loop of theirs."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tinygrad_bn_kernels.cpu import conv, pool, threads
+
+from tinygrad_bn import Tensor, functional, grad
+from tinygrad_bn.autograd import OPS
+from tinygrad_bn.device import kernels_disabled
+from tinygrad_bn.functional.convolution import output_size
+from tinygrad_bn.functional.pooling import pooled_size
+
+DTYPES = st.sampled_from([np.float32, np.float64])
+
+
+@st.composite
+def convolutions(draw):
+    """x (N, C, *size), weight, bias, the output's gradient; and the options."""
+    axes, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    one = st.integers(1, 3)
+    kernel, stride, dilation = (tuple(draw(one) for _ in range(axes)) for _ in range(3))
+    padding = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(axes))
+    size = tuple(draw(st.integers(d * (k - 1) + 1, 40)) for k, d in zip(kernel, dilation, strict=True))
+    batch, channels, maps = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    shapes = (batch, groups * channels, *size), (groups * maps, channels, *kernel), (groups * maps,)
+    return shapes, options, draw(DTYPES), draw(st.integers(0, 99))
+
+
+def operands(shapes, dtype, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+
+
+def plain(stride=1):
+    return {"stride": (stride,) * 2, "padding": ((0, 0),) * 2, "dilation": (1, 1), "groups": 1}
+
+
+@given(convolutions())
+@example(
+    (((40, 2, 6, 6), (5, 2, 3, 3), (5,)), plain(), np.float32, 0)
+)  # several images in a run
+@example((((2, 1, 40, 40), (4, 1, 3, 3), (4,)), plain(), np.float32, 0))  # an image longer than a run
+@example((((2, 3, 40, 41), (5, 3, 2, 3), (5,)), plain(2), np.float64, 0))
+def test_convolution_and_its_gradients_equal_the_reference(case):
+    shapes, options, dtype, seed = case
+    x, weight, bias = operands(shapes, dtype, seed)
+    out = output_size(x.shape[2:], weight.shape[2:], *(options[k] for k in ("stride", "padding", "dilation")))
+    g = np.random.default_rng(seed + 1).normal(size=(len(x), len(weight), *out)).astype(dtype)
+    exact = {name: OPS[name].forward for name in ("conv_fused", "conv_input", "conv_weight")}
+    with kernels_disabled():
+        wide = [a.astype(np.float64) for a in (x, weight, bias, g)]
+        wants = (
+            np.asarray(exact["conv_fused"](*wide[:3], **options)),
+            exact["conv_input"](wide[3], wide[1], size=x.shape[2:], **options),
+            exact["conv_weight"](wide[0], wide[3], kernel=weight.shape[2:], **options),
+        )
+    gots = (
+        conv.conv_fused(x, weight, bias, **options),
+        conv.conv_input(g, weight, size=x.shape[2:], **options),
+        conv.conv_weight(x, g, kernel=weight.shape[2:], **options),
+    )
+    terms = math.prod(weight.shape[1:]), math.prod(weight.shape[2:]) * len(weight), len(x) * math.prod(out)
+    for got, want, count in zip(gots, wants, terms, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, want, rtol=0, atol=16 * np.finfo(dtype).eps * (count + 4))
+
+
+@st.composite
+def poolings(draw):
+    """x with ties, NaN and −∞, and options: half of them the plain 2 × 2."""
+    axes, simple = draw(st.integers(1, 2)), draw(st.booleans())
+    kernel = stride = (2,) * axes
+    padding, dilation = (0,) * axes, (1,) * axes
+    if not simple:
+        kernel, stride, dilation = (tuple(draw(st.integers(1, 3)) for _ in range(axes)) for _ in range(3))
+        padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    size = tuple(draw(st.integers(d * (k - 1) + 1, 40)) for k, d in zip(kernel, dilation, strict=True))
+    return size, (kernel, stride, padding, dilation), draw(st.booleans()), draw(DTYPES), draw(st.integers(0, 99))
+
+
+@given(poolings())
+@example(((35, 35), ((2, 2), (2, 2), (0, 0), (1, 1)), False, np.float32, 0))
+@example(((16, 9), ((2, 2), (2, 2), (0, 0), (1, 1)), False, np.float64, 1))
+def test_max_pooling_and_its_gradient_equal_the_reference(case):
+    size, (kernel, stride, padding, dilation), ceil_mode, dtype, seed = case
+    out = pooled_size(size, kernel, stride, padding, dilation, ceil_mode)
+    options = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 4, (2, 2, *size)).astype(dtype)
+    x[rng.random(x.shape) < 0.1] = rng.choice([np.nan, -np.inf])
+    windows = functional.pooling._places(x, **options)
+    if (windows < 0).any():  # some window holds nothing but padding: refused before it gets here
+        return
+    flat, places = x.reshape(4, -1), windows.reshape(4, -1)
+    y = pool.max_pool_fused(x, **options)
+    np.testing.assert_array_equal(y.reshape(4, -1), np.take_along_axis(flat, places, 1))
+    g = rng.normal(size=y.shape).astype(dtype)
+    (got,) = pool.max_pool_fused_vjp(g, y, x, needs=[True], **options)
+    want = np.zeros(flat.shape)
+    np.add.at(want, (np.arange(4)[:, None], places), g.reshape(4, -1))
+    np.testing.assert_allclose(got.reshape(4, -1), want, rtol=0, atol=16 * np.finfo(dtype).eps * 9)
+
+
+def test_bitwise_the_same_for_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
+    x, weight, bias = operands(((33, 4, 12, 13), (10, 2, 3, 2), (10,)), np.float32, 0)
+    options = plain() | {"groups": 2}
+    before, results = threads.num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            threads.set_num_threads(count)
+            y = conv.conv_fused(x, weight, bias, **options)
+            window = {"kernel": (2, 2), "out": (5, 6), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+            pooled = pool.max_pool_fused(y, **window)
+            (gy,) = pool.max_pool_fused_vjp(pooled * pooled, pooled, y, needs=[True], **window)
+            gradients = conv.conv_fused_vjp(gy, y, x, weight, bias, needs=[True] * 3, **options)
+            results.append([a.tobytes() for a in (y, pooled, gy, *gradients)])
+    finally:
+        threads.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["x", "weight"]), st.sampled_from([np.inf, np.nan]), st.integers(0, 99))
+def test_what_is_not_finite_reaches_only_what_it_meets(where, value, seed):
+    rng = np.random.default_rng(seed)
+    data = {"x": rng.normal(size=(2, 2, 5, 5)), "weight": rng.normal(size=(3, 2, 3, 3))}
+    data[where].flat[rng.integers(data[where].size)] = value
+    x, weight = (Tensor(a, requires_grad=True) for a in data.values())
+
+    def gradients():
+        with np.errstate(invalid="ignore"):
+            return [g.numpy() for g in grad(functional.conv2d(x, weight).sum(), [x, weight])]
+
+    with kernels_disabled():
+        wants = gradients()
+    for got, want in zip(gradients(), wants, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: functional.conv2d(x, np.ones((3, 2, 2, 2), np.float32), np.ones(3, np.float32)),
+    lambda x: functional.conv_transpose2d(x, np.ones((2, 3, 2, 2), np.float32)),
+    lambda x: functional.max_pool2d(x, 2), lambda x: functional.avg_pool2d(x, 2),
+    lambda x: functional.adaptive_avg_pool(x, 2), lambda x: functional.adaptive_max_pool(x, 2),
+])  # fmt: skip
+def test_an_empty_batch_gives_an_empty_batch(function):
+    x = Tensor(np.ones((0, 2, 4, 4), np.float32), requires_grad=True)
+    y = function(x)
+    assert y.shape[0] == 0
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_averages_of_half_precision_are_summed_in_single():
+    for value, side in ((1.0, 64), (6e4, 8)):
+        x = Tensor(np.full((1, 1, side, side), value, np.float16))
+        for y in (functional.avg_pool2d(x, side), functional.adaptive_avg_pool(x, 1)):
+            assert y.dtype == np.float16
+            assert y.numpy().item() == np.float16(value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_adaptive_averages_of_other_windows_stay_finite(value):
+    x = np.ones((1, 1, 5, 4), np.float32)
+    x[0, 0, 0, 0] = value
+    y = functional.adaptive_avg_pool(Tensor(x), 2).numpy()
+    assert np.isfinite(y).ravel().tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    (((1, 2, 4, 4), (3, 2, 0, 2), {}), ValueError, "at least one element"),
+    (((1, 2, 4, 4), (3, 2, 2, 2), {"stride": 0}), ValueError, "stride is a number of 1 or more"),
+    (((1, 2, 4, 4), (3, 2, 2, 2), {"padding": ((1, 0), 2)}), ValueError, "pair"),
+    (((1, 2, 4, 4), (3, 2, 2, 2), {"padding": ((1.5, 0), (0, 0))}), ValueError, "pair"),
+])  # fmt: skip
+def test_options_that_cannot_be(arguments, error, words):
+    x, weight, options = arguments
+    with pytest.raises(error, match=words):
+        functional.conv2d(np.ones(x), np.ones(weight), **options)
+
+
+def test_numpys_integers_are_numbers():
+    two = np.int64(2)
+    y = functional.conv2d(np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2)), stride=two, padding=two, dilation=two)
+    assert y.shape == (1, 1, 4, 4)
+    assert functional.max_pool2d(np.ones((1, 1, 4, 4)), two).shape == (1, 1, 2, 2)
+    with pytest.raises(ValueError, match="0 groups do not fit"):
+        functional.conv_transpose2d(np.ones((1, 2, 4, 4)), np.ones((2, 1, 2, 2)), groups=0)
