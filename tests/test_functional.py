@@ -137,7 +137,11 @@ ERRORS = [
     (lambda: F.batch_norm(X, np.zeros(5), np.ones(5)), ValueError, r"running_mean has shape \(5,\)"),
     (lambda: F.batch_norm_fused(X, np.ones(2), np.ones(3), eps=0.1), ValueError, "do not fit the channels"),
     (lambda: F.cross_entropy(X, np.zeros(4, int), Tensor(np.ones(3), requires_grad=True)), ValueError, "constants"),
-    (lambda: F.cross_entropy(np.ones((4, 3), int), np.zeros(4, int)), TypeError, "scores have to be floating-point"),
+    (
+        lambda: F.cross_entropy(np.ones((4, 3), int), np.zeros(4, int)),
+        TypeError,
+        "cross-entropy takes floating-point input",
+    ),
     (lambda: F.batch_norm(np.ones((2, 1), int), np.ones(1), np.ones(1)), TypeError, "floating-point input"),
     (lambda: F.softmax_cross_entropy(X, np.array([0, 1, 2, 7]), np.ones(3)), ValueError, "target 7 .* 0 to 2"),
     (lambda: F.softmax_cross_entropy(X, np.array([0]), np.ones(3), smoothing=0.0), ValueError, "do not fit"),
@@ -145,6 +149,14 @@ ERRORS = [
     (lambda: F.pad(X, width=((1, 1),)), ValueError, "each of 2 axes"),
     (lambda: F.clip(X), ValueError, "min, max, or both"),
     (lambda: F.dropout(X, 2.0), ValueError, r"\[0, 1\]"),
+    (lambda: F.cross_entropy(X, np.zeros(4, int), ignore_index=2**70), ValueError, "ignore_index"),
+    (lambda: F.cross_entropy(X.tolist(), np.zeros(4, int)), TypeError, "got a list: make a Tensor of it"),
+    (lambda: F.batch_norm(X.tolist(), training=True), TypeError, "got a list: make a Tensor of it"),
+    (lambda: F.batch_norm(X, training=True, eps=Tensor(1e-5)), TypeError, "eps has to be a number; got Tensor"),
+    (lambda: F.layer_norm(X, 3, eps=np.array([1e-5])), TypeError, "eps has to be a number; got array"),
+    (lambda: F.instance_norm(X[0]), ValueError, r"\(N, C, \.\.\.\); got \(3,\)"),
+    (lambda: F.rms_norm(np.ones((2, 3), int), 3), TypeError, "floating-point input; got int64"),
+    (lambda: F.mean(np.ma.ones(10_000)), TypeError, "filled"),
     (lambda: F.linear(X, X[:2], X[:, :2]), ValueError, r"bias \(out,\); got \(2, 3\) and \(4, 2\)"),
     (lambda: F.linear(X, X[0], np.ones(1)), ValueError, r"weight has to be \(out, in\)"),
 ]
@@ -186,6 +198,15 @@ def test_the_logits_of_an_ignored_row_do_not_count_even_if_they_are_nan(disable,
     with kernels_disabled() if disable else nullcontext():
         dx = grad(F.cross_entropy(x, np.array([-100, 0])), x, create_graph=create_graph)
     np.testing.assert_allclose(dx.numpy(), [[0, 0], [-0.5, 0.5]])
+
+
+@pytest.mark.parametrize("rows", [2, 5000])
+def test_lists_and_matrices_are_made_tensors(rows):
+    x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
+    for made in (x.tolist(), tuple(map(tuple, x.tolist())), x.view(np.matrix)):
+        np.testing.assert_array_equal(F.mean(made, 0), F.mean(Tensor(x), 0))
+    want = F.batch_norm(Tensor(x), training=True)
+    np.testing.assert_array_equal(F.batch_norm(x.view(np.matrix), training=True), want)
 
 
 def test_dropout_follows_the_package_seed():

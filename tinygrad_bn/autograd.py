@@ -32,6 +32,9 @@ Rule: TypeAlias = Callable[..., Any]
 
 OPS: dict[str, Op] = {}
 
+# What is a tensor to an op, or is made one: the arithmetic of a matrix, for one, is not that of arrays.
+TENSORS = Tensor, list, tuple, np.matrix, np.ma.MaskedArray
+
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
 _debugging: ContextVar[bool] = ContextVar("debugging", default=False)
 
@@ -191,7 +194,7 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
 def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """Run `op` and, if one of its operands requires a gradient, remember how on the result."""
     for o in operands:
-        if isinstance(o, Tensor):
+        if isinstance(o, TENSORS):
             break
     else:
         return _execute(op, operands, params)

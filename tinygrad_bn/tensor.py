@@ -404,6 +404,8 @@ def _to_array(data: object, dtype: DTypeLike | None) -> Array:
         data = data._data
     if device_of(data) != "cpu":
         return data.astype(dtype or data.dtype)  # type: ignore[attr-defined]
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError("a tensor has no mask; give masked.filled(value)")
     if _holds_a_tensor(data):
         raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")

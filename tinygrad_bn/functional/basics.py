@@ -9,7 +9,7 @@ import numpy as np
 
 from tinygrad_bn import ops
 from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.functional.statistics import largest
+from tinygrad_bn.functional.statistics import expect_floats, largest
 from tinygrad_bn.ops import astype, erf, exp, expm1, log, matmul, reshape, sigmoid, sub, sum, transpose, where
 from tinygrad_bn.random import generator, philox
 from tinygrad_bn.sample import REAL
@@ -106,8 +106,7 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
     """
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be in [0, 1]; got {p}")
-    if x.dtype.kind != "f":
-        raise TypeError(f"dropout takes floating-point input; got {x.dtype}")
+    expect_floats(x, "dropout")
     if not training or p == 0:
         return x
     return dropout_by_key(x, p=p, key=int((rng or generator()).integers(2**63)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from tinygrad_bn.autograd import Operand, primitive
 from tinygrad_bn.device import device_of, full
 from tinygrad_bn.functional.basics import log_softmax
-from tinygrad_bn.functional.statistics import largest, mean, values
+from tinygrad_bn.functional.statistics import expect_floats, largest, mean, values
 from tinygrad_bn.ops import abs, astype, clip, getitem, mul, reshape, softplus, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw
 from tinygrad_bn.tensor import Tensor
@@ -70,11 +71,12 @@ def binary_cross_entropy_with_logits(
     return _reduced(loss if weight is None else loss * weight, reduction)
 
 
-def _classes(x: Operand, target: Operand) -> Any:
+def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
     """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
+    if not -(2**63) <= operator.index(ignore_index) < 2**63:
+        raise ValueError(f"ignore_index has to be an int64; got {ignore_index}")
     classes = values(target)
-    if x.dtype.kind != "f":
-        raise TypeError(f"scores have to be floating-point; got {x.dtype}")
+    expect_floats(x, "cross-entropy")
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
         raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
     if classes.dtype.kind not in "iu":
@@ -110,7 +112,7 @@ def nll_loss(
 
     Arguments and errors are those of `cross_entropy`.
     """
-    classes, weight = _classes(x, target), _class_weight(weight, x)
+    classes, weight = _classes(x, target, ignore_index), _class_weight(weight, x)
     _expect_reduction(reduction)
     loss = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
     return reshape(loss, shape=classes.shape) if reduction == "none" else loss
@@ -216,7 +218,7 @@ def cross_entropy(
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is in [0, 1]; got {label_smoothing}")
-    classes = _classes(x, target)
+    classes = _classes(x, target, ignore_index)
     weight = _class_weight(weight, x)
     _expect_reduction(reduction)
     loss = softmax_cross_entropy(

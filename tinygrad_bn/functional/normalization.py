@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from tinygrad_bn import ops
 from tinygrad_bn.autograd import OPS, Operand, primitive, run
 from tinygrad_bn.device import device_of, full
-from tinygrad_bn.functional.statistics import mean_composed, values
+from tinygrad_bn.functional.statistics import expect_floats, mean_composed, values
 from tinygrad_bn.ops import astype, reshape, rsqrt, sqrt
 from tinygrad_bn.sample import POSITIVE, REAL, Draw
 from tinygrad_bn.tensor import Axis, Tensor
@@ -32,21 +33,18 @@ class Normalization(NamedTuple):
     out: Tensor  #     gammax + bias, in x's dtype
 
 
-def _expect_floats(x: Operand) -> None:
-    if x.dtype.kind != "f":
-        raise TypeError(f"normalisation takes floating-point input; got {x.dtype}")
-
-
 def _expect_eps(eps: float) -> None:
+    if not isinstance(eps, Real):
+        raise TypeError(f"eps has to be a number; got {eps!r}")
     if not eps >= 0:
         raise ValueError(f"eps has to be 0 or more; got {eps}")
 
 
 def _expect_channels(x: Operand, **vectors: Operand | None) -> None:
     """Raise unless x is (N, C, ...) of floats, and each vector (C,) or None."""
-    _expect_floats(x)
+    expect_floats(x, "normalisation")
     if x.ndim < 2:
-        raise ValueError(f"batch_norm needs an x of shape (N, C, ...); got {x.shape}")
+        raise ValueError(f"x has to be of shape (N, C, ...); got {x.shape}")
     channels = x.shape[1:2]
     for name, v in vectors.items():
         if v is not None and (v.shape if isinstance(v, Tensor) else np.shape(v)) != channels:
@@ -55,7 +53,7 @@ def _expect_channels(x: Operand, **vectors: Operand | None) -> None:
 
 def _widened(x: Operand) -> Operand:
     """`x` in the precision that its statistics are computed in."""
-    _expect_floats(x)
+    expect_floats(x, "normalisation")
     return astype(x, dtype=np.float32 if x.dtype == np.float16 else np.float64)
 
 
@@ -292,7 +290,8 @@ def group_norm(
     x: Operand, num_groups: int, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Group normalisation (Wu & He 2018) of x (N, C, ...): each sample over groups of C / num_groups channels."""
-    if num_groups < 1 or x.ndim < 2 or x.shape[1] % num_groups:
+    _expect_channels(x)
+    if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
     planes = x.shape[1] // num_groups
     blocks = x.shape[0], num_groups, planes, math.prod(x.shape[2:])
@@ -301,6 +300,7 @@ def group_norm(
 
 def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
     """Instance normalisation (Ulyanov et al. 2016) of x (N, C, ...): each channel of each sample by itself."""
+    _expect_channels(x)
     return group_norm(x, x.shape[1], weight, bias, eps)
 
 
@@ -311,6 +311,7 @@ def rms_norm(
 
     As in PyTorch `eps` is by default the machine epsilon of x's dtype.
     """
+    expect_floats(x, "normalisation")
     eps = float(np.finfo(x.dtype).eps) if eps is None else eps
     return _last_axes_norm(x, normalized_shape, weight, None, eps, centered=False)
 
@@ -325,7 +326,7 @@ def _block_norm(
     centered: bool = True,
 ) -> Tensor:
     """Normalise the blocks of x; `shape` is that of weight and bias."""
-    _expect_floats(x)
+    expect_floats(x, "normalisation")
     _expect_eps(eps)
     for name, v in (("weight", weight), ("bias", bias)):
         if v is not None and np.shape(values(v)) != shape:
@@ -339,6 +340,7 @@ def _last_axes_norm(
     x: Operand, normalized_shape: int | tuple[int, ...], weight: Any, bias: Any, eps: float, centered: bool
 ) -> Tensor:
     """Normalise each sample of x over its last axes, which have the shape `normalized_shape`, checked."""
+    expect_floats(x, "normalisation")
     shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
     samples = x.shape[: x.ndim - len(shape)]
     if (*samples, *shape) != x.shape:

@@ -19,6 +19,14 @@ def values(x: Operand) -> Any:
     return x._data if isinstance(x, Tensor) else as_array(x)
 
 
+def expect_floats(x: Operand, what: str) -> None:
+    """Raise TypeError unless x is a tensor or an array, of floating-point numbers."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{what} takes a tensor or an array; got a {type(x).__name__}: make a Tensor of it")
+    if x.dtype.kind != "f":
+        raise TypeError(f"{what} takes floating-point input; got {x.dtype}")
+
+
 def count(x: Operand, axis: Axis) -> int:
     """How many elements of `x` a reduction over `axis` combines."""
     if axis is None:
@@ -157,6 +165,5 @@ def logsumexp_fused(x: Operand, *, axis: Axis = None, keepdims: bool = False) ->
 
 def logsumexp(x: Operand, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """log Σ eˣ over `axis`, without overflow. Raises TypeError for integers."""
-    if x.dtype.kind != "f":
-        raise TypeError(f"logsumexp takes floating-point input; got {x.dtype}")
+    expect_floats(x, "logsumexp")
     return logsumexp_fused(x, axis=axis, keepdims=keepdims)
