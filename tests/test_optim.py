@@ -176,10 +176,33 @@ def test_errors():
     for option in ("lr", "weight_decay", "eps"):
         with pytest.raises(ValueError, match=rf"{option} has to be 0 or more; got -1\.0"):
             optim.RMSprop([{"params": [p], option: -1.0}])
-    with pytest.raises(ValueError, match=r"betas have to be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"betas have to be two numbers in \[0, 1\)"):
         optim.AdamW([p], betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="betas have to be two numbers"):
+        optim.AdamW([p], betas=(0.9,))
+    for lr in ("1", Tensor(0.1), np.array([0.1])):
+        with pytest.raises(TypeError, match="lr has to be a number; got"):
+            optim.Adam([p], lr=lr)
     with pytest.raises(ValueError, match="Nesterov"):
         optim.SGD([p], nesterov=True)
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(np.ones(1), TypeError), (Tensor([1.0, 2.0]), ValueError)])
+def test_a_gradient_that_does_not_fit_is_an_error_that_changes_nothing(wrong, error):
+    params = parameter(), parameter()
+    optimizer = optim.Adam([{"params": p} for p in params])
+    params[0].grad, params[1].grad = Tensor(G), wrong
+    for refuse in (optimizer.step, lambda: optim.clip_grad_norm_(params, 0.1)):
+        with pytest.raises(error, match=r"a parameter of shape \(3,\) has a gradient of"):
+            refuse()
+    with pytest.raises(error, match="has a"):
+        optim.clip_grad_value_(params[1], 0.1)
+    assert params[0].grad.numpy().tolist() == G.tolist()
+    assert not optimizer.state
+    params[1].grad, optimizer.param_groups[1]["lr"] = Tensor(G), -1.0
+    with pytest.raises(ValueError, match="lr has to be 0 or more"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_normalisations_and_biases_do_not_decay():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -41,6 +42,7 @@ class Optimizer:
 
     Raises:
         ValueError: no parameters, one that is given twice, an unknown option, or one that is out of range.
+        TypeError: params that are no tensors, or an option that is no number.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
@@ -74,7 +76,14 @@ class Optimizer:
                 p.zero_grad()
 
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises ValueError or TypeError, and changes nothing, for an option or a gradient that does not fit.
+        """
+        for group in self.param_groups:
+            self._check(group)
+            for p in group["params"]:
+                _gradient(p)
         flats: dict[tuple[int, ...], _Flat] = {}
         for group in self.param_groups:
             alike: dict[tuple[Any, ...], list[Tensor]] = {}  # what one call can update
@@ -101,14 +110,18 @@ class Optimizer:
         return {**vars(self), "_flats": {}}  # they go by the identity of the parameters, which a copy has not
 
     def _check(self, group: Group) -> None:
-        """Raise ValueError for options that are out of range."""
+        """Raise ValueError for options that are out of range, and TypeError for what is no number."""
         for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
-            if not group.get(option, 0) >= 0:  # nor NaN
-                raise ValueError(f"{option} has to be 0 or more; got {group[option]}")
+            value = group.get(option, 0)
+            if not isinstance(value, Real):
+                raise TypeError(f"{option} has to be a number; got {value!r}")
+            if not value >= 0:  # nor NaN
+                raise ValueError(f"{option} has to be 0 or more; got {value}")
         if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
-        if not all(0 <= beta < 1 for beta in group.get("betas", ())):
-            raise ValueError(f"betas have to be in [0, 1); got {group['betas']}")
+        betas = group.get("betas", (0, 0))
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas have to be two numbers in [0, 1); got {betas}")
 
     def _kept(self, group: Group) -> dict[str, float]:
         """Names of the arrays that are kept for a parameter, and what they are full of before the first step."""
@@ -192,13 +205,8 @@ class _Flat:
         return self.whole.astype(_wide(self.whole.dtype), copy=False)
 
     def gradients(self) -> Array:
-        """Their gradients, in the precision of the update. Raises ValueError for one of another shape."""
-        gradients = []
-        for p in self.params:
-            assert p.grad is not None
-            if p.grad.shape != p.shape:
-                raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {p.grad.shape}")
-            gradients.append(p.grad._data)
+        """Their gradients, in the precision of the update."""
+        gradients = [_gradient(p) for p in self.params]
         expect_one_device((self.whole, *self.state.values(), *gradients))
         joined = _joined(gradients)
         return joined.astype(_wide(self.whole.dtype), copy=False)
@@ -213,6 +221,19 @@ class _Flat:
     def _parts(self, whole: Array) -> list[Array]:
         bounds = zip([0, *self.stops], [*self.stops, whole.size], self.params, strict=True)
         return [whole[start:stop].reshape(p.shape) for start, stop, p in bounds]
+
+
+def _gradient(p: Tensor) -> Any:
+    """The array of a parameter's gradient, or None. Raises if somebody has assigned what cannot be its gradient."""
+    if p.grad is None:
+        return None
+    if not isinstance(p.grad, Tensor):
+        raise TypeError(
+            f"a parameter of shape {p.shape} has a gradient of type {type(p.grad).__name__}; assign a Tensor"
+        )
+    if p.grad.shape != p.shape:
+        raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {p.grad.shape}")
+    return p.grad._data
 
 
 def _state_of(p: Tensor, name: str, value: Any) -> Array:
@@ -454,7 +475,7 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm has to be 0 or more; got {max_norm}")
-    graded = [(p, p.grad._data) for p in _listed(params) if p.grad is not None]
+    graded = [(p, g) for p in _listed(params) if (g := _gradient(p)) is not None]
     norm = math.sqrt(sum(_sum_of_squares(g) for _, g in graded))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in graded:
@@ -467,5 +488,5 @@ def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> No
     if not clip_value >= 0:
         raise ValueError(f"clip_value has to be 0 or more; got {clip_value}")
     for p in _listed(params):
-        if p.grad is not None:
-            p.grad = Tensor._of(as_array(clip(p.grad._data, min=-clip_value, max=clip_value)))
+        if (g := _gradient(p)) is not None:
+            p.grad = Tensor._of(as_array(clip(g, min=-clip_value, max=clip_value)))
