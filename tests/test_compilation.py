@@ -104,6 +104,21 @@ def test_a_full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("length", [0, 40])
+def test_a_damaged_file_is_compiled_anew(cache, kind, length):
+    compile_two()
+    damaged = list(cache.rglob(kind))
+    assert len(damaged) == 2
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:length])
+    compile_two()
+    whole = {path: path.read_bytes() for path in damaged}
+    assert min(map(len, whole.values())) > 40
+    compile_two()
+    assert whole == {path: path.read_bytes() for path in damaged}
+
+
 FORK = """
 import os, signal, threading, numba
 from numba.core.compiler_lock import global_compiler_lock

@@ -74,12 +74,21 @@ def _warn_once() -> None:
 def _save_safely(dispatcher: Any) -> None:
     """Let one process at a time write to a loop's cache: two that save different dtypes would mix them up.
 
-    What cannot be written, to a full disk or for want of locks, is compiled all the same.
+    What cannot be written, to a full disk or for want of locks, is compiled all the same; so is what cannot be read,
+    as its file is damaged, and is written anew.
     """
     cache = getattr(dispatcher, "_cache", None)  # there is none with NUMBA_DISABLE_JIT
     if cache is None:
         return
-    save = cache.save_overload
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_if_whole(signature: Any, context: Any) -> Any:
+        try:
+            return load(signature, context)
+        except Exception:  # unpickling what is damaged may raise anything
+            with suppress(OSError):
+                cache.flush()
+            return None
 
     def save_alone(signature: Any, data: Any) -> None:
         try:
@@ -91,7 +100,7 @@ def _save_safely(dispatcher: Any) -> None:
         except OSError:
             _warn_once()
 
-    cache.save_overload = save_alone
+    cache.load_overload, cache.save_overload = load_if_whole, save_alone
 
 
 def njit(**options: Any) -> Callable[[F], F]:
