@@ -177,9 +177,13 @@ print(threads.num_threads(), threads.PARALLEL_FROM)
 
 
 def test_the_environment_sets_threads_and_threshold():
-    one = python(ENVIRONMENT, TINYGRAD_BN_NUM_THREADS=5, TINYGRAD_BN_PARALLEL_FROM=7)
-    none = python(
-        f"try:\n    {ENVIRONMENT.splitlines()[1]}\nexcept ValueError as e:\n    print(e)", TINYGRAD_BN_NUM_THREADS=0
-    )
-    assert output(one) == "5 7"
-    assert "has to be at least 1" in output(none)
+    assert output(python(ENVIRONMENT, TINYGRAD_BN_NUM_THREADS=5, TINYGRAD_BN_PARALLEL_FROM=7)) == "5 7"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TINYGRAD_BN_NUM_THREADS", "0"), ("TINYGRAD_BN_NUM_THREADS", "two"), ("TINYGRAD_BN_PARALLEL_FROM", "1e6")],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(name, value):
+    program = f"try:\n    {ENVIRONMENT.splitlines()[1]}\nexcept ValueError as e:\n    print(e)"
+    assert output(python(program, **{name: value})).startswith(f"{name} has to be a whole number, at least")

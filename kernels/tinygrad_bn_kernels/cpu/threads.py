@@ -14,9 +14,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+
+def _setting(name: str, default: int, least: int) -> int:
+    """A whole number that the environment may give. Raises ValueError, with its name, for anything else."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal() or int(text) < least:
+        raise ValueError(f"{name} has to be a whole number, at least {least}; it is {text!r}")
+    return int(text)
+
+
 # Elements from which two threads are faster than one. Measured on 2 cores: waking a thread takes 50 to 100 µs, a pass
 # over a million float32 elements about 300 µs.
-PARALLEL_FROM = int(os.environ.get("TINYGRAD_BN_PARALLEL_FROM", 1 << 20))
+PARALLEL_FROM = _setting("TINYGRAD_BN_PARALLEL_FROM", 1 << 20, least=0)
 
 # What one element costs in some loops, for that decision: an exponential as much as moving four elements; what is only
 # read, and not written, an eighth (measured likewise, on arrays of 1 to 10 million elements).
@@ -29,9 +38,7 @@ READING_COST = 1 / 8
 PARTS = 4
 
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_threads = int(os.environ.get("TINYGRAD_BN_NUM_THREADS", _cores))
-if _threads < 1:
-    raise ValueError(f"TINYGRAD_BN_NUM_THREADS has to be at least 1; it is {_threads}")
+_threads = _setting("TINYGRAD_BN_NUM_THREADS", _cores, least=1)
 _pool: ThreadPoolExecutor | None = None
 
 
