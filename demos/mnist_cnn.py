@@ -1,7 +1,8 @@
 """MNIST by the convolutional network of the first article: its summary, its training, and its mistakes.
 
 Conv 32, BatchNorm, ReLU, Pool, Conv 64, BatchNorm, ReLU, Pool, Dense 256, Dense 10; kernels of 3 × 3, Adam, batches of
-32, 5 epochs. `--data fashion_mnist` trains on 60,000 pictures of clothes.
+32, 5 epochs. `--data fashion_mnist` trains on 60,000 pictures of clothes. Other than the article's, the learning rate
+falls along half a cosine, without which the accuracy of the last epoch is 1 % better or worse by chance.
 """
 
 from contextlib import suppress
@@ -9,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from demos.common import Run
-from tinygrad_bn import Tensor, manual_seed, nn, no_grad, viz
+from demos.common import OPTIMIZERS, Run
+from tinygrad_bn import Tensor, manual_seed, nn, no_grad, optim, viz
 from tinygrad_bn import functional as F
 from tinygrad_bn.datasets import Dataset
 from tinygrad_bn.tensor import Array
@@ -65,9 +66,13 @@ def main(argv: list[str] | None = None) -> Run:
     if not run.args.quiet:
         model.summary((1, 28, 28))
     with suppress(KeyboardInterrupt):
-        run.fit(model, training, validation, "with BatchNorm")
+        optimizer = OPTIMIZERS[run.args.optimizer](model.parameters(), lr=run.args.lr)
+        schedule = optim.CosineAnnealingLR(optimizer, run.args.epochs)
+        run.fit(model, training, validation, "with BatchNorm", optimizer=optimizer, schedule=schedule)
 
     history = run.histories["with BatchNorm"]
+    if history.interrupted:
+        run.console.print("interrupted: what follows is what was learned so far")
     for e in history.epochs:
         run.console.print(
             f"epoch {e.epoch}: loss {e.loss:.4f}, accuracy {e.accuracy:.4f}; validation loss {e.val_loss:.4f}, "
@@ -85,7 +90,7 @@ def main(argv: list[str] | None = None) -> Run:
         "the layers count 320, 128, 18,496 and 256 numbers", [counts[i] for i in (0, 1, 4, 5)] == [320, 128, 18496, 256]
     )
     if run.args.data in TARGETS:
-        target = TARGETS[run.args.data] if run.args.epochs >= 5 else 0.85
+        target = TARGETS[run.args.data] if run.args.epochs >= 5 else 0.9
         run.claim(f"validation accuracy is at least {target}", accuracy >= target)
     return run.finish(accuracy=accuracy, epochs=history.rows(), numbers_of_each_layer=counts)
 
