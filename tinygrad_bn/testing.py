@@ -305,12 +305,13 @@ def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> N
 @contextmanager
 def thresholds(piece: int = 8, parallel_from: int = 1) -> Iterator[None]:
     """In this block small work takes the kernels' paths for large work: the loops, in pieces, on threads."""
-    before = reduce.SMALL, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM
-    reduce.SMALL, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM = 0, piece, 6, 5, parallel_from
+    before = reduce.SMALL, reduce.FEW, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM
+    reduce.SMALL, reduce.FEW, reduce.PIECE, reduce.WIDE, reduce.NARROW = 0, 0, piece, 6, 5
+    threads.PARALLEL_FROM = parallel_from
     try:
         yield
     finally:
-        reduce.SMALL, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM = before
+        reduce.SMALL, reduce.FEW, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM = before
 
 
 def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
