@@ -115,7 +115,7 @@ class Optimizer:
             value = group.get(option, 0)
             if not isinstance(value, Real):
                 raise TypeError(f"{option} has to be a number; got {value!r}")
-            if not value >= 0:  # nor NaN
+            if not float(value) >= 0:  # nor NaN
                 raise ValueError(f"{option} has to be 0 or more; got {value}")
         if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
