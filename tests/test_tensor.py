@@ -299,9 +299,22 @@ def test_repeated_indices_in_tuples_accumulate_and_an_empty_list_is_empty():
     assert x[(0, 0, 1),].shape == (3, 2)
 
 
-def test_operands_are_positional_and_options_are_named():
+def test_every_reduction_takes_axis_and_keepdims_by_position():
+    x = Tensor([[1.0, 2.0]])
+    for name in ("sum", "mean", "var", "max", "min", "argmax", "argmin", "sum_of_squares", "logsumexp"):
+        reduce = getattr(functional, name)
+        np.testing.assert_array_equal(reduce(x, 1, True), reduce(x, axis=1, keepdims=True), strict=True)
+
+
+def test_operands_are_positional_and_options_are_not_given_twice():
     x = Tensor([1.0, 2.0], requires_grad=True)
-    for call in (lambda: functional.relu(x=x), lambda: functional.where(x > 1, a=x, b=x), lambda: functional.sum(x, 0)):
+    for call in (
+        lambda: functional.relu(x=x),
+        lambda: functional.where(x > 1, a=x, b=x),
+        lambda: functional.relu(x, 0),
+        lambda: functional.sum(x, 0, axis=0),
+        lambda: functional.sum(x, 0, True, 1),
+    ):
         with pytest.raises(TypeError, match="operands by position, and by name"):
             call()
     with pytest.raises(TypeError, match="by name: axis, keepdims"):

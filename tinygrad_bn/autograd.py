@@ -108,6 +108,10 @@ def primitive(
 
         @wraps(forward)
         def call(*operands: Any, **params: Any) -> Any:
+            if 0 < count < len(operands):
+                given = dict(zip(options, operands[count:], strict=False))  # such as axis in sum(x, 0)
+                if len(operands) == count + len(given) and not given.keys() & params.keys():
+                    operands, params = operands[:count], {**given, **params}
             if (count and len(operands) != count) or (params and not params.keys() <= options.keys()):
                 by_name = ", ".join(options) or "nothing"
                 raise TypeError(f"{name}() takes {count or 'its'} operands by position, and by name: {by_name}")
