@@ -41,9 +41,7 @@ def plain(stride=1):
 
 
 @given(convolutions())
-@example(
-    (((40, 2, 6, 6), (5, 2, 3, 3), (5,)), plain(), np.float32, 0)
-)  # several images in a run
+@example((((40, 2, 6, 6), (5, 2, 3, 3), (5,)), plain(), np.float32, 0))  # several images in a run
 @example((((2, 1, 40, 40), (4, 1, 3, 3), (4,)), plain(), np.float32, 0))  # an image longer than a run
 @example((((2, 3, 40, 41), (5, 3, 2, 3), (5,)), plain(2), np.float64, 0))
 def test_convolution_and_its_gradients_equal_the_reference(case):
