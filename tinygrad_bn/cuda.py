@@ -33,7 +33,7 @@ def is_available() -> bool:
     """Whether tensors can be moved to "cuda": the package is installed and there is a device."""
     try:
         arrays()
-    except RuntimeError:
+    except (MemoryError, RuntimeError):
         return False
     return True
 
@@ -42,7 +42,7 @@ def info() -> dict[str, Any]:
     """What is known of the device: `available`, and then its name, compute capability and more, or the `reason`."""
     try:
         arrays()
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         return {"available": False, "reason": str(error)}
     from tinygrad_bn_kernels.cuda import launch
 

@@ -175,7 +175,7 @@ class Launch:
 
     def __post_init__(self) -> None:
         kernel, threads = self.kernel, int(np.prod(self.block))
-        if not 0 < threads <= 1024 or min(self.grid) < 1:
+        if not 0 < threads <= 1024 or min(self.grid) < 1 or max(self.grid[1:]) > 65535:
             raise PTXError(
                 f"kernel {demangle(kernel.name)}: a grid of {self.grid} blocks of {self.block} threads is impossible"
             )

@@ -24,7 +24,7 @@ array, `n` a number, a `4` that 128 bits are moved at a time, `rows` that operan
 - *sectors*: pieces of 32 bytes that a warp's request touches, for loads and stores of 32 and of 128 bits a thread; 4
   and 16 are the least where all lanes take part;
 - *executed*: its PTX was run by the interpreter of `tests/ptx`, against float64, in the tests;
-- *timed*: on a GPU.
+- *timed*: by itself, on a GPU; the ops are timed in CUDA.md.
 
 | program | registers | shared | bytes | least | sectors, 32 bits | 128 bits | executed | timed |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |

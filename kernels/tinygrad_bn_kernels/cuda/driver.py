@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class Device:
 
     def free(self, pointer: int) -> None:
         """Give memory back, once all that was launched before is done."""
-        self._api.cuMemFreeAsync(pointer, STREAM)  # unchecked: at the end of the process there may be no context
+        with suppress(Exception):  # at the end of the process there may be no context
+            self._driver.cuMemFreeAsync(pointer, STREAM)
 
     def write(self, pointer: int, array: Array) -> None:
         """Copy a contiguous array to the device."""

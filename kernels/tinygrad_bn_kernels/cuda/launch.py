@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -118,12 +119,12 @@ def _cache_folder() -> Path | None:
         versions = metadata.version("numba-cuda") + metadata.version("numba")
     except metadata.PackageNotFoundError:
         return None
-    home = Path.home() / (".cache" if os.name == "posix" else "AppData/Local")
-    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or home
-    folder = Path(base) / "tinygrad_bn" / ("ptx-" + hashlib.sha256(sources + versions.encode()).hexdigest()[:16])
+    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     try:
+        root = Path(base or Path.home() / (".cache" if os.name == "posix" else "AppData/Local"))
+        folder = root / "tinygrad_bn" / ("ptx-" + hashlib.sha256(sources + versions.encode()).hexdigest()[:16])
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # also: there is no home
         return None
     return folder
 
@@ -134,22 +135,24 @@ def _cached_ptx(program: Program, signature: Signature, cc: tuple[int, int]) -> 
     folder = _cache_folder()
     words = "_".join((program.name, *signature, f"sm{cc[0]}{cc[1]}")).replace("*", "s")
     path = folder / f"{words}.ptx" if folder else None
-    if path and path.exists():
-        return path.read_text()
+    if path and path.exists() and ".entry" in (kept := path.read_text()):
+        return kept
     ptx = shim.compile_ptx(program.build(shim.TYPES[signature[0].removesuffix("*")]), signature, cc)
     if not any(kind.startswith("f8") for kind in signature):  # whose numbers take two registers each
         before, entry, rest = ptx.partition(".entry")
         ptx = before + entry + re.sub(r"\)\s*\{", f")\n.maxnreg {program.registers}\n{{", rest, count=1)
     if path:
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(ptx)
-        temporary.replace(path)  # at once: another process may be reading
+        temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        with suppress(OSError):  # a full disk costs a compilation in the next process, and no more
+            temporary.write_text(ptx)
+            temporary.replace(path)  # at once: another process may be reading
     return ptx
 
 
 # ---- the driver ------------------------------------------------------------------------------------------
 
 _driver: Driver | None = None
+_process: int | None = None  # that the driver was started in
 
 
 def installed() -> Driver | None:
@@ -160,10 +163,13 @@ def installed() -> Driver | None:
 def driver() -> Driver:
     """The device that everything runs on. Raises RuntimeError, with the reason, where there is none."""
     global _driver
+    global _process
     if _driver is None:
         from tinygrad_bn_kernels.cuda.driver import Device
 
-        _driver = Device()
+        _driver, _process = Device(), os.getpid()
+    elif _process not in (None, os.getpid()):
+        raise RuntimeError("CUDA cannot be used after a fork; start processes by spawning them")
     return _driver
 
 
@@ -205,6 +211,8 @@ def launch(program: Program, grid: int | tuple[int, ...], *args: Any, block: tup
             kinds.append(a.kind)
             flat += a.parameters
     ptx, name = program.compiled(tuple(kinds), device.cc)
+    if not isinstance(grid, int) and max(grid[1:], default=1) > 65535:
+        raise ValueError(f"{program.name}: a grid of {grid} blocks is more than a launch can have")
     device.launch(ptx, name, (grid,) if isinstance(grid, int) else grid, block or program.block, flat)
 
 

@@ -321,9 +321,12 @@ def _flat_index(shape: Shape, entries: list[Any]) -> tuple[Shape, Any]:
                 raise IndexError(f"an index is out of bounds for an axis of length {n}")
             place: Any = np.where(entry < 0, entry + n, entry)
         else:
+            if entry.dtype.kind not in "iu":
+                raise IndexError(f"an index has to be of an integer or boolean dtype; got {entry.dtype}")
+            entry = entry.astype(np.int64, copy=False)
             # What lies outside is marked by a place that lies outside of the whole: to check would be to wait.
             inside = maps.mul(entry >= -n, entry < n)
-            place = maps.where(inside, maps.where(entry < 0, entry + n, entry), -(1 << 40))
+            place = maps.where(inside, maps.where(entry < 0, entry + n, entry), -(1 << 31))
         if isinstance(total, DeviceArray) and isinstance(place, np.ndarray):
             place = DeviceArray.from_numpy(np.asarray(place, np.int64))
         elif isinstance(place, DeviceArray) and isinstance(total, np.ndarray):

@@ -20,6 +20,7 @@ from tinygrad_bn_kernels.cuda.layout import broadcast_to
 from tinygrad_bn_kernels.cuda.reduce import sum_
 from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32
 
+MOST = 65535  # blocks along the second and third axis of a grid
 SIDE = 64  # of a block's part of the product
 DEPTH = 16  # of a strip
 PITCH = SIDE + 2  # of a strip in shared memory: then 16 × 2 neighbours lie in 32 different banks
@@ -133,9 +134,18 @@ def product(
     if not depth:
         return maps.fill(out, 0) if bias is None else broadcast_to(bias, shape=out.shape)
     steps = rows * depth if count_a > 1 else 0, depth * columns if count_b > 1 else 0
-    grid = -(-columns // SIDE), -(-rows // SIDE), count
     name = f"product.{how}" + ("" if bias is None else ".bias")
-    launch(PROGRAMS[name], grid, a, b, a if bias is None else bias, out, *u4(rows, columns, depth, *steps))
+    height, together = (MOST * SIDE, 1) if rows > MOST * SIDE else (rows, MOST)
+    if height < rows and how[0] == "t":
+        raise ValueError(f"a product of {rows:,} rows, transposed in memory, is more than one launch can have")
+    for batch in range(0, count, together):
+        for row in range(0, rows, height):
+            here, some = min(height, rows - row), min(together, count - batch)
+            parts = (batch * steps[0] + row * depth, batch * steps[1], (batch * rows + row) * columns)
+            left, right, to = (x.view((x.size - at,), at) for x, at in zip((a, b, out), parts, strict=True))
+            grid = -(-columns // SIDE), -(-here // SIDE), some
+            numbers = u4(here, columns, depth, *steps)
+            launch(PROGRAMS[name], grid, left, right, left if bias is None else bias, to, *numbers)
     return out
 
 

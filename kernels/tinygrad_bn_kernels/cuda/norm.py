@@ -245,7 +245,7 @@ class _Sizes:
             grid: tuple[int, ...] = blocks(rows, 4 * block[1]), -(-self.channels // block[0])
         else:
             size, rows = self.size // self.unit, self.count // self.size * self.channels
-            block = row_block(size)
+            block = row_block(size, rows)
             grid = (blocks(rows, block[1]),)
         launch(which, grid, *args, *u4(rows, self.channels, size), block=block)
 

@@ -9,6 +9,9 @@ Shape = tuple[int, ...]
 
 AXES = 4  # of a walk; the rows of its last one are what the threads of a block take
 
+# A few long rows would keep a few warps busy: rows of LONG elements are cut into parts of PART, unless there are MANY.
+LONG, PART, MANY = 1024, 256, 4096
+
 
 class Walk(NamedTuple):
     """One launch: lengths of the four axes, and for each array where it starts and how far a step goes."""
@@ -46,18 +49,31 @@ def walks(shape: Shape, starts: Sequence[int], steps: Sequence[Shape]) -> Iterat
         else:
             axes.append((shape[i], step))
     axes = axes[::-1]
+    rows = math.prod(n for n, _ in axes[:-1])
+    if axes and axes[-1][0] >= LONG and rows < MANY:
+        *lead, (length, step) = axes
+        whole = length // PART
+        yield from _walks([*lead, (whole, [s * PART for s in step]), (PART, step)], starts)
+        if rest := length % PART:
+            yield from _walks([*lead, (rest, step)], [a + whole * PART * s for a, s in zip(starts, step, strict=True)])
+    else:
+        yield from _walks(axes, starts)
+
+
+def _walks(axes: list[tuple[int, list[int]]], starts: Sequence[int]) -> Iterator[Walk]:
+    """The elements of these axes, in walks of four."""
     outer, inner = axes[: max(len(axes) - AXES, 0)], axes[max(len(axes) - AXES, 0) :]
-    inner = [(1, [0] * len(steps))] * (AXES - len(inner)) + inner
+    inner = [(1, [0] * len(starts))] * (AXES - len(inner)) + inner
     lengths = tuple(n for n, _ in inner)
-    inner_steps = tuple(tuple(s[k] for _, s in inner) for k in range(len(steps)))
+    inner_steps = tuple(tuple(s[k] for _, s in inner) for k in range(len(starts)))
     for place in itertools.product(*(range(n) for n, _ in outer)):
         at = [start + sum(i * s[k] for i, (_, s) in zip(place, outer, strict=True)) for k, start in enumerate(starts)]
         yield Walk(lengths, tuple(at), inner_steps)
 
 
-def row_block(inner: int) -> tuple[int, int]:
-    """Threads of a block, along the last axis and across rows: 256, of which few are idle in short rows."""
-    along = 32
+def row_block(inner: int, rows: int = MANY) -> tuple[int, int]:
+    """Threads of a block, along the last axis and across rows: 256, of which few are idle in short or few rows."""
+    along = 32 if rows >= MANY else 256
     while along > 1 and along // 2 >= inner:
         along //= 2
     return along, 256 // along
