@@ -252,7 +252,7 @@ def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, see
     f, real = _split(op, xs, params)
 
     def dependent(a: Tensor) -> Tensor:
-        return f(a, *(Tensor(x) + a.sum() * (0.1 / max(a.size, 1)) for x in real[1:]))
+        return f(a, *(Tensor(x) + a.sum() * (0.03 / max(a.size, 1)) for x in real[1:]))
 
     if len(real) > 1:
         gradcheck(dependent, real[0], seed=seed, allow_zero=True)
