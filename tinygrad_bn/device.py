@@ -53,7 +53,7 @@ def move(array: Any, device: str) -> Any:
 
 def to_numpy(array: Any) -> Any:
     """A copy as a NumPy array, from wherever it is."""
-    return np.array(array) if device_of(array) == "cpu" else array.numpy()  # also of a tensor
+    return np.array(np.asarray(array)) if device_of(array) == "cpu" else array.numpy()  # also of a tensor
 
 
 def beside(constant: Any, x: Any) -> Any:
