@@ -395,5 +395,8 @@ def conv_fused_vjp(
         return NotImplemented
     gx = conv_input(g, weight, size=x.shape[2:], **options) if needs[0] else None
     gweight = conv_weight(x, g, kernel=weight.shape[2:], **options) if needs[1] else None
-    gbias = sum_to(g, shape=(len(bias), *(1,) * (g.ndim - 2))).reshape(bias.shape) if needs[2] else None
-    return gx, gweight, gbias
+    gbias = sum_to(g, shape=(len(bias), *(1,) * (g.ndim - 2))) if needs[2] else None
+    gradients = gx, gweight, gbias
+    if any(gradient is NotImplemented for gradient in gradients):
+        return NotImplemented
+    return gx, gweight, None if gbias is None else gbias.reshape(bias.shape)
