@@ -30,8 +30,9 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from steps import Work, jax_step, our_step, torch_step
 
-from tinygrad_bn import Tensor, functional, manual_seed, nn, optim
+from tinygrad_bn import Tensor, functional, manual_seed, nn
 from tinygrad_bn.device import find_kernel
 
 torch.set_num_threads(2)
@@ -64,8 +65,6 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] =
 
 # Sizes of which PyTorch compiles its reductions too, one in cache and one that is not: each takes it seconds.
 COMPILED = ("1e5", "1e7")
-
-Work = Callable[[], object]
 
 
 def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5) -> dict[str, float]:
@@ -159,10 +158,12 @@ def training_step(sizes: tuple[int, ...], batch: int) -> dict[str, Work]:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, sizes[0])).astype(np.float32)
     y = rng.integers(0, sizes[-1], batch)
+    manual_seed(0)
+    theirs, compiled = (torch.nn.Sequential(*_mlp(torch.nn, sizes)) for _ in range(2))
     return {
-        "ours": _our_step(sizes, x, y),
-        "PyTorch": _torch_step(sizes, x, y, compiled=False),
-        "compiled": _torch_step(sizes, x, y, compiled=True),
+        "ours": our_step(nn.Sequential(*_mlp(nn, sizes)), x, y),
+        "PyTorch": torch_step(theirs, x, y, compiled=False),
+        "compiled": torch_step(compiled, x, y, compiled=True),
         "JAX jit": _jax_step(sizes, x, y),
         "products": _products(sizes, batch),
     }
@@ -186,84 +187,32 @@ def _products(sizes: tuple[int, ...], batch: int) -> Work:
     return run
 
 
-def _our_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Work:
-    manual_seed(0)
-    layers: list[nn.Module] = []
+def _mlp(library: object, sizes: tuple[int, ...]) -> list:
+    """The layers in ours or PyTorch's terms, which are the same."""
+    layers = []
     for fan_in, fan_out in pairwise(sizes[:-1]):
-        layers += [nn.Linear(fan_in, fan_out), nn.BatchNorm1d(fan_out), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
-    optimizer = optim.Adam(model.parameters())
-
-    def step() -> None:
-        loss = functional.cross_entropy(model(Tensor(x)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _torch_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray, compiled: bool) -> Work:
-    layers: list[torch.nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes[:-1]):
-        layers += [torch.nn.Linear(fan_in, fan_out), torch.nn.BatchNorm1d(fan_out), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers, torch.nn.Linear(sizes[-2], sizes[-1]))
-    optimizer = torch.optim.Adam(model.parameters())
-    xt, yt = torch.tensor(x), torch.tensor(y)
-
-    def loss_of(xt: torch.Tensor, yt: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(xt), yt)
-
-    loss_or_compiled = torch.compile(loss_of) if compiled else loss_of
-
-    def step() -> None:
-        loss = loss_or_compiled(xt, yt)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+        layers += [library.Linear(fan_in, fan_out), library.BatchNorm1d(fan_out), library.ReLU()]
+    return [*layers, library.Linear(sizes[-2], sizes[-1])]
 
 
 def _jax_step(sizes: tuple[int, ...], x: np.ndarray, y: np.ndarray) -> Work:
+    """The network in JAX's terms."""
     rng = np.random.default_rng(0)
     params = [
         [rng.normal(size=(i, o)).astype(np.float32) / np.sqrt(i), *np.zeros((2, o), np.float32), np.ones(o, np.float32)]
         for i, o in pairwise(sizes)
     ]
 
-    def loss_of(params: list, stats: list, x: jax.Array, y: jax.Array) -> tuple:
+    def network(params: list, stats: list, x: jax.Array) -> tuple:
         new = []
         for (w, b, beta, gamma), (mean, var) in zip(params[:-1], stats, strict=True):
             x = x @ w + b
             mu, v = x.mean(0), x.var(0)
             new.append((0.9 * mean + 0.1 * mu, 0.9 * var + 0.1 * v))
             x = jax.nn.relu((x - mu) * jax.lax.rsqrt(v + 1e-5) * gamma + beta)
-        logits = x @ params[-1][0] + params[-1][1]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean(), new
+        return x @ params[-1][0] + params[-1][1], new
 
-    @jax.jit
-    def update(state: tuple, x: jax.Array, y: jax.Array) -> tuple:
-        params, stats, m, v, t = state
-        grads, stats = jax.grad(loss_of, has_aux=True)(params, stats, x, y)
-        t = t + 1
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
-        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
-        scale = 1e-3 * jnp.sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        params = jax.tree.map(lambda p, m, v: p - scale * m / (jnp.sqrt(v) + 1e-8), params, m, v)
-        return params, stats, m, v, t
-
-    params = jax.tree.map(jnp.asarray, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    stats = [(jnp.zeros(o), jnp.ones(o)) for o in sizes[1:-1]]
-    state = (params, stats, zeros, zeros, jnp.float32(0))
-    xj, yj = jnp.asarray(x), jnp.asarray(y)
-
-    def step() -> None:
-        nonlocal state
-        state = jax.block_until_ready(update(state, xj, yj))
-
-    return step
+    return jax_step(network, params, list(sizes[1:-1]), x, y)
 
 
 def one_op() -> dict[str, Work]:

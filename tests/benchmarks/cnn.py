@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from steps import Work, jax_step, our_step, torch_step
 
-from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train
-
-Work = Callable[[], object]
+from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim, train
 
 CONVOLUTIONS = [(32, 1, 28, 32), (256, 1, 28, 32), (32, 32, 13, 64), (256, 32, 13, 64)]  # N, C, H = W, O
 AROUND = [(32, 32, 26, 26), (256, 32, 26, 26)]
@@ -29,51 +28,18 @@ def training_step(batch: int) -> dict[str, Work]:
     """Forward, cross-entropy, backward and Adam on a batch of images."""
     rng = np.random.default_rng(0)
     x, y = rng.random((batch, 1, 28, 28), dtype=np.float32), rng.integers(0, 10, batch)
+    manual_seed(0)
+    ours, theirs, compiled = nn.Sequential(*layers(nn)), *(torch.nn.Sequential(*layers(torch.nn)) for _ in range(2))
     return {
-        "ours": our_step(x, y),
-        "PyTorch": torch_step(x, y, compiled=False),
-        "compiled": torch_step(x, y, compiled=True),
-        "JAX jit": jax_step(x, y),
+        "ours": our_step(ours, x, y),
+        "PyTorch": torch_step(theirs, x, y, compiled=False),
+        "compiled": torch_step(compiled, x, y, compiled=True),
+        "JAX jit": _jax_step(x, y),
     }
 
 
-def our_step(x: np.ndarray, y: np.ndarray) -> Work:
-    """A step of ours."""
-    manual_seed(0)
-    model = nn.Sequential(*layers(nn))
-    optimizer = optim.Adam(model.parameters())
-
-    def step() -> None:
-        loss = functional.cross_entropy(model(Tensor(x)), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def torch_step(x: np.ndarray, y: np.ndarray, compiled: bool) -> Work:
-    """A step of PyTorch's."""
-    model = torch.nn.Sequential(*layers(torch.nn))
-    optimizer = torch.optim.Adam(model.parameters())
-    xt, yt = torch.tensor(x), torch.tensor(y)
-
-    def loss_of(xt: torch.Tensor, yt: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(xt), yt)
-
-    loss_or_compiled = torch.compile(loss_of) if compiled else loss_of
-
-    def step() -> None:
-        loss = loss_or_compiled(xt, yt)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def jax_step(x: np.ndarray, y: np.ndarray) -> Work:
-    """A step of JAX's, compiled as a whole."""
+def _jax_step(x: np.ndarray, y: np.ndarray) -> Work:
+    """The network in JAX's terms."""
     rng = np.random.default_rng(0)
     shapes = {"w1": (32, 1, 3, 3), "w2": (64, 32, 3, 3), "w3": (1600, 256), "w4": (256, 10)}
     params = {k: rng.normal(size=s).astype(np.float32) / np.sqrt(np.prod(s[:-1])) for k, s in shapes.items()}
@@ -89,33 +55,13 @@ def jax_step(x: np.ndarray, y: np.ndarray) -> Work:
         x = jax.nn.relu((x - mu[:, None, None]) * scale[:, None, None] + p[f"beta{i}"][:, None, None])
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID"), new
 
-    def loss_of(p: dict, stats: list, x: jax.Array, y: jax.Array) -> tuple:
+    def network(p: dict, stats: list, x: jax.Array) -> tuple:
         x, first = block(p, 1, x, stats[0])
         x, second = block(p, 2, x, stats[1])
         logits = (x.reshape(len(x), -1) @ p["w3"] + p["b3"]) @ p["w4"] + p["b4"]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean(), [first, second]
+        return logits, [first, second]
 
-    @jax.jit
-    def update(state: tuple, x: jax.Array, y: jax.Array) -> tuple:
-        params, stats, m, v, t = state
-        grads, stats = jax.grad(loss_of, has_aux=True)(params, stats, x, y)
-        t = t + 1
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
-        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, grads)
-        scale = 1e-3 * jnp.sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        params = jax.tree.map(lambda p, m, v: p - scale * m / (jnp.sqrt(v) + 1e-8), params, m, v)
-        return params, stats, m, v, t
-
-    params = jax.tree.map(jnp.asarray, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    state = (params, [(jnp.zeros(n), jnp.ones(n)) for n in (32, 64)], zeros, zeros, jnp.float32(0))
-    xj, yj = jnp.asarray(x), jnp.asarray(y)
-
-    def step() -> None:
-        nonlocal state
-        state = jax.block_until_ready(update(state, xj, yj))
-
-    return step
+    return jax_step(network, params, [32, 64], x, y)
 
 
 def convolution(n: int, channels: int, size: int, out: int) -> dict[str, Work]:

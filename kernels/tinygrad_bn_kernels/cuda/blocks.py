@@ -28,6 +28,7 @@ Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S
     registers=64,
 )  # fmt: skip
 def BLOCK_NORM(T: Any) -> Callable[..., None]:
+    """Statistics of a block of elements, and the block normalised by them: one block of threads for each."""
     total = over_block(plus)
 
     def block_norm(x, weight, bias, y, mean, var, rows, groups, planes, size, step_p, step_s, eps):

@@ -29,6 +29,8 @@ Shape = tuple[int, ...]
 
 @program("copy.rows", "f4* f4* u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4", block=(32, 8))
 def COPY(T: Any) -> Callable[..., None]:
+    """The elements of one walk of four axes to those of another."""
+
     def copy(a, out, count, n1, n2, n3, a_start, a0, a1, a2, a3, o_start, o0, o1, o2, o3):
         row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
         while row < count:

@@ -279,6 +279,8 @@ WHERE = program("where.rows", f"b1* f4* f4* f4* {_STEPS} {_STEPS} {_STEPS} {_STE
 
 @program("fill", "f4* f4 u4")
 def FILL(T: Any) -> Scalar:
+    """One value to every element."""
+
     def fill(out, value, n):
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
         while i < n:

@@ -15,6 +15,8 @@ from tinygrad_bn_kernels.cuda.shim import cuda, uint32
 
 @program("optim.adam", "f4* f4* f4* f4* f4* u4 f4 f4 f4 f4 f4 f4 f4 f4 f4")
 def ADAM(T: Any) -> Callable[..., None]:
+    """Adam's update of parameters that lie side by side; m and v are updated in place."""
+
     def adam(p, g, m, v, out, n, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay):
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
         while i < n:
