@@ -183,10 +183,12 @@ def test_options_that_cannot_be(arguments, error, words):
         functional.conv2d(np.ones(x), np.ones(weight), **options)
 
 
-def test_numpys_integers_are_numbers():
+def test_other_kinds_of_numbers_and_sizes():
     two = np.int64(2)
     y = functional.conv2d(np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2)), stride=two, padding=two, dilation=two)
     assert y.shape == (1, 1, 4, 4)
     assert functional.max_pool2d(np.ones((1, 1, 4, 4)), two).shape == (1, 1, 2, 2)
+    with pytest.raises(ValueError, match="no elements to pool"):
+        functional.max_pool2d(np.ones((1, 1, 0, 4)), 2, padding=1)
     with pytest.raises(ValueError, match="0 groups do not fit"):
         functional.conv_transpose2d(np.ones((1, 2, 4, 4)), np.ones((2, 1, 2, 2)), groups=0)

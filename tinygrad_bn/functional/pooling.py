@@ -123,6 +123,8 @@ def _pool_options(
         raise ValueError(f"{ndim}-dimensional pooling takes {ndim + 2} axes, (N, C, ...); got {x.shape}")
     if x.dtype.kind != "f":
         raise TypeError(f"pooling takes floating-point input; got {x.dtype}")
+    if min(x.shape[2:]) < 1:
+        raise ValueError(f"x {x.shape} has no elements to pool")
     kernel = each_axis(kernel_size, ndim, "kernel_size", 1)
     steps = kernel if stride is None else each_axis(stride, ndim, "stride", 1)
     around, spread = each_axis(padding, ndim, "padding", 0), each_axis(dilation, ndim, "dilation", 1)
