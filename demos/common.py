@@ -105,7 +105,7 @@ class Run:
         samples, size = len(training if isinstance(training, datasets.Dataset) else training[0]), settings["batch_size"]
         if size == 1 or (samples % size == 1 and not settings.get("drop_last")):
             self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
-        self.folder  # noqa: B018  # that nothing can be written has to be known before, not after the training
+        _ = self.folder  # that nothing can be written has to be known before, not after the training
         history = self.histories[name] = train.fit(model, training, **settings)
         model.to("cpu")
         if history.interrupted:
@@ -114,7 +114,7 @@ class Run:
 
     def track(self, items: Iterable[Item], description: str) -> Iterable[Item]:
         """The items, with a progress bar."""
-        self.folder  # noqa: B018  # as in fit
+        _ = self.folder  # as in fit
         return track(list(items), description, disable=self.args.quiet, console=self.console)
 
     @property

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import config
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.reduce import sum_to
 from tinygrad_bn_kernels.cpu.threads import split
@@ -28,7 +27,6 @@ from tinygrad_bn_kernels.cpu.threads import split
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import fma, lanes, load, splat, store, total
 
-Array = NDArray[Any]
 Ints = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
 

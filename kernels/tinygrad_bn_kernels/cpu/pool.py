@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 from numba import config
-from numpy.typing import NDArray
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cpu.arrays import compiled
+from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import split
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import evens, lanes, larger, left, load, odds, store, taken, zip_first, zip_last
 
-Array = NDArray[Any]
 Ints = tuple[int, ...]
 
 
