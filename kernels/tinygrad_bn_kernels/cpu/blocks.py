@@ -10,6 +10,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm import in_common, plane_statistics, rounded
 from tinygrad_bn_kernels.cpu.threads import split
 
@@ -133,7 +134,7 @@ def block_norm_fused(
     eps, centered, source = float(eps), bool(centered), compiled(x)
     rows, w = _as_blocks(source, compiled(weight, source.dtype), blocks)
     b = compiled(bias, source.dtype).reshape(w.shape)
-    y, mean, var = np.empty_like(source), np.empty(len(rows)), np.empty(len(rows))
+    y, mean, var = empty_like(source), np.empty(len(rows)), np.empty(len(rows))
     if x.size:
         split(_forward, len(rows), x.size, rows, w, b, eps, centered, y.reshape(rows.shape), mean, var)
     return y.astype(x.dtype, copy=False), mean, var
@@ -157,7 +158,7 @@ def block_norm_fused_vjp(
     """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
     eps, centered, source = float(eps), bool(centered), compiled(x)
     rows, w = _as_blocks(source, compiled(weight, source.dtype), blocks)
-    gx, parts = np.empty_like(source), max(1, min(PARTS, blocks[0]))
+    gx, parts = empty_like(source), max(1, min(PARTS, blocks[0]))
     sums = np.zeros((parts, 2, *w.shape))
     if x.size:
         gs, out = compiled(g, source.dtype).reshape(rows.shape), gx.reshape(rows.shape)

@@ -7,6 +7,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled, expect_one_shape
 from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import ERF_COST, PHILOX_COST, split
 
 
@@ -22,7 +23,7 @@ def relu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]
     """g where the output was positive, 0 elsewhere."""
     expect_one_shape(g, y)
     g, y = compiled(g), compiled(y)
-    out = np.empty_like(g)
+    out = empty_like(g)
     split(_relu_vjp, g.size, g.size, g.reshape(-1), y.reshape(-1), out.reshape(-1))
     return (out,)
 
@@ -37,7 +38,7 @@ def _erf(x, out, start, stop):
 def erf(x: Array) -> Array:
     """The error function."""
     source = compiled(x)
-    out = np.empty_like(source)
+    out = empty_like(source)
     split(_erf, source.size, ERF_COST * source.size, source.reshape(-1), out.reshape(-1))
     return out.astype(np.result_type(x, np.float16), copy=False)
 
@@ -78,7 +79,7 @@ def _dropout(x, threshold, scale, key, out, start, stop):
 def dropout_by_key(x: Array, *, p: float, key: int) -> Array:
     """x / (1 − p) where the element's 32 random bits are at least p · 2³², else 0."""
     source = compiled(x)
-    out = np.empty_like(source)
+    out = empty_like(source)
     scale = source.dtype.type(1 / (1 - p) if p < 1 else 0)
     args = source.reshape(-1), np.uint64(round(p * 2**32)), scale, np.uint64(key), out.reshape(-1)
     split(_dropout, -(-source.size // 4), PHILOX_COST * source.size, *args)

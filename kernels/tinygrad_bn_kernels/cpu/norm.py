@@ -13,6 +13,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.threads import split
 
@@ -348,7 +349,7 @@ def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tu
     eps = float(eps)  # not 0, nor a float32: each would be compiled for
     _expect_channels(x, weight, bias)
     source = compiled(x)
-    y, (mean, var) = np.empty_like(source), np.empty((2, x.shape[1])) if x.size else np.full((2, x.shape[1]), np.nan)
+    y, (mean, var) = empty_like(source), np.empty((2, x.shape[1])) if x.size else np.full((2, x.shape[1]), np.nan)
     if x.size:
         xs, ys = _channels(source), _channels(y)
         arrays = xs, compiled(weight, source.dtype), compiled(bias, source.dtype)
@@ -372,7 +373,7 @@ def _backward(
 ) -> tuple[Array | None, Array, Array]:
     eps = float(eps)
     source = compiled(x)
-    gx = np.empty_like(source) if needs[0] else None
+    gx = empty_like(source) if needs[0] else None
     gweight, gbias = np.empty((2, x.shape[1])) if x.size else np.zeros((2, x.shape[1]))
     if x.size:
         gs, xs = _channels(compiled(g, source.dtype)), _channels(source)
@@ -402,7 +403,7 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Array, bias:
     """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
     _expect_channels(x, mean, var, weight, bias)
     eps, source = float(eps), compiled(x)
-    y, statistics = np.empty_like(source), (compiled(mean, np.float64), compiled(var, np.float64))
+    y, statistics = empty_like(source), (compiled(mean, np.float64), compiled(var, np.float64))
     if x.size:
         xs, ys = _channels(source), _channels(y)
         loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))

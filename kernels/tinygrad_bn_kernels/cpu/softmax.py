@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import EXP_COST, split
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -180,7 +181,7 @@ def softmax_cross_entropy_vjp(
         return NotImplemented
     ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
-    gx = np.empty_like(logits)
+    gx = empty_like(logits)
     if x.size:
         g = np.asarray(g, np.float64)
         each = compiled(np.broadcast_to(g / total if reduction == "mean" else g, target.shape))

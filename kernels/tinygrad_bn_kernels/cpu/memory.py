@@ -1,0 +1,88 @@
+"""Memory for large results, kept when they are gone and given out again.
+
+The system hands out fresh pages full of zeros, one by one: a large result costs as much in pages as in arithmetic, and
+a training step asks for the same sizes again and again.
+"""
+
+import math
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from tinygrad_bn_kernels.cpu.arrays import Array
+from tinygrad_bn_kernels.cpu.threads import setting
+
+# Bytes from which a result comes from here. The C library keeps what is smaller itself.
+KEEP_FROM = 1 << 18
+ALIGNMENT = 64
+
+
+class _Loan:
+    """Some memory as an array's base: it goes back when nothing looks at it any more."""
+
+    def __init__(self, reserve: "Reserve", memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.reserve, self.memory = reserve, memory
+        start = memory.ctypes.data
+        data = start + -start % ALIGNMENT, False
+        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": data}
+
+    def __del__(self) -> None:
+        self.reserve.give_back(self.memory)
+
+
+class Reserve:
+    """Memory that was given back, up to `limit` bytes; beyond it the sizes that were not asked for longest go first.
+
+    Whoever finds another thread at it, or is called by the garbage collector amidst it, does without: nobody waits.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.kept = 0  # bytes
+        self._sizes: dict[int, list[Array]] = {}
+        self._lock = Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """An array as of `np.empty`."""
+        dtype = np.dtype(dtype)
+        size = math.prod(shape) * dtype.itemsize + ALIGNMENT
+        memory = None
+        if self._lock.acquire(blocking=False):
+            of_size = self._sizes[size] = self._sizes.pop(size, [])
+            if of_size:
+                memory = of_size.pop()
+                self.kept -= size
+            self._lock.release()
+        if memory is None:
+            memory = np.empty(size, np.uint8)
+        return np.asarray(_Loan(self, memory, shape, dtype))
+
+    def give_back(self, memory: Array) -> None:
+        """Keep `memory` for another array."""
+        if self._lock.acquire(blocking=False):
+            self._sizes.setdefault(memory.size, []).append(memory)
+            self.kept += memory.size
+            while self.kept > self.limit:
+                size, of_size = next(iter(self._sizes.items()))
+                if of_size:
+                    of_size.pop()
+                    self.kept -= size
+                else:
+                    del self._sizes[size]
+            self._lock.release()
+
+
+reserve = Reserve(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """`np.empty`, for results."""
+    small = math.prod(shape) * np.dtype(dtype).itemsize < KEEP_FROM
+    return np.empty(shape, dtype) if small else reserve.empty(shape, dtype)
+
+
+def empty_like(x: Array) -> Array:
+    """An array in the shape and dtype of `x`, for results."""
+    return np.empty(x.shape, x.dtype) if x.nbytes < KEEP_FROM else reserve.empty(x.shape, x.dtype)

@@ -1,0 +1,96 @@
+"""Memory that is given out again: only when nobody looks at it, and never more than the limit."""
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+from tinygrad_bn_kernels.cpu import memory
+from tinygrad_bn_kernels.cpu.memory import ALIGNMENT, KEEP_FROM, Reserve
+
+MEGABYTE = 1 << 20
+
+
+def place(x):
+    return x.__array_interface__["data"][0]
+
+
+def test_what_is_gone_is_given_out_again_and_what_is_not_never():
+    reserve = Reserve(64 * MEGABYTE)
+    first, second = (reserve.empty((512, 512), np.float32) for _ in range(2))
+    first[:], second[:] = 1, 2
+    part, where = first[3:5, ::2], place(first)
+    del first
+    third = reserve.empty((1024, 256), np.float32)
+    third[:] = 3
+    assert place(third) != where
+    assert (part == 1).all()
+    assert (second == 2).all()
+    del part
+    gc.collect()
+    fourth = reserve.empty((256, 512), np.float64)  # as many bytes
+    assert place(fourth) == where
+    assert fourth.dtype == np.float64
+    assert fourth.flags.writeable
+    assert fourth.flags.c_contiguous
+    assert place(fourth) % ALIGNMENT == 0
+
+
+def test_what_is_kept_stays_below_the_limit_and_old_sizes_go_first():
+    reserve = Reserve(3 * MEGABYTE)
+    arrays = [reserve.empty((n, MEGABYTE), np.uint8) for n in (1, 1, 2)]
+    old = weakref.ref(arrays[0].base.memory)
+    while arrays:
+        del arrays[0]
+        gc.collect()
+        assert reserve.kept <= 3 * (MEGABYTE + ALIGNMENT)
+    assert reserve.kept <= reserve.limit
+    assert old() is None
+    reserve.empty((9, MEGABYTE), np.uint8)  # larger than all that may be kept
+    gc.collect()
+    assert reserve.kept <= reserve.limit
+
+
+def test_nothing_is_kept_where_the_limit_is_nothing():
+    reserve = Reserve(0)
+    del (x := [reserve.empty((512, 512), np.float32)])[0]
+    assert not x
+    assert reserve.kept == 0
+
+
+def test_it_does_without_where_another_thread_is_at_it():
+    reserve = Reserve(64 * MEGABYTE)
+    x = reserve.empty((512, 512), np.float32)
+    with reserve._lock:
+        y = reserve.empty((512, 512), np.float32)
+        y[:] = 1
+        del x
+    assert reserve.kept == 0
+    assert (y == 1).all()
+
+
+def test_threads_never_share_an_array():
+    reserve, wrong = Reserve(64 * MEGABYTE), []
+
+    def work(number):
+        for _ in range(200):
+            x = reserve.empty((64, 1024), np.float32)
+            x[:] = number
+            if not (x == number).all():
+                wrong.append(number)
+
+    pool = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("shape", [(0,), (3,), (KEEP_FROM // 4,), (2, KEEP_FROM)])
+def test_results_small_and_large(shape):
+    for x in (memory.empty(shape, np.float32), memory.empty_like(np.empty(shape, np.float32))):
+        assert x.shape == shape
+        assert x.dtype == np.float32
+        assert (type(x.base) is memory._Loan) == (x.nbytes >= KEEP_FROM)
