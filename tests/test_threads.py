@@ -1,14 +1,20 @@
-"""Work in parts on Python's own threads: complete, and right beside other threads and processes."""
+"""Work in parts on threads of our own: complete, and right beside other threads and processes."""
 
 import os
 import threading
+import time
 
+import numba
 import numpy as np
 import pytest
 from processes import output, python
-from tinygrad_bn_kernels.cpu import threads
+from tinygrad_bn_kernels.cpu import helpers, threads
 
 from tinygrad_bn import functional, ops
+
+compiled_only = pytest.mark.skipif(
+    bool(numba.config.DISABLE_JIT or numba.config.BOUNDSCHECK), reason="loops run on the thread that calls them"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,65 +26,107 @@ def parallel(monkeypatch):
     threads.set_num_threads(before)
 
 
+@numba.njit(nogil=True)
+def mark(done, start, stop):
+    for i in range(start, stop):
+        done[i] += 1
+
+
+@numba.njit(nogil=True)
+def meet(arrived, count, met, start, stop):
+    """Wait in the first parts until `count` of them have begun, for some seconds at most."""
+    helpers._add(arrived, 0, 1)
+    for _ in range(1 << 32):
+        if helpers._read(arrived, 0) >= count:
+            break
+    met[start] = helpers._read(arrived, 0) >= count
+
+
+@numba.njit(nogil=True)
+def fail(wrong, start, stop):
+    if start <= wrong < stop:
+        raise LookupError("a part of the loop")
+
+
+@numba.njit(nogil=True)
+def linger(begun, ended, slow, start, stop):
+    helpers._add(begun, 0, 1)
+    for i in range(slow if start else 0):
+        helpers._read(begun, i % 1)
+    helpers._add(ended, 0, 1)
+
+
+@numba.njit(nogil=True)
+def gather(c_order, f_order, gaps, read_only, half, whole, single, double, flag, pair, out, start, stop):
+    for i in range(start, stop):
+        arrays = c_order[i, 1] + f_order[i, 1] + gaps[i] + read_only[i]
+        out[i] = arrays * (half + whole + single + double + pair[0] * pair[1]) + (1 if flag else 0)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_every_item_is_done_exactly_once(count):
     threads.set_num_threads(count)
     for items in (0, 1, 2, 3, 5, 8, 27, 28, 29, 100, 1001):
         for elements in (0, 1, 10**9):
-            ranges = []
-            threads.split(lambda into, start, stop: into.append((start, stop)), items, elements, ranges)
-            assert sorted(i for start, stop in ranges for i in range(start, stop)) == list(range(items))
-            assert len(ranges) == (1 if elements == 0 or count == 1 else min(items, threads.PARTS * count) or 1)
+            done = np.zeros(items, np.int64)
+            threads.split(mark, items, elements, done)
+            assert (done == 1).all()
 
 
-def test_parts_run_on_several_threads_and_arguments_are_handed_on():
+@compiled_only
+def test_parts_run_on_several_threads_at_once():
     threads.set_num_threads(3)
-    together, seen = threading.Barrier(3, timeout=30), []
+    arrived, met = np.zeros(1, np.int64), np.zeros(12, np.bool_)
+    threads.split(meet, 12, 1, arrived, 3, met)
+    assert met.all()
 
-    def loop(a, b, start, stop):
-        if start < 3:
-            together.wait()  # passes only if three threads are in it at once
-        seen.append((a, b, threading.get_ident()))
 
-    threads.split(loop, 12, 1, "a", "b")
-    assert {s[:2] for s in seen} == {("a", "b")}
-    assert len({s[2] for s in seen}) == 3
+@pytest.mark.parametrize("count", [1, 3])
+def test_arguments_of_every_kind_arrive(count):
+    threads.set_num_threads(count)
+    rng = np.random.default_rng(0)
+    read_only = rng.normal(size=40)
+    read_only.flags.writeable = False
+    arrays = rng.normal(size=(40, 2)), np.asfortranarray(rng.normal(size=(40, 2))), rng.normal(size=(40, 3))[:, 1]
+    for flag in (True, False):
+        numbers = np.float32(0.5), 3, np.float32(0.25), 1e-3, flag, (2, 5)
+        want, out = np.empty(40), np.zeros(40)
+        gather(*arrays, read_only, *numbers, want, 0, 40)
+        threads.split(gather, 40, 1, *arrays, read_only, *numbers, out)
+        np.testing.assert_array_equal(out, want)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("wrong", [0, 5, 11])
-def test_an_exception_in_any_part_reaches_the_caller_and_the_pool_goes_on(wrong, count):
+def test_an_exception_in_any_part_reaches_the_caller_and_the_threads_go_on(wrong, count):
     threads.set_num_threads(count)
-
-    def loop(start, stop):
-        if start <= wrong < stop:
-            raise LookupError(wrong)
-
-    for _ in range(20):
-        with pytest.raises(LookupError, match=str(wrong)):
-            threads.split(loop, 12, 1)
-    done = []
-    threads.split(lambda start, stop: done.extend(range(start, stop)), 12, 1)
-    assert sorted(done) == list(range(12))
+    for _ in range(5):
+        with pytest.raises(LookupError, match="a part of the loop"):
+            threads.split(fail, 12, 1, wrong)
+    done = np.zeros(12, np.int64)
+    threads.split(mark, 12, 1, done)
+    assert (done == 1).all()
 
 
-def test_when_split_returns_nothing_is_at_work_any_more():
+@compiled_only
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_when_split_ends_nothing_is_at_work_any_more(monkeypatch, interrupted):
+    """Also when it is interrupted while it waits for a part that another thread has."""
     threads.set_num_threads(3)
-    for fail in (False, True):
-        begun, ended = [], []
+    begun, ended = np.zeros((2, 1), np.int64)
 
-        def loop(start, stop, begun=begun, ended=ended, fail=fail):
-            begun.append(start)
-            if fail and start == 0:
-                raise LookupError
-            threading.Event().wait(0.005)
-            ended.append(start)
+    def sleep(seconds):
+        if interrupted:
+            raise KeyboardInterrupt
+        time.sleep(seconds)
 
+    monkeypatch.setattr(helpers, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
+    for _ in range(10):
         try:
-            threads.split(loop, 12, 1)
-        except LookupError:
-            begun.remove(0)
-        assert sorted(begun) == sorted(ended)
+            threads.split(linger, 12, 1, begun, ended, 1 << 20)
+        except KeyboardInterrupt:
+            assert interrupted
+        assert begun[0] == ended[0]
 
 
 def test_fewer_threads_than_asked_for_do_all_of_the_work(monkeypatch):
@@ -91,17 +139,29 @@ def test_fewer_threads_than_asked_for_do_all_of_the_work(monkeypatch):
         started.append(thread)
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
     threads.set_num_threads(4)
-    done = []
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    done = np.zeros(16, np.int64)
+    threads.split(mark, 16, 1, done)
+    assert (done == 1).all()
 
-    def loop(first, stop):
-        threading.Event().wait(0.2 if threading.current_thread() in started else 0.01)
-        done.extend(range(first, stop))
 
-    threads.split(loop, 16, 1)
-    assert sorted(done) == list(range(16))
-    assert started
+def test_work_of_a_thread_while_the_helpers_are_taken():
+    threads.set_num_threads(3)
+    done = np.zeros(16, np.int64)
+    with threads._busy:
+        threads.split(mark, 16, 1, done)
+    assert (done == 1).all()
+
+
+@compiled_only
+def test_threads_that_sleep_are_woken():
+    threads.set_num_threads(3)
+    for _ in range(3):
+        arrived, met = np.zeros(1, np.int64), np.zeros(12, np.bool_)
+        threads.split(meet, 12, 1, arrived, 3, met)
+        assert met.all()
+        time.sleep(0.1)
 
 
 def test_less_than_one_thread_is_an_error_that_changes_nothing():
@@ -140,7 +200,7 @@ def test_two_python_threads_at_once_and_a_change_of_the_number_meanwhile():
 
 
 FORK = """
-import os, threading, numpy as np
+import os, numpy as np
 from tinygrad_bn import Tensor, ops, optim, functional as F
 from tinygrad_bn_kernels.cpu import threads
 x = np.random.default_rng(0).normal(size=(600, 256)).astype("f4")
@@ -154,12 +214,10 @@ def results():
     return [np.asarray(a).tobytes() for a in (p, ops.sum(x, axis=0), F.var(x, axis=1), ops.max(x, axis=0), F.mean(x))]
 
 want = results()
-assert threads._pool is not None, "the parent has threads, which a fork leaves behind"
+assert threads._team is not None, "the parent has threads, which a fork leaves behind"
 child = os.fork()
 if child == 0:
-    together = threading.Barrier(3, timeout=30)
-    threads.split(lambda start, stop: start > 2 or together.wait(), 12, 1)  # the child has threads of its own
-    os._exit(0 if results() == want else 1)
+    os._exit(0 if results() == want and threads._team is not None else 1)  # the child has threads of its own
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert results() == want
 """

@@ -336,34 +336,38 @@ def _left_to_numpy(x: Array, axis: Axis) -> bool:
     return axis is None or not {-1, x.ndim - 1}.isdisjoint(axis if isinstance(axis, tuple) else (axis,))
 
 
-def _row_extremes(x: Array, pick: np.ufunc) -> Array:
+def _row_extremes(x: Array, pick: np.ufunc, sign: int) -> Array:
     """The extreme of each row of x (M, D)."""
+    if READING_COST * x.size < threads.PARALLEL_FROM:
+        return pick.reduce(x, axis=1)
     if len(x) == 1 and x.size >= 4 * PIECE:
         whole = x.size - x.size % PIECE
-        parts = _row_extremes(x[0, :whole].reshape(-1, PIECE), pick)
+        parts = _row_extremes(x[0, :whole].reshape(-1, PIECE), pick, sign)
         return pick.reduce([*parts, *pick.reduce(x[:, whole:], axis=1, initial=parts[0])], keepdims=True)
     out = np.empty(len(x), x.dtype)
-    split(lambda start, stop: pick.reduce(x[start:stop], axis=1, out=out[start:stop]), len(x), READING_COST * x.size)
+    split(_loop("row_extremes"), len(x), READING_COST * x.size, compiled(x), x.dtype.type(sign), out)
     return out
 
 
-def _row_places(x: Array, place: Callable[..., Any]) -> Array:
+def _row_places(x: Array, place: Callable[..., Any], sign: int) -> Array:
     """Where the extreme of each row of x (M, D) is."""
+    if READING_COST * x.size < threads.PARALLEL_FROM:
+        return place(x, axis=1)
     if len(x) == 1 and x.size >= 4 * PIECE:
         rows = np.split(x[0], range(PIECE, x.size, PIECE))
         body, tail = x[0, : PIECE * (len(rows) - 1)].reshape(-1, PIECE), rows[-1]
-        places = np.append(_row_places(body, place), place(tail))
+        places = np.append(_row_places(body, place, sign), place(tail))
         piece = place([row[i] for row, i in zip(rows, places, strict=True)])  # the first one that has it
         return np.asarray([piece * PIECE + places[piece]])
     out = np.empty(len(x), np.intp)
-    split(lambda start, stop: place(x[start:stop], axis=1, out=out[start:stop]), len(x), READING_COST * x.size)
+    split(_loop("row_places"), len(x), READING_COST * x.size, compiled(x), x.dtype.type(sign), out)
     return out
 
 
 def _extremes(pick: np.ufunc, sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Array:
         if x.ndim == 4:
-            partial = _row_extremes(x.reshape(-1, x.shape[-1]), pick)
+            partial = _row_extremes(x.reshape(-1, x.shape[-1]), pick, sign)
             if x.shape[1] > 1:
                 partial = pick.reduce(partial.reshape(x.shape[:3]), axis=1)
         else:
@@ -399,7 +403,7 @@ def min_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
 def _places(place: Callable[..., Any], sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Array:
         if x.ndim == 4:
-            return _row_places(x.reshape(-1, x.shape[-1]), place).reshape(found.shape)
+            return _row_places(x.reshape(-1, x.shape[-1]), place, sign).reshape(found.shape)
         pieces = _pieces(x.shape)
         partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]), x.dtype)
         places = np.empty(partial.shape, np.intp)

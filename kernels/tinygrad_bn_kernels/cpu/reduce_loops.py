@@ -5,11 +5,24 @@ what is kept for a column is loaded and stored once for several of its elements.
 """
 
 import numpy as np
+from numba import config
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 
+if not config.DISABLE_JIT:  # type: ignore[attr-defined]
+    from tinygrad_bn_kernels.cpu.simd import lanes, larger, load, mul, splat, store
+else:
+
+    def lanes(array):
+        """Vectors are as long as nothing is: all of an array is left over."""
+        return array.size + 1
+
+
 # Elements of a row from which its sum is taken in four streams, which the memory delivers faster than one.
 LONG = 1 << 12
+
+# Elements of a row among which the largest is looked for at once.
+BLOCK = 1 << 12
 
 # ---- sums ------------------------------------------------------------------------------------------------
 
@@ -127,10 +140,10 @@ def column_moments(x, rows, columns, fold, shift, partial, start, stop):
 
 
 @njit()
-def _take_larger(r0, r1, r2, r3, sign, lanes):
+def _take_larger(r0, r1, r2, r3, sign, held):
     """Four rows at once: a single one is compiled to a conditional store, which uses no vector registers."""
-    for j in range(lanes.size):
-        best = lanes[j]
+    for j in range(held.size):
+        best = held[j]
         v = sign * r0[j]
         best = v if (v > best) | (v != v) else best
         v = sign * r1[j]
@@ -138,7 +151,7 @@ def _take_larger(r0, r1, r2, r3, sign, lanes):
         v = sign * r2[j]
         best = v if (v > best) | (v != v) else best
         v = sign * r3[j]
-        lanes[j] = v if (v > best) | (v != v) else best
+        held[j] = v if (v > best) | (v != v) else best
 
 
 @njit()
@@ -150,25 +163,25 @@ def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
     for item in range(start, stop):
         a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
         width = min(columns, c - first)
-        lanes = np.empty(width * fold, x.dtype)
+        held = np.empty(width * fold, x.dtype)
         i, last = t * rows, min((t + 1) * rows, b)
         for j in range(width * fold):
-            lanes[j] = sign * flat[(a * b + i) * c + first + j % width]
+            held[j] = sign * flat[(a * b + i) * c + first + j % width]
         step = fold * c
         while i + 4 * fold <= last:
             k = (a * b + i) * c + first
-            _take_larger(flat[k:], flat[k + step :], flat[k + 2 * step :], flat[k + 3 * step :], sign, lanes)
+            _take_larger(flat[k:], flat[k + step :], flat[k + 2 * step :], flat[k + 3 * step :], sign, held)
             i += 4 * fold
         while i < last:
             row = flat[(a * b + i) * c + first :]
             for j in range(width * min(fold, last - i)):
                 v = sign * row[j]
-                lanes[j] = v if (v > lanes[j]) | (v != v) else lanes[j]
+                held[j] = v if (v > held[j]) | (v != v) else held[j]
             i += fold
         for j in range(width):
-            best = lanes[j]
+            best = held[j]
             for f in range(1, fold):
-                v = lanes[f * width + j]
+                v = held[f * width + j]
                 best = v if (v > best) | (v != v) else best
             partial[a, t, first + j] = sign * best
 
@@ -191,3 +204,46 @@ def column_places(x, rows, columns, fold, sign, partial, places, start, stop):
                 wins = v > held or (v != v and held == held)
                 best[j] = v if wins else held
                 place[j] = i if wins else place[j]
+
+
+@njit()
+def _extreme(row, sign, start, stop):
+    """The largest of sign · row from start to before stop, of which there is one at least."""
+    step = lanes(row)
+    best, first = sign * row[start], start + (stop - start) // (4 * step) * 4 * step
+    if first > start:
+        s, some = splat(sign), np.empty(step, row.dtype)
+        a, b = mul(s, load(row, start)), mul(s, load(row, start + step))
+        c, d = mul(s, load(row, start + 2 * step)), mul(s, load(row, start + 3 * step))
+        for i in range(start + 4 * step, first, 4 * step):
+            a, b = larger(a, mul(s, load(row, i))), larger(b, mul(s, load(row, i + step)))
+            c, d = larger(c, mul(s, load(row, i + 2 * step))), larger(d, mul(s, load(row, i + 3 * step)))
+        store(some, 0, larger(larger(a, b), larger(c, d)))
+        for v in some:
+            best = v if (v > best) | (v != v) else best
+    for i in range(first, stop):
+        v = sign * row[i]
+        best = v if (v > best) | (v != v) else best
+    return best
+
+
+@njit()
+def row_extremes(x, sign, out, start, stop):
+    """The largest of sign · x of each row of x (M, D), times sign."""
+    for m in range(start, stop):
+        out[m] = sign * _extreme(x[m], sign, 0, x.shape[1])
+
+
+@njit()
+def row_places(x, sign, out, start, stop):
+    """Where the largest of sign · x of each row of x (M, D) is first; only the block that has it is looked through."""
+    for m in range(start, stop):
+        row = x[m]
+        best, place = _extreme(row, sign, 0, min(BLOCK, row.size)), 0
+        for first in range(BLOCK, row.size, BLOCK):
+            v = _extreme(row, sign, first, min(first + BLOCK, row.size))
+            if v > best or (v != v and best == best):
+                best, place = v, first
+        while sign * row[place] != best and row[place] == row[place]:
+            place += 1
+        out[m] = place

@@ -85,17 +85,33 @@ def store(typingctx, array, i, vector):
     return types.void(array, types.intp, vector), codegen
 
 
+def _everywhere(context, builder, vector, number):
+    undefined = ir.Constant(context.get_value_type(vector), ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, _mask([0] * vector.lanes))
+
+
 @intrinsic
 def splat(typingctx, x):
     """The vector that has one number everywhere."""
     vector = Vector(x)
 
     def codegen(context, builder, signature, args):
-        undefined = ir.Constant(context.get_value_type(vector), ir.Undefined)
-        first = builder.insert_element(undefined, args[0], ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(first, undefined, _mask([0] * vector.lanes))
+        return _everywhere(context, builder, vector, args[0])
 
     return vector(x), codegen
+
+
+@intrinsic
+def load_splat(typingctx, array, i):
+    """The vector that has element `i` of a contiguous array everywhere."""
+    vector = Vector(array.dtype)
+
+    def codegen(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return _everywhere(context, builder, vector, builder.load(builder.gep(data, [args[1]])))
+
+    return vector(array, types.intp), codegen
 
 
 @intrinsic
@@ -106,6 +122,26 @@ def fma(typingctx, a, b, c):
         return _call(builder, "llvm.fma", a, args[0].type, args)
 
     return a(a, a, a), codegen
+
+
+@intrinsic
+def add(typingctx, a, b):
+    """a + b in each lane."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fadd(*args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def mul(typingctx, a, b):
+    """a · b in each lane."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fmul(*args)
+
+    return a(a, a), codegen
 
 
 @intrinsic
