@@ -60,6 +60,8 @@ def _cases(op: str) -> list[Case]:
         ]
     if op == "linear":
         return [((normal(300, 64), normal(40, 64), normal(40)), {})]
+    if op == "matmul":
+        return [((normal(300, 70), normal(70, 50)), {})]
     if op == "sum_to":
         return [((rows,), {"shape": (1, 40)}), ((images,), {"shape": (16, 1, 1)})]
     if op == "dropout_by_key":

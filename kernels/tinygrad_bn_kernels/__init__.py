@@ -40,7 +40,7 @@ MODULES = _table(
         "elementwise": "relu.vjp erf dropout_by_key",
         "conv": "conv conv_input conv_weight conv_fused conv_fused.vjp",
         "pool": "max_pool_fused max_pool_fused.vjp",
-        "linear": "linear.vjp",
+        "linear": "matmul linear linear.vjp",
         "optim": "optim.sgd optim.adam",
     },
 )

@@ -21,23 +21,21 @@ from numba import config
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.memory import empty
 from tinygrad_bn_kernels.cpu.reduce import sum_to
-from tinygrad_bn_kernels.cpu.threads import split
+from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
+from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_inner_products, add_products, copy
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
-    from tinygrad_bn_kernels.cpu.simd import fma, lanes, load, splat, store, total
+    from tinygrad_bn_kernels.cpu.simd import lanes
 
 Ints = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
 
-ROWS = 4  # of the output in a tile
-VECTORS = 3  # of each row in a tile
-PLACES = 3  # of the kernel in a tile of the weight's gradient
-MULTIPLICATIONS = 16  # that take as long as moving one element
 
 # The weight's gradient is a sum over the batch. It is made of so many parts, whatever the number of threads, so that
 # the result does not depend on it; and in a part runs of about so many elements are summed in registers.
-PARTS = 16
+PARTS = 8
 RUN = 1024
 
 
@@ -53,181 +51,139 @@ def _inside(rest, before, stride, count, width):
 
 
 @njit()
-def _fill(image, frame, buffer):
-    """Copy an image (C, H, W) into buffer, flat (C, stride_h, stride_w, height, width), with 0 around it."""
-    before_h, before_w, stride_h, stride_w, height, width = frame
-    channels, rows, columns = image.shape
-    to = 0
-    for c in range(channels):
-        for a in range(stride_h):
-            for b in range(stride_w):
-                start = b - before_w
-                first, stop = _inside(b, before_w, stride_w, columns, width)
-                for u in range(height):
-                    h = u * stride_h + a - before_h
-                    if h < 0 or h >= rows:
-                        for v in range(width):
-                            buffer[to + v] = 0
+def _fill(image, at, size, frame, buffer, to):
+    """Copy a channel of `size` (H, W), from `at` on, into the buffer from `to` on, flat (stride_h, stride_w, height,
+    width), with 0 around it; it gives where that ends."""
+    (rows, columns), (before_h, before_w, stride_h, stride_w, height, width) = size, frame
+    for a in range(stride_h):
+        for b in range(stride_w):
+            start = b - before_w
+            first, stop = _inside(b, before_w, stride_w, columns, width)
+            for u in range(height):
+                h = u * stride_h + a - before_h
+                inside = 0 <= h < rows
+                for v in range(first if inside else width):
+                    buffer[to + v] = 0
+                if inside:
+                    row = at + h * columns + start
+                    if stride_w == 1:
+                        copy(image, row + first, buffer, to + first, stop - first)
                     else:
-                        for v in range(first):
-                            buffer[to + v] = 0
-                        if stride_w == 1:
-                            for v in range(first, stop):
-                                buffer[to + v] = image[c, h, v + start]
-                        else:
-                            for v in range(first, stop):
-                                buffer[to + v] = image[c, h, v * stride_w + start]
-                        for v in range(stop, width):
-                            buffer[to + v] = 0
-                    to += width
-    buffer[to:] = 0
-
-
-@njit()
-def _take(buffer, frame, image):
-    """The adjoint of `_fill`: back from the buffer to the image; each element stands in one place."""
-    before_h, before_w, stride_h, stride_w, height, width = frame
-    channels, rows, columns = image.shape
-    at = 0
-    for c in range(channels):
-        for a in range(stride_h):
-            for b in range(stride_w):
-                start = b - before_w
-                first, stop = _inside(b, before_w, stride_w, columns, width)
-                for u in range(height):
-                    h = u * stride_h + a - before_h
-                    if 0 <= h < rows:
                         for v in range(first, stop):
-                            image[c, h, v * stride_w + start] = buffer[at + v]
-                    at += width
+                            buffer[to + v] = image[row + v * stride_w]
+                    for v in range(stop, width):
+                        buffer[to + v] = 0
+                to += width
+    return to
 
 
 @njit()
-def _tile(buffer, offsets, weight, at, flat, first, to):
-    """Three vectors of four rows of `flat`, from row `first` and column `to` on: sums over all offsets of what stands
-    `at` elements after each, times the four numbers that `weight` has for it."""
-    step = lanes(buffer)
-    zero = splat(buffer.dtype.type(0))
-    a0, a1, a2 = zero, zero, zero
-    b0, b1, b2 = zero, zero, zero
-    c0, c1, c2 = zero, zero, zero
-    d0, d1, d2 = zero, zero, zero
-    for r in range(len(offsets)):
-        start = offsets[r] + at
-        x0, x1, x2 = load(buffer, start), load(buffer, start + step), load(buffer, start + 2 * step)
-        w = splat(weight[ROWS * r])
-        a0, a1, a2 = fma(w, x0, a0), fma(w, x1, a1), fma(w, x2, a2)
-        w = splat(weight[ROWS * r + 1])
-        b0, b1, b2 = fma(w, x0, b0), fma(w, x1, b1), fma(w, x2, b2)
-        w = splat(weight[ROWS * r + 2])
-        c0, c1, c2 = fma(w, x0, c0), fma(w, x1, c1), fma(w, x2, c2)
-        w = splat(weight[ROWS * r + 3])
-        d0, d1, d2 = fma(w, x0, d0), fma(w, x1, d1), fma(w, x2, d2)
-    row = flat[first]
-    store(row, to, a0), store(row, to + step, a1), store(row, to + 2 * step, a2)
-    row = flat[first + 1]
-    store(row, to, b0), store(row, to + step, b1), store(row, to + 2 * step, b2)
-    row = flat[first + 2]
-    store(row, to, c0), store(row, to + step, c1), store(row, to + 2 * step, c2)
-    row = flat[first + 3]
-    store(row, to, d0), store(row, to + step, d1), store(row, to + 2 * step, d2)
+def _take(buffer, at, size, frame, image, to):
+    """The adjoint of `_fill`: a channel back from the buffer; each element stands in one place, or in none."""
+    (rows, columns), (before_h, before_w, stride_h, stride_w, height, width) = size, frame
+    image[to : to + rows * columns] = 0
+    for a in range(stride_h):
+        for b in range(stride_w):
+            start = b - before_w
+            first, stop = _inside(b, before_w, stride_w, columns, width)
+            for u in range(height):
+                h = u * stride_h + a - before_h
+                if 0 <= h < rows:
+                    row = to + h * columns + start
+                    if stride_w == 1:
+                        copy(buffer, at + first, image, row + first, stop - first)
+                    else:
+                        for v in range(first, stop):
+                            image[row + v * stride_w] = buffer[at + v]
+                at += width
+    return at
 
 
 @njit()
-def _room(channels, frame, dtype_of):
-    """A buffer for so many channels, and what a tile may read past its end."""
+def _framed_already(size, frame):
+    """Whether an image is what the buffer would be, so that it can be read itself."""
+    before_h, before_w, stride_h, stride_w, height, width = frame
+    plain = before_h == 0 and before_w == 0 and stride_h == 1 and stride_w == 1
+    return plain and height == size[0] and width == size[1]
+
+
+@njit()
+def _extent(frame):
+    """Elements of a channel in the buffer."""
     _, _, stride_h, stride_w, height, width = frame
-    slack = width + VECTORS * lanes(dtype_of)
-    return np.zeros(channels * stride_h * stride_w * height * width + slack, dtype_of.dtype)
+    return stride_h * stride_w * height * width
+
+
+@njit()
+def _slack(frame, images):
+    """What a tile may read after the last element."""
+    return frame[-1] + VECTORS * lanes(images)
 
 
 @njit()
 def _correlate(images, frame, offsets, weights, bias, out, start, stop):
-    """Each image (C, H, W), framed, by weights (groups, O / groups / 4, R · 4), to out (items, O / groups, OH, OW); an
-    item is a group of an image."""
-    width = frame[-1]
+    """Each image (C, H, W), framed, by weights (groups, O / groups / 4, R · 4), to out (items, O / groups, OH, OW);
+    an item is a group of an image."""
+    _, inputs, height, width = images.shape
     _, channels, rows, columns = out.shape
-    groups = len(weights)
-    length = (rows - 1) * width + columns
+    groups, tiles, length = weights.shape
     block = VECTORS * lanes(images)
-    buffer = _room(images.shape[1], frame, images)
-    flat = np.empty((ROWS * weights.shape[1], length + block), images.dtype)
+    pitch = -(-((rows - 1) * frame[-1] + columns) // block) * block
+    source, target = images.reshape(images.size), out.reshape(out.size)
+    size, image, slack = (height, width), inputs * height * width, _slack(frame, images)
+    buffer = np.zeros(inputs * _extent(frame) + slack, images.dtype)
+    flat, numbers = np.zeros(ROWS * tiles * pitch, images.dtype), weights.reshape(weights.size)
+    direct = _framed_already(size, frame)
     for item in range(start, stop):
-        _fill(images[item], frame, buffer)
         group = item % groups
-        for at in range(0, length, block):  # what the tiles of one run read stays in the first cache
-            for tile in range(weights.shape[1]):
-                _tile(buffer, offsets, weights[group, tile], at, flat, tile * ROWS, at)
+        read, base = source, item * image
+        if not direct or base + image + slack > len(source):
+            read, base, to = buffer, 0, 0
+            for c in range(inputs):
+                to = _fill(source, item * image + c * height * width, size, frame, buffer, to)
         for o in range(channels):
-            shift = bias[group * channels + o]
+            flat[o * pitch : (o + 1) * pitch] = bias[group * channels + o]
+        for at in range(0, pitch, block):  # what the tiles of one run read stays in the first cache
+            for tile in range(tiles):
+                a, weight = tile * ROWS * pitch + at, (group * tiles + tile) * length
+                add_products(
+                    read, offsets, base + at, numbers, weight, flat, a, a + pitch, a + 2 * pitch, a + 3 * pitch
+                )  # fmt: skip
+        for o in range(channels):
             for p in range(rows):
-                source, line = flat[o, p * width : p * width + columns], out[item, o, p]
-                for q in range(columns):
-                    line[q] = source[q] + shift
+                copy(flat, o * pitch + p * frame[-1], target, ((item * channels + o) * rows + p) * columns, columns)
 
 
 @njit()
 def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
     """The adjoint: gradients (items, O / groups, OH, OW) by weights (groups, R / 4, O / groups · 4) to out (items, C,
     H, W). What comes to each place of the kernel is added to the buffer at its offset."""
-    _, channels, rows, _ = gradients.shape
-    width, groups, places = frame[-1], len(weights), len(offsets)
-    length = rows * width
-    step, one = lanes(gradients), splat(gradients.dtype.type(1))
-    block = VECTORS * step
-    plain = (0, 0, 1, 1, rows, width)
-    framed, runs = _room(channels, plain, gradients), np.arange(channels) * length
-    buffer = _room(out.shape[1], frame, gradients)
-    flat = np.empty((ROWS, block), gradients.dtype)
+    _, channels, rows, columns = gradients.shape
+    _, outputs, height, width = out.shape
+    groups, tiles, length = weights.shape
+    block, plain = VECTORS * lanes(gradients), (0, 0, 1, 1, rows, frame[-1])
+    pitch = -(-rows * frame[-1] // block) * block
+    source, target = gradients.reshape(gradients.size), out.reshape(out.size)
+    framed, runs = np.zeros(channels * pitch, gradients.dtype), np.arange(channels) * pitch
+    extent = outputs * _extent(frame) + _slack(frame, gradients)
+    buffer = np.zeros(extent + pitch, gradients.dtype)
+    numbers, places = (
+        weights.reshape(weights.size),
+        np.full(ROWS * tiles, extent),
+    )  # rows of 0 after the last go where nobody looks
+    places[: len(offsets)] = offsets
     for item in range(start, stop):
-        _fill(gradients[item], plain, framed)
+        for o in range(channels):
+            _fill(source, (item * channels + o) * rows * columns, (rows, columns), plain, framed, o * pitch)
         buffer[:] = 0
-        for at in range(0, length, block):
-            count = min(block, length - at)
-            for first in range(0, places, ROWS):
-                _tile(framed, runs, weights[item % groups, first // ROWS], at, flat, 0, 0)
-                for r in range(first, min(first + ROWS, places)):
-                    source, to = flat[r - first], offsets[r] + at
-                    whole = count // step * step
-                    for t in range(0, whole, step):
-                        store(buffer, to + t, fma(one, load(source, t), load(buffer, to + t)))
-                    for t in range(whole, count):
-                        buffer[to + t] += source[t]
-        _take(buffer, frame, out[item])
-
-
-@njit()
-def _weight_tile(buffers, gradients, count, offsets, first, r, begin, end, sums):
-    """Add to four rows and three columns of `sums`, from `first` and `r` on: Σ of gradients (count, O, T) times what
-    each place meets in the buffers (count, T'), over the run from `begin` to `end`."""
-    step = lanes(buffers)
-    zero = splat(buffers.dtype.type(0))
-    a0, a1, a2 = zero, zero, zero
-    b0, b1, b2 = zero, zero, zero
-    c0, c1, c2 = zero, zero, zero
-    d0, d1, d2 = zero, zero, zero
-    s0, s1, s2 = offsets[r], offsets[r + 1], offsets[r + 2]
-    for k in range(count):
-        x = buffers[k]
-        ga, gb, gc, gd = gradients[k, first], gradients[k, first + 1], gradients[k, first + 2], gradients[k, first + 3]
-        for t in range(begin, end, step):
-            x0, x1, x2 = load(x, s0 + t), load(x, s1 + t), load(x, s2 + t)
-            g = load(ga, t)
-            a0, a1, a2 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2)
-            g = load(gb, t)
-            b0, b1, b2 = fma(g, x0, b0), fma(g, x1, b1), fma(g, x2, b2)
-            g = load(gc, t)
-            c0, c1, c2 = fma(g, x0, c0), fma(g, x1, c1), fma(g, x2, c2)
-            g = load(gd, t)
-            d0, d1, d2 = fma(g, x0, d0), fma(g, x1, d1), fma(g, x2, d2)
-    row = sums[first]
-    row[r], row[r + 1], row[r + 2] = row[r] + total(a0), row[r + 1] + total(a1), row[r + 2] + total(a2)
-    row = sums[first + 1]
-    row[r], row[r + 1], row[r + 2] = row[r] + total(b0), row[r + 1] + total(b1), row[r + 2] + total(b2)
-    row = sums[first + 2]
-    row[r], row[r + 1], row[r + 2] = row[r] + total(c0), row[r + 1] + total(c1), row[r + 2] + total(c2)
-    row = sums[first + 3]
-    row[r], row[r + 1], row[r + 2] = row[r] + total(d0), row[r + 1] + total(d1), row[r + 2] + total(d2)
+        for at in range(0, pitch, block):
+            for tile in range(tiles):
+                weight, row = (item % groups * tiles + tile) * length, ROWS * tile
+                a, b, c, d = places[row] + at, places[row + 1] + at, places[row + 2] + at, places[row + 3] + at
+                add_products(framed, runs, at, numbers, weight, buffer, a, b, c, d)
+        at = 0
+        for c in range(outputs):
+            at = _take(buffer, at, (height, width), frame, target, (item * outputs + c) * height * width)
 
 
 @njit()
@@ -236,29 +192,44 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
 
     Part p of the images and group g go to sums[p, g] (O / groups, R), both rounded up to whole tiles.
     """
-    channels, rows = gradients.shape[1:3]
-    width, parts, batch = frame[-1], len(sums), len(images) // groups
+    items, inputs, height, width = images.shape
+    _, channels, rows, columns = gradients.shape
+    parts, batch = len(sums), items // groups
     step = lanes(images)
-    length = (rows * width + step - 1) // step * step
+    length = -(-rows * frame[-1] // step) * step
     together = max(1, RUN // length)
-    plain = (0, 0, 1, 1, rows, width)
-    buffers = np.empty((together, len(_room(images.shape[1], frame, images))), images.dtype)
-    framed = np.zeros((together, sums.shape[2], length), images.dtype)
+    plain, size = (0, 0, 1, 1, rows, frame[-1]), (height, width)
+    source, cotangents = images.reshape(images.size), gradients.reshape(gradients.size)
+    image, slack = inputs * height * width, _slack(frame, images)
+    pitch = inputs * _extent(frame) + slack
+    buffer = np.zeros(together * pitch, images.dtype)
+    framed = np.zeros(together * sums.shape[2] * length, images.dtype)
+    direct = _framed_already(size, frame)
     for item in range(start, stop):
         part, group = item // groups, item % groups
         last = (part + 1) * batch // parts
         for n in range(part * batch // parts, last, together):
             count = min(together, last - n)
+            read, base, apart = source, (n * groups + group) * image, groups * image
+            copied = not direct or base + (count - 1) * apart + image + slack > len(source)
+            if copied:
+                read, base, apart = buffer, 0, pitch
             for k in range(count):
                 i = (n + k) * groups + group
-                _fill(images[i], frame, buffers[k])
+                if copied:
+                    to = k * pitch
+                    for c in range(inputs):
+                        to = _fill(source, i * image + c * height * width, size, frame, buffer, to)
                 for o in range(channels):
-                    _fill(gradients[i, o : o + 1], plain, framed[k, o])
+                    at = (i * channels + o) * rows * columns
+                    _fill(cotangents, at, (rows, columns), plain, framed, (k * sums.shape[2] + o) * length)
             for begin in range(0, length, RUN):
                 end = min(begin + RUN, length)
                 for first in range(0, sums.shape[2], ROWS):
-                    for r in range(0, sums.shape[3], PLACES):
-                        _weight_tile(buffers, framed, count, offsets, first, r, begin, end, sums[part, group])
+                    for r in range(0, sums.shape[3], VECTORS):
+                        add_inner_products(
+                            read, base, apart, offsets, r, framed, first, count, length, begin, end, sums[part, group]
+                        )  # fmt: skip
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------
@@ -341,7 +312,7 @@ def conv_fused(
     dtype = np.result_type(x, weight, bias)
     out = _out(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     frame, offsets = _frame(weight.shape[2:], out, stride, padding, dilation, weight.shape[1])
-    y = np.empty((len(x), len(weight), *out), dtype)
+    y = empty((len(x), len(weight), *out), dtype)
     tiles = _packed(compiled(weight, dtype).reshape(groups, len(weight) // groups, -1))
     arguments = _planes(compiled(x, dtype), groups), frame, offsets, tiles, compiled(bias, dtype), _planes(y, groups)
     split(_correlate, len(x) * groups, y.size * weight[0].size / MULTIPLICATIONS, *arguments)
@@ -358,7 +329,7 @@ def conv_input(
     dtype = np.result_type(g, weight)
     frame, offsets = _frame(weight.shape[2:], g.shape[2:], stride, padding, dilation, weight.shape[1])
     adjoint = compiled(weight, dtype).reshape(groups, len(weight) // groups, -1).swapaxes(1, 2)
-    gx = np.zeros((len(g), groups * weight.shape[1], *size), dtype)
+    gx = empty((len(g), groups * weight.shape[1], *size), dtype)
     arguments = _planes(compiled(g, dtype), groups), frame, offsets, _packed(adjoint), _planes(gx, groups)
     split(_correlate_input, len(g) * groups, g.size * len(offsets) / MULTIPLICATIONS, *arguments)
     return gx
@@ -373,7 +344,7 @@ def conv_weight(x: Array, g: Array, *, kernel: Ints, stride: Ints, padding: Pair
     images, gs = _planes(compiled(x, dtype), groups), _planes(compiled(g, dtype), groups)
     frame, offsets = _frame(kernel, g.shape[2:], stride, padding, dilation, images.shape[1])
     places = len(offsets)
-    offsets = np.pad(offsets, (0, -places % PLACES))
+    offsets = np.pad(offsets, (0, -places % VECTORS))
     parts = min(PARTS, len(x))
     sums = np.zeros((parts, groups, -(-gs.shape[1] // ROWS) * ROWS, len(offsets)), dtype)
     work = g.size * places / MULTIPLICATIONS

@@ -1,10 +1,43 @@
-"""The affine map of a layer. BLAS multiplies; what is left is to touch memory and Python as little as possible."""
+"""Matrix products and the affine map of a layer: small ones by BLAS, large ones by loops of our own."""
+
+from typing import Any
 
 import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.reduce import sum_
+
+# Multiplications up to which BLAS stays on the thread that calls it, and is as fast.
+SMALL = 1 << 18
+
+
+def _product(a: Array, b: Array, bias: Array | None = None) -> Array:
+    """a (M, K) times b (K, N), plus bias (N,)."""
+    if a.size * b.shape[1] > SMALL:
+        from tinygrad_bn_kernels.cpu.products import product  # here, as it imports Numba
+
+        return product(a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias)
+    out = np.matmul(a, b)
+    return out if bias is None else np.add(out, bias, out=out)
+
+
+@kernel("matmul", "cpu")
+def matmul(a: Array, b: Array) -> Any:
+    """a (M, K) times b (K, N), of the same precision; other shapes are left to NumPy."""
+    if a.ndim != 2 or np.ndim(b) != 2 or a.shape[1] != len(b) or a.dtype != b.dtype or a.dtype.char not in "fd":
+        return NotImplemented
+    return _product(a, b)
+
+
+@kernel("linear", "cpu")
+def linear(x: Array, weight: Array, bias: Array) -> Any:
+    """x (..., in) by weight (out, in), and bias (out,): (..., out)."""
+    if not (x.dtype == weight.dtype == bias.dtype) or x.dtype.char not in "fd" or not x.size or x.ndim < 2:
+        return NotImplemented
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or x.shape[-1] != weight.shape[1]:
+        return NotImplemented
+    return _product(x.reshape(-1, x.shape[-1]), weight.T, bias).reshape(*x.shape[:-1], len(weight))
 
 
 @kernel("linear.vjp", "cpu")
@@ -16,9 +49,9 @@ def linear_vjp(
     gs = g.reshape(-1, g.shape[-1]) if g.size else np.zeros((0, g.shape[-1]), g.dtype)
     gx = gweight = gbias = None
     if by_x:
-        gx = np.matmul(g, weight)
+        gx = _product(gs, weight).reshape(x.shape)
     if by_weight:
-        gweight = np.matmul(gs.T, x.reshape(len(gs), x.shape[-1]))
+        gweight = _product(gs.T, x.reshape(len(gs), x.shape[-1]))
     if by_bias:
         total = sum_(gs, axis=0)
         gbias = np.add.reduce(gs, 0, np.float64) if total is NotImplemented else total

@@ -13,6 +13,7 @@ from numba import config
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.memory import empty, empty_like
 from tinygrad_bn_kernels.cpu.threads import split
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -91,11 +92,17 @@ def _max_pool_2x2(x, y, start, stop):
 
 
 @njit()
+def _divided(x, y, g):
+    """g if x is y, or NaN, and what is then left for others: one of the two is 0."""
+    here, zero = (x == y) | (x != x), type(g)(0)
+    return g if here else zero, zero if here else g
+
+
+@njit()
 def _max_pool_2x2_vjp(g, y, x, gx, start, stop):
     step = lanes(x)
     _, rows, columns = y.shape
     whole = columns if columns >= step else 0  # the last vector may overlap the one before
-    zero = x.dtype.type(0)
     for n in range(start, stop):
         for p in range(rows):
             upper, lower, above, below = x[n, 2 * p], x[n, 2 * p + 1], gx[n, 2 * p], gx[n, 2 * p + 1]
@@ -112,15 +119,15 @@ def _max_pool_2x2_vjp(g, y, x, gx, start, stop):
                 store(above, 2 * q, zip_first(g0, g1)), store(above, 2 * q + step, zip_last(g0, g1))
                 store(below, 2 * q, zip_first(g2, g3)), store(below, 2 * q + step, zip_last(g2, g3))
             for q in range(whole, columns):
-                m, rest = largest[q], gs[q]
-                for row, out in ((upper, above), (lower, below)):
-                    for w in (2 * q, 2 * q + 1):
-                        here = (row[w] == m) | (row[w] != row[w])
-                        out[w] = rest if here else zero
-                        rest = zero if here else rest
-            above[2 * columns :] = 0  # a last column, or row, that no window has
-            below[2 * columns :] = 0
-        gx[n, 2 * rows :] = 0
+                m, w = largest[q], 2 * q
+                above[w], rest = _divided(upper[w], m, gs[q])
+                above[w + 1], rest = _divided(upper[w + 1], m, rest)
+                below[w], rest = _divided(lower[w], m, rest)
+                below[w + 1], rest = _divided(lower[w + 1], m, rest)
+            for w in range(2 * columns, len(above)):  # a last column, or row, that no window has
+                above[w] = below[w] = 0
+        for h in range(2 * rows, gx.shape[1]):
+            gx[n, h] = 0
 
 
 def _planes(x: Array) -> Array:
@@ -144,7 +151,7 @@ def max_pool_fused(x: Array, *, kernel: Ints, out: Ints, stride: Ints, padding: 
     if x.ndim not in (3, 4) or not x.size or config.DISABLE_JIT:  # type: ignore[attr-defined]
         return NotImplemented
     source = compiled(x)
-    y = np.empty((*x.shape[:2], *out), source.dtype)
+    y = empty((*x.shape[:2], *out), source.dtype)
     if _is_2x2(x, out, kernel, stride, padding, dilation):
         split(_max_pool_2x2, len(_planes(x)), x.size, _planes(source), _planes(y))
     else:
@@ -170,7 +177,7 @@ def max_pool_fused_vjp(
     if x.ndim not in (3, 4) or not x.size or config.DISABLE_JIT:  # type: ignore[attr-defined]
         return NotImplemented
     source = compiled(x)
-    gs, ys, gx = compiled(g, source.dtype), compiled(y, source.dtype), np.empty(x.shape, source.dtype)
+    gs, ys, gx = compiled(g, source.dtype), compiled(y, source.dtype), empty_like(source)
     arrays = _planes(gs), _planes(ys), _planes(source)
     if _is_2x2(x, out, kernel, stride, padding, dilation):
         split(_max_pool_2x2_vjp, len(arrays[2]), x.size, *arrays, _planes(gx))

@@ -1,0 +1,119 @@
+"""The inner loops of products and convolutions: sums that stay in twelve registers, four by three vectors.
+
+A step of either loads seven vectors and multiplies twelve times, which is what a core can do in six cycles.
+"""
+
+from numba import config
+
+from tinygrad_bn_kernels.cpu.jit import njit
+
+if not config.DISABLE_JIT:  # type: ignore[attr-defined]
+    from tinygrad_bn_kernels.cpu.simd import add, fma, lanes, load, load_splat, splat, store, total, zip_first, zip_last
+
+ROWS = 4
+VECTORS = 3
+
+
+@njit()
+def _add_to(out, at, x0, x1, x2):
+    step = lanes(out)
+    store(out, at, add(load(out, at), x0))
+    store(out, at + step, add(load(out, at + step), x1))
+    store(out, at + 2 * step, add(load(out, at + 2 * step), x2))
+
+
+@njit()
+def add_products(source, offsets, at, weight, first, out, a, b, c, d):
+    """Add to three vectors at a, then b, c and d of `out` a sum over all offsets: of the three vectors of `source` that
+    stand `at` after an offset, times the offset's four numbers in `weight`, of which the first is at `first`."""
+    step = lanes(source)
+    zero = splat(source.dtype.type(0))
+    a0, a1, a2 = zero, zero, zero
+    b0, b1, b2 = zero, zero, zero
+    c0, c1, c2 = zero, zero, zero
+    d0, d1, d2 = zero, zero, zero
+    for r in range(len(offsets)):
+        start, at_weight = offsets[r] + at, first + ROWS * r
+        x0, x1, x2 = load(source, start), load(source, start + step), load(source, start + 2 * step)
+        w = load_splat(weight, at_weight)
+        a0, a1, a2 = fma(w, x0, a0), fma(w, x1, a1), fma(w, x2, a2)
+        w = load_splat(weight, at_weight + 1)
+        b0, b1, b2 = fma(w, x0, b0), fma(w, x1, b1), fma(w, x2, b2)
+        w = load_splat(weight, at_weight + 2)
+        c0, c1, c2 = fma(w, x0, c0), fma(w, x1, c1), fma(w, x2, c2)
+        w = load_splat(weight, at_weight + 3)
+        d0, d1, d2 = fma(w, x0, d0), fma(w, x1, d1), fma(w, x2, d2)
+    _add_to(out, a, a0, a1, a2)
+    _add_to(out, b, b0, b1, b2)
+    _add_to(out, c, c0, c1, c2)
+    _add_to(out, d, d0, d1, d2)
+
+
+@njit()
+def _add_totals(row, r, x0, x1, x2):
+    row[r], row[r + 1], row[r + 2] = row[r] + total(x0), row[r + 1] + total(x1), row[r + 2] + total(x2)
+
+
+@njit()
+def add_inner_products(source, base, pitch, offsets, r, other, first, count, length, begin, end, sums):
+    """Add to four rows of `sums` from `first` on, and three columns from `r` on, the sums of `source` times `other`:
+    source after each of the three offsets, other (count, rows, length) in those four rows, both from `begin` to `end`;
+    over `count` repetitions, from `base` on and `pitch` apart in `source`."""
+    step, rows = lanes(source), len(sums)
+    zero = splat(source.dtype.type(0))
+    a0, a1, a2 = zero, zero, zero
+    b0, b1, b2 = zero, zero, zero
+    c0, c1, c2 = zero, zero, zero
+    d0, d1, d2 = zero, zero, zero
+    for k in range(count):
+        start = base + k * pitch
+        s0, s1, s2 = start + offsets[r], start + offsets[r + 1], start + offsets[r + 2]
+        ga = (k * rows + first) * length
+        gb, gc, gd = ga + length, ga + 2 * length, ga + 3 * length
+        for t in range(begin, end, step):
+            x0, x1, x2 = load(source, s0 + t), load(source, s1 + t), load(source, s2 + t)
+            g = load(other, ga + t)
+            a0, a1, a2 = fma(g, x0, a0), fma(g, x1, a1), fma(g, x2, a2)
+            g = load(other, gb + t)
+            b0, b1, b2 = fma(g, x0, b0), fma(g, x1, b1), fma(g, x2, b2)
+            g = load(other, gc + t)
+            c0, c1, c2 = fma(g, x0, c0), fma(g, x1, c1), fma(g, x2, c2)
+            g = load(other, gd + t)
+            d0, d1, d2 = fma(g, x0, d0), fma(g, x1, d1), fma(g, x2, d2)
+    _add_totals(sums[first], r, a0, a1, a2)
+    _add_totals(sums[first + 1], r, b0, b1, b2)
+    _add_totals(sums[first + 2], r, c0, c1, c2)
+    _add_totals(sums[first + 3], r, d0, d1, d2)
+
+
+@njit()
+def copy(source, at, target, to, count):
+    """Copy `count` elements of one array to another, a vector at a time; the last may overlap the one before."""
+    step = lanes(source)
+    if count >= step:
+        for i in range(0, count, step):
+            j = min(i, count - step)
+            store(target, to + j, load(source, at + j))
+    else:
+        for i in range(count):
+            target[to + i] = source[at + i]
+
+
+@njit()
+def interleave(source, at, pitch, count, target, to):
+    """Four rows of `count` elements, `pitch` apart from `at` on, as `add_products` reads them: the first of each, the
+    second of each, …"""
+    step = lanes(source)
+    whole = count // step * step
+    for k in range(0, whole, step):
+        a, b = load(source, at + k), load(source, at + pitch + k)
+        c, d = load(source, at + 2 * pitch + k), load(source, at + 3 * pitch + k)
+        ac, bd = zip_first(a, c), zip_first(b, d)
+        store(target, to + ROWS * k, zip_first(ac, bd))
+        store(target, to + ROWS * k + step, zip_last(ac, bd))
+        ac, bd = zip_last(a, c), zip_last(b, d)
+        store(target, to + ROWS * k + 2 * step, zip_first(ac, bd))
+        store(target, to + ROWS * k + 3 * step, zip_last(ac, bd))
+    for k in range(whole, count):
+        for i in range(ROWS):
+            target[to + ROWS * k + i] = source[at + i * pitch + k]

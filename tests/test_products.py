@@ -1,0 +1,84 @@
+"""Products of large matrices, against NumPy in float64 and for any number of threads."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tinygrad_bn_kernels.cpu import linear, products, threads
+
+from tinygrad_bn import Tensor, functional
+
+LAYOUTS = [np.ascontiguousarray, np.asfortranarray, lambda x: np.repeat(x, 2, axis=1)[:, ::2]]
+
+
+def matrices(seed, m, k, n, dtype, layouts=(0, 0)):
+    rng = np.random.default_rng(seed)
+    a, b, bias = rng.normal(size=(m, k)), rng.normal(size=(k, n)), rng.normal(size=n)
+    arrays = [LAYOUTS[layout](x.astype(dtype)) for layout, x in zip(layouts, (a, b), strict=True)]
+    return *arrays, bias.astype(dtype)
+
+
+def bound(a, b):
+    """ε Σ |a| |b|: what rounding allows for each element, with some room."""
+    return 8 * np.finfo(a.dtype).eps * (np.abs(a) @ np.abs(b) + 1)
+
+
+@given(
+    seed=st.integers(0, 99),
+    size=st.tuples(*[st.integers(1, 140)] * 3),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    layouts=st.tuples(*[st.integers(0, 2)] * 2),
+)
+def test_every_shape_and_layout(seed, size, dtype, layouts):
+    a, b, bias = matrices(seed, *size, dtype, layouts)
+    got = products.product(a, b, bias)
+    assert got.dtype == dtype
+    wide = a.astype(np.float64) @ b.astype(np.float64) + bias
+    assert (np.abs(got - wide) <= bound(a.astype(np.float64), b.astype(np.float64)).astype(dtype) + bound(a, b)).all()
+
+
+@pytest.mark.parametrize("k", [products.TERMS - 1, products.TERMS, 2 * products.TERMS + 1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_more_terms_than_are_added_at_a_time(k, dtype):
+    a, b, bias = matrices(1, 37, k, 61, dtype)
+    assert (np.abs(products.product(a, b, bias) - (a.astype(float) @ b.astype(float) + bias)) <= bound(a, b)).all()
+
+
+def test_nan_and_infinity_stay_where_they_belong():
+    a, b, bias = matrices(2, 50, 40, 60, np.float32)
+    a[3, 5], a[7, 2], b[9, 11] = np.nan, np.inf, np.nan
+    got = products.product(a, b, bias)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(np.matmul(a, b)))
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(np.matmul(a, b)))
+
+
+@pytest.mark.parametrize("layouts", [(0, 0), (1, 0), (0, 1)])
+def test_the_number_of_threads_changes_no_bit(monkeypatch, layouts):
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
+    a, b, bias = matrices(3, 150, 300, 130, np.float32, layouts)
+    before, results = threads.num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            threads.set_num_threads(count)
+            results.add(products.product(a, b, bias).tobytes())
+    finally:
+        threads.set_num_threads(before)
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 150])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layers_and_their_gradients_use_them(monkeypatch, rows, dtype):
+    """What is small, and left to BLAS, and what is not give the same up to rounding."""
+    rng = np.random.default_rng(4)
+    arrays = [rng.normal(size=shape).astype(dtype) for shape in ((2, rows, 70), (90, 70), (90,))]
+    g, results = rng.normal(size=(2, rows, 90)).astype(dtype), []
+    for small in (0, 1 << 40):
+        monkeypatch.setattr(linear, "SMALL", small)
+        leaves = [Tensor(x, requires_grad=True) for x in arrays]
+        y = functional.linear(*leaves)
+        y.backward(Tensor(g))
+        results.append([y.numpy(), *(leaf.grad.numpy() for leaf in leaves), (leaves[0][0] @ leaves[1].T).numpy()])
+    for large, by_blas in zip(*results, strict=True):
+        assert large.dtype == dtype
+        np.testing.assert_allclose(large, by_blas, rtol=1e-3 if dtype == np.float32 else 1e-11, atol=1e-4)
