@@ -4,7 +4,9 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 import types
+from collections import defaultdict, deque
 
 import numpy as np
 import pytest
@@ -56,12 +58,15 @@ def test_without_a_device_the_error_says_so():
 # ---- with a driver that writes down what it is asked -----------------------------------------------------
 
 
-class Answer(int):
-    """A result code of the driver."""
+OURS = 1000  # the handle of the device's primary context
 
 
 class Bindings(types.ModuleType):
-    """The functions of `cuda.bindings.driver` that are called, over the interpreter's memory and launches."""
+    """The functions of `cuda.bindings.driver` that are called, over the interpreter's memory and launches.
+
+    A stream does nothing before it is waited for, and then in its order: so what relies on an order that nobody asked
+    for goes wrong.
+    """
 
     def __init__(self):
         super().__init__("driver")
@@ -76,20 +81,22 @@ class Bindings(types.ModuleType):
             CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="processors",
         )
         self.CUmemPool_attribute = types.SimpleNamespace(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD="threshold")
+        self.CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
         self.cuuint64_t = int
         self.modules = {}
+        self.streams = defaultdict(deque)  # what is still to be done on each
+        self.contexts = threading.local()  # a stack of them for each thread
 
     def __getattr__(self, name):
         simple = {
             "cuInit": (),
             "cuDeviceGetCount": (1,),
             "cuDeviceGet": (0,),
-            "cuDevicePrimaryCtxRetain": ("context",),
-            "cuCtxSetCurrent": (),
+            "cuDevicePrimaryCtxRetain": (OURS,),
             "cuDeviceGetName": (b"a device\0\0",),
             "cuDeviceGetDefaultMemPool": ("pool",),
             "cuMemPoolSetAttribute": (),
-            "cuCtxSynchronize": (),
+            "cuEventDestroy": (),
             "cuGetErrorName": (b"CUDA_ERROR_OF_SOME_KIND",),
         }[name]
         return lambda *args: (self.calls.append(name), (0, *simple))[1]
@@ -97,24 +104,76 @@ class Bindings(types.ModuleType):
     def cuDeviceGetAttribute(self, which, device):
         return 0, {"major": 7, "minor": 5, "processors": 3}[which]
 
+    # Contexts: each thread has a stack of them.
+
+    def cuCtxGetCurrent(self):
+        return 0, (getattr(self.contexts, "stack", None) or [0])[-1]
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.stack = [*getattr(self.contexts, "stack", []), context]
+        return (0,)
+
+    def cuCtxPopCurrent(self):
+        return 0, self.contexts.stack.pop()
+
+    # Streams.
+
+    def later(self, stream, work):
+        if self.cuCtxGetCurrent()[1] != OURS:
+            return (201,)  # CUDA_ERROR_INVALID_CONTEXT
+        self.streams[stream].append(work)
+        return (0,)
+
+    def cuStreamSynchronize(self, stream):
+        while self.streams[stream]:
+            self.streams[stream].popleft()()
+        return (0,)
+
+    def cuCtxSynchronize(self):
+        self.calls.append("cuCtxSynchronize")
+        for stream in list(self.streams):
+            self.cuStreamSynchronize(stream)
+        return (0,)
+
+    def cuEventCreate(self, flags):
+        return 0, {}
+
+    def cuEventRecord(self, event, stream):
+        event["work"], event["stream"] = lambda: None, stream
+        return self.later(stream, event["work"])
+
+    def cuStreamWaitEvent(self, stream, event, flags):
+        self.calls.append((event["stream"], stream))
+
+        def wait():
+            while event["work"] in self.streams[event["stream"]]:
+                self.streams[event["stream"]].popleft()()
+
+        return self.later(stream, wait)
+
+    # Memory.
+
     def cuMemAllocAsync(self, nbytes, stream):
         return (2, None) if self.full else (0, self.device.alloc(nbytes))
 
     def cuMemFreeAsync(self, pointer, stream):
-        self.device.free(pointer)
-        return (0,)
+        return self.later(stream, lambda: self.device.free(pointer))
 
-    def cuMemcpyHtoD(self, pointer, host, nbytes):
-        self.device.write(pointer, np.frombuffer(ctypes.string_at(host, nbytes), np.uint8))
-        return (0,)
+    def cuMemcpyHtoDAsync(self, pointer, host, nbytes, stream):
+        return self.later(
+            stream, lambda: self.device.write(pointer, np.frombuffer(ctypes.string_at(host, nbytes), np.uint8))
+        )
 
-    def cuMemcpyDtoH(self, host, pointer, nbytes):
-        ctypes.memmove(host, self.device.read(pointer, (nbytes,), np.uint8).tobytes(), nbytes)
-        return (0,)
+    def cuMemcpyDtoHAsync(self, host, pointer, nbytes, stream):
+        return self.later(
+            stream,
+            lambda: ctypes.memmove(host, self.device.read(pointer, (nbytes,), np.uint8).tobytes(), nbytes),
+        )
 
     def cuMemcpyDtoDAsync(self, to, source, nbytes, stream):
-        self.device.write(to, self.device.read(source, (nbytes,), np.uint8))
-        return (0,)
+        return self.later(stream, lambda: self.device.write(to, self.device.read(source, (nbytes,), np.uint8)))
+
+    # Programs.
 
     def cuModuleLoadData(self, image):
         if self.is_old and image.startswith(b"//"):
@@ -136,8 +195,7 @@ class Bindings(types.ModuleType):
             np.frombuffer(ctypes.string_at(at, int(kinds[s][1])), kinds[s])[0]
             for at, s in zip(addresses, sizes, strict=True)
         ]
-        self.device.launch(ptx, (gx, gy, gz), (bx, by, bz), args, name=name)
-        return (0,)
+        return self.later(stream, lambda: self.device.launch(ptx, (gx, gy, gz), (bx, by, bz), args, name=name))
 
 
 @pytest.fixture
@@ -163,8 +221,10 @@ def test_the_driver_is_asked_for_memory_copies_and_launches(bindings):
     np.testing.assert_allclose((t + t).numpy(), 2 * x)
     assert bindings.calls.count("load") == before, "a program is loaded once"
     assert cuda.info() == {"available": True, "name": "a device", "compute_capability": (7, 5), "multiprocessors": 3}
+    cuda.synchronize()
     live = len(bindings.device.sizes)
     del t
+    cuda.synchronize()
     assert len(bindings.device.sizes) == live - 1, "memory goes back with its last array"
 
 
@@ -194,3 +254,122 @@ def test_a_driver_older_than_the_compiler_gets_machine_code(bindings, monkeypatc
     monkeypatch.setattr(driver, "_linked", lambda ptx, cc: linked.append(cc) or b" " + ptx.encode() + b"\0")
     assert (Tensor([1.0, 2.0]).to("cuda") * 2.0).numpy().tolist() == [2, 4]
     assert linked == [(7, 5)]
+
+
+# ---- streams and contexts --------------------------------------------------------------------------------
+
+
+def test_work_goes_to_the_stream_of_the_block_in_the_order_of_the_program(bindings):
+    from tinygrad_bn import Tensor, cuda
+
+    x = Tensor([1.0, 2.0, 3.0]).to("cuda")
+    y = x * 2.0
+    with cuda.stream(5):
+        assert y.data.__cuda_array_interface__["stream"] == 5
+        z = y + y  # y is made on the default stream
+        with cuda.stream(6):
+            w = z * 10.0
+        z = z + w
+        assert len(bindings.streams[5]) > 1
+        with cuda.stream(5):
+            pass
+    assert z.data.__cuda_array_interface__["stream"] == 1
+    assert (z + 1.0).numpy().tolist() == [45, 89, 133]
+    assert [call for call in bindings.calls if isinstance(call, tuple)] == [(0, 5), (5, 6), (6, 5), (5, 0)]
+
+
+def test_a_network_trains_on_a_stream(bindings):
+    from tests import test_cuda
+    from tinygrad_bn import cuda
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
+    want = test_cuda.three_steps(test_cuda.network, "adam", x, y, "cpu")[0]
+    with cuda.stream(5):
+        losses = test_cuda.three_steps(test_cuda.network, "adam", x, y, "cuda")[0]
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+
+
+def test_memory_that_another_stream_may_still_use_is_freed_when_that_is_done(bindings):
+    from tinygrad_bn import Tensor, cuda
+
+    results = []
+
+    def work():
+        with cuda.stream(7):
+            x = Tensor([1.0, 2.0]).to("cuda")
+            results.extend([x, x * 3.0])
+            bindings.streams[7].append(lambda: results.append("done"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    waits = bindings.calls.count("cuCtxSynchronize")
+    del results[0]  # on the default stream
+    assert bindings.calls.count("cuCtxSynchronize") == waits + 1
+    assert results[-1] == "done"
+    assert results[0].numpy().tolist() == [3, 6]
+
+
+def test_a_stream_needs_a_device():
+    from tinygrad_bn import cuda
+
+    if cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(RuntimeError), cuda.stream(5):
+        pass
+
+
+def test_dlpack_lets_the_consumers_stream_wait(bindings):
+    from tinygrad_bn import Tensor, cuda
+
+    a = (Tensor([1.0, 2.0]).to("cuda") * 3.0).data
+    orders = {None: [], 1: [], -1: [], 2: [(0, 2)], 77: [(0, 77)]}
+    for stream, order in orders.items():
+        bindings.calls.clear()
+        a.__dlpack__(stream=stream, max_version=(1, 0), dl_device=(2, 0))  # nobody takes it: it comes back
+        assert [call for call in bindings.calls if isinstance(call, tuple)] == order
+        assert bindings.calls.count("cuCtxSynchronize") == (stream not in (None, 1)), "theirs is waited for"
+    with pytest.raises(ValueError, match="stream 0 is ambiguous"):
+        a.__dlpack__(stream=0)
+    with pytest.raises(BufferError, match=r"cannot be shared with DLPack device \(1, 0\)"):
+        a.__dlpack__(dl_device=(1, 0), copy=False)
+    with pytest.raises(BufferError, match=r"cannot be shared with DLPack device \(2, 1\)"):
+        a.__dlpack__(dl_device=(2, 1))
+    np.testing.assert_array_equal(np.from_dlpack(a, device="cpu"), [3, 6])
+
+    asked = []
+
+    class Other:
+        """An array of another library."""
+
+        __dlpack_device__ = staticmethod(lambda: (2, 0))
+
+        def __dlpack__(self, *, stream):
+            asked.append(stream)
+            return a.__dlpack__(stream=stream, copy=True)
+
+    copied = cuda.from_dlpack(Other())
+    assert copied.data.pointer != a.pointer
+    bindings.calls.clear()
+    with cuda.stream(9):
+        on_9 = cuda.from_dlpack(Other()) + 1.0
+        assert bindings.calls.count("cuCtxSynchronize") == 1, "what was borrowed goes back when ours is done"
+    assert asked == [1, 9]
+    assert (copied.numpy().tolist(), on_9.numpy().tolist()) == ([3, 6], [4, 7])
+
+
+def test_another_librarys_context_is_left_as_it_is(bindings):
+    from tinygrad_bn import Tensor
+
+    theirs = 2000
+    bindings.cuCtxPushCurrent(theirs)  # as torch.cuda.set_device(1) does
+    t = Tensor([1.0, 2.0]).to("cuda")
+    assert (t * 2.0).numpy().tolist() == [2, 4]
+    assert bindings.contexts.stack == [theirs]
+    bindings.contexts.stack = []
+    results = []
+    thread = threading.Thread(target=lambda: results.append((t + t).numpy().tolist()))
+    thread.start()
+    thread.join()
+    assert results == [[2, 4]]

@@ -58,6 +58,9 @@ class Interpreted(Device):
         text = ptx if self.edit is None else self.edit(program, ptx)
         self.launches.append((program, super().launch(text, grid, block, args, name=name)))
 
+    def order(self, first: int, then: int) -> None:
+        pass  # all is done at once
+
     def synchronize(self) -> None:
         pass
 
