@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 from collections import defaultdict, deque
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ MISSING = """
 import importlib.util, sys
 import tinygrad_bn
 from tinygrad_bn import Tensor, cuda
-assert not [m for m in sys.modules if m.split(".")[0] in ("numba", "cuda", "numba_cuda")], "importing loaded them"
+loaded = {m.split(".")[0] for m in sys.modules} & {"numba", "cuda", "numba_cuda", "cupy"}
+assert not loaded, loaded
 find = importlib.util.find_spec
 cuda.find_spec = lambda name: None if name == "numba_cuda" else find(name)
 try:
@@ -373,3 +375,120 @@ def test_another_librarys_context_is_left_as_it_is(bindings):
     thread.start()
     thread.join()
     assert results == [[2, 4]]
+
+
+# ---- cuBLAS ----------------------------------------------------------------------------------------------
+
+
+class Shared:
+    """What stands for CuPy's array: a view of the device's memory."""
+
+    def __init__(self, bindings, shape, dtype, pointer, is_swapped=False):
+        self.made = bindings, shape, dtype, pointer
+        self.is_swapped = is_swapped
+
+    def swapaxes(self, i, j):
+        assert (i, j) == (-1, -2)
+        return Shared(*self.made, is_swapped=True)
+
+    def read(self):
+        bindings, shape, dtype, pointer = self.made
+        values = bindings.device.read(pointer, shape, dtype)
+        return values.swapaxes(-1, -2) if self.is_swapped else values
+
+
+class CuPy(types.ModuleType):
+    """What of CuPy is called, computed by NumPy, when the stream that it is asked on gets to it."""
+
+    def __init__(self, bindings):
+        super().__init__("cupy")
+        self.bindings, self.stream, self.calls = bindings, None, []
+        self.has_cublas = True
+        self.cuda = types.SimpleNamespace(
+            Device=self.entered, ExternalStream=self.on, UnownedMemory=lambda pointer, nbytes, owner: pointer,
+            MemoryPointer=lambda memory, offset: memory + offset,
+            device=types.SimpleNamespace(get_cublas_handle=self.handle),
+        )  # fmt: skip
+
+    @contextmanager
+    def entered(self, device):
+        self.bindings.cuCtxPushCurrent(OURS)
+        yield
+        self.bindings.cuCtxPopCurrent()
+
+    @contextmanager
+    def on(self, stream):
+        self.stream = stream
+        yield
+        self.stream = None
+
+    def handle(self):
+        if not self.has_cublas:
+            raise RuntimeError("CuPy failed to load libcublas")
+
+    def ndarray(self, shape, dtype, pointer):
+        return Shared(self.bindings, shape, dtype, pointer)
+
+    def _later(self, function, a, b, out):
+        self.calls.append((function.__name__, self.stream))
+        write = self.bindings.device.write
+        assert self.bindings.later(self.stream, lambda: write(out.made[-1], function(a.read(), b.read()))) == (0,)
+
+    def matmul(self, a, b, out):
+        self._later(np.matmul, a, b, out)
+
+    def add(self, a, b, out):
+        self._later(np.add, a, b, out)
+
+
+@pytest.fixture
+def cupy(bindings, monkeypatch):
+    from tinygrad_bn_kernels.cuda import blas
+
+    fake = CuPy(bindings)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(blas, "LARGE", 1000)
+    blas._cupy.cache_clear()
+    yield fake
+    blas._cupy.cache_clear()
+
+
+def _products(where, dtype, size):
+    """Products of every kind and their gradients, as NumPy arrays."""
+    from tinygrad_bn import Tensor, functional, grad
+
+    rng = np.random.default_rng(0)
+    results = []
+    for shapes in ([(size, 12), (12, 9)], [(3, size, 12), (12, 9)], [(3, size, 12), (3, 12, 9)]):
+        xs = [Tensor(rng.normal(size=shape), dtype=dtype).to(where).detach() for shape in shapes]
+        for x in xs:
+            x.requires_grad = True
+        y = functional.matmul(*xs)
+        results += [y, *grad(y, xs, y.detach())]
+    x, w, b = (Tensor(rng.normal(size=shape), dtype=dtype).to(where) for shape in ((size, 12), (9, 12), (9,)))
+    return [t.numpy() for t in (*results, functional.linear(x, w, b))]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_large_products_are_cublas_on_our_memory_and_stream(cupy, dtype, tolerance):
+    from tinygrad_bn import cuda
+
+    with cuda.stream(5):
+        got = _products("cuda", dtype, 11)
+    assert cupy.calls == [("matmul", 5)] * 10 + [("add", 5)]
+    for one, want in zip(got, _products("cpu", dtype, 11), strict=True):
+        np.testing.assert_allclose(one, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def test_products_are_ours_where_they_are_small_or_there_is_no_cublas_or_no_gpu(cupy):
+    from tests.ptx.programs import interpreted
+
+    _products("cuda", np.float32, 1)
+    assert not cupy.calls
+    with interpreted():
+        _products("cuda", np.float32, 11)
+    assert not cupy.calls
+    cupy.has_cublas = False
+    for one, want in zip(_products("cuda", np.float32, 11), _products("cpu", np.float32, 11), strict=True):
+        np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-5)
+    assert not cupy.calls
