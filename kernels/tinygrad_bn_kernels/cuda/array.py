@@ -163,7 +163,7 @@ class DeviceArray:
 
     @property
     def aligned(self) -> bool:
-        """Whether 128 bits can be moved at a time."""
+        """Whether it begins where 128 bits can be moved at a time."""
         return self.pointer % 16 == 0
 
     def __len__(self) -> int:
@@ -279,6 +279,11 @@ class DeviceArray:
 
     def __ge__(self, other: Any) -> DeviceArray:
         return _maps().less_equal(other, self)
+
+
+def wide(*arrays: DeviceArray) -> bool:
+    """Whether 128 bits of all these can be moved at a time: all float32 or all float64, and aligned."""
+    return arrays[0].dtype.kind == "f" and all(a.aligned and a.kind == arrays[0].kind for a in arrays)
 
 
 def full(shape: Shape, value: float, dtype: DTypeLike) -> DeviceArray:

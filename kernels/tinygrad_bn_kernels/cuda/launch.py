@@ -68,7 +68,7 @@ class Program:
     build: Callable[[Any], Callable[..., None]]
     signatures: tuple[Signature, ...]  # for which the tests compile it
     block: tuple[int, ...]  # threads of a block that it is launched with
-    registers: int = 40  # of a thread, at most: in float32 the assembler is told so
+    registers: int = 40  # of a thread, at most: in float32 the assembler is told so; in float64 half as many again
     shared: int = 0  # bytes of shared memory, in float32
     shuffles: int = 0  # warp shuffles in its code
     vector: bool = False  # whether it moves 128 bits at a time
