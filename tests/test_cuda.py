@@ -163,6 +163,7 @@ def test_numpy_arrays_and_lists_have_no_device_as_an_index_or_as_what_is_assigne
     t = Tensor([[1.0, 2.0], [3.0, 4.0]]).to("cuda")
     for index in (1, [1, 0], np.array([1, 0]), np.array([False, True]), (slice(None), np.int32(1)), (..., [[0]])):
         np.testing.assert_array_equal(t[index].numpy(), t.numpy()[index])
+    assert nn.BatchNorm1d(2, affine=False).to("cuda")(np.eye(2)).device == "cuda"
     t.data = np.eye(2)
     assert (t.device, t.numpy().tolist()) == ("cuda", [[1, 0], [0, 1]])
     for index in (1.5, "a", True):
