@@ -1,31 +1,217 @@
 """Bandwidth of each kernel as a share of the copy rate, on a machine with an NVIDIA GPU: `make gpu-report`.
 
 Bytes are those that a kernel cannot do without: every operand read once, every result written once. Beside it, if they
-are installed, what CuPy and PyTorch take for the same.
+are installed, what PyTorch and CuPy take for the same. `kernels/cuda_programs.md` says which programs the cases launch.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_bn import Tensor, cuda, functional, grad, ops
+from tinygrad_bn import Tensor, cuda, functional, grad, ops, optim
 from tinygrad_bn.functional.normalization import batch_norm_relu_fused
+
+Run = Callable[[], Any]
+
+# Images (N, C, H, W) and rows (M, C): larger than the cache, and as small as in teaching.
+SIZES = (((128, 64, 56, 56), (1 << 15, 1024)), ((32, 32, 13, 13), (32, 100)))
+
+
+class Peer:
+    """PyTorch or CuPy; called with a tensor it gives a copy of it, always the same one."""
+
+    def __init__(self, name: str) -> None:
+        if name == "torch":
+            import torch
+
+            self.module, self.wait = torch, torch.cuda.synchronize
+            self._copy: Callable[[Any], Any] = partial(torch.tensor, device="cuda")
+        else:
+            import cupy
+
+            self.module, self.wait, self._copy = cupy, cupy.cuda.runtime.deviceSynchronize, cupy.array
+        self.wait()  # an error without a device
+        self._copies: dict[Tensor, Any] = {}
+
+    def __call__(self, t: Tensor) -> Any:
+        if t not in self._copies:
+            self._copies[t] = self._copy(t.numpy())
+        return self._copies[t]
+
+
+class Case(NamedTuple):
+    """What is timed, the bytes that it moves at least, and the same by PyTorch and CuPy."""
+
+    name: str
+    nbytes: int
+    run: Run
+    torch: Callable[[Any], Any] | None = None
+    cupy: Callable[[Any], Any] | None = None
 
 
 class Row(NamedTuple):
-    """A kernel, what it moves at least, and the best time of a call."""
+    """A case's best time of a call, here and by the peers."""
 
     name: str
     nbytes: int
     seconds: float
-    torch: float | None  # seconds of PyTorch for the same
+    torch: float | None
+    cupy: float | None
 
 
-def best(run: Callable[[], Any], wait: Callable[[], None], repeats: int, calls: int = 10) -> float:
+class Operands:
+    """The tensors that the cases share, on the device."""
+
+    def __init__(self, images: tuple[int, ...], rows: tuple[int, int]) -> None:
+        self._rng = np.random.default_rng(0)
+        self.x, self.g, self.flat = self.made(*images), self.made(*images), self.made(*rows)
+        self.weight, self.bias = self.made(images[1]), self.made(images[1])
+        self.target = Tensor(self._rng.integers(0, rows[1], rows[0])).to("cuda")
+        self.size, self.small = 4 * self.x.size, 4 * self.flat.size
+
+    def made(self, *shape: int) -> Tensor:
+        return Tensor(self._rng.standard_normal(shape, np.float32)).to("cuda")
+
+
+def backward(y: Tensor, xs: list[Tensor], g: Tensor | None = None) -> Run:
+    """The gradients of y with respect to xs, again and again."""
+    return lambda: grad(y, xs, g)
+
+
+def sources(*ts: Tensor) -> list[Tensor]:
+    """The same tensors, with gradients."""
+    detached = [t.detach() for t in ts]
+    for t in detached:
+        t.requires_grad = True
+    return detached
+
+
+def elementwise(o: Operands) -> Iterator[Case]:
+    """One pass over images."""
+    x, g, size = o.x, o.g, o.size
+    yield Case("copy", 2 * size, lambda: Tensor(x), lambda p: p(x).clone(), lambda p: p(x).copy())
+    yield Case("add", 3 * size, lambda: x + g, lambda p: p(x) + p(g), lambda p: p(x) + p(g))
+    yield Case("add a number", 2 * size, lambda: x + 1.5, lambda p: p(x) + 1.5, lambda p: p(x) + 1.5)
+    row = x[0, 0, 0]
+    yield Case("add a row", 2 * size, lambda: x + row, lambda p: p(x) + p(row), lambda p: p(x) + p(row))
+    yield Case("exp", 2 * size, lambda: x.exp(), lambda p: p(x).exp(), lambda p: p.module.exp(p(x)))
+    mask = x > 0
+    yield Case("where", 3 * size + x.size, lambda: functional.where(mask, x, g))
+    yield Case("clip", 2 * size, lambda: x.clip(-1.0, 1.0), lambda p: p(x).clip(-1.0, 1.0))
+    yield Case("dropout", 2 * size, lambda: functional.dropout(x, 0.5), lambda p: p.module.dropout(p(x), 0.5, True))
+
+
+def reductions(o: Operands) -> Iterator[Case]:
+    """Of all, of channels, of rows and of columns."""
+    x, flat, size, small = o.x, o.flat, o.size, o.small
+    yield Case("sum of all", size, lambda: x.sum(), lambda p: p(x).sum(), lambda p: p(x).sum())
+    channels = (0, 2, 3)
+    yield Case(
+        "sum over channels", size, lambda: x.sum(axis=channels), lambda p: p(x).sum(channels),
+        lambda p: p(x).sum(channels),
+    )  # fmt: skip
+    yield Case("sum of rows", small, lambda: flat.sum(axis=1), lambda p: p(flat).sum(1), lambda p: p(flat).sum(1))
+    yield Case("max of columns", small, lambda: flat.max(axis=0), lambda p: p(flat).amax(0), lambda p: p(flat).max(0))
+    yield Case(
+        "argmax of rows", small, lambda: flat.argmax(1), lambda p: p(flat).argmax(1), lambda p: p(flat).argmax(1)
+    )
+
+
+def moving(o: Operands) -> Iterator[Case]:
+    """Copies in another order."""
+    flat, small = o.flat, o.small
+    index = np.random.default_rng(0).permutation(len(flat))
+    there = Tensor(index).to("cuda")
+    yield Case("transpose", 2 * small, lambda: ops.transpose(flat), lambda p: p(flat).T.contiguous())
+    yield Case("every other column", small, lambda: flat[:, ::2], lambda p: p(flat)[:, ::2].contiguous())
+    yield Case("gather rows", 2 * small, lambda: flat[there], lambda p: p(flat)[p(there)])
+    (source,) = sources(flat)
+    yield Case("scatter rows", 3 * small, backward(source[there], [source], flat))
+
+
+def norms(o: Operands) -> Iterator[Case]:
+    """BatchNorm of images and of rows, and layer norm."""
+    x, g, w, b, flat, size, small = o.x, o.g, o.weight, o.bias, o.flat, o.size, o.small
+    xs, var = sources(x, w, b), w * w
+    columns = [o.made(flat.shape[1]) for _ in range(2)]
+    rows, layer = sources(flat, *columns), sources(flat)
+
+    def trained(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return functional.batch_norm(x, weight=w, bias=b, training=True)
+
+    yield Case(
+        "batch_norm training", 2 * size, lambda: trained(x, w, b),
+        lambda p: p.module.nn.functional.batch_norm(p(x), None, None, p(w), p(b), training=True),
+    )  # fmt: skip
+    yield Case("batch_norm + relu training", 2 * size, lambda: batch_norm_relu_fused(x, w, b, eps=1e-5))
+    yield Case(
+        "batch_norm inference", 2 * size, lambda: functional.batch_norm(x, b, var, w, b),
+        lambda p: p.module.nn.functional.batch_norm(p(x), p(b), p(var), p(w), p(b)),
+    )  # fmt: skip
+    yield Case("batch_norm backward", 3 * size, backward(trained(*xs), xs, g))
+    yield Case("batch_norm + relu backward", 4 * size, backward(batch_norm_relu_fused(*xs, eps=1e-5), xs, g))
+    yield Case("batch_norm of rows", 2 * small, lambda: trained(flat, *columns))
+    yield Case("batch_norm of rows backward", 3 * small, backward(trained(*rows), rows, flat))
+    yield Case("layer_norm", 2 * small, lambda: functional.layer_norm(flat, flat.shape[1]))
+    yield Case("layer_norm backward", 3 * small, backward(functional.layer_norm(layer[0], flat.shape[1]), layer, flat))
+
+
+def layers(o: Operands) -> Iterator[Case]:
+    """Losses, products, convolution and pooling; of products the time counts, as arithmetic binds them."""
+    x, flat, target, size, small = o.x, o.flat, o.target, o.size, o.small
+    (logits,), (image,) = sources(flat), sources(x)
+    yield Case(
+        "cross_entropy", small, lambda: functional.cross_entropy(flat, target),
+        lambda p: p.module.nn.functional.cross_entropy(p(flat), p(target)),
+    )  # fmt: skip
+    yield Case("cross_entropy backward", 2 * small, backward(functional.cross_entropy(logits, target), [logits]))
+    square = o.made(flat.shape[1], flat.shape[1])
+    product = 2 * small + 4 * square.size
+    yield Case("matmul", product, lambda: flat @ square, lambda p: p(flat) @ p(square), lambda p: p(flat) @ p(square))
+    bias = o.made(flat.shape[1])
+    yield Case(
+        "linear", product, lambda: functional.linear(flat, square, bias),
+        lambda p: p.module.nn.functional.linear(p(flat), p(square), p(bias)),
+    )  # fmt: skip
+    kernel = o.made(x.shape[1], x.shape[1], 3, 3)
+    yield Case(
+        "conv2d 3 x 3", 2 * size, lambda: functional.conv2d(x, kernel, padding=1),
+        lambda p: p.module.nn.functional.conv2d(p(x), p(kernel), padding=1),
+    )  # fmt: skip
+    convolved = functional.conv2d(image, kernel, padding=1)
+    yield Case("conv2d 3 x 3 backward", 2 * size, backward(convolved, [image], o.g))
+    pooled = functional.max_pool2d(image, 2)
+    yield Case(
+        "max_pool2d", 5 * size // 4, lambda: functional.max_pool2d(x, 2),
+        lambda p: p.module.nn.functional.max_pool2d(p(x), 2),
+    )  # fmt: skip
+    yield Case("max_pool2d backward", 5 * size // 4, backward(pooled, [image], pooled.detach()))
+
+
+def updates(o: Operands) -> Iterator[Case]:
+    """Steps of the optimisers, on a parameter as large as the images."""
+    for name, make, count in (
+        ("SGD step", lambda ps: optim.SGD(ps, lr=0.1, momentum=0.9), 5),
+        ("Adam step", optim.Adam, 7),
+    ):
+        (p,) = sources(o.x)
+        p.grad = o.g
+        yield Case(name, count * o.size, make([p]).step)
+
+
+def cases(images: tuple[int, ...], rows: tuple[int, int]) -> Iterator[Case]:
+    """All cases, the copy first."""
+    o = Operands(images, rows)
+    for group in (elementwise, reductions, moving, norms, layers, updates):
+        yield from group(o)
+
+
+def best(run: Run, wait: Run, repeats: int, calls: int = 10) -> float:
     """Seconds of a call: the best of `repeats` means over some calls, launched one after the other."""
     run()
     times = []
@@ -39,86 +225,31 @@ def best(run: Callable[[], Any], wait: Callable[[], None], repeats: int, calls: 
     return min(times)
 
 
-def _torch() -> Any:
+def _peer(name: str) -> Peer | None:
     try:
-        import torch
-    except ImportError:
+        return Peer(name)
+    except (ImportError, RuntimeError, AssertionError):  # the last from a PyTorch without CUDA
         return None
-    return torch if torch.cuda.is_available() else None
 
 
 def measure(images: tuple[int, ...], rows: tuple[int, int], repeats: int = 20, calls: int = 10) -> Iterator[Row]:
-    """Every kernel that moves memory, for images (N, C, H, W) and rows (M, C) of float32."""
-    rng, torch = np.random.default_rng(0), _torch()
-
-    def here(*shape: int) -> Tensor:
-        return Tensor(rng.normal(size=shape), dtype=np.float32).to("cuda")
-
-    x, g, flat = here(*images), here(*images), here(*rows)
-    weight, bias, target = here(images[1]), here(images[1]), Tensor(rng.integers(0, rows[1], rows[0])).to("cuda")
-    size, small = 4 * x.size, 4 * flat.size
-
-    def backward(y: Tensor, xs: list[Tensor]) -> Callable[[], Any]:
-        return lambda: grad(y, xs, g if y.shape == g.shape else None)
-
-    sources = [t.detach() for t in (x, weight, bias)]
-    for t in (*sources, logits := flat.detach()):
-        t.requires_grad = True
-    ordered: tuple[Any, ...] = (sources[0], None, None, *sources[1:])
-    their = {t: torch.tensor(t.numpy(), device="cuda") for t in (x, g, weight, bias)} if torch else {}
-    F = torch.nn.functional if torch else None
-    cases: list[tuple[str, int, Callable[[], Any], Callable[[], Any] | None]] = [
-        ("copy", 2 * size, lambda: Tensor(x), lambda: their[x].clone()),
-        ("add", 3 * size, lambda: x + g, lambda: their[x] + their[g]),
-        ("exp", 2 * size, lambda: x.exp(), lambda: their[x].exp()),
-        ("sum of all", size, lambda: x.sum(), lambda: their[x].sum()),
-        ("sum over channels", size, lambda: x.sum(axis=(0, 2, 3)), lambda: their[x].sum(dim=(0, 2, 3))),
-        ("sum of rows", small, lambda: flat.sum(axis=1), None),
-        ("max of columns", small, lambda: flat.max(axis=0), None),
-        (
-            "batch_norm training",
-            2 * size,
-            lambda: functional.batch_norm(x, weight=weight, bias=bias, training=True),
-            lambda: F.batch_norm(their[x], None, None, their[weight], their[bias], training=True),
-        ),
-        ("batch_norm + relu training", 2 * size, lambda: batch_norm_relu_fused(x, weight, bias, eps=1e-5), None),
-        (
-            "batch_norm inference",
-            2 * size,
-            lambda: functional.batch_norm(x, bias, weight * weight, weight, bias),
-            lambda: F.batch_norm(their[x], their[bias], their[weight] ** 2, their[weight], their[bias]),
-        ),
-        (
-            "batch_norm backward",
-            3 * size,
-            backward(functional.batch_norm(*ordered, training=True), sources),
-            None,
-        ),
-        (
-            "batch_norm + relu backward",
-            4 * size,
-            backward(batch_norm_relu_fused(*sources, eps=1e-5), sources),
-            None,
-        ),
-        ("layer_norm", 2 * small, lambda: functional.layer_norm(flat, rows[1]), None),
-        ("cross_entropy", small, lambda: functional.cross_entropy(flat, target), None),
-        ("cross_entropy backward", 2 * small, backward(functional.cross_entropy(logits, target), [logits]), None),
-        ("transpose", 2 * small, lambda: ops.transpose(flat), None),
-        ("dropout", 2 * size, lambda: functional.dropout(x, 0.5), lambda: F.dropout(their[x], 0.5)),
-    ]
-    for name, nbytes, run, theirs in cases:
-        seconds = best(run, cuda.synchronize, repeats, calls)
-        other = best(theirs, torch.cuda.synchronize, repeats, calls) if torch and theirs else None
-        yield Row(name, nbytes, seconds, other)
+    """Every case, timed here and by the peers that are installed."""
+    peers = {name: _peer(name) for name in ("torch", "cupy")}
+    for case in cases(images, rows):
+        theirs = {
+            name: best(partial(run, peer), peer.wait, repeats, calls) if peer and run else None
+            for name, peer, run in zip(peers, peers.values(), (case.torch, case.cupy), strict=True)
+        }
+        yield Row(case.name, case.nbytes, best(case.run, cuda.synchronize, repeats, calls), **theirs)
 
 
 def table(measured: list[Row]) -> Iterator[str]:
     """The rows in words; the first is the copy that the others are compared with."""
     rate = measured[0].nbytes / measured[0].seconds
-    yield f"{'kernel':<28}{'MB':>9}{'µs':>10}{'GB/s':>9}{'of copy':>9}{'PyTorch µs':>12}"
+    yield f"{'kernel':<28}{'MB':>9}{'µs':>10}{'GB/s':>9}{'of copy':>9}{'PyTorch µs':>12}{'CuPy µs':>12}"
     for r in measured:
         own = r.nbytes / r.seconds
-        theirs = f"{r.torch * 1e6:12.1f}" if r.torch else f"{'-':>12}"
+        theirs = "".join(f"{t * 1e6:12.1f}" if t else f"{'-':>12}" for t in (r.torch, r.cupy))
         yield f"{r.name:<28}{r.nbytes / 1e6:9.1f}{r.seconds * 1e6:10.1f}{own / 1e9:9.0f}{own / rate:9.0%}{theirs}"
 
 
@@ -128,7 +259,7 @@ def main() -> None:
     if not info["available"]:
         raise SystemExit(info["reason"])
     print(f"{info['name']}, compute capability {info['compute_capability']}, {info['multiprocessors']} multiprocessors")
-    for images, rows in (((128, 64, 56, 56), (1 << 15, 1024)), ((32, 32, 13, 13), (32, 100))):
+    for images, rows in SIZES:
         print(f"\nimages {images}, rows {rows}, float32")
         print("\n".join(table(list(measure(images, rows)))))
 

@@ -145,9 +145,39 @@ def test_mixing_devices_is_an_error_that_names_both():
         lambda: functional.batch_norm(there.reshape(2, 1), weight=here[:1], bias=here[:1], training=True),
         lambda: nn.Linear(2, 3)(there), lambda: (here * 2).sum().backward(Tensor(1.0).to("cuda")),
         lambda: functional.cross_entropy(here.reshape(1, 2), Tensor([0]).to("cuda")),
+        lambda: there[Tensor([1])], lambda: there[None, here > 1], lambda: there[[Tensor(0), Tensor(1)]],
+        lambda: here[Tensor([1]).to("cuda")], lambda: here[Tensor([1]).to("cuda").data],
+        lambda: setattr(there, "data", here), lambda: setattr(here, "data", there), lambda: here.__iadd__(there),
+        lambda: nn.BatchNorm1d(2, affine=False)(Tensor(np.eye(2)).to("cuda")),
+        lambda: nn.BatchNorm1d(2, affine=False).to("cuda")(Tensor(np.eye(2))),
+        lambda: functional.nll_loss(there.reshape(1, 2), Tensor([0])),
+        lambda: functional.nll_loss(here.reshape(1, 2), Tensor([0]).to("cuda")),
+        lambda: functional.cross_entropy(there.reshape(1, 2), Tensor([0]).to("cuda"), weight=here.detach()),
+        lambda: functional.conv2d(Tensor(np.ones((1, 1, 2, 2))).to("cuda"), Tensor(np.ones((1, 1, 1, 1)))),
     ):  # fmt: skip
         with pytest.raises(TypeError, match=r"cpu.*cuda|cuda.*cpu"):
             mix()
+
+
+def test_numpy_arrays_and_lists_have_no_device_as_an_index_or_as_what_is_assigned():
+    t = Tensor([[1.0, 2.0], [3.0, 4.0]]).to("cuda")
+    for index in (1, [1, 0], np.array([1, 0]), np.array([False, True]), (slice(None), np.int32(1)), (..., [[0]])):
+        np.testing.assert_array_equal(t[index].numpy(), t.numpy()[index])
+    assert nn.BatchNorm1d(2, affine=False).to("cuda")(np.eye(2)).device == "cuda"
+    t.data = np.eye(2)
+    assert (t.device, t.numpy().tolist()) == ("cuda", [[1, 0], [0, 1]])
+    for index in (1.5, "a", True):
+        with pytest.raises(IndexError, match="an index is a number, a slice, an array"):
+            t[index]
+
+
+def test_a_gradient_on_another_device_is_an_error_before_anything_changes():
+    p = Tensor([1.0, 2.0], requires_grad=True)
+    p.grad = Tensor([1.0, 1.0]).to("cuda")
+    for use in (optim.SGD([p], lr=0.1).step, lambda: optim.clip_grad_norm_([p], 1.0)):
+        with pytest.raises(TypeError, match=r"cpu.*cuda"):
+            use()
+    assert p.numpy().tolist() == [1, 2]
 
 
 def test_an_optimiser_whose_model_moved_says_so():

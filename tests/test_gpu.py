@@ -44,6 +44,27 @@ def test_memory_is_shared_with_other_libraries(library, gpu):
     np.testing.assert_array_equal(cuda.from_dlpack(theirs).numpy(), t.numpy())
 
 
+@pytest.mark.gpu
+def test_work_follows_another_library_to_its_stream(gpu):
+    torch = pytest.importorskip("torch")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), cuda.stream(side.cuda_stream):
+        x = torch.ones(1 << 22, device="cuda") * 2
+        z = torch.from_dlpack((cuda.from_dlpack(x) + 1.0).data) * 3
+    side.synchronize()
+    assert (z == 9).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_a_large_product_is_as_exact_by_cublas(dtype, tolerance, gpu):
+    a, b = (np.random.default_rng(0).normal(size=shape) for shape in ((512, 300), (300, 256)))
+    a, b = a.astype(dtype), b.astype(dtype)
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    got = (Tensor(a).to("cuda") @ Tensor(b).to("cuda")).numpy()
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
 def test_the_report_measures_every_kernel_that_it_names():
     """On the interpreter, whose times mean nothing: that the report runs."""
     from tests.ptx.compile import need_compiler

@@ -6,12 +6,14 @@ float64 (not float16), and launches are asynchronous: reading a value waits for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 from tinygrad_bn.tensor import Tensor
 
-__all__ = ["from_dlpack", "info", "is_available", "synchronize"]
+__all__ = ["from_dlpack", "info", "is_available", "stream", "synchronize"]
 
 _INSTALL = 'device "cuda" needs the package numba-cuda: pip install "tinygrad-bn[cuda]"'
 
@@ -69,6 +71,22 @@ def from_dlpack(other: Any) -> Tensor:
     from tinygrad_bn_kernels.cuda.dlpack import borrow
 
     return Tensor._of(borrow(other))
+
+
+@contextmanager
+def stream(handle: int) -> Iterator[None]:
+    """In this block, in this thread, all work goes to the stream with this handle of the driver's.
+
+    Such as `torch.cuda.current_stream().cuda_stream`, or `cupy.cuda.get_current_stream().ptr`; 0 is the default
+    stream, which all work goes to otherwise. The stream has to outlive the block. What is asked in the block comes
+    after what was asked before it, and what comes after waits for it. Threads that share arrays and work on different
+    streams have to wait for each other, as with `synchronize`. Raises RuntimeError where there is no device.
+    """
+    arrays()
+    from tinygrad_bn_kernels.cuda import launch
+
+    with launch.on_stream(int(handle)):
+        yield
 
 
 def synchronize() -> None:

@@ -90,8 +90,9 @@ def kernel_or(reference: Kernel, name: str, *arrays: Any, **options: Any) -> Any
     """What the kernel `name` gives for these arrays, or `reference` where there is none or it declines.
 
     For updates of state, which are not ops: those of optimisers and of running statistics. Arrays in a foreign byte
-    order are the reference's.
+    order are the reference's. Raises TypeError if the arrays live on different devices.
     """
+    expect_one_device(arrays)
     found = lookup(name, device_of(arrays[0])) if all(a.dtype.isnative for a in arrays) else None
     result = NotImplemented if found is None else found(*arrays, **options)
     return reference(*arrays, **options) if result is NotImplemented else result

@@ -206,9 +206,8 @@ class _Flat:
 
     def gradients(self) -> Array:
         """Their gradients, in the precision of the update."""
-        gradients = [_gradient(p) for p in self.params]
-        expect_one_device((self.whole, *self.state.values(), *gradients))
-        joined = _joined(gradients)
+        expect_one_device((self.whole, *self.state.values()))
+        joined = _joined([_gradient(p) for p in self.params])
         return joined.astype(_wide(self.whole.dtype), copy=False)
 
     def replace(self, whole: Array) -> None:
@@ -233,6 +232,7 @@ def _gradient(p: Tensor) -> Any:
         )
     if p.grad.shape != p.shape:
         raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {p.grad.shape}")
+    expect_one_device((p._data, p.grad._data))
     return p.grad._data
 
 

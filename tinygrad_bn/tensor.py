@@ -67,7 +67,8 @@ class Tensor:
     def data(self) -> Array:
         """The values, as a read-only view. Assigning replaces them: the shape must fit, the dtype is kept.
 
-        On cuda this is the device's array itself; what is assigned is copied there.
+        On cuda this is the device's array itself. A NumPy array that is assigned is copied there, as it is at home on
+        no device; a tensor of another device is a TypeError.
         """
         if device_of(self._data) != "cpu":
             return self._data
@@ -78,6 +79,8 @@ class Tensor:
     @data.setter
     def data(self, value: object) -> None:
         given = as_array(value._data if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor) or device_of(given) != "cpu":
+            expect_one_device((self._data, given))
         if not np.can_cast(given.dtype, self.dtype, "same_kind"):
             raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {self.dtype}")
         new = move(given, self.device).astype(self.dtype)  # a copy in any case
@@ -308,8 +311,11 @@ class Tensor:
         return Tensor._of(as_array(compare(self._data, values)))
 
     def __getitem__(self, index: object) -> Tensor:
-        """Basic and advanced indexing as in NumPy; repeated indices add up in the gradient."""
-        return ops.getitem(self, index=_plain_index(index))
+        """Basic and advanced indexing as in NumPy; repeated indices add up in the gradient.
+
+        Numbers, lists and NumPy arrays index a tensor of any device; a tensor indexes one of its own device.
+        """
+        return ops.getitem(self, index=_plain_index(index, self.device))
 
     def __setitem__(self, index: object, value: object) -> None:
         raise TypeError(
@@ -379,15 +385,21 @@ class Tensor:
         return ops.transpose(self, axes=None)
 
 
-def _plain_index(index: Any) -> Any:
-    """An index without tensors, and without arrays that somebody may change before the backward pass."""
+def _plain_index(index: Any, device: str) -> Any:
+    """An index without tensors, and without arrays that somebody may change before the backward pass.
+
+    Raises TypeError for tensors that do not live on `device`.
+    """
     if isinstance(index, tuple):
-        return tuple(_plain_part(i) for i in index)
-    return _plain_part(index)
+        return tuple(_plain_part(i, device) for i in index)
+    return _plain_part(index, device)
 
 
-def _plain_part(part: Any) -> Any:
-    if device_of(part) != "cpu":
+def _plain_part(part: Any, device: str) -> Any:
+    own = device_of(part)
+    if own != device and (own != "cpu" or isinstance(part, Tensor) or _holds_a_tensor(part)):
+        raise TypeError(f"an index on {own} for a tensor on {device}; move one with .to()")
+    if own != "cpu":
         return part._data if isinstance(part, Tensor) else part  # no op writes into an array there
     if not isinstance(part, Tensor | np.ndarray | list | tuple):
         return part

@@ -28,11 +28,15 @@ def programs() -> dict[str, Any]:
 
 
 @cache
-def ptx_for(program: Any, cc: tuple[int, int]) -> str:
-    """A program's PTX for its first signature: for sm_80 and sm_90 it is that for sm_75, but for the target's name."""
+def ptx_for(program: Any, cc: tuple[int, int], kind: str = "f4") -> str:
+    """A program's PTX for its first signature, with float64 for float32 if `kind` is "f8".
+
+    For sm_80 and sm_90 it is that for sm_75, but for the target's name.
+    """
     generation = (7, 5) if cc < (10, 0) else (10, 0)
+    signature = tuple(word.replace("f4", kind) for word in program.signatures[0])
     with offline(generation):
-        ptx = program.ptx(program.signatures[0], generation)
+        ptx = program.ptx(signature, generation)
     return re.sub(r"\.target sm_\d+", f".target sm_{cc[0]}{cc[1]}", ptx)
 
 
@@ -57,6 +61,9 @@ class Interpreted(Device):
         program = self._program(ptx)
         text = ptx if self.edit is None else self.edit(program, ptx)
         self.launches.append((program, super().launch(text, grid, block, args, name=name)))
+
+    def order(self, first: int, then: int) -> None:
+        pass  # all is done at once
 
     def synchronize(self) -> None:
         pass

@@ -6,6 +6,9 @@ It prints `kernels/cuda_programs.md`; numba-cuda, the CUDA toolkit's compiler an
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from tests.gpu_report import SIZES, cases
 from tests.ptx.compile import ARCHITECTURES, assemble
 from tests.ptx.programs import Interpreted, interpreted, programs, ptx_for
 from tests.ptx.test_accesses import BUSY
@@ -24,9 +27,9 @@ array, `n` a number, a `4` that 128 bits are moved at a time, `rows` that operan
 - *sectors*: pieces of 32 bytes that a warp's request touches, for loads and stores of 32 and of 128 bits a thread; 4
   and 16 are the least where all lanes take part;
 - *executed*: its PTX was run by the interpreter of `tests/ptx`, against float64, in the tests;
-- *timed*: by itself, on a GPU; the ops are timed in CUDA.md.
+- *in the report*: whether `make gpu-report`, on a machine with a GPU, launches it in what it times.
 
-| program | registers | shared | bytes | least | sectors, 32 bits | 128 bits | executed | timed |
+| program | registers | shared | bytes | least | sectors, 32 bits | 128 bits | executed | in the report |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |
 """
 
@@ -73,7 +76,39 @@ def measured() -> dict[str, Moved]:
     return device.moved
 
 
-def rows(moved: dict[str, Moved]) -> list[str]:
+class Noting(Interpreted):
+    """A driver of a large GPU that does nothing but note what is launched."""
+
+    processors = 132
+
+    def alloc(self, nbytes: int) -> int:
+        address, self.end = self.end, self.end + -(-max(nbytes, 1) // 256) * 256
+        return address
+
+    def free(self, pointer: int) -> None:
+        pass
+
+    def write(self, pointer: int, array: np.ndarray) -> None:
+        pass
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        pass
+
+    def launch(self, ptx: str, *arguments) -> None:
+        self.launches.append((self._program(ptx), None))
+
+
+def reported() -> set[str]:
+    """The programs that the cases of the report launch."""
+    device = Noting()
+    with interpreted(device):
+        for images, flat in SIZES:
+            for case in cases(images, flat):
+                case.run()
+    return {name for name, _ in device.launches}
+
+
+def rows(moved: dict[str, Moved], in_report: set[str]) -> list[str]:
     """A row of the table for each program."""
     codes = {cc: assemble({n: ptx_for(p, cc) for n, p in programs().items()}, cc) for cc in ARCHITECTURES}
     lines = []
@@ -82,7 +117,16 @@ def rows(moved: dict[str, Moved]) -> list[str]:
         registers = ", ".join(str(codes[cc][name].registers) for cc in ARCHITECTURES)
         sectors = [f"{m.sectors[b] / m.requests[b]:.1f}" if m.requests[b] else "" for b in (32, 128)]
         asked, least = (f"{n / m.elements:.1f}" for n in (m.asked, m.least))
-        cells = [f"`{name}`", registers, str(program.shared or ""), asked, least, *sectors, "yes", "no"]
+        cells = [
+            f"`{name}`",
+            registers,
+            str(program.shared or ""),
+            asked,
+            least,
+            *sectors,
+            "yes",
+            "yes" if name in in_report else "no",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -90,7 +134,7 @@ def rows(moved: dict[str, Moved]) -> list[str]:
 def page() -> str:
     """The page, in Markdown."""
     head = HEAD.format(archs=", ".join(f"sm_{major}{minor}" for major, minor in ARCHITECTURES))
-    return head + "\n".join(rows(measured())) + "\n"
+    return head + "\n".join(rows(measured(), reported())) + "\n"
 
 
 if __name__ == "__main__":

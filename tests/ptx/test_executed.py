@@ -434,3 +434,47 @@ def test_optimisers(n, seed):
         new = 0.9 * v.astype(np.float64) + 0.8 * d
         close(device_v.numpy(), new, scale=2.0)
         close(found, wide_p - 0.1 * (d + 0.9 * new if nesterov else new), scale=1 + np.abs(wide_p))
+
+
+# ---- float64 ---------------------------------------------------------------------------------------------
+
+
+@drawn(st.integers(1, 3), st.integers(1, 3), st.integers(1, 600), SEEDS)
+def test_float64_is_moved_128_bits_at_a_time_too(n, channels, size, seed):
+    x, weight = (numbers(shape, "offset", seed).astype(np.float64) for shape in ((n, channels, 4 * size), channels))
+    with interpreted() as device:
+        found = [*run("batch_norm_fused", x, weight, weight, eps=1e-5), run("exp", -x)]
+    assert {name for name, _ in device.launches} >= {
+        "batch_norm.plane4_moments",
+        "batch_norm.normalize_planes4",
+        "exp.a4",
+    }
+    mean, var = x.mean((0, 2)), x.var((0, 2))
+    y = (x - mean[:, None]) / np.sqrt(var[:, None] + 1e-5) * weight[:, None] + weight[:, None]
+    for one, want in zip(found, (y, mean, var, np.exp(-x)), strict=True):
+        np.testing.assert_allclose(one, want, rtol=1e-9, atol=1e-9)
+
+
+# ---- launches --------------------------------------------------------------------------------------------
+
+
+def launched(name: str, *operands: Any, **params: Any) -> list[str]:
+    """The programs that a kernel launches, in their order."""
+    with interpreted() as device:
+        run(name, *operands, **params)
+    return [program for program, _ in device.launches]
+
+
+def test_how_few_launches_do():
+    """What a launch costs the host is more than many of these cost a GPU."""
+    x, vectors = numbers((4, 3, 10, 12)), np.abs(numbers((4, 3)))
+    assert launched("sum", x, axis=(0, 2, 3)) == ["sum.short", "sum.columns"]  # no copy in another order
+    assert launched("sum_of_squares", x, axis=(0, 2)) == ["sum_of_squares.columns", "sum.columns"]
+    assert launched("batch_norm_inference", x, *vectors, eps=1e-5) == ["batch_norm.infer_planes4"]
+    options = {"smoothing": 0.1, "ignore_index": -100}
+    for reduction in ("mean", "sum", "none"):
+        found = launched(
+            "softmax_cross_entropy", numbers((30, 5)), np.arange(30) % 5, vectors[0, :1].repeat(5), **options,
+            reduction=reduction,
+        )  # fmt: skip
+        assert found == ["cross_entropy", "cross_entropy.total"]

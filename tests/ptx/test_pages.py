@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.ptx.compile import need_compiler
 from tests.ptx.programs import programs
+from tests.ptx.table import reported
 
 PAGES = Path(__file__).parents[2] / "kernels"
 
@@ -26,3 +27,9 @@ def test_the_table_has_every_program():
     need_compiler()
     names = re.findall(r"^\| `([\w.]+)` \|", (PAGES / "cuda_programs.md").read_text(), re.M)
     assert sorted(names) == sorted(programs())
+
+
+def test_the_table_says_what_the_report_launches():
+    need_compiler()
+    names = re.findall(r"^\| `([\w.]+)` \|.*\| yes \|$", (PAGES / "cuda_programs.md").read_text(), re.M)
+    assert sorted(names) == sorted(reported())

@@ -64,7 +64,7 @@ class Module:
         return y
 
     def _tensor(self, data: Array | list[Any]) -> Tensor:
-        return Tensor(data).to(next((p.device for p in self.parameters()), "cpu"))
+        return Tensor(data).to(next((t.device for _, t in self.named_tensors()), "cpu"))
 
     # ---- what it consists of ----------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Module:
         return {name: to_numpy(t) for name, t in self.named_tensors()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy arrays (or tensors) into the parameters and buffers. All of them, or, on an error, none.
+        """Copy arrays (or tensors), of any device, into the parameters and buffers. All of them, or, on an error, none.
 
         A missing `num_batches_tracked` is no error: older checkpoints have none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,22 @@ class Buffer:
     """Device memory that is freed with its last array.
 
     There is no allocator of our own: the driver's stream-ordered pool (`cuMemAllocAsync`) caches what is freed and
-    gives it out again in the order of the stream, without waiting for the device.
+    gives it out again in the order of the stream, without waiting for the device. Only where it was made on another
+    stream than the one that it is freed on, perhaps by another thread, is the device waited for.
     """
 
-    __slots__ = ("_free", "nbytes", "pointer")
+    __slots__ = ("_driver", "_stream", "nbytes", "pointer")
 
     def __init__(self, nbytes: int) -> None:
         driver = launch.driver()
-        self.nbytes, self.pointer, self._free = nbytes, driver.alloc(nbytes), driver.free
+        self.nbytes, self.pointer = nbytes, driver.alloc(nbytes)
+        self._driver, self._stream = driver, launch.current_stream()
 
     def __del__(self) -> None:
-        if hasattr(self, "_free"):  # not where there was no memory
-            self._free(self.pointer)
+        with suppress(Exception):  # there was no memory; or at the end of the process there is no context
+            if self._stream != launch.current_stream():
+                self._driver.synchronize()
+            self._driver.free(self.pointer)
 
 
 class DeviceArray:
@@ -95,18 +100,45 @@ class DeviceArray:
             "typestr": self.dtype.str,
             "data": (self.pointer if self.size else 0, False),
             "strides": None,
-            "stream": 1,  # the default one, which CuPy and PyTorch work on too
+            "stream": launch.current_stream() or 1,  # 1 is the default one there
             "version": 3,
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 0
 
-    def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
-        """For CuPy, PyTorch and JAX, which then use the same memory. They and we work on the default stream."""
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """For CuPy, PyTorch and JAX, which then use the same memory; by the standard for arrays in Python.
+
+        Args:
+            stream: theirs, which then waits for ours; None or 1 for the default one, −1 not to wait.
+            max_version: the newest version of the structure that they know. It is 0 here, as all know that.
+            dl_device: (2, 0), where the array is, or (1, 0) for a copy in the host's memory.
+            copy: True for memory of its own.
+
+        Raises BufferError for another device, or one that would take a copy where none is allowed, and ValueError for
+        stream 0, which the standard leaves out as it may be two streams.
+        """
         from tinygrad_bn_kernels.cuda.dlpack import lend
 
-        return lend(self)
+        if dl_device == (1, 0) and copy is not False:
+            return self.numpy().__dlpack__()
+        if dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(f"an array on cuda:0 cannot be shared with DLPack device {dl_device}")
+        if stream == 0:
+            raise ValueError("stream 0 is ambiguous: the default one is 1, and that of the thread 2")
+        theirs = 0 if stream in (None, 1) else stream
+        lent = self.copy() if copy else self
+        if theirs != -1:
+            launch.order(launch.current_stream(), theirs)
+        return lend(lent, theirs)
 
     # ---- what it is -------------------------------------------------------------------------------------
 
@@ -131,7 +163,7 @@ class DeviceArray:
 
     @property
     def aligned(self) -> bool:
-        """Whether 128 bits can be moved at a time."""
+        """Whether it begins where 128 bits can be moved at a time."""
         return self.pointer % 16 == 0
 
     def __len__(self) -> int:
@@ -247,6 +279,11 @@ class DeviceArray:
 
     def __ge__(self, other: Any) -> DeviceArray:
         return _maps().less_equal(other, self)
+
+
+def wide(*arrays: DeviceArray) -> bool:
+    """Whether 128 bits of all these can be moved at a time: all float32 or all float64, and aligned."""
+    return arrays[0].dtype.kind == "f" and all(a.aligned and a.kind == arrays[0].kind for a in arrays)
 
 
 def full(shape: Shape, value: float, dtype: DTypeLike) -> DeviceArray:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.launch import current_stream, driver
 from tinygrad_bn_kernels.cuda.strides import contiguous
 
 CUDA = 2  # kDLCUDA
@@ -51,7 +52,9 @@ _count = itertools.count(1)
 
 
 def _give_back(managed: Any) -> None:
-    _lent.pop(managed.contents.context, None)
+    *_held, stream = _lent.pop(managed.contents.context)  # held until this returns
+    if stream != current_stream():  # what was asked there may still use the memory
+        driver().synchronize()
 
 
 def _drop(capsule: int) -> None:
@@ -67,15 +70,15 @@ def _drop(capsule: int) -> None:
 _done, _forget = _Deleter(_give_back), _Destructor(_drop)
 
 
-def lend(array: DeviceArray) -> Any:
-    """A capsule of `array`, which stays alive until whoever takes it has done with it."""
+def lend(array: DeviceArray, stream: int) -> Any:
+    """A capsule of `array`, which stays alive until whoever takes it, to work on `stream`, has done with it."""
     shape = (ctypes.c_int64 * max(array.ndim, 1))(*array.shape)
     strides = (ctypes.c_int64 * max(array.ndim, 1))(*contiguous(array.shape))
     kind, bits = CODES[array.dtype.kind], 8 * array.dtype.itemsize
     tensor = _Tensor(array.pointer, CUDA, 0, array.ndim, kind, bits, 1, shape, strides, 0)
     number = next(_count)
     managed = _Managed(tensor, number, _done)
-    _lent[number] = managed, array, shape, strides
+    _lent[number] = managed, array, shape, strides, stream
     return _python.PyCapsule_New(ctypes.addressof(managed), NEW, ctypes.cast(_forget, ctypes.c_void_p))
 
 
@@ -86,6 +89,8 @@ class _Borrowed:
         self._managed = managed
 
     def __del__(self) -> None:
+        if current_stream():  # only the default one is likely to be theirs too
+            driver().synchronize()
         if deleter := self._managed.contents.deleter:
             deleter(self._managed)
 
@@ -97,7 +102,7 @@ def borrow(other: Any) -> Any:
     """
     if tuple(other.__dlpack_device__()) != (CUDA, 0):
         raise TypeError(f"a {type(other).__name__} on DLPack device {other.__dlpack_device__()} is not on cuda:0")
-    capsule = other.__dlpack__(stream=1)
+    capsule = other.__dlpack__(stream=current_stream() or 1)
     get, rename = _python.PyCapsule_GetPointer, _python.PyCapsule_SetName
     get.argtypes, get.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
     rename.argtypes = (ctypes.py_object, ctypes.c_char_p)

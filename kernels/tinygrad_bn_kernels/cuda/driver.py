@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from tinygrad_bn_kernels.cuda.launch import current_stream
 
-STREAM = 0  # the default one, which other libraries work on too: so what they and we do comes in order
+Array = NDArray[Any]
 
 # How a number is laid out in 8 bytes, for `struct`.
 _SLOTS: dict[type, str] = {
@@ -51,7 +49,7 @@ def _linked(ptx: str, cc: tuple[int, int]) -> bytes:
 
 
 class Device:
-    """The first device, its memory, and programs that run on it."""
+    """The first device, its memory, and programs that run on it. All is done in the order of the current stream."""
 
     def __init__(self) -> None:
         self._api = api = _bindings()
@@ -62,8 +60,7 @@ class Device:
         except (RuntimeError, ImportError, OSError) as error:
             raise RuntimeError(f'there is no device "cuda" here ({error}); tensors live on "cpu"') from error
         device = _checked(api.cuDeviceGet(0))
-        context = _checked(api.cuDevicePrimaryCtxRetain(device))
-        _checked(api.cuCtxSetCurrent(context))
+        self._context = _checked(api.cuDevicePrimaryCtxRetain(device))
         self.name = _checked(api.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
         attribute = api.CUdevice_attribute
         major, minor, self.processors = (
@@ -80,46 +77,63 @@ class Device:
         keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         _checked(api.cuMemPoolSetAttribute(pool, keep, api.cuuint64_t(2**64 - 1)))
         self._functions: dict[str, tuple[Any, struct.Struct]] = {}
-        self._context, self._thread = context, threading.local()
 
-    @property
-    def _driver(self) -> Any:
-        """The driver, with the device as the current one of this thread."""
-        if not hasattr(self._thread, "entered"):
-            _checked(self._api.cuCtxSetCurrent(self._context))
-            self._thread.entered = True
-        return self._api
+    def _answer(self, function: str, *args: Any) -> Any:
+        """What the driver answers. The thread's context is the device's for the time of the call.
+
+        It is the primary one, which PyTorch and CuPy use too; where they have chosen another device, that stays theirs.
+        """
+        api, ask = self._api, getattr(self._api, function)
+        current = int(_checked(api.cuCtxGetCurrent()))
+        if current == int(self._context):
+            return ask(*args)
+        _checked(api.cuCtxPushCurrent(self._context))
+        try:
+            return ask(*args)
+        finally:
+            if current:  # a thread without a context keeps this one
+                _checked(api.cuCtxPopCurrent())
+
+    def _do(self, function: str, *args: Any) -> Any:
+        return _checked(self._answer(function, *args))
 
     def alloc(self, nbytes: int) -> int:
         """The address of new memory, aligned to 256 bytes. Raises MemoryError where there is none."""
-        return int(_checked(self._driver.cuMemAllocAsync(max(nbytes, 1), STREAM)))
+        return int(self._do("cuMemAllocAsync", max(nbytes, 1), current_stream()))
 
     def free(self, pointer: int) -> None:
-        """Give memory back, once all that was launched before is done."""
-        with suppress(Exception):  # at the end of the process there may be no context
-            self._driver.cuMemFreeAsync(pointer, STREAM)
+        """Give memory back, once all that was asked for before is done."""
+        self._do("cuMemFreeAsync", pointer, current_stream())
 
     def write(self, pointer: int, array: Array) -> None:
-        """Copy a contiguous array to the device."""
-        _checked(self._driver.cuMemcpyHtoD(pointer, array.ctypes.data, array.nbytes))
+        """Copy a contiguous array to the device, which has it when this returns."""
+        self._do("cuMemcpyHtoDAsync", pointer, array.ctypes.data, array.nbytes, current_stream())
+        self._do("cuStreamSynchronize", current_stream())
 
     def read(self, pointer: int, nbytes: int) -> Array:
         """Bytes of the device, as uint8; waits for what was launched before."""
         out = np.empty(nbytes, np.uint8)
-        _checked(self._driver.cuMemcpyDtoH(out.ctypes.data, pointer, nbytes))
+        self._do("cuMemcpyDtoHAsync", out.ctypes.data, pointer, nbytes, current_stream())
+        self._do("cuStreamSynchronize", current_stream())
         return out
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Copy from one place of the device to another."""
-        _checked(self._driver.cuMemcpyDtoDAsync(to, source, nbytes, STREAM))
+        self._do("cuMemcpyDtoDAsync", to, source, nbytes, current_stream())
+
+    def order(self, first: int, then: int) -> None:
+        """Let the stream `then` wait, with what it is asked from now on, for what `first` was asked until now."""
+        event = self._do("cuEventCreate", self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        self._do("cuEventRecord", event, first)
+        self._do("cuStreamWaitEvent", then, event, 0)
+        self._do("cuEventDestroy", event)
 
     def _load(self, ptx: str, name: str, args: list[Any]) -> tuple[Any, struct.Struct]:
         """The program on the device, and how its arguments lie in slots of 8 bytes."""
-        answer = self._driver.cuModuleLoadData(ptx.encode() + b"\0")
+        answer = self._answer("cuModuleLoadData", ptx.encode() + b"\0")
         if answer[0] == self._api.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION:  # the compiler is newer than the driver
-            answer = self._driver.cuModuleLoadData(_linked(ptx, self.cc))
-        module = _checked(answer)
-        function = _checked(self._driver.cuModuleGetFunction(module, name.encode()))
+            answer = self._answer("cuModuleLoadData", _linked(ptx, self.cc))
+        function = self._do("cuModuleGetFunction", _checked(answer), name.encode())
         found = function, struct.Struct("<" + "".join(_SLOTS[type(a)] for a in args))
         self._functions[ptx] = found
         return found
@@ -132,8 +146,8 @@ class Device:
         start = ctypes.addressof(held)
         addresses = np.arange(start, start + layout.size, 8, dtype=np.uint64)
         sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
-        _checked(self._driver.cuLaunchKernel(function, *sizes, 0, STREAM, addresses.ctypes.data, 0))
+        self._do("cuLaunchKernel", function, *sizes, 0, current_stream(), addresses.ctypes.data, 0)
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
-        _checked(self._driver.cuCtxSynchronize())
+        self._do("cuCtxSynchronize")

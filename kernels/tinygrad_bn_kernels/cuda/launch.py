@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -45,6 +46,7 @@ class Driver(Protocol):
     def write(self, pointer: int, array: Array) -> None: ...
     def read(self, pointer: int, nbytes: int) -> Any: ...
     def copy(self, to: int, source: int, nbytes: int) -> None: ...
+    def order(self, first: int, then: int) -> None: ...
     def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None: ...
     def synchronize(self) -> None: ...
 
@@ -66,7 +68,7 @@ class Program:
     build: Callable[[Any], Callable[..., None]]
     signatures: tuple[Signature, ...]  # for which the tests compile it
     block: tuple[int, ...]  # threads of a block that it is launched with
-    registers: int = 40  # of a thread, at most: in float32 the assembler is told so
+    registers: int = 40  # of a thread, at most: in float32 the assembler is told so; in float64 half as many again
     shared: int = 0  # bytes of shared memory, in float32
     shuffles: int = 0  # warp shuffles in its code
     vector: bool = False  # whether it moves 128 bits at a time
@@ -182,6 +184,39 @@ def using(device: Driver) -> Iterator[Driver]:
         yield device
     finally:
         _driver = before
+
+
+# ---- streams ---------------------------------------------------------------------------------------------
+
+_stream: ContextVar[int] = ContextVar("stream", default=0)
+
+
+def current_stream() -> int:
+    """The handle of the stream that this thread works on: 0, the default one, unless `on_stream` says otherwise."""
+    return _stream.get()
+
+
+def order(first: int, then: int) -> None:
+    """Let the stream `then` wait for what the stream `first` was asked until now."""
+    if first != then:
+        driver().order(first, then)
+
+
+@contextmanager
+def on_stream(handle: int) -> Iterator[None]:
+    """In this block all is asked of this stream.
+
+    It comes after what was asked before the block, and what is asked after the block waits for it. So the order is the
+    program's whatever the streams, and memory that is freed in one of them can be given out in another.
+    """
+    before = current_stream()
+    order(before, handle)
+    token = _stream.set(handle)
+    try:
+        yield
+    finally:
+        _stream.reset(token)
+        order(handle, before)
 
 
 # ---- launching -------------------------------------------------------------------------------------------

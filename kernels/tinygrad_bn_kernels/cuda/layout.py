@@ -271,8 +271,10 @@ def _entries(shape: Shape, index: Any) -> list[Any]:
             part = part.numpy()  # how many are chosen has to be known
         if isinstance(part, np.ndarray) and part.dtype == bool:
             parts += list(np.nonzero(part))
-        else:
+        elif part is None or part is Ellipsis or isinstance(part, slice) or _is_number(part) or _is_array(part):
             parts.append(part)
+        else:
+            raise IndexError(f"an index is a number, a slice, an array, None or ...; got {part!r}")
     used = sum(p is not None and p is not Ellipsis for p in parts)
     if used > len(shape):
         raise IndexError(f"{used} indices for an array of {len(shape)} axes")
@@ -295,7 +297,7 @@ def _basic(shape: Shape, entries: list[Any]) -> View:
             lengths.append(len(range(first, stop, step)))
             steps.append(step * own[axis])
             start += first * own[axis] if lengths[-1] else 0
-        elif isinstance(entry, int | np.integer) and not isinstance(entry, bool):
+        elif _is_number(entry):
             if not -shape[axis] <= entry < shape[axis]:
                 raise IndexError(f"index {entry} is out of bounds for axis {axis} of length {shape[axis]}")
             start += (int(entry) % shape[axis]) * own[axis]
@@ -304,6 +306,10 @@ def _basic(shape: Shape, entries: list[Any]) -> View:
             steps.append(own[axis])
         axis += 1
     return View(tuple(lengths), start, tuple(steps))
+
+
+def _is_number(entry: Any) -> bool:
+    return isinstance(entry, int | np.integer) and not isinstance(entry, bool)
 
 
 def _is_array(entry: Any) -> bool:

@@ -1,7 +1,8 @@
 """Matrix products by tiles in shared memory, and the affine map of a layer.
 
 A block computes 64 × 64 elements, 16 for each thread, from strips of 16 of the inner axis that it holds in shared
-memory. Either factor may lie transposed in memory: no gradient needs a copy in another order.
+memory. Either factor may lie transposed in memory: no gradient needs a copy in another order. Large products are left
+to cuBLAS where that can be had: see `blas`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.blas import multiply
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, launch, program, u4
 from tinygrad_bn_kernels.cuda.layout import broadcast_to
 from tinygrad_bn_kernels.cuda.reduce import sum_
@@ -133,6 +135,8 @@ def product(
         return out
     if not depth:
         return maps.fill(out, 0) if bias is None else broadcast_to(bias, shape=out.shape)
+    if multiply(a, b, bias, out, depth, how):
+        return out
     steps = rows * depth if count_a > 1 else 0, depth * columns if count_b > 1 else 0
     name = f"product.{how}" + ("" if bias is None else ".bias")
     height, together = (MOST * SIDE, 1) if rows > MOST * SIDE else (rows, MOST)

@@ -1,6 +1,6 @@
 """Elementwise functions: each a scalar definition, from which the programs for every layout are made.
 
-Operands of one shape are walked flat, float32 ones 128 bits at a time; Python's numbers are arguments of the program.
+Operands of one shape are walked flat, floating ones 128 bits at a time; Python's numbers are arguments of the program.
 Operands that are broadcast are walked by rows. Types are promoted as NumPy does it.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import broadcast, contiguous, row_block, walks
@@ -330,7 +330,7 @@ def run(name: str, *operands: Any, dtype: np.dtype[Any], result: DTypeLike) -> D
         return out
     if len(set(shapes)) == 1:
         arrays = [o for o in (*args, out) if isinstance(o, DeviceArray)]
-        vector = f"{name}.{layout}4" in PROGRAMS and all(a.kind == "f4*" and a.aligned for a in arrays)
+        vector = f"{name}.{layout}4" in PROGRAMS and wide(*arrays)
         which = PROGRAMS[f"{name}.{layout}{'4' * vector}"]
         launch(which, blocks(-(-out.size // 4) if vector else out.size), *args, out, *u4(out.size))
     else:

@@ -13,10 +13,10 @@ import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
-from tinygrad_bn_kernels.cuda.array import DeviceArray
+from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
 from tinygrad_bn_kernels.cuda.norm_sums import FINISH, GRADIENTS, GROUPS, LANES, passed_by
-from tinygrad_bn_kernels.cuda.shim import cuda, load4, store4, uint32
+from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import row_block
 from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, plus
 
@@ -27,76 +27,90 @@ PLANE_PART = 8192
 ROW_PART = 128
 
 
-@program("batch_norm.given", "f4* f4* f4* f4* u4 f4")
-def GIVEN(T: Any) -> Scalar:
-    """The same constants from a mean and variance that are given."""
-
-    def given(mean, var, weight, constants, channels, eps):
-        c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-        if c < channels:
-            constants[c] = mean[c]
-            constants[uint32(c + channels)] = T(0)
-            constants[uint32(c + channels + channels)] = weight[c] / math.sqrt(var[c] + eps)
-
-    return given
-
-
 # ---- applying --------------------------------------------------------------------------------------------
 # Rows of the last axis: for planes a row has one channel, and for rows each column is one.
 
 
+def _output_of(word: str, relu: bool) -> Callable[[Any], Any]:
+    """A device function: ((x − m) − low) · a + b, of a row of planes, or of the rows of a column."""
+
+    def build(T: Any) -> Any:
+        positive = device(maps.SAME["relu" if relu else "identity"](T))
+
+        def planes(x, y, row, size, m, low, a, b):
+            s = uint32(cuda.threadIdx.x)
+            while s < size:
+                i = uint32(row * size + s)
+                y[i] = positive(((x[i] - m) - low) * a + b)
+                s = uint32(s + cuda.blockDim.x)
+
+        def planes4(x, y, row, size, m, low, a, b):
+            s = uint32(cuda.threadIdx.x)
+            while s < size:
+                i = uint32((row * size + s) << uint32(2))
+                x0, x1, x2, x3 = load4(x, i)
+                v0, v1 = positive(((x0 - m) - low) * a + b), positive(((x1 - m) - low) * a + b)
+                v2, v3 = positive(((x2 - m) - low) * a + b), positive(((x3 - m) - low) * a + b)
+                store4(y, i, (v0, v1, v2, v3))
+                s = uint32(s + cuda.blockDim.x)
+
+        def rows(x, y, count, channels, c, m, low, a, b):
+            row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+            while row < count:
+                i = uint32(row * channels + c)
+                y[i] = positive(((x[i] - m) - low) * a + b)
+                row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+        named: dict[str, Scalar] = {"rows": rows, "planes": planes, "planes4": planes4}
+        return device(named[word])
+
+    return build
+
+
 def _normalize(word: str, relu: bool) -> Callable[[Any], Scalar]:
+    """By the constants that `FINISH` left: m, low and a of each channel."""
+
     def build(T: Any) -> Scalar:
+        output = _output_of(word, relu)(T)
+
         def planes(x, constants, bias, y, rows, channels, size):
             row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
             while row < rows:
                 c = uint32(row % channels)
                 m, low = constants[c], constants[uint32(c + channels)]
-                a, b = constants[uint32(c + channels + channels)], bias[c]
-                s = uint32(cuda.threadIdx.x)
-                while s < size:
-                    i = uint32(row * size + s)
-                    v = ((x[i] - m) - low) * a + b
-                    if relu:
-                        v = T(0) if v <= T(0) else v
-                    y[i] = v
-                    s = uint32(s + cuda.blockDim.x)
-                row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
-
-        def planes4(x, constants, bias, y, rows, channels, size):
-            row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
-            while row < rows:
-                c = uint32(row % channels)
-                m, low = constants[c], constants[uint32(c + channels)]
-                a, b = constants[uint32(c + channels + channels)], bias[c]
-                s = uint32(cuda.threadIdx.x)
-                while s < size:
-                    i = uint32((row * size + s) << uint32(2))
-                    x0, x1, x2, x3 = load4(x, i)
-                    v0, v1 = ((x0 - m) - low) * a + b, ((x1 - m) - low) * a + b
-                    v2, v3 = ((x2 - m) - low) * a + b, ((x3 - m) - low) * a + b
-                    if relu:
-                        v0, v1 = T(0) if v0 <= T(0) else v0, T(0) if v1 <= T(0) else v1
-                        v2, v3 = T(0) if v2 <= T(0) else v2, T(0) if v3 <= T(0) else v3
-                    store4(y, i, (v0, v1, v2, v3))
-                    s = uint32(s + cuda.blockDim.x)
+                output(x, y, row, size, m, low, constants[uint32(c + channels + channels)], bias[c])
                 row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
 
         def rows(x, constants, bias, y, rows, channels, size):
             c = uint32(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
             if c < channels:
                 m, low = constants[c], constants[uint32(c + channels)]
-                a, b = constants[uint32(c + channels + channels)], bias[c]
-                row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
-                while row < rows:
-                    i = uint32(row * channels + c)
-                    v = ((x[i] - m) - low) * a + b
-                    if relu:
-                        v = T(0) if v <= T(0) else v
-                    y[i] = v
-                    row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+                output(x, y, rows, channels, c, m, low, constants[uint32(c + channels + channels)], bias[c])
 
-        return {"rows": rows, "planes": planes, "planes4": planes4}[word]
+        return rows if word == "rows" else planes
+
+    return build
+
+
+def _infer(word: str) -> Callable[[Any], Scalar]:
+    """By a mean and variance that are given."""
+
+    def build(T: Any) -> Scalar:
+        output = _output_of(word, False)(T)
+
+        def planes(x, mean, var, weight, bias, y, rows, channels, size, eps):
+            row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
+            while row < rows:
+                c = uint32(row % channels)
+                output(x, y, row, size, mean[c], T(0), weight[c] / math.sqrt(var[c] + eps), bias[c])
+                row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+
+        def rows(x, mean, var, weight, bias, y, rows, channels, size, eps):
+            c = uint32(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x)
+            if c < channels:
+                output(x, y, rows, channels, c, mean[c], T(0), weight[c] / math.sqrt(var[c] + eps), bias[c])
+
+        return rows if word == "rows" else planes
 
     return build
 
@@ -160,6 +174,10 @@ def _gradient(word: str, relu: bool) -> Callable[[Any], Scalar]:
 
 
 for _word in ("rows", "planes", "planes4"):
+    program(
+        f"batch_norm.infer_{_word}", "f4* f4* f4* f4* f4* f4* u4 u4 u4 f4", block=(LANES, GROUPS),
+        vector=_word == "planes4",
+    )(_infer(_word))  # fmt: skip
     for _relu in (False, True):
         _end, _wide = f"{_word}{'_relu' * _relu}", _word == "planes4"
         program(f"batch_norm.normalize_{_end}", "f4* f4* f4* f4* u4 u4 u4", block=(LANES, GROUPS), vector=_wide)(
@@ -223,8 +241,8 @@ class _Sizes:
             self.part, self.work = part, self.parts * tiles
             self.numbers = u4(self.work, self.channels, self.count, part, tiles)
         else:
-            wide = self.size % 4 == 0 and all(a.kind == "f4*" and a.aligned for a in (x, *others))
-            self.word, self.unit = ("plane4", 4) if wide else ("plane", 1)
+            by_four = self.size % 4 == 0 and wide(x, *others)
+            self.word, self.unit = ("plane4", 4) if by_four else ("plane", 1)
             size, count = self.size // self.unit, self.count // self.unit
             self.parts, part = _cut(count, PLANE_PART // 8 // self.unit, self.channels)
             self.part, self.work = part * self.unit, self.parts * self.channels
@@ -236,8 +254,8 @@ class _Sizes:
         which = PROGRAMS[f"batch_norm.{self.word}_{name}{'_relu' * relu}"]
         launch(which, blocks(self.work, 1), *args, *self.numbers)
 
-    def apply(self, name: str, relu: bool, *args: Any) -> None:
-        """Launch an elementwise pass, of rows of a channel's elements, or of all channels."""
+    def apply(self, name: str, relu: bool, *args: Any, numbers: Any = ()) -> None:
+        """Launch an elementwise pass, of rows of a channel's elements, or of all channels; `numbers` come last."""
         word = self.word.replace("plane", "planes").replace("row", "rows")
         which = PROGRAMS[f"batch_norm.{name}_{word}{'_relu' * relu}"]
         if self.rows:
@@ -247,7 +265,7 @@ class _Sizes:
             size, rows = self.size // self.unit, self.count // self.size * self.channels
             block = row_block(size, rows)
             grid = (blocks(rows, block[1]),)
-        launch(which, grid, *args, *u4(rows, self.channels, size), block=block)
+        launch(which, grid, *args, *u4(rows, self.channels, size), *numbers, block=block)
 
 
 def _expect_channels(x: DeviceArray, *vectors: DeviceArray) -> None:
@@ -325,10 +343,7 @@ def batch_norm_inference(
     y = DeviceArray(x.shape, x.dtype)
     if x.size:
         mean, var, weight, bias = _vectors(x, mean, var, weight, bias)
-        to, constants = _Sizes(x), DeviceArray((3, x.shape[1]), x.dtype)
-        numbers = *u4(to.channels), x.number(eps)
-        launch(GIVEN, -(-to.channels // 256), mean, var, weight, constants, *numbers)
-        to.apply("normalize", False, x, constants, bias, y)
+        _Sizes(x).apply("infer", False, x, mean, var, weight, bias, y, numbers=[x.number(eps)])
     return y
 
 

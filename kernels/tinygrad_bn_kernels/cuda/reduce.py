@@ -1,8 +1,9 @@
 """Reductions over any axes: sums, extremes and their places.
 
 Neighbouring axes that are reduced, or kept, count as one, which leaves x as (A, R, B) with R reduced: *rows* where B is
-1, each taken by a warp or by a block, and *columns* otherwise, a warp's lanes side by side. Other axes are brought into
-this order by a copy. Long reductions are cut into parts, whose results a second launch puts together.
+1, each taken by a warp or by a block, and *columns* otherwise, a warp's lanes side by side. Reduced axes that lie apart
+are taken one after the other, the longest first, after which little is left. Long reductions are cut into parts, whose
+results a second launch puts together.
 
 Sums are in the precision of the array, as a tree: the error grows with the logarithm of the length.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -217,22 +219,16 @@ def normalized(axis: Axis, ndim: int) -> Shape:
     return axes
 
 
-def _split(x: DeviceArray, axes: Shape) -> tuple[DeviceArray, int, int, int]:
-    """x, or a copy in another order, and A, R and B of (A, R, B)."""
-    long = [i for i in range(x.ndim) if x.shape[i] != 1]
-    reduced, kept = [i for i in long if i in axes], [i for i in long if i not in axes]
-    count = math.prod(x.shape[i] for i in reduced)
-    if not reduced or [i for i in long if reduced[0] <= i <= reduced[-1]] == reduced:
-        first = reduced[0] if reduced else x.ndim
-        before = math.prod(x.shape[i] for i in kept if i < first)
-        return x, before, count, math.prod(x.shape[i] for i in kept if i > first)
-    order = (*(i for i in range(x.ndim) if i not in axes), *axes)
-    return transpose(x, axes=order), math.prod(x.shape[i] for i in kept), count, 1
+def _runs(shape: Shape, axes: Shape) -> list[tuple[int, bool]]:
+    """The lengths of neighbouring axes that are all reduced, or all kept, and whether they are reduced."""
+    long = [i for i, n in enumerate(shape) if n != 1]
+    runs = [(math.prod(shape[i] for i in some), is_in) for is_in, some in groupby(long, lambda i: i in axes)]
+    return runs if any(is_in for _, is_in in runs) else [*runs, (1, True)]
 
 
 def _parts(length: int, least: int, beside: int) -> tuple[int, int]:
     """Into how many parts a reduction of `length` is cut, with `beside` others going on, and how long each is."""
-    wanted = max(1, min(-(-length // least), 4 * driver().processors // max(beside, 1)))
+    wanted = max(1, min(-(-length // least), 8 * driver().processors // max(beside, 1)))
     part = -(-length // wanted)
     return -(-length // part), part
 
@@ -251,7 +247,12 @@ def reduce(name: str, x: DeviceArray, a: int, r: int, b: int) -> DeviceArray:
     else:
         work = a * parts * tiles
         launch(PROGRAMS[f"{name}.columns"], blocks(work, 1), x, out, *u4(work, r, b, parts, part, tiles))
-    return out if parts == 1 else reduce("sum" if name == "sum_of_squares" else name, out, a, parts, b)
+    return out if parts == 1 else reduce(_again(name), out, a, parts, b)
+
+
+def _again(name: str) -> str:
+    """What puts together the results of a reduction."""
+    return "sum" if name == "sum_of_squares" else name
 
 
 def _reduced(name: str, x: DeviceArray, axis: Axis, keepdims: bool) -> DeviceArray:
@@ -263,7 +264,13 @@ def _reduced(name: str, x: DeviceArray, axis: Axis, keepdims: bool) -> DeviceArr
         if name in ("max", "min"):
             raise ValueError(f"the {name} of no elements: axis {axis} of shape {x.shape}")
         return maps.fill(DeviceArray(shape, x.dtype), 0)
-    return reduce(name, *_split(x, axes)).reshape(shape)
+    runs = _runs(x.shape, axes)
+    while reduced := [i for i, (_, is_reduced) in enumerate(runs) if is_reduced]:
+        i = max(reduced, key=lambda i: runs[i][0])
+        before, after = (math.prod(n for n, _ in some) for some in (runs[:i], runs[i + 1 :]))
+        x, name = reduce(name, x, before, runs[i][0], after), _again(name)
+        del runs[i]
+    return x.reshape(shape)
 
 
 def _counted(x: DeviceArray) -> DeviceArray:

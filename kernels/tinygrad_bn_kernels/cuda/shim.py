@@ -46,25 +46,26 @@ def compile_ptx(function: Callable[..., Any], signature: tuple[str, ...], cc: tu
     return str(ptx)
 
 
-# Numba knows the alignment of an element only, so it never merges neighbouring loads. These ask for 128 bits at once.
+# Numba knows the alignment of an element only, so it never merges neighbouring loads. These ask for 128 bits at once:
+# for four elements of float32 one time, and of float64 two times.
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     first = builder.gep(data, [builder.zext(index, ir.IntType(64))])
-    return builder.bitcast(first, ir.VectorType(ir.FloatType(), 4).as_pointer())
+    return builder.bitcast(first, ir.VectorType(data.type.pointee, 4).as_pointer())
 
 
 @intrinsic
 def load4(typingctx, array, index):
-    """array[index], …, array[index + 3] of float32; index is a multiple of 4, the array aligned to 16 bytes."""
+    """array[index], …, array[index + 3] of floats; index is a multiple of 4, the array aligned to 16 bytes."""
 
     def codegen(context, builder, signature, args):
         vector = builder.load(_pointer(context, builder, signature.args[0], *args), align=16)
         parts = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(4)]
         return context.make_tuple(builder, signature.return_type, parts)
 
-    return types.UniTuple(float32, 4)(array, uint32), codegen
+    return types.UniTuple(array.dtype, 4)(array, uint32), codegen
 
 
 @intrinsic
@@ -72,11 +73,11 @@ def store4(typingctx, array, index, values):
     """array[index], …, array[index + 3] = values, on the same conditions."""
 
     def codegen(context, builder, signature, args):
-        vector: Any = ir.Constant(ir.VectorType(ir.FloatType(), 4), ir.Undefined)
+        vector: Any = ir.Constant(ir.VectorType(args[2].type.element, 4), ir.Undefined)
         for k in range(4):
             part = builder.extract_value(args[2], k)
             vector = builder.insert_element(vector, part, ir.Constant(ir.IntType(32), k))
         builder.store(vector, _pointer(context, builder, signature.args[0], *args[:2]), align=16)
         return context.get_dummy_value()
 
-    return types.void(array, uint32, types.UniTuple(float32, 4)), codegen
+    return types.void(array, uint32, types.UniTuple(array.dtype, 4)), codegen

@@ -1,4 +1,7 @@
-"""Softmax cross-entropy: a warp for each row of logits, which reads it twice; no (M, C) array in between."""
+"""Softmax cross-entropy: a warp for each row of logits, which reads it twice; no (M, C) array in between.
+
+A block also adds up the losses and weights of its rows, and a second launch those of all blocks.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,28 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
-from tinygrad_bn_kernels.cuda.reduce import sum_
 from tinygrad_bn_kernels.cuda.shim import cuda, device, int64, uint32
-from tinygrad_bn_kernels.cuda.warps import over_warp, plus
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, over_warp, plus
 
 LANES, GROUPS = 32, 8  # of a block: a warp, and how many there are
 
 
-@program("cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=20, registers=64)
+@program(
+    "cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=20, registers=64,
+    shared=8 * GROUPS,
+)  # fmt: skip
 def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
-    """The loss of each row, the weight of its target, and the largest logit and the log of the sum of exponentials.
+    """Of each block the sum of losses and that of the targets' weights: (2, blocks); with `each`, the loss of each row.
 
-    A target that is no class gives NaN.
+    And of each row the largest logit and the log of the sum of exponentials. A target that is no class gives NaN.
     """
     larger = device(maps.SAME["maximum"](T))
     total, largest = over_warp(plus), over_warp(larger)
     nan, least = T(math.nan), T(-math.inf)
 
-    def cross_entropy(x, target, weight, loss, mass, normalizer, rows, classes, ignored, smoothing):
+    def cross_entropy(x, target, weight, loss, sums, normalizer, rows, classes, each, ignored, smoothing):
+        shared_losses, shared_masses = cuda.shared.array(GROUPS, T), cuda.shared.array(GROUPS, T)
+        losses, masses = T(0), T(0)
         row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
         while row < rows:
             t = int64(target[row])
@@ -52,24 +59,50 @@ def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
             log_sum = math.log(total(exponentials))
             smooth, weights = total(smooth), total(weights)
             if cuda.threadIdx.x == 0:
-                one = nan
+                one, own = nan, nan
                 if t == ignored:
-                    one = T(0)
-                    mass[row] = T(0)
+                    one, own = T(0), T(0)
                 elif t >= 0 and t < classes:
                     own = weight[uint32(t)]
                     one = -(T(1) - smoothing) * own * ((x[uint32(start + uint32(t))] - top) - log_sum)
                     if smoothing > T(0):
                         one -= smoothing / T(classes) * (smooth - weights * log_sum)
-                    mass[row] = own
-                else:
-                    mass[row] = nan
-                loss[row] = one
+                losses, masses = losses + one, masses + own
+                if each:
+                    loss[row] = one
                 normalizer[uint32(row + row)] = top
                 normalizer[uint32(row + row + uint32(1))] = log_sum
             row = uint32(row + cuda.gridDim.x * cuda.blockDim.y)
+        if cuda.threadIdx.x == 0:
+            shared_losses[cuda.threadIdx.y], shared_masses[cuda.threadIdx.y] = losses, masses
+        cuda.syncthreads()
+        if cuda.threadIdx.x == 0 and cuda.threadIdx.y == 0:
+            for g in range(1, GROUPS):
+                losses, masses = losses + shared_losses[g], masses + shared_masses[g]
+            sums[cuda.blockIdx.x], sums[uint32(cuda.gridDim.x + cuda.blockIdx.x)] = losses, masses
 
     return cross_entropy
+
+
+@program("cross_entropy.total", "f4* f4* f4* u4 u4", block=THREADS, shuffles=16, shared=4 * WARPS)
+def TOTAL(T: Any) -> Callable[..., None]:
+    """The sum of all losses, divided by that of the weights for a `mean`; and the sum of the weights."""
+    total, last = over_block(plus), over_block(plus, again=False)
+
+    def add_up(sums, loss, mass, count, mean):
+        shared = cuda.shared.array(WARPS, T)
+        losses, masses = T(0), T(0)
+        i = uint32(cuda.threadIdx.x)
+        while i < count:
+            losses += sums[i]
+            masses += sums[uint32(count + i)]
+            i = uint32(i + uint32(THREADS))
+        losses, masses = total(losses, shared), last(masses, shared)
+        if cuda.threadIdx.x == 0:
+            loss[0] = losses / masses if mean else losses
+            mass[0] = masses
+
+    return add_up
 
 
 @program(
@@ -128,15 +161,15 @@ def softmax_cross_entropy(
     The loss is that of each row (M,) for the reduction "none", else one number; NaN where a target is no class.
     """
     target, weight = _prepared(x, target, weight)
-    rows, classes = x.shape
-    loss, mass, normalizer = (DeviceArray(shape, x.dtype) for shape in ((rows,), (rows,), (rows, 2)))
-    if rows:
-        numbers = *u4(rows, classes), np.int64(ignore_index), x.number(smoothing)
-        launch(CROSS_ENTROPY, blocks(rows, GROUPS), x, target, weight, loss, mass, normalizer, *numbers)
-    total = sum_(mass)
-    if reduction == "none":
-        return loss, normalizer, total
-    return (sum_(loss) if reduction == "sum" else maps.div(sum_(loss), total)), normalizer, total
+    (rows, classes), each = x.shape, reduction == "none"
+    grid = blocks(rows, GROUPS)
+    loss, normalizer, sums, whole, total = (
+        DeviceArray(shape, x.dtype) for shape in ((rows * each,), (rows, 2), (2, grid), (), ())
+    )
+    numbers = *u4(rows, classes, each), np.int64(ignore_index), x.number(smoothing)
+    launch(CROSS_ENTROPY, grid, x, target, weight, loss, sums, normalizer, *numbers)
+    launch(TOTAL, 1, sums, whole, total, *u4(grid, reduction == "mean"))
+    return loss if each else whole, normalizer, total
 
 
 @kernel("softmax_cross_entropy.vjp", "cuda")
