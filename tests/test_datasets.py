@@ -209,6 +209,13 @@ def test_folder_of_idx_files(tmp_path):
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(np.zeros((6, 1), np.uint8)))
     with pytest.raises(DataError, match=r"train-labels.* holds an array of shape \(6, 1\)"):
         load(source=tmp_path)
+    for wrong in (np.array([0, 1, -1, 0, 0, 0], np.int8), np.zeros(6, np.float32), np.full(6, 999, np.int16)):
+        (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(wrong))
+        with pytest.raises(DataError, match=r"labels in .* are .* not whole numbers from 0 to 255"):
+            load(source=tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((6, 3, 2), np.float32)))
+    with pytest.raises(DataError, match=r"images in .* are float32, not bytes"):
+        load(source=tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(DataError, match=r"neither t10k-images-idx3-ubyte\.gz nor") as error:
         load(source=tmp_path, part="test")

@@ -56,11 +56,11 @@ def test_transposed_convolution(data, groups):
     )
 
 
-@given(st.data(), st.integers(1, 2), st.booleans())
+@given(st.data(), st.integers(1, 3), st.booleans())
 def test_pooling(data, ndim, ceil_mode):
     kernel, stride = (tuple(data.draw(st.integers(1, 3)) for _ in range(ndim)) for _ in range(2))
     padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
-    x = operand(data, (2, 3, *(data.draw(st.integers(3, 7)) for _ in range(ndim))))
+    x = operand(data, (2, 3, *(data.draw(st.integers(3, 6)) for _ in range(ndim))))
     options = kernel, stride, padding
     ours, theirs = getattr(F, f"max_pool{ndim}d"), getattr(P, f"max_pool{ndim}d")
     check(lambda x: ours(x, *options, 1, ceil_mode), lambda x: theirs(x, *options, 1, ceil_mode), (x,), 1e-9)
@@ -71,11 +71,29 @@ def test_pooling(data, ndim, ceil_mode):
     )
 
 
-@given(st.data(), st.integers(1, 5), st.integers(1, 5))
-def test_adaptive_pooling(data, height, width):
-    x, out = operand(data, (2, 3, 6, 7)), (height, width)
-    check(lambda x: F.adaptive_avg_pool(x, out), lambda x: P.adaptive_avg_pool2d(x, out), (x,), 1e-9)
-    check(lambda x: F.adaptive_max_pool(x, out), lambda x: P.adaptive_max_pool2d(x, out), (x,), 1e-9)
+@given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_adaptive_pooling(data, out):
+    x, out = operand(data, (2, 3, *(6, 7, 5)[: len(out)])), tuple(out)
+    theirs = {kind: getattr(P, f"adaptive_{kind}_pool{len(out)}d") for kind in ("avg", "max")}
+    check(lambda x: F.adaptive_avg_pool(x, out), lambda x: theirs["avg"](x, out), (x,), 1e-9)
+    check(lambda x: F.adaptive_max_pool(x, out), lambda x: theirs["max"](x, out), (x,), 1e-9)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MaxPool", {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": True}),
+        ("AvgPool", {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False}),
+        ("AdaptiveAvgPool", {"output_size": 3}),
+        ("AdaptiveMaxPool", {"output_size": 2}),
+    ],
+)
+def test_layers_of_every_rank(name, options, ndim):
+    ours, theirs = (getattr(library, f"{name}{ndim}d")(**options) for library in (nn, torch.nn))
+    check(ours, theirs, (np.random.default_rng(ndim).normal(size=(2, 3, *(6, 7, 5)[:ndim])),), 1e-9)
+    with pytest.raises(ValueError, match=f"{ndim + 2} axes"):
+        ours(np.zeros((2, 3, *(4,) * (ndim % 3 + 1)), np.float32))
 
 
 @pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d"])

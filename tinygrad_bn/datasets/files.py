@@ -131,4 +131,10 @@ def read_samples(folder: Path, files: Sequence[File], classes: Sequence[str]) ->
         if arrays[-1].ndim != ndim:
             raise DataError(f"{path} holds an array of shape {arrays[-1].shape}, not one of {ndim} axes")
     images, labels = arrays
+    if images.dtype != np.uint8:
+        raise DataError(f"the images in {locate(folder, files[0].name)} are {images.dtype}, not bytes")
+    last = len(classes) - 1 if classes else 255
+    if labels.dtype.kind not in "iu" or (labels.size and not 0 <= labels.min() <= labels.max() <= last):
+        held = f"{labels.dtype} from {labels.min()} to {labels.max()}" if labels.size else f"{labels.dtype}"
+        raise DataError(f"the labels in {locate(folder, files[1].name)} are {held}, not whole numbers from 0 to {last}")
     return images, labels.astype(np.int64)

@@ -16,7 +16,7 @@ from tinygrad_bn.functional.normalization import (
     group_norm, instance_norm, layer_norm, normalization_steps, rms_norm,
 )  # fmt: skip
 from tinygrad_bn.functional.pooling import (
-    adaptive_avg_pool, adaptive_max_pool, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d,
+    adaptive_avg_pool, adaptive_max_pool, avg_pool1d, avg_pool2d, avg_pool3d, max_pool1d, max_pool2d, max_pool3d,
 )  # fmt: skip
 from tinygrad_bn.functional.statistics import logsumexp, mean, mean_and_var, std, sum_of_squares, var
 from tinygrad_bn.ops import (
@@ -26,13 +26,14 @@ from tinygrad_bn.ops import (
 # isort: on
 
 __all__ = [
-    "Normalization", "abs", "adaptive_avg_pool", "adaptive_max_pool", "add", "argmax", "argmin", "astype", "avg_pool1d",
-    "avg_pool2d", "batch_norm", "batch_norm_fused", "batch_norm_relu_fused", "batch_norm_steps",
-    "batch_norm_with_statistics", "binary_cross_entropy_with_logits", "broadcast_to", "clip", "concatenate", "conv1d",
-    "conv2d", "conv3d", "conv_transpose2d", "cross_entropy", "div", "dropout", "elu", "erf", "exp", "expm1", "flatten",
-    "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm", "leaky_relu", "linear", "log",
-    "log_softmax", "logsumexp", "matmul", "max", "max_pool1d", "max_pool2d", "maximum", "mean", "mean_and_var", "min",
-    "minimum", "mse_loss", "mul", "neg", "nll_loss", "normalization_steps", "pad", "pow", "relu", "reshape", "rms_norm",
-    "rsqrt", "sigmoid", "sign", "silu", "softmax", "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub",
-    "sum", "sum_of_squares", "tanh", "transpose", "var", "where",
+    "Normalization", "abs", "adaptive_avg_pool", "adaptive_max_pool", "add", "argmax", "argmin", "astype",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "batch_norm_fused", "batch_norm_relu_fused",
+    "batch_norm_steps", "batch_norm_with_statistics", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
+    "concatenate", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "cross_entropy", "div", "dropout", "elu",
+    "erf", "exp", "expm1", "flatten", "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm",
+    "leaky_relu", "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "max_pool1d", "max_pool2d",
+    "max_pool3d", "maximum", "mean", "mean_and_var", "min", "minimum", "mse_loss", "mul", "neg", "nll_loss",
+    "normalization_steps", "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt", "sigmoid", "sign", "silu",
+    "softmax", "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "sum_of_squares", "tanh",
+    "transpose", "var", "where",
 ]  # fmt: skip

@@ -198,6 +198,18 @@ def max_pool2d(
     return _max_pool(2, x, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+def max_pool3d(
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None = None,
+    padding: int | Ints = 0,
+    dilation: int | Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`max_pool2d` for x (N, C, D, H, W)."""
+    return _max_pool(3, x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
 def _avg_pool(
     ndim: int,
     x: Operand,
@@ -237,6 +249,18 @@ def avg_pool2d(
     `count_include_pad`: whether padding, which is 0, counts as elements.
     """
     return _avg_pool(2, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
+
+def avg_pool3d(
+    x: Operand,
+    kernel_size: int | Ints,
+    stride: int | Ints | None = None,
+    padding: int | Ints = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """`avg_pool2d` for x (N, C, D, H, W)."""
+    return _avg_pool(3, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 def _bounds(n: int, out: int) -> tuple[Array, Array]:
