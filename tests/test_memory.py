@@ -9,6 +9,8 @@ import pytest
 from tinygrad_bn_kernels.cpu import memory
 from tinygrad_bn_kernels.cpu.memory import ALIGNMENT, KEEP_FROM, Reserve
 
+from tinygrad_bn import Tensor, functional
+
 MEGABYTE = 1 << 20
 
 
@@ -86,6 +88,18 @@ def test_threads_never_share_an_array():
     for thread in pool:
         thread.join()
     assert not wrong
+
+
+def test_gradients_are_not_copied_and_share_nothing():
+    x = Tensor(np.random.default_rng(0).normal(size=(8, 64, 32, 32)).astype(np.float32), requires_grad=True)
+    functional.batch_norm(x, training=True).backward(np.ones(x.shape, np.float32))
+    assert type(x.grad._data.base) is memory._Loan
+    first, second = (Tensor(np.ones((512, 512), np.float32), requires_grad=True) for _ in range(2))
+    (first.reshape(64, 4096).T + second.reshape(64, 4096).T).backward(np.ones((4096, 64), np.float32))
+    assert not np.shares_memory(first.grad._data, second.grad._data)
+    assert memory.is_owner(first.grad._data)
+    assert not memory.is_owner(x.grad._data[0])
+    assert not memory.is_owner(np.frombuffer(bytes(8)))
 
 
 @pytest.mark.parametrize("shape", [(0,), (3,), (KEEP_FROM // 4,), (2, KEEP_FROM)])

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeAlias, overload
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full
+from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full, has_own_memory
 from tinygrad_bn.sample import Sample
 from tinygrad_bn.tensor import Array, Axis, Tensor
 
@@ -327,7 +327,7 @@ def _separate(grads: dict[Tensor, Any], cotangent: Tensor) -> dict[Tensor, Tenso
     for t, g in grads.items():
         gt = _to_tensor(g)
         strided = gt.device == "cpu" and not gt._data.flags.c_contiguous
-        if strided or gt._data.base is not None or id(gt._data) in taken:
+        if strided or not has_own_memory(gt._data) or id(gt._data) in taken:
             gt = gt + 0 if gt.requires_grad else Tensor(gt)
         taken.add(id(gt._data))
         out[t] = gt

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tinygrad_bn_kernels import Kernel, lookup
 from tinygrad_bn_kernels import disabled as kernels_disabled
+from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "join", "kernel_or",
-    "kernels_disabled", "move", "to_numpy",
+    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "has_own_memory", "join",
+    "kernel_or", "kernels_disabled", "move", "to_numpy",
 ]  # fmt: skip
 
 DEVICES = ("cpu", "cuda")
@@ -61,6 +62,11 @@ def to_numpy(array: Any) -> Any:
 def beside(constant: Any, x: Any) -> Any:
     """A NumPy array, on the device of `x`."""
     return move(constant, device_of(x))
+
+
+def has_own_memory(array: Any) -> bool:
+    """Whether the memory of `array` is not another array's, which would change with it."""
+    return is_owner(array) if device_of(array) == "cpu" else array.base is None
 
 
 def full(shape: tuple[int, ...], value: float, dtype: DTypeLike, device: str) -> Any:

@@ -86,3 +86,8 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 def empty_like(x: Array) -> Array:
     """An array in the shape and dtype of `x`, for results."""
     return np.empty(x.shape, x.dtype) if x.nbytes < KEEP_FROM else reserve.empty(x.shape, x.dtype)
+
+
+def is_owner(x: Array) -> bool:
+    """Whether the memory of `x` is its own, or from here, and not another array's."""
+    return x.base is None or isinstance(x.base, _Loan)
