@@ -77,6 +77,10 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=natural, default=0, help="of every demo (default: 0)")
     parser.add_argument("--check", action="store_true", help="quick runs that fail if a claim does not hold")
     args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to {args.out}: {error.strerror}")
     console = Console()
     failed, sections = [], []
     for name in names:

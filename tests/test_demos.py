@@ -211,6 +211,10 @@ def test_the_page_of_all_demos(tmp_path, capsys):
         patch.setattr(subprocess, "run", fails)
         assert gallery.main(["bn_backward"], ["--out", str(tmp_path / "b")]) == 1
     assert "an error" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        gallery.main(["bn_backward"], ["--out", str(tmp_path / "file" / "x")])
+    assert "cannot write to" in capsys.readouterr().err
 
 
 def test_both_models_start_alike():

@@ -57,6 +57,8 @@ def test_what_cannot_be_folded():
         nn.fold_batch_norm(model, x)
     with pytest.raises(ValueError, match="not finite"):
         nn.fold_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), x * np.nan)
+    with pytest.raises(ValueError, match=r"the example \(0, 3\) gives no outputs"):
+        nn.fold_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), x[:0])
     with pytest.raises(ValueError, match="track_running_stats=False"):
         nn.fold_batch_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval(), x)
     with pytest.raises(ValueError, match="no BatchNorm follows"):

@@ -67,18 +67,34 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch, layouts):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 150])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_layers_and_their_gradients_use_them(monkeypatch, rows, dtype):
-    """What is small, and left to BLAS, and what is not give the same up to rounding."""
+@pytest.mark.parametrize("kinds", ["fff", "ddd", "eee", "fdf", "dff", "efd", "ffd"])
+def test_layers_and_their_gradients_use_them(monkeypatch, rows, kinds):
+    """What is small, thin or of mixed precision, and left to BLAS, and what is not give the same up to rounding."""
     rng = np.random.default_rng(4)
-    arrays = [rng.normal(size=shape).astype(dtype) for shape in ((2, rows, 70), (90, 70), (90,))]
-    g, results = rng.normal(size=(2, rows, 90)).astype(dtype), []
+    shapes = (2, rows, 70), (90, 70), (90,)
+    arrays = [rng.normal(size=shape).astype(kind) for kind, shape in zip(kinds, shapes, strict=True)]
+    dtype, results = np.result_type(*arrays), []
+    g = rng.normal(size=(2, rows, 90)).astype(dtype)
     for small in (0, 1 << 40):
         monkeypatch.setattr(linear, "SMALL", small)
+        monkeypatch.setattr(linear, "THIN", 0 if kinds == "ddd" else linear.THIN)
         leaves = [Tensor(x, requires_grad=True) for x in arrays]
         y = functional.linear(*leaves)
         y.backward(Tensor(g))
         results.append([y.numpy(), *(leaf.grad.numpy() for leaf in leaves), (leaves[0][0] @ leaves[1].T).numpy()])
     for large, by_blas in zip(*results, strict=True):
-        assert large.dtype == dtype
-        np.testing.assert_allclose(large, by_blas, rtol=1e-3 if dtype == np.float32 else 1e-11, atol=1e-4)
+        assert large.dtype == by_blas.dtype
+        np.testing.assert_allclose(large, by_blas, rtol=1e-11 if kinds == "ddd" else 1e-3, atol=1e-3)
+
+
+def test_matrices_that_do_not_fit_are_an_error_of_the_kernel_too():
+    g, x, weight = np.ones((3000, 50), "f4"), np.ones((3000, 64), "f4"), np.ones((40, 64), "f4")
+    with pytest.raises(ValueError, match=r"\(3000, 50\) and \(40, 64\) cannot be multiplied"):
+        linear.linear_vjp(g, g, x, weight, weight[:, 0], needs=[True, True, True])
+
+
+def test_a_layer_without_outputs_or_samples():
+    for rows, out in ((5, 0), (0, 3)):
+        x = Tensor(np.ones((rows, 4), np.float32), requires_grad=True)
+        functional.linear(x, np.ones((out, 4), np.float32), np.ones(out, np.float32)).sum().backward()
+        np.testing.assert_array_equal(x.grad, np.zeros((rows, 4)))

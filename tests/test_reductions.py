@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tinygrad_bn_kernels.cpu import threads
+from tinygrad_bn_kernels.cpu import reduce_loops, threads
 
 from tinygrad_bn import Tensor, autograd, functional, ops
 from tinygrad_bn.device import find_kernel, kernels_disabled
@@ -157,6 +157,20 @@ def test_nan_wins_wherever_it_is_and_the_first_place_in_a_tie(name, shape):
                 x = np.zeros(shape)
                 x[place] = x[1, 1] = np.nan
                 assert compare(name, x, axis)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", [*PLACES, "max", "min"])
+def test_rows_longer_than_a_block(monkeypatch, name, dtype):
+    """NaN and ties in the same block of a row, in different ones, and after its last whole vector."""
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 0)
+    length = 2 * reduce_loops.BLOCK + 3
+    places = [(), (0,), (5000,), (5000, 8000), (8000, 8001), (length - 1,), (4095, 4096), (1, length - 1)]
+    noise = np.random.default_rng(0).uniform(-1, 1, (2 * len(places), length)).astype(dtype)
+    for row, where in enumerate(places):
+        noise[2 * row, list(where)] = np.nan
+        noise[2 * row + 1, list(where)] = 2 if "max" in name else -2
+    assert compare(name, noise, 1)
 
 
 @pytest.mark.parametrize("shape", [(8192,), (8192, 1), (64, 128), (1, 8192, 3)])

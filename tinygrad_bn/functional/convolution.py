@@ -181,7 +181,7 @@ def conv_fused(
 
 def each_axis(value: int | Ints, ndim: int, name: str, least: int) -> Ints:
     """One number for each axis, checked."""
-    each = (value,) * ndim if isinstance(value, int | np.integer) else tuple(value)
+    each = tuple(value) if isinstance(value, tuple | list | np.ndarray) else (value,) * ndim
     if len(each) != ndim or not all(isinstance(v, int | np.integer) and v >= least for v in each):
         raise ValueError(f"{name} is a number of {least} or more, or {ndim} of them; got {value!r}")
     return tuple(int(v) for v in each)
@@ -194,16 +194,16 @@ def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs
     the odd one after, for stride 1 only, as in PyTorch.
     """
     ndim = len(kernel)
-    if padding == "valid":
+    if isinstance(padding, str) and padding == "valid":
         return ((0, 0),) * ndim
-    if padding == "same":
+    if isinstance(padding, str) and padding == "same":
         if any(s != 1 for s in stride):
             raise ValueError(f"padding='same' needs stride 1; got {stride}")
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)
     if isinstance(padding, str):
         raise ValueError(f"padding is 'same', 'valid', or in numbers; got {padding!r}")
-    if isinstance(padding, int | np.integer) or not any(isinstance(p, tuple | list) for p in padding):
+    if not isinstance(padding, tuple | list) or not any(isinstance(p, tuple | list) for p in padding):
         return tuple((p, p) for p in each_axis(padding, ndim, "padding", 0))
     of_two = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in padding)
     if (
@@ -229,7 +229,8 @@ def _conv_nd(
         raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
     if x.dtype.kind != "f":
         raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
-    if groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+    (groups,) = each_axis(groups, 1, "groups", 1)
+    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             f"channels of x {x.shape} and of weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
         )
@@ -281,7 +282,7 @@ def conv2d(
         bias: (O,), or None.
         stride, dilation: one number, or one for each axis.
         padding: zeros around x: a number, one for each axis, a pair (before, after) for each axis, "valid", or "same"
-            (stride 1 only).
+            (stride 1 only). Zero times an infinite weight is NaN, here too.
         groups: divides both C and O.
 
     Raises:

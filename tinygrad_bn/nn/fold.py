@@ -57,6 +57,8 @@ def fold_batch_norm(model: Module, example: Array) -> Folded:
         if not norms:
             raise ValueError("no BatchNorm follows a Linear or Conv in a Sequential of this model")
         y, z = model(Tensor(example)).numpy(), folded(Tensor(example)).numpy()
+    if not y.size:
+        raise ValueError(f"the example {np.shape(example)} gives no outputs that could be compared")
     if not np.isfinite(y).all():
         raise ValueError("the model's outputs on the example are not finite: they cannot be compared")
     difference = float(np.abs(y - z).max() / max(np.abs(y).max(), np.finfo(y.dtype).tiny))

@@ -167,10 +167,8 @@ def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
     framed, runs = np.zeros(channels * pitch, gradients.dtype), np.arange(channels) * pitch
     extent = outputs * _extent(frame) + _slack(frame, gradients)
     buffer = np.zeros(extent + pitch, gradients.dtype)
-    numbers, places = (
-        weights.reshape(weights.size),
-        np.full(ROWS * tiles, extent),
-    )  # rows of 0 after the last go where nobody looks
+    numbers = weights.reshape(weights.size)
+    places = np.full(ROWS * tiles, extent)  # rows of 0 after the last go where nobody looks
     places[: len(offsets)] = offsets
     for item in range(start, stop):
         for o in range(channels):

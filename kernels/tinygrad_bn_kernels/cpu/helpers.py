@@ -178,8 +178,8 @@ _LAYOUT = 0x1 | 0x2 | 0x100 | 0x400  # NumPy's flags: in C's order, in Fortran's
 class _Entry:
     """A loop, compiled for some types, as a function of the arguments' address, start and stop.
 
-    It takes the arguments from their slots and calls what Numba compiled, as compiled code does. `format` says how
-    `struct` writes the slots.
+    It takes the arguments from their slots and calls what Numba compiled, at its address: the loop itself is not
+    compiled anew. `format` says how `struct` writes the slots.
     """
 
     def __init__(self, loop: Any, args: tuple[Any, ...]) -> None:
@@ -198,12 +198,12 @@ class _Entry:
         results = [builder.alloca(kind.pointee) for kind in callee.args[:2]]
         slots, start, stop = function.args
         values = [self._load(builder, slots, i, kind) for i, kind in enumerate(callee.args[2:-2])]
-        called = ir.Function(module, callee, described.llvm_func_name)
+        place = ir.Constant(_slot, compiled.library.get_pointer_to_function(described.llvm_func_name))
+        called = builder.inttoptr(place, callee.as_pointer())
         builder.ret(builder.call(called, [*results, *values, start, stop]))
         self.format = "".join("d" if isinstance(kind, _REAL) else "q" for kind in callee.args[2:-2])
-        self._library = context.codegen().create_library("entry")
+        self._compiled, self._library = compiled.library, context.codegen().create_library("entry")
         self._library.add_ir_module(module)
-        self._library.add_linking_library(compiled.library)
         self._library.finalize()
         self.address = self._library.get_pointer_to_function(function.name)
 
@@ -232,6 +232,7 @@ class Team:
         self._arguments, self._address = memoryview(arguments), arguments.ctypes.data  # type: ignore[arg-type]
         self._asleep: dict[Thread, SimpleQueue[None]] = {}
         self._helpers: list[Thread] = []
+        self._in_use: object = None  # what helpers may still work on, should whoever waits for them be interrupted
 
     def hire(self, count: int) -> None:
         """Have `count` helpers, or more. Raises RuntimeError if there can be no more threads."""
@@ -248,11 +249,13 @@ class Team:
         board = self._board
         board[FINISHED] = 0
         board[ENTRY:CLOSED] = entry.address, self._address, items, parts, 0
+        self._in_use = entry, args
         _offer(board)
         self._ring()
         _take_parts(board)
         while not _wait(board):
             time.sleep(5e-5)  # somebody was sent from its core
+        self._in_use = None
         if board[FAILED]:
             loop(*args, 0, items)  # once more, to raise what it raises
             raise MemoryError(f"a part of {loop} failed")
@@ -266,15 +269,14 @@ class Team:
 
     def _ring(self) -> None:
         """Wake whoever sleeps; a helper looks at the board once more when it can be rung for, so none is missed."""
-        for bell in list(self._asleep.values()):
-            bell.put(None)
+        while self._asleep:
+            self._asleep.popitem()[1].put(None)
 
     def _help(self) -> None:
         me = current_thread()
-        bell: SimpleQueue[None] = SimpleQueue()
         while not self._board[CLOSED]:
             _serve(self._board)
-            self._asleep[me] = bell
+            bell = self._asleep[me] = SimpleQueue()
             if not (self._board[LEFT] or self._board[CLOSED]):
                 bell.get()
-            del self._asleep[me]
+            self._asleep.pop(me, None)

@@ -1,5 +1,6 @@
-"""Matrix products and the affine map of a layer: small ones by BLAS, large ones by loops of our own."""
+"""Matrix products and the affine map of a layer: small and thin ones by BLAS, large ones by loops of our own."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,16 @@ from tinygrad_bn_kernels.cpu.reduce import sum_
 
 # Multiplications up to which BLAS stays on the thread that calls it, and is as fast.
 SMALL = 1 << 18
+# Rows of the left, or columns of the right matrix, below which BLAS, which copies neither, is faster at any size.
+THIN = 8
 
 
 def _product(a: Array, b: Array, bias: Array | None = None) -> Array:
-    """a (M, K) times b (K, N), plus bias (N,)."""
-    if a.size * b.shape[1] > SMALL:
+    """a (M, K) times b (K, N), plus bias (N,). Raises ValueError if they do not fit."""
+    if a.shape[1] != len(b):
+        raise ValueError(f"matrices of {a.shape} and {b.shape} cannot be multiplied")
+    large = a.size * b.shape[1] > SMALL and min(len(a), b.shape[1]) >= THIN
+    if large and a.dtype == b.dtype and a.dtype.char in "fd":
         from tinygrad_bn_kernels.cpu.products import product  # here, as it imports Numba
 
         return product(a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias)
@@ -25,7 +31,7 @@ def _product(a: Array, b: Array, bias: Array | None = None) -> Array:
 @kernel("matmul", "cpu")
 def matmul(a: Array, b: Array) -> Any:
     """a (M, K) times b (K, N), of the same precision; other shapes are left to NumPy."""
-    if a.ndim != 2 or np.ndim(b) != 2 or a.shape[1] != len(b) or a.dtype != b.dtype or a.dtype.char not in "fd":
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != len(b) or a.dtype != b.dtype or a.dtype.char not in "fd":
         return NotImplemented
     return _product(a, b)
 
@@ -46,10 +52,11 @@ def linear_vjp(
 ) -> tuple[Array | None, Array | None, Array | None]:
     """g (..., out), x (..., in), weight (out, in): those of g W, gᵀ x and Σ g that are needed."""
     by_x, by_weight, by_bias = needs
-    gs = g.reshape(-1, g.shape[-1]) if g.size else np.zeros((0, g.shape[-1]), g.dtype)
+    gs = g.reshape(math.prod(g.shape[:-1]), g.shape[-1])
     gx = gweight = gbias = None
     if by_x:
-        gx = _product(gs, weight).reshape(x.shape)
+        gx = _product(gs, weight)
+        gx = gx if x.ndim == 2 else gx.reshape(x.shape)
     if by_weight:
         gweight = _product(gs.T, x.reshape(len(gs), x.shape[-1]))
     if by_bias:

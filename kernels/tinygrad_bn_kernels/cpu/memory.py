@@ -4,7 +4,9 @@ The system hands out fresh pages full of zeros, one by one: a large result costs
 a training step asks for the same sizes again and again.
 """
 
+import _thread
 import math
+import os
 from threading import Lock
 from typing import Any
 
@@ -22,6 +24,8 @@ ALIGNMENT = 64
 class _Loan:
     """Some memory as an array's base: it goes back when nothing looks at it any more."""
 
+    memory: Array | None = None  # until it is whole: it may be interrupted before
+
     def __init__(self, reserve: "Reserve", memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.reserve, self.memory = reserve, memory
         start = memory.ctypes.data
@@ -29,7 +33,11 @@ class _Loan:
         self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": data}
 
     def __del__(self) -> None:
-        self.reserve.give_back(self.memory)
+        try:
+            if self.memory is not None:
+                self.reserve.give_back(self.memory)
+        except KeyboardInterrupt:
+            _thread.interrupt_main()  # what is raised in here would be lost
 
 
 class Reserve:
@@ -49,32 +57,41 @@ class Reserve:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize + ALIGNMENT
         memory = None
-        if self._lock.acquire(blocking=False):
-            of_size = self._sizes[size] = self._sizes.pop(size, [])
-            if of_size:
-                memory = of_size.pop()
-                self.kept -= size
-            self._lock.release()
+        if not self._lock.locked():
+            with self._lock:
+                of_size = self._sizes[size] = self._sizes.pop(size, [])
+                if of_size:
+                    self.kept -= size
+                    memory = of_size.pop()
         if memory is None:
             memory = np.empty(size, np.uint8)
         return np.asarray(_Loan(self, memory, shape, dtype))
 
     def give_back(self, memory: Array) -> None:
         """Keep `memory` for another array."""
-        if self._lock.acquire(blocking=False):
+        if memory.size > self.limit or self._lock.locked():
+            return
+        with self._lock:
             self._sizes.setdefault(memory.size, []).append(memory)
             self.kept += memory.size
             while self.kept > self.limit:
                 size, of_size = next(iter(self._sizes.items()))
                 if of_size:
-                    of_size.pop()
                     self.kept -= size
+                    of_size.pop()
                 else:
                     del self._sizes[size]
-            self._lock.release()
+
+    def forget(self) -> None:
+        """After a fork: the lock may be held by a thread that the child does not have."""
+        self._lock = Lock()
 
 
 reserve = Reserve(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=reserve.forget)
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Array:

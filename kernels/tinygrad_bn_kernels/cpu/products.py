@@ -22,6 +22,7 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
 
 TERMS = 256  # of the sums, at a time
 GROUP = 32  # rows of an item
+LINE = 16  # elements of a row that are taken before the next row's
 ITEMS = 16  # or more, if there are columns enough
 
 
@@ -38,9 +39,10 @@ def _gather_columns(b, transposed, packed, start, stop):
             for k in range(terms * width):
                 target[to + k] = 0
         if transposed:
-            for k in range(terms):
+            for begin in range(0, terms, LINE):
                 for j in range(count):
-                    target[to + k * width + j] = source[(first + j) * terms + k]
+                    for k in range(begin, min(begin + LINE, terms)):
+                        target[to + k * width + j] = source[(first + j) * terms + k]
         elif count == width:
             for k in range(terms):
                 at, place = k * columns + first, to + k * width
@@ -118,6 +120,9 @@ def product(a: Array, b: Array, bias: Array) -> Array:
     """a (M, K) times b (K, N), plus bias (N,), all of one precision."""
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return np.matmul(a, b) + bias
+    if a.flags.c_contiguous and b.T.flags.c_contiguous and a.size < b.size:  # the smaller one has its columns gathered
+        out = np.ascontiguousarray(product(b.T, a.T, np.zeros(len(a), a.dtype)).T)
+        return np.add(out, bias, out=out)
     blocks = -(-b.shape[1] // (width := VECTORS * 32 // a.itemsize))
     packed, out = empty((blocks, len(b), width), a.dtype), empty((len(a), b.shape[1]), a.dtype)
     split(_gather_columns, blocks, b.size, *_plain(b), packed)

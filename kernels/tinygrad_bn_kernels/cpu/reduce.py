@@ -325,7 +325,7 @@ def sum_of_all_squares(x: Array) -> Any:
 
 
 # ---- extremes --------------------------------------------------------------------------------------------
-# Along rows NumPy's own loops are as fast as memory, so only their work is split. Down columns they are not.
+# Along rows NumPy's own loops are as fast as memory, for what one thread does. Down columns they are not.
 # The smallest is the largest of −x. NaN wins, as in NumPy: `v > best or v != v` is true for it, and nothing is greater.
 
 

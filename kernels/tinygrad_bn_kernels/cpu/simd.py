@@ -76,6 +76,8 @@ def load(typingctx, array, i):
 @intrinsic
 def store(typingctx, array, i, vector):
     """Write a vector from element `i` on."""
+    if vector.dtype != array.dtype:
+        return None  # a typing error, as it would write beyond the elements
 
     def codegen(context, builder, signature, args):
         pointer = _pointer(context, builder, vector, signature.args[0], *args[:2])

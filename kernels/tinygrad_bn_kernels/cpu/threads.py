@@ -1,11 +1,11 @@
-"""When a loop runs on several threads, and what makes that safe: beside BLAS, after a fork, and for every result.
+"""When a loop runs on several threads, and what makes that safe: for every result, and after a fork.
 
 A compiled loop takes `(*arguments, start, stop)` and does that part of its work. Large work is cut into parts for
 threads of our own. An item has one writer, and its terms are added in one order, so a result does not depend, in any
 bit, on how many threads there are.
 
 OpenMP (Numba's `prange`) was measured and left: a forked child that uses it is killed, a parallel loop takes several
-times longer to compile, and all loops would be compiled twice, with and without threads.
+times longer to compile, and every loop would be compiled twice, with and without threads.
 """
 
 import atexit
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from tinygrad_bn_kernels.cpu.helpers import Team
 
 
-def setting(name: str, default: int, least: int) -> int:
+def setting(name: str, default: int, least: int, most: int = 1 << 40) -> int:
     """A whole number that the environment may give. Raises ValueError, with its name, for anything else."""
     text = os.environ.get(name, str(default))
-    if not text.strip().isdecimal() or int(text) < least:
-        raise ValueError(f"{name} has to be a whole number, at least {least}; it is {text!r}")
+    if not text.strip().isdecimal() or not least <= int(text) <= most:
+        raise ValueError(f"{name} has to be a whole number, at least {least} and at most {most}; it is {text!r}")
     return int(text)
 
 
@@ -44,8 +44,10 @@ MULTIPLICATIONS = 16
 # Parts of large work for each thread.
 PARTS = 4
 
+MOST_THREADS = 256
+
 _cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_threads = setting("TINYGRAD_BN_NUM_THREADS", _cores, least=1)
+_threads = setting("TINYGRAD_BN_NUM_THREADS", min(_cores, MOST_THREADS), least=1, most=MOST_THREADS)
 _team: "Team | None" = None
 _busy = Lock()
 
@@ -56,10 +58,10 @@ def num_threads() -> int:
 
 
 def set_num_threads(count: int) -> None:
-    """Use `count` threads for large work from now on. Raises ValueError if that is less than 1."""
+    """Use `count` threads for large work from now on. Raises ValueError for less than 1, or more than MOST_THREADS."""
     global _threads
-    if count < 1:
-        raise ValueError(f"there has to be at least one thread; got {count}")
+    if not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"there have to be 1 to {MOST_THREADS} threads; got {count!r}")
     with _busy:
         _leave()
         _threads = count
@@ -72,19 +74,18 @@ def split(loop: Callable[..., object], items: int, elements: float, *args: objec
     While the helpers work for another thread, this one does without them.
     """
     parts = min(PARTS * _threads, items) if elements >= PARALLEL_FROM else 1
-    if parts <= 1 or _threads == 1 or not _busy.acquire(blocking=False):
+    if parts <= 1 or _threads == 1 or _busy.locked():
         loop(*args, 0, items)
         return
-    try:
-        if team := _hired():
-            team.run(loop, items, parts, args)
-        else:
-            loop(*args, 0, items)
-    except BaseException:
-        _leave()  # when nobody is at it any more
-        raise
-    finally:
-        _busy.release()
+    with _busy:
+        try:
+            if team := _hired():
+                team.run(loop, items, parts, args)
+            else:
+                loop(*args, 0, items)
+        except BaseException:
+            _leave()  # when nobody is at it any more
+            raise
 
 
 def _hired() -> "Team | None":
