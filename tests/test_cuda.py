@@ -103,6 +103,8 @@ def test_fit_and_evaluate_on_cuda_and_a_checkpoint_that_goes_on_on_the_cpu():
     on_cuda, on_cpu = (train.evaluate(m, data) for m in (results[0][2], copy))
     np.testing.assert_allclose(on_cuda, on_cpu, rtol=1e-5)
     results[0][2].load_state_dict(results[1][2].to("cuda").state_dict())
+    with pytest.raises(TypeError, match=r"data are taken on the host.* these are on cuda: copy them with \.numpy"):
+        train.fit(copy, (Tensor(x).to("cuda"), data[1]), device="cuda", progress=False)
 
 
 def test_an_optimiser_goes_on_from_a_checkpoint_of_another_device():
@@ -216,6 +218,8 @@ def test_the_gradient_comes_back_to_the_device_that_a_tensor_came_from():
 def test_what_cuda_does_not_take():
     with pytest.raises(TypeError, match="float32, float64; not of float16"):
         Tensor([1.0], dtype=np.float16).to("cuda")
+    with pytest.raises(ValueError, match=r"no device 'cuda:0'.* \"cuda\" is one GPU, the first"):
+        Tensor([1.0]).to("cuda:0")
     with pytest.raises(ValueError, match="there is no device 'gpu'"):
         Tensor([1.0]).to("gpu")
     with pytest.raises(IndexError, match="out of bounds"):
@@ -262,7 +266,6 @@ def test_dlpack_shares_memory_in_both_directions():
     np.testing.assert_array_equal(shared.numpy(), t.numpy())
     assert len(dlpack._lent) == 1
     del shared
-    t.data.__dlpack__()  # a capsule that nobody takes
     assert not dlpack._lent
     assert t.data.__dlpack_device__() == (2, 0)
     with pytest.raises(TypeError, match="is not on cuda:0"):

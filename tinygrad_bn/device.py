@@ -48,7 +48,8 @@ def move(array: Any, device: str) -> Any:
     where there is no such device, saying what is missing.
     """
     if device not in DEVICES:
-        raise ValueError(f"there is no device {device!r}; there are {' and '.join(map(repr, DEVICES))}")
+        one = '; "cuda" is one GPU, the first' if str(device).startswith("cuda") else ""
+        raise ValueError(f"there is no device {device!r}; there are {' and '.join(map(repr, DEVICES))}{one}")
     if device_of(array) == device:
         return array
     return array.numpy() if device == "cpu" else _arrays().DeviceArray.from_numpy(np.asarray(array))

@@ -19,6 +19,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn import nn
 from tinygrad_bn.autograd import no_grad
 from tinygrad_bn.datasets import Batches, Dataset
+from tinygrad_bn.device import device_of
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
 from tinygrad_bn.tensor import Array, Tensor
 
@@ -117,7 +118,8 @@ def fit(
 
     Args:
         model: maps a batch of samples to what `loss` takes; is left in training mode.
-        data: samples and targets: a `Dataset`, or two arrays of the same length.
+        data: samples and targets: a `Dataset`, or two arrays of the same length, on the host: each batch is copied to
+            the model's device.
         validation: data to evaluate on after every epoch.
         epochs, batch_size, drop_last: as the names say; `drop_last` leaves out a smaller last batch.
         optimizer: by default `Adam` with its defaults.
@@ -135,7 +137,7 @@ def fit(
 
     Raises:
         ValueError: no data, data and targets of different lengths, or an option out of range.
-        TypeError: data or optimizer are not what they should be.
+        TypeError: data or optimizer are not what they should be, or the data are on a GPU.
         RuntimeError: there is no such device; the message says what is missing.
     """
     if epochs < 0:
@@ -301,7 +303,14 @@ def _accuracy(outputs: Tensor, y: Array) -> float:
 def _arrays(data: Data) -> tuple[Array, Array]:
     if not isinstance(data, Dataset) and not (isinstance(data, tuple) and len(data) == 2):
         raise TypeError(f"data are a Dataset or a pair of arrays (x, y), not a {type(data).__name__}")
-    x, y = (np.asarray(a) for a in ((data.x, data.y) if isinstance(data, Dataset) else data))
+    x, y = (data.x, data.y) if isinstance(data, Dataset) else data
+    for a in (x, y):
+        if device_of(a) != "cpu":
+            raise TypeError(
+                f"data are taken on the host, each batch is copied to the model's device; these are on {device_of(a)}: "
+                "copy them with .numpy()"
+            )
+    x, y = np.asarray(x), np.asarray(y)
     if len(x) != len(y):
         raise ValueError(f"{len(x)} samples, but {len(y)} targets")
     return x, y

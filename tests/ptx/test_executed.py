@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.ptx.compile import need_compiler
@@ -166,6 +166,7 @@ def test_gathering_and_scattering(n, width, count, seed):
 
 # ---- reductions ------------------------------------------------------------------------------------------
 
+SHORT, ROW_PART, COLUMN_PART = 1024, 8192, 256  # as in `reduce.py`
 LENGTHS = st.sampled_from([1, 31, 32, 33, 1024, 1025, 8192, 9001, 20000]) | st.integers(1, 3000)
 
 
@@ -180,6 +181,11 @@ def check_reductions(x: np.ndarray, axis: Any) -> None:
 
 
 @drawn(st.integers(1, 40), LENGTHS, KINDS, SEEDS)
+@example(9, SHORT, "plain", 0)
+@example(9, SHORT + 1, "plain", 0)
+@example(1, ROW_PART + 1, "plain", 0)  # from here on in parts, put together by a second launch
+@example(3, 9001, "plain", 0)
+@example(1, 20000, "plain", 0)
 def test_reductions_of_rows(rows, length, kind, seed):
     x = numbers((min(rows, 1 + 60000 // length), length), kind, seed)
     check_reductions(x, 1)
@@ -188,6 +194,9 @@ def test_reductions_of_rows(rows, length, kind, seed):
 
 
 @drawn(st.integers(1, 3), LENGTHS, SIDES, KINDS, SEEDS)
+@example(2, COLUMN_PART, 33, "plain", 0)
+@example(2, COLUMN_PART + 1, 33, "plain", 0)
+@example(1, 3000, 7, "plain", 0)
 def test_reductions_of_columns(outer, length, width, kind, seed):
     check_reductions(numbers((outer, min(length, 1 + 60000 // width), width), kind, seed), 1)
 
@@ -470,6 +479,12 @@ def test_how_few_launches_do():
     x, vectors = numbers((4, 3, 10, 12)), np.abs(numbers((4, 3)))
     assert launched("sum", x, axis=(0, 2, 3)) == ["sum.short", "sum.columns"]  # no copy in another order
     assert launched("sum_of_squares", x, axis=(0, 2)) == ["sum_of_squares.columns", "sum.columns"]
+    a, b = numbers((2, 3, 66, 40)), numbers((2, 3, 40, 9))
+    for left, right in ((a, b), (a, b[0, 0]), (a[:1, :1], b), (a[:1], b[0])):  # nothing to broadcast: no copy
+        y = left @ right
+        assert launched("matmul", left, right) == ["product.nn"]
+        names = launched("matmul.vjp", y, y, left, right, needs=[True, True])
+        assert names == ["product.nt", "product.tn"]
     assert launched("batch_norm_inference", x, *vectors, eps=1e-5) == ["batch_norm.infer_planes4"]
     options = {"smoothing": 0.1, "ignore_index": -100}
     for reduction in ("mean", "sum", "none"):

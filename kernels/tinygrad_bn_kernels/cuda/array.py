@@ -23,19 +23,20 @@ class Buffer:
 
     There is no allocator of our own: the driver's stream-ordered pool (`cuMemAllocAsync`) caches what is freed and
     gives it out again in the order of the stream, without waiting for the device. Only where it was made on another
-    stream than the one that it is freed on, perhaps by another thread, is the device waited for.
+    stream than the one that it is freed on, perhaps by another thread, or is used on one that is not known, is the
+    device waited for.
     """
 
-    __slots__ = ("_driver", "_stream", "nbytes", "pointer")
+    __slots__ = ("_driver", "nbytes", "pointer", "stream")
 
     def __init__(self, nbytes: int) -> None:
         driver = launch.driver()
         self.nbytes, self.pointer = nbytes, driver.alloc(nbytes)
-        self._driver, self._stream = driver, launch.current_stream()
+        self._driver, self.stream = driver, launch.current_stream()
 
     def __del__(self) -> None:
         with suppress(Exception):  # there was no memory; or at the end of the process there is no context
-            if self._stream != launch.current_stream():
+            if self.stream != launch.current_stream():
                 self._driver.synchronize()
             self._driver.free(self.pointer)
 
@@ -95,6 +96,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        self.buffer.stream = None  # theirs is not known, and they do not say when they have done: freeing has to wait
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,

@@ -1,6 +1,8 @@
-"""Large matrix products by NVIDIA's cuBLAS, through CuPy where that is installed: same memory, same stream, no copy.
+"""Large matrix products by NVIDIA's cuBLAS, through CuPy where that is installed, in our memory and on our stream.
 
-In float32 that is float32: CuPy computes in TF32 only where the environment says so (`CUPY_TF32=1`).
+A batch of matrices that lie transposed CuPy would copy first: those products stay our own. In float32 it is float32:
+CuPy computes in TF32 only where the environment says so (`CUPY_TF32=1`). The tests have a stand-in for CuPy; with a
+real one this has not run yet.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def multiply(a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, out: Devi
     """Write the product, plus `bias`, to out (count, rows, columns) and say so; or do nothing. See `linear.product`."""
     count, rows, columns = out.shape
     if out.size * depth < LARGE or out.dtype.kind != "f" or not isinstance(driver(), Device):
+        return False
+    if count > 1 and "t" in how:
         return False
     cupy = _cupy()
     if cupy is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 from typing import Any
 
 import numpy as np
@@ -45,29 +46,32 @@ _Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("delete
 _python: Any = ctypes.pythonapi
 _python.PyCapsule_New.restype = ctypes.py_object
 _python.PyCapsule_New.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-_Destructor: Any = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+_python.PyCapsule_IsValid.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 _lent: dict[int, Any] = {}  # what others use, until they say that they have done with it
 _count = itertools.count(1)
 
 
 def _give_back(managed: Any) -> None:
-    *_held, stream = _lent.pop(managed.contents.context)  # held until this returns
+    *_held, stream, _capsule = _lent.pop(managed.contents.context)  # held until this returns
     if stream != current_stream():  # what was asked there may still use the memory
         driver().synchronize()
 
 
-def _drop(capsule: int) -> None:
-    """A capsule that nobody took: what it lends comes back."""
-    _python.PyCapsule_IsValid.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
-    if _python.PyCapsule_IsValid(capsule, NEW):
-        _python.PyCapsule_GetPointer.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
-        _python.PyCapsule_GetPointer.restype = ctypes.c_void_p
-        managed = ctypes.cast(_python.PyCapsule_GetPointer(capsule, NEW), ctypes.POINTER(_Managed))
-        _give_back(managed)
+_done = _Deleter(_give_back)
 
 
-_done, _forget = _Deleter(_give_back), _Destructor(_drop)
+def _take_back() -> None:
+    """What was lent in capsules that nobody took, and nobody can any more.
+
+    A destructor of the capsule would do it at once; but one in Python that runs while an exception is on its way, as
+    the consumer's refusal, loses that exception.
+    """
+    for number in list(_lent):
+        held = _lent.get(number)
+        # Two references to a capsule are ours: that in `held`, and the argument here.
+        if held and sys.getrefcount(held[-1]) == 2 and _python.PyCapsule_IsValid(held[-1], NEW):
+            _lent.pop(number, None)  # unless another thread has done it
 
 
 def lend(array: DeviceArray, stream: int) -> Any:
@@ -78,18 +82,20 @@ def lend(array: DeviceArray, stream: int) -> Any:
     tensor = _Tensor(array.pointer, CUDA, 0, array.ndim, kind, bits, 1, shape, strides, 0)
     number = next(_count)
     managed = _Managed(tensor, number, _done)
-    _lent[number] = managed, array, shape, strides, stream
-    return _python.PyCapsule_New(ctypes.addressof(managed), NEW, ctypes.cast(_forget, ctypes.c_void_p))
+    capsule = _python.PyCapsule_New(ctypes.addressof(managed), NEW, None)
+    _take_back()
+    _lent[number] = managed, array, shape, strides, stream, capsule
+    return capsule
 
 
 class _Borrowed:
     """The memory of another library, given back with its last array."""
 
     def __init__(self, managed: Any) -> None:
-        self._managed = managed
+        self._managed, self.stream = managed, current_stream()
 
     def __del__(self) -> None:
-        if current_stream():  # only the default one is likely to be theirs too
+        if (self.stream, current_stream()) != (0, 0):  # only the default one is likely to be theirs too
             driver().synchronize()
         if deleter := self._managed.contents.deleter:
             deleter(self._managed)

@@ -40,6 +40,13 @@ def _checked(answer: Any) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def _initialised(api: Any) -> Any:
+    try:
+        return api.cuInit(0)
+    except (RuntimeError, ImportError, OSError) as error:  # of who looks for the library, in words about itself
+        raise RuntimeError("no NVIDIA driver was found (libcuda)") from error
+
+
 def _linked(ptx: str, cc: tuple[int, int]) -> bytes:
     """Machine code of a program, which a driver takes also from a newer compiler of the same major version."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -54,11 +61,11 @@ class Device:
     def __init__(self) -> None:
         self._api = api = _bindings()
         try:
-            _checked(api.cuInit(0))
+            _checked(_initialised(api))
             if not _checked(api.cuDeviceGetCount()):
                 raise RuntimeError("CUDA: no device")
-        except (RuntimeError, ImportError, OSError) as error:
-            raise RuntimeError(f'there is no device "cuda" here ({error}); tensors live on "cpu"') from error
+        except RuntimeError as error:
+            raise RuntimeError(f'there is no device "cuda" here: {error}; tensors live on "cpu"') from error
         device = _checked(api.cuDeviceGet(0))
         self._context = _checked(api.cuDevicePrimaryCtxRetain(device))
         self.name = _checked(api.cuDeviceGetName(256, device)).split(b"\0")[0].decode()

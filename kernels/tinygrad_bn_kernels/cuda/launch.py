@@ -215,8 +215,10 @@ def on_stream(handle: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _stream.reset(token)
-        order(handle, before)
+        try:
+            order(handle, before)  # still on this stream: what is freed by then may be in use there
+        finally:
+            _stream.reset(token)
 
 
 # ---- launching -------------------------------------------------------------------------------------------

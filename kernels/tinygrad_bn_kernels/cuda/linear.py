@@ -160,8 +160,10 @@ def _common(*xs: DeviceArray) -> list[DeviceArray]:
 
 
 def _batched(a: DeviceArray, b: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, DeviceArray]:
-    """Both with all the leading axes, unless one has none at all."""
-    return tuple(x if math.prod(x.shape[:-2]) == 1 else broadcast_to(x, shape=(*lead, *x.shape[-2:])) for x in (a, b))  # type: ignore[return-value]
+    """Both with as many matrices as there are products, or with one."""
+    enough = 1, math.prod(lead)
+    a, b = (x if math.prod(x.shape[:-2]) in enough else broadcast_to(x, shape=(*lead, *x.shape[-2:])) for x in (a, b))
+    return a, b
 
 
 @kernel("matmul", "cuda")
