@@ -70,6 +70,7 @@ def set_num_threads(count: int) -> None:
 def split(loop: Callable[..., object], items: int, elements: float, *args: object) -> None:
     """Run `loop(*args, start, stop)` over all of `items`, in parts if there are `elements` enough for threads.
 
+    The loop has to be compiled by Numba; its arguments are arrays, numbers, and tuples of whole numbers.
     Whoever is done with a part takes the next, so a thread that wakes late, or shares its core, holds up nobody.
     While the helpers work for another thread, this one does without them.
     """
