@@ -18,7 +18,7 @@ from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
 from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_products, copy, interleave
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
-    from tinygrad_bn_kernels.cpu.simd import lanes, load, store
+    from tinygrad_bn_kernels.cpu.simd import BITS, lanes, load, store
 
 TERMS = 256  # of the sums, at a time
 GROUP = 32  # rows of an item
@@ -123,7 +123,8 @@ def product(a: Array, b: Array, bias: Array) -> Array:
     if a.flags.c_contiguous and b.T.flags.c_contiguous and a.size < b.size:  # the smaller one has its columns gathered
         out = np.ascontiguousarray(product(b.T, a.T, np.zeros(len(a), a.dtype)).T)
         return np.add(out, bias, out=out)
-    blocks = -(-b.shape[1] // (width := VECTORS * 32 // a.itemsize))
+    width = VECTORS * BITS // 8 // a.itemsize
+    blocks = -(-b.shape[1] // width)
     packed, out = empty((blocks, len(b), width), a.dtype), empty((len(a), b.shape[1]), a.dtype)
     split(_gather_columns, blocks, b.size, *_plain(b), packed)
     groups = -(-len(a) // GROUP)

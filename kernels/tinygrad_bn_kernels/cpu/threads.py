@@ -107,7 +107,8 @@ def _hired() -> "Team | None":
 
 
 def _leave() -> None:
-    """The interpreter does not end while a thread is in the midst of a loop."""
+    """End the helpers: before the interpreter, or their number changes, and after an error, which may leave them in the
+    midst of a loop."""
     global _team
     team, _team = _team, None
     if team is not None:
