@@ -20,7 +20,6 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
-from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.threads import READING_COST, split
 
 Axis = int | tuple[int, ...] | None
@@ -50,10 +49,19 @@ MINIMUM: Any = np.minimum.reduce
 class Plan(NamedTuple):
     """How arrays of one shape are reduced over some axes."""
 
-    view: tuple[int, ...]  # x as (A, B, C, D) if its rows are reduced, as (A, B, C) if its columns: B, and D, go
+    rows: bool  # whether rows are reduced, or columns
+    view: tuple[int, ...]  # of x: (M, D), of which D goes; or (A, B, C), of which B goes
+    outer: tuple[int, ...]  # the M rows, as (A, B, C), of which B goes too
     copied: tuple[int, ...]  # the permutation of the axes in which x has to be copied first; empty for none
     shape: tuple[int, ...]  # of the result
     terms: int  # elements that make up one number of the result
+    cut: tuple[
+        int, ...
+    ]  # elements of a piece of a row; or rows, columns and fold (rows side by side) of one of columns
+    items: int  # how many pieces there are
+    partial: tuple[int, ...]  # their results: (M, pieces), or (A, pieces of B, C)
+    apart: tuple[int, ...]  # the same, but of rows (A, B, C, pieces)
+    over: tuple[int, ...]  # axes of that over which they have to be put together; empty for none
 
 
 @lru_cache(maxsize=4096)
@@ -78,14 +86,32 @@ def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
     if pattern in ("", "K"):
         return None
     if pattern in ("RK", "KRK"):
-        view: tuple[int, ...] = (1, *sides)[-3:]
-    elif pattern in ("R", "KR") or (pattern in ("RKR", "KRKR") and sides[-1] >= 16):
-        view = {"R": (1, 1, 1), "KR": (1, 1, *sides[:1]), "RKR": (1, *sides[:2]), "KRKR": tuple(sides[:3])}[pattern]
-        view = (*view, sides[-1])
-    else:
-        kept = [i for i in range(len(shape)) if i not in axes]
-        return Plan((1, 1, math.prod(shape) // count, count), (*kept, *sorted(axes)), result, count)
-    return Plan(view, (), result, count)
+        a, b, c = (1, *sides)[-3:]
+        return _of_columns((a, b, c), result, count)
+    if pattern in ("R", "KR") or (pattern in ("RKR", "KRKR") and sides[-1] >= 16):
+        outer = {"R": (1, 1, 1), "KR": (1, 1, *sides[:1]), "RKR": (1, *sides[:2]), "KRKR": tuple(sides[:3])}[pattern]
+        return _of_rows(outer, sides[-1], (), result, count)
+    kept = [i for i in range(len(shape)) if i not in axes]
+    return _of_rows((1, 1, math.prod(shape) // count), count, (*kept, *sorted(axes)), result, count)
+
+
+def _of_rows(outer: tuple[int, ...], d: int, copied: tuple[int, ...], shape: tuple[int, ...], terms: int) -> Plan:
+    m, pieces = math.prod(outer), -(-d // PIECE)
+    over = (1, 3) if outer[1] > 1 or pieces > 1 else ()
+    return Plan(
+        True, (m, d), outer, copied, shape, terms, (PIECE,), m * pieces, (m, pieces), (*outer, pieces), over
+    )  # fmt: skip
+
+
+def _of_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) -> Plan:
+    a, b, c = view
+    columns = min(c, WIDE)
+    fold = max(1, min(NARROW // c, b))
+    rows = b if c > WIDE else -(-max(PIECE // columns, 4) // fold) * fold
+    pieces = -(-b // rows)
+    partial, items = (a, pieces, c), a * pieces * -(-c // columns)
+    over = (1,) if pieces > 1 else ()
+    return Plan(False, view, (), (), shape, terms, (rows, columns, fold), items, partial, partial, over)
 
 
 Reduce = Callable[[Array, Plan], Any]
@@ -93,18 +119,16 @@ Reduce = Callable[[Array, Plan], Any]
 
 def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool, few_are_numpys: bool = False) -> Any:
     """`reduce(x in the plan's view, the plan)`, which gives one or several results, in the result's shape."""
-    if x.dtype.char not in "fd" or not (axis is None or isinstance(axis, int | tuple)):
+    if x.dtype.char not in "fd" or not (axis is None or type(axis) is int or type(axis) is tuple):
         return NotImplemented
     found = plan(x.shape, axis, keepdims)
     if found is None:
         return NotImplemented
     if not x.flags.c_contiguous:
         return _reduced_in_memory_order(reduce, x, axis, found, few_are_numpys)
-    if few_are_numpys and len(found.view) == 3 and found.view[1] < FEW:
+    if few_are_numpys and not found.rows and found.view[1] < FEW:
         return NotImplemented
-    if found.copied:
-        x = x.transpose(found.copied)
-    return reduce(compiled(x).reshape(found.view), found)
+    return reduce(compiled(x.transpose(found.copied) if found.copied else x).reshape(found.view), found)
 
 
 def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, few_are_numpys: bool) -> Any:
@@ -121,60 +145,16 @@ def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, 
     return result.transpose(back).reshape(found.shape)
 
 
-class _Pieces(NamedTuple):
-    """Columns in pieces: of so many rows (in multiples of `fold`, which lie side by side) and columns."""
-
-    rows: int
-    columns: int
-    fold: int
-    number: tuple[int, int, int]  # of the pieces: along A, B and C
-
-
-def _pieces(view: tuple[int, ...]) -> _Pieces:
-    a, b, c = view
-    columns = min(c, WIDE)
-    fold = max(1, min(NARROW // c, b))
-    rows = b if c > WIDE else -(-max(PIECE // columns, 4) // fold) * fold
-    return _Pieces(rows, columns, fold, (a, -(-b // rows), -(-c // columns)))
-
-
 @cache
-def _loop(name: str) -> Any:
-    """A loop of `reduce_loops`, imported when work first is large enough for it: small work never needs Numba."""
-    return getattr(import_module("tinygrad_bn_kernels.cpu.reduce_loops"), name)
+def _loop(name: str, rows: bool | None = None) -> Any:
+    """A loop of `reduce_loops`, of rows or columns; imported when first needed, as small sums do without Numba."""
+    kind = "" if rows is None else "row_" if rows else "column_"
+    return getattr(import_module("tinygrad_bn_kernels.cpu.reduce_loops"), kind + name)
 
 
-def _run_rows(loop: str, x: Array, partial: Array, *args: Any) -> None:
-    """Run a loop over the pieces of x (A, B, C, D); partial is (A·B·C, pieces, ...)."""
-    split(
-        _loop(loop),
-        partial.shape[0] * partial.shape[1],
-        READING_COST * x.size,
-        x.reshape(-1, x.shape[-1]),
-        PIECE,
-        *args,
-        partial,
-    )
-
-
-def _run_columns(loop: str, x: Array, partial: Array, pieces: _Pieces, *args: Any) -> None:
-    """Run a loop over the pieces of x (A, B, C); partial is (..., A, pieces of B, C)."""
-    split(
-        _loop(loop),
-        math.prod(pieces.number),
-        READING_COST * x.size,
-        x,
-        pieces.rows,
-        pieces.columns,
-        pieces.fold,
-        *args,
-        partial,
-    )
-
-
-def _row_pieces(x: Array) -> tuple[int, int]:
-    """Rows of x (A, B, C, D), and pieces of each."""
-    return x.size // x.shape[-1], -(-x.shape[-1] // PIECE)
+def _run(loop: str, x: Array, found: Plan, *args: Any) -> None:
+    """Run a loop over all pieces of x, which leaves its results in the last of `args`."""
+    split(_loop(loop, found.rows), found.items, READING_COST * x.size, x, *found.cut, *args)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------
@@ -182,17 +162,10 @@ def _row_pieces(x: Array) -> tuple[int, int]:
 
 def _sums(x: Array, found: Plan) -> Array:
     """Sums in float64, in the result's shape."""
-    if x.ndim == 4:
-        partial = np.empty(_row_pieces(x))
-        _run_rows("row_sums", x, partial)
-        if x.shape[1] > 1 or partial.shape[1] > 1:
-            partial = partial.reshape(*x.shape[:3], -1).sum(axis=(1, 3))
-    else:
-        pieces = _pieces(x.shape)
-        partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]))
-        _run_columns("column_sums", x, partial, pieces)
-        if partial.shape[1] > 1:
-            partial = partial.sum(axis=1)
+    partial = np.empty(found.partial)
+    _run("sums", x, found, partial)
+    if found.over:
+        partial = ADD(partial.reshape(found.apart), found.over)
     return partial.reshape(found.shape)
 
 
@@ -249,46 +222,37 @@ def mean_fused_vjp(
 # ---- moments ---------------------------------------------------------------------------------------------
 
 
-def _moments(x: Array, shift: Array) -> tuple[Array, Array]:
-    """Σ (x − shift) and Σ (x − shift)² of each result, all three of them flat and float64."""
-    if x.ndim == 4:
-        partial = np.empty((*_row_pieces(x), 2))
-        _run_rows("row_moments", x, partial, shift, *x.shape[1:3])
-        s1, s2 = np.moveaxis(partial.reshape(*x.shape[:3], -1, 2).sum(axis=(1, 3)).reshape(-1, 2), 1, 0)
-        return s1, s2
-    pieces = _pieces(x.shape)
-    partial = np.empty((2, x.shape[0], pieces.number[1], x.shape[2]))
-    _run_columns("column_moments", x, partial, pieces, shift)
-    s1, s2 = partial.sum(axis=2).reshape(2, -1)
-    return s1, s2
+def _moments(x: Array, found: Plan, shift: Array) -> Array:
+    """Σ (x − shift) and Σ (x − shift)² of each result; as flat as the shift, and like it in float64."""
+    partial = np.empty((2, *found.partial))
+    between = found.outer[1:] if found.rows else ()  # so that a row finds its shift
+    _run("moments", x, found, *between, shift, partial)
+    if found.over:
+        partial = ADD(partial.reshape(2, *found.apart), tuple([i + 1 for i in found.over]))
+    return partial.reshape(2, -1)
 
 
 def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
     """Mean and biased variance in float64, in the result's shape."""
-    shift = (x[:, 0, :, 0] if x.ndim == 4 else x[:, 0]).astype(np.float64).reshape(-1)
-    shift[~np.isfinite(shift)] = 0.0  # or the mean would be NaN where it is infinite
+    if found.rows and not found.over:
+        shift = np.full(len(x), np.nan)  # the loop takes it from a row when it reads that anyway
+    else:
+        first = x[:, 0].reshape(found.outer) if found.rows else x
+        shift = first[:, 0].astype(np.float64).reshape(-1)
+        _loop("make_finite")(shift)  # or the mean would be NaN where it is infinite
+    var = np.empty(shift.shape)
     for _ in range(2):
-        shift, var, far = moments(shift, *_moments(x, shift), found.terms)
-        if not far.any():
+        if _loop("settle")(_moments(x, found, shift), found.terms, shift, var):
             break
     return shift.reshape(found.shape), var.reshape(found.shape)
 
 
 def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> Any:
     """Mean and variance in float64."""
-    if x.dtype.char not in "fd" or not x.size:
+    found = _reduced(_shifted, x, axis, keepdims, few_are_numpys=True)
+    if found is NotImplemented:
         return NotImplemented
-    if x.size > SMALL:
-        found = _reduced(_shifted, x, axis, keepdims, few_are_numpys=True)
-        if found is NotImplemented:
-            return NotImplemented
-        mu, var = found
-    else:
-        mu = ADD(x, axis, np.float64, None, True)
-        mu /= x.size // mu.size
-        d = x - mu
-        var = np.asarray(ADD(d * d, axis, None, None, keepdims) / (x.size // mu.size))
-        mu = mu.reshape(var.shape)
+    mu, var = found
     n = x.size // mu.size
     return mu, var * n / (n - correction) if correction else var
 
@@ -315,7 +279,7 @@ def sum_of_squares(x: Array, *, axis: Axis = None, keepdims: bool = False) -> An
 
 
 def _squares(x: Array, found: Plan) -> Array:
-    return _moments(x, np.zeros(math.prod(found.shape)))[1].reshape(found.shape)
+    return _moments(x, found, np.zeros(math.prod(found.shape)))[1].reshape(found.shape)
 
 
 @kernel("optim.sum_of_squares", "cpu")
@@ -366,15 +330,14 @@ def _row_places(x: Array, place: Callable[..., Any], sign: int) -> Array:
 
 def _extremes(pick: np.ufunc, sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Array:
-        if x.ndim == 4:
-            partial = _row_extremes(x.reshape(-1, x.shape[-1]), pick, sign)
-            if x.shape[1] > 1:
-                partial = pick.reduce(partial.reshape(x.shape[:3]), axis=1)
+        if found.rows:
+            partial = _row_extremes(x, pick, sign)
+            if found.outer[1] > 1:
+                partial = pick.reduce(partial.reshape(found.outer), axis=1)
         else:
-            pieces = _pieces(x.shape)
-            partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]), x.dtype)
-            _run_columns("column_extremes", x, partial, pieces, x.dtype.type(sign))
-            if partial.shape[1] > 1:
+            partial = np.empty(found.partial, x.dtype)
+            _run("extremes", x, found, x.dtype.type(sign), partial)
+            if found.over:
                 partial = pick.reduce(partial, axis=1)
         return partial.reshape(found.shape)
 
@@ -402,12 +365,10 @@ def min_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
 
 def _places(place: Callable[..., Any], sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Array:
-        if x.ndim == 4:
-            return _row_places(x.reshape(-1, x.shape[-1]), place, sign).reshape(found.shape)
-        pieces = _pieces(x.shape)
-        partial = np.empty((x.shape[0], pieces.number[1], x.shape[2]), x.dtype)
-        places = np.empty(partial.shape, np.intp)
-        _run_columns("column_places", x, places, pieces, x.dtype.type(sign), partial)
+        if found.rows:
+            return _row_places(x, place, sign).reshape(found.shape)
+        partial, places = np.empty(found.partial, x.dtype), np.empty(found.partial, np.intp)
+        _run("places", x, found, x.dtype.type(sign), partial, places)
         first = np.argmax(partial, axis=1, keepdims=True)  # the first piece that has it; NaN wins here too
         return np.take_along_axis(places, first, 1).reshape(found.shape)
 

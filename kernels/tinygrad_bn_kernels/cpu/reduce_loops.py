@@ -8,6 +8,7 @@ import numpy as np
 from numba import config
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.moments import moments
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import lanes, larger, load, mul, splat, store
@@ -86,20 +87,42 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
 
 
 @njit(fastmath=SUMS)
-def row_moments(x, piece, shift, b, c, partial, start, stop):
-    """Σ (x − shift) and Σ (x − shift)² of each piece of a row, into partial (M, pieces, 2)."""
-    pieces = partial.shape[1]
+def row_moments(x, piece, b, c, shift, partial, start, stop):
+    """Σ (x − shift) and Σ (x − shift)² of each piece of a row, into partial (2, M, pieces).
+
+    A shift that is NaN becomes the row's first element.
+    """
+    pieces = partial.shape[2]
     for item in range(start, stop):
         m, t = item // pieces, item % pieces
-        row, from_ = x[m], shift[m // (b * c) * c + m % c]
+        row, own = x[m, t * piece : (t + 1) * piece], m // (b * c) * c + m % c
+        if np.isnan(shift[own]):
+            shift[own] = row[0] if np.isfinite(row[0]) else 0.0
+        from_ = shift[own]
         s1 = 0.0
         s2 = 0.0
-        for j in range(t * piece, min((t + 1) * piece, row.size)):
+        for j in range(row.size):
             d = np.float64(row[j]) - from_
             s1 += d
             s2 += d * d
-        partial[m, t, 0] = s1
-        partial[m, t, 1] = s2
+        partial[0, m, t], partial[1, m, t] = s1, s2
+
+
+@njit(fastmath=SUMS)
+def make_finite(shift):
+    """Put 0 where it is not."""
+    for i in range(shift.size):
+        shift[i] = shift[i] if np.isfinite(shift[i]) else 0.0
+
+
+@njit(fastmath=SUMS)
+def settle(sums, n, shift, var):
+    """Mean, into shift, and variance from the two sums of each, and whether its shift was good enough."""
+    good = True
+    for i in range(shift.size):
+        shift[i], var[i], far = moments(shift[i], sums[0, i], sums[1, i], n)
+        good = good and not far
+    return good
 
 
 @njit(fastmath=SUMS)
@@ -115,14 +138,15 @@ def column_moments(x, rows, columns, fold, shift, partial, start, stop):
         for j in range(width * fold):
             sums[0, j] = shift[a * c + first + j % width]
         i, last = t * rows, min((t + 1) * rows, b)
-        while i + 2 * fold <= last:
+        while i + 4 * fold <= last:
             k = (a * b + i) * c + first
-            r0, r1 = flat[k:], flat[k + fold * c :]
+            r0, r1, r2, r3 = flat[k:], flat[k + fold * c :], flat[k + 2 * fold * c :], flat[k + 3 * fold * c :]
             for j in range(width * fold):
                 d0, d1 = np.float64(r0[j]) - sums[0, j], np.float64(r1[j]) - sums[0, j]
-                sums[1, j] += d0 + d1
-                sums[2, j] += d0 * d0 + d1 * d1
-            i += 2 * fold
+                d2, d3 = np.float64(r2[j]) - sums[0, j], np.float64(r3[j]) - sums[0, j]
+                sums[1, j] += (d0 + d1) + (d2 + d3)
+                sums[2, j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+            i += 4 * fold
         while i < last:
             r0 = flat[(a * b + i) * c + first :]
             for j in range(width * min(fold, last - i)):
@@ -140,18 +164,20 @@ def column_moments(x, rows, columns, fold, shift, partial, start, stop):
 
 
 @njit()
-def _take_larger(r0, r1, r2, r3, sign, held):
-    """Four rows at once: a single one is compiled to a conditional store, which uses no vector registers."""
-    for j in range(held.size):
-        best = held[j]
-        v = sign * r0[j]
-        best = v if (v > best) | (v != v) else best
-        v = sign * r1[j]
-        best = v if (v > best) | (v != v) else best
-        v = sign * r2[j]
-        best = v if (v > best) | (v != v) else best
-        v = sign * r3[j]
-        held[j] = v if (v > best) | (v != v) else best
+def _take_larger(flat, k, step, count, sign, held):
+    """The largest of `held` and sign · some rows, which begin `step` apart from k on."""
+    whole = held.size // lanes(held) * lanes(held)
+    if whole:
+        s = splat(sign)
+        for j in range(0, whole, lanes(held)):
+            best = load(held, j)
+            for i in range(count):
+                best = larger(best, mul(s, load(flat, k + i * step + j)))
+            store(held, j, best)
+    for j in range(whole, held.size):
+        for i in range(count):
+            v = sign * flat[k + i * step + j]
+            held[j] = v if (v > held[j]) | (v != v) else held[j]
 
 
 @njit()
@@ -167,17 +193,11 @@ def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
         i, last = t * rows, min((t + 1) * rows, b)
         for j in range(width * fold):
             held[j] = sign * flat[(a * b + i) * c + first + j % width]
-        step = fold * c
-        while i + 4 * fold <= last:
-            k = (a * b + i) * c + first
-            _take_larger(flat[k:], flat[k + step :], flat[k + 2 * step :], flat[k + 3 * step :], sign, held)
-            i += 4 * fold
-        while i < last:
-            row = flat[(a * b + i) * c + first :]
-            for j in range(width * min(fold, last - i)):
-                v = sign * row[j]
-                held[j] = v if (v > held[j]) | (v != v) else held[j]
-            i += fold
+        while i + fold <= last:
+            count = min(8, (last - i) // fold)
+            _take_larger(flat, (a * b + i) * c + first, fold * c, count, sign, held)
+            i += count * fold
+        _take_larger(flat, (a * b + i) * c + first, 0, int(i < last), sign, held[: width * (last - i)])
         for j in range(width):
             best = held[j]
             for f in range(1, fold):

@@ -74,14 +74,13 @@ def split(loop: Callable[..., object], items: int, elements: float, *args: objec
     Whoever is done with a part takes the next, so a thread that wakes late, or shares its core, holds up nobody.
     While the helpers work for another thread, this one does without them.
     """
-    parts = min(PARTS * _threads, items) if elements >= PARALLEL_FROM else 1
-    if parts <= 1 or _threads == 1 or _busy.locked():
+    if elements < PARALLEL_FROM or items <= 1 or _threads == 1 or _busy.locked():
         loop(*args, 0, items)
         return
     with _busy:
         try:
             if team := _hired():
-                team.run(loop, items, parts, args)
+                team.run(loop, items, min(PARTS * _threads, items), args)
             else:
                 loop(*args, 0, items)
         except BaseException:
