@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
@@ -19,8 +20,6 @@ from tinygrad_bn_kernels.cpu.threads import split
 
 # Rows of a batch of vectors whose sums are added up before those of the next.
 CHUNK = 256
-
-_moments = njit(fastmath=SUMS)(moments)
 
 
 @njit()
@@ -47,7 +46,7 @@ def plane_statistics(x, c):
                 d = plane[j] - mean
                 s1 += d
                 s2 += d * d
-        mean, var, far = _moments(mean, s1, s2, n * size)
+        mean, var, far = moments(mean, s1, s2, n * size)
         if not far:
             break
     return mean, var
@@ -213,7 +212,7 @@ def _rows_statistics(sums, n, shift, mean, var):
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-        mean[j], var[j], far = _moments(shift[j], s1, s2, n)
+        mean[j], var[j], far = moments(shift[j], s1, s2, n)
         shift[j] = mean[j]
         good = good and not far
     return good
@@ -240,16 +239,37 @@ def _rows_normalize(x, k, relu, y, start, stop):
             out[j] = floor if v < floor else v
 
 
+@njit(fastmath=SUMS)
+def _rows_shift(x):
+    shift = x[0].astype(np.float64)
+    for j in range(shift.size):
+        shift[j] = shift[j] if np.isfinite(shift[j]) else 0.0
+    return shift
+
+
+@njit(fastmath=SUMS)
+def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
+    """What `_rows_forward` does, by one thread in one call."""
+    chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
+    for _ in range(2):
+        sums = np.zeros((chunks, 2, x.shape[1]))
+        _rows_sums(x, shift, sums, 0, chunks)
+        if _rows_statistics(sums, len(x), shift, mean, var):
+            break
+    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y, 0, chunks)
+
+
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
     y, mean, var = out
-    chunks, shift = -(-len(x) // CHUNK), x[0].astype(np.float64)
-    shift[~np.isfinite(shift)] = 0.0
+    if x.size < threads.PARALLEL_FROM:
+        return _few_rows_forward(x, weight, bias, eps, relu, y, mean, var)
+    chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y)
+    return split(_rows_normalize, chunks, x.size, x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y)
 
 
 @njit(fastmath=SUMS)
@@ -305,16 +325,30 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
             out[j] = _gradient(gs[j], row[j], k[0, j], k[1, j], k[2, j], k[4, j], k[5, j], k[6, j], relu)
 
 
+@njit(fastmath=SUMS)
+def _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
+    """What `_rows_backward` does, by one thread in one call."""
+    chunks = -(-len(x) // CHUNK)
+    k, sums = _rows_constants(x, g, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
+    _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
+    _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
+    if gx.size:
+        _rows_gradient(g, x, k, relu, gx, 0, chunks)
+
+
 def _rows_backward(
     g: Array, x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, *out: Array
 ) -> None:
     gx, gweight, gbias = out
+    if x.size < threads.PARALLEL_FROM:
+        return _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
     chunks = -(-len(x) // CHUNK)
     k, sums = _rows_constants(x, g, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
     split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
     _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
     if gx.size:
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
+    return None
 
 
 # ---- state -----------------------------------------------------------------------------------------------
@@ -335,6 +369,8 @@ def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new
 
 def _channels(x: Array) -> Array:
     """As (N, C, S), or (N, C) where S is 1."""
+    if x.ndim == 2:
+        return x
     return x.reshape(x.shape[:2]) if x.size == x.shape[0] * x.shape[1] else x.reshape(*x.shape[:2], -1)
 
 

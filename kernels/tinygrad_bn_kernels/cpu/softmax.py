@@ -130,14 +130,23 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
         out[t] -= gi * (1 - smoothing) * weight[t]
 
 
+@njit()
+def _wrong(target, classes, ignore_index):
+    """The first row whose target is no class; -1 if there is none."""
+    for i in range(target.size):
+        if not (0 <= target[i] < classes or target[i] == ignore_index):
+            return i
+    return -1
+
+
 def _prepared(x: Array, target: Array, weight: Array, ignore_index: int) -> tuple[Array, Array, Array]:
     """As the loops want them, and checked, since they would read and write outside the arrays."""
     if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
         raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
-    wrong = target[(target != ignore_index) & ((target < 0) | (target >= x.shape[1]))]
-    if wrong.size:
-        raise ValueError(f"target {wrong[0]} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
-    return compiled(x), compiled(target, np.int64), compiled(weight, np.float64)
+    classes = compiled(target, np.int64)
+    if (i := _wrong(classes, x.shape[1], ignore_index)) >= 0:
+        raise ValueError(f"target {target[i]} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
+    return compiled(x), classes, compiled(weight, np.float64)
 
 
 @kernel("softmax_cross_entropy", "cpu")
@@ -183,8 +192,8 @@ def softmax_cross_entropy_vjp(
     logits, target, weight = _prepared(x, target, weight, ignore_index)
     gx = empty_like(logits)
     if x.size:
-        g = np.asarray(g, np.float64)
-        each = compiled(np.broadcast_to(g / total if reduction == "mean" else g, target.shape))
+        each = np.empty(len(x))
+        each[...] = np.divide(g, total, dtype=np.float64) if reduction == "mean" else g
         split(
             _backward, len(x), EXP_COST * x.size, each, logits, target, weight, ignore_index, smoothing, normalizer, gx
         )
