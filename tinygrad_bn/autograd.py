@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeAlias, overload
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full, has_own_memory
+from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full, stands_alone
 from tinygrad_bn.sample import Sample
 from tinygrad_bn.tensor import Array, Axis, Tensor
 
@@ -130,8 +130,10 @@ def primitive(
 
 def _plain_axis(name: str, axis: Any) -> Axis:
     """An axis, or several, as Python's integers; any other kind of integers is not known to kernels."""
+    if axis is None or type(axis) is int:
+        return axis
     given = axis if isinstance(axis, tuple) else (axis,)
-    if axis is None or all(type(a) is int for a in given):
+    if all(type(a) is int for a in given):
         return axis
     if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") for a in given):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {axis!r}")
@@ -160,14 +162,20 @@ class Node:
         self.params = {}
 
 
-@contextmanager
-def recording(on: bool) -> Iterator[None]:
-    """Remember, or do not, how tensors are computed in this block."""
-    token = _recording.set(on)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
+class recording:
+    """Remember, or do not, how tensors are computed in this block.
+
+    A class, as a generator would take three times as long to enter and leave, for every backward pass.
+    """
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def __enter__(self) -> None:
+        self.token = _recording.set(self.on)
+
+    def __exit__(self, *error: object) -> None:
+        _recording.reset(self.token)
 
 
 def is_recording() -> bool:
@@ -198,7 +206,7 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
 def run(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """Run `op` and, if one of its operands requires a gradient, remember how on the result."""
     for o in operands:
-        if isinstance(o, TENSORS):
+        if type(o) is not np.ndarray and isinstance(o, TENSORS):  # the type is asked for first as it takes a tenth
             break
     else:
         return _execute(op, operands, params)
@@ -326,9 +334,8 @@ def _separate(grads: dict[Tensor, Any], cotangent: Tensor) -> dict[Tensor, Tenso
     taken = {id(cotangent._data)}
     for t, g in grads.items():
         gt = _to_tensor(g)
-        strided = gt.device == "cpu" and not gt._data.flags.c_contiguous
-        if strided or not has_own_memory(gt._data) or id(gt._data) in taken:
-            gt = gt + 0 if gt.requires_grad else Tensor(gt)
+        if not stands_alone(gt._data) or id(gt._data) in taken:
+            gt = gt + 0 if gt._requires_grad else Tensor(gt)
         taken.add(id(gt._data))
         out[t] = gt
     return out
@@ -396,19 +403,23 @@ def _backprop(
     wanted = set(wanted)
     leads = set(wanted)  # the tensors on a way from y to something wanted
     for t in order:
-        if t.node is not None and _leads_to(leads, t.node):
+        if (node := t.node) is not None and _leads_to(leads, node):
             leads.add(t)
-            _expect_unchanged(t, t.node)  # before anything is computed, or freed
+            _expect_unchanged(t, node)  # before anything is computed, or freed
     grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
     while order:
         t = order.pop()
-        node = t.node
-        if node is None or t not in leads or t not in grads:
+        if (node := t.node) is None or t not in leads or t not in grads:
             continue
         gt = grads[t] if t in wanted else grads.pop(t)
         needs = [need and x._requires_grad and x in leads for x, need in zip(node.inputs, node.needs, strict=True)]
         if True in needs:
-            for x, gx in zip(node.inputs, _explained_pull(t, node, gt, needs, create_graph), strict=True):
+            try:
+                gxs = _pull(t, node, gt, needs, create_graph)
+            except Exception as error:
+                _add_notes(error, node)
+                raise
+            for x, gx in zip(node.inputs, gxs, strict=True):
                 if gx is not None:
                     gx = _fit(gx, x)
                     grads[x] = grads[x] + gx if x in grads else gx
@@ -419,12 +430,16 @@ def _backprop(
 
 
 def _leads_to(some: set[Tensor], node: Node) -> bool:
-    return any(need and x in some for x, need in zip(node.inputs, node.needs, strict=True))
+    for x, need in zip(node.inputs, node.needs, strict=True):  # noqa: SIM110 (a generator takes twice as long)
+        if need and x in some:
+            return True
+    return False
 
 
 def _fit(gx: Any, x: Tensor) -> Any:
     """Undo what broadcasting and promotion did to the operand `x`: its gradient gets its shape and dtype."""
-    gx = gx if isinstance(gx, Tensor) else as_array(gx)
+    if type(gx) is not np.ndarray and not isinstance(gx, Tensor):
+        gx = as_array(gx)
     if gx.shape != x._data.shape:
         gx = apply(OPS["sum_to"], (gx,), {"shape": x.shape})
     return gx if gx.dtype == x._data.dtype else gx.astype(x.dtype)
@@ -435,7 +450,7 @@ def _to_tensor(g: Any) -> Tensor:
 
 
 def _expect_unchanged(t: Tensor, node: Node) -> None:
-    for x, seen in zip((t, *node.inputs), (node.output, *node.arrays), strict=True):
+    for x, seen in ((t, node.output), *zip(node.inputs, node.arrays, strict=True)):
         if x is not seen and x._data is not seen:  # a number is its own array
             error = RuntimeError(
                 f"{node.op.name!r} needs a tensor of shape {x.shape} for its backward pass, and that was changed "
@@ -450,15 +465,6 @@ def _add_notes(error: Exception, node: Node) -> None:
     error.add_note(f"in the backward pass of {describe(node.op, node.arrays, node.params)}")
     if node.caller:
         error.add_note(f"whose forward pass was called here:\n{node.caller}")
-
-
-def _explained_pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:
-    """`_pull`, with notes on an error."""
-    try:
-        return _pull(t, node, g, needs, create_graph)
-    except Exception as error:
-        _add_notes(error, node)
-        raise
 
 
 def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) -> Sequence[Any]:

@@ -4,18 +4,19 @@ On "cpu" an array is NumPy's; on "cuda" it is a `DeviceArray` of `tinygrad_bn_ke
 arithmetic. Nothing of CUDA is imported before an array is moved there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
-from tinygrad_bn_kernels import Kernel, lookup
+from tinygrad_bn_kernels import Kernel
 from tinygrad_bn_kernels import disabled as kernels_disabled
+from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "has_own_memory", "join",
-    "kernel_or", "kernels_disabled", "move", "to_numpy",
+    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "join", "kernel_or",
+    "kernels_disabled", "move", "stands_alone", "to_numpy",
 ]  # fmt: skip
 
 DEVICES = ("cpu", "cuda")
@@ -34,8 +35,10 @@ def as_array(value: Any) -> Any:
     return value if type(value) is np.ndarray or device_of(value) != "cpu" else np.asarray(value)
 
 
-def expect_one_device(operands: Iterable[object]) -> None:
+def expect_one_device(operands: Collection[object]) -> None:
     """Raise TypeError if arrays live on different devices, naming them: nothing is copied between devices unasked."""
+    if set(map(type, operands)) == {np.ndarray}:
+        return  # as nearly always
     devices = {device_of(o) for o in operands if hasattr(o, "dtype")}
     if len(devices) > 1:
         raise TypeError(f"operands live on different devices, {' and '.join(sorted(devices))}; move one with .to()")
@@ -65,9 +68,11 @@ def beside(constant: Any, x: Any) -> Any:
     return move(constant, device_of(x))
 
 
-def has_own_memory(array: Any) -> bool:
-    """Whether the memory of `array` is not another array's, which would change with it."""
-    return is_owner(array) if device_of(array) == "cpu" else array.base is None
+def stands_alone(array: Any) -> bool:
+    """Whether `array` is contiguous, and its memory not another array's, which would change with it."""
+    if device_of(array) == "cpu":
+        return bool(array.flags.c_contiguous) and is_owner(array)
+    return array.base is None
 
 
 def full(shape: tuple[int, ...], value: float, dtype: DTypeLike, device: str) -> Any:
@@ -76,21 +81,16 @@ def full(shape: tuple[int, ...], value: float, dtype: DTypeLike, device: str) ->
 
 
 def join(arrays: Sequence[Any]) -> Any:
-    """Arrays of one axis, of one device, one after the other."""
+    """The elements of arrays of one device, one after the other, on one axis."""
     if device_of(arrays[0]) == "cpu":
-        return np.concatenate(arrays)
-    return lookup("concatenate", "cuda")(*arrays, axis=0)  # type: ignore[misc]
+        return np.concatenate(arrays, axis=None)
+    return find_kernel("concatenate", "cuda")(*[a.reshape(-1) for a in arrays], axis=0)  # type: ignore[misc]
 
 
 def _arrays() -> Any:
     from tinygrad_bn.cuda import arrays
 
     return arrays()
-
-
-def find_kernel(name: str, device: str) -> Kernel | None:
-    """The kernel called `name` ("mul", "mul.vjp") on `device`, or None: then the NumPy reference runs."""
-    return lookup(name, device)
 
 
 def kernel_or(reference: Kernel, name: str, *arrays: Any, **options: Any) -> Any:
@@ -100,6 +100,6 @@ def kernel_or(reference: Kernel, name: str, *arrays: Any, **options: Any) -> Any
     order are the reference's. Raises TypeError if the arrays live on different devices.
     """
     expect_one_device(arrays)
-    found = lookup(name, device_of(arrays[0])) if all(a.dtype.isnative for a in arrays) else None
+    found = None if False in [a.dtype.isnative for a in arrays] else find_kernel(name, device_of(arrays[0]))
     result = NotImplemented if found is None else found(*arrays, **options)
     return reference(*arrays, **options) if result is NotImplemented else result

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, expect_one_device, full, join, kernel_or, move, to_numpy
+from tinygrad_bn.device import as_array, device_of, expect_one_device, full, join, kernel_or, move, to_numpy
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.ops import clip
 from tinygrad_bn.schedules import CosineAnnealingLR, Schedule, StepLR, WarmupLR
@@ -53,7 +53,7 @@ class Optimizer:
             for g in groups
         ]
         self.state: dict[Tensor, State] = {}
-        self._flats: dict[tuple[int, ...], _Flat] = {}
+        self._flats: dict[tuple[int, ...], list[_Flat]] = {}  # by the identity of the parameters
         everything = [p for g in self.param_groups for p in g["params"]]
         if not all(isinstance(p, Tensor) for p in everything):
             raise TypeError("params are tensors, as model.parameters() gives them, or groups of tensors")
@@ -82,38 +82,40 @@ class Optimizer:
         """
         for group in self.param_groups:
             self._check(group)
-            for p in group["params"]:
-                _gradient(p)
-        flats: dict[tuple[int, ...], _Flat] = {}
+        gradients = {p: g for group in self.param_groups for p in group["params"] if (g := _gradient(p)) is not None}
+        laid: dict[tuple[int, ...], list[_Flat]] = {}
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[Tensor]] = {}  # what one call can update
-            kept = self._kept(group)
-            for p in group["params"]:
-                if p.grad is not None and p._requires_grad:
-                    state = self.state.setdefault(p, {"step": 0})
-                    for name, first in kept.items():
-                        if name not in state:
-                            state[name] = full(p.shape, first, _wide(p.dtype), p.device)
-                    state["step"] += 1
-                    alone = id(p) if p.size >= LARGE else None
-                    alike.setdefault((p.dtype, state["step"], p.device, alone), []).append(p)
-            for (_, step, _, _), params in alike.items():
-                key = tuple(map(id, params))
-                flat = self._flats.get(key)
-                if flat is None or not flat.holds(self.state, kept):
-                    flat = _Flat(params, self.state, kept)
-                flats[key] = flat
-                flat.replace(self._update(flat.values(), flat.gradients(), flat.state, step=step, **group))
-        self._flats = flats  # any other way of being laid out is over
+            params, kept = [p for p in group["params"] if p in gradients and p._requires_grad], self._kept(group)
+            key = tuple(map(id, params))
+            flats = self._flats.get(key, [])
+            if not flats or not all(flat.holds(self.state, kept) for flat in flats):
+                flats = self._lay_out(params, kept)
+            for flat in flats:
+                step, values = flat.count(), flat.values()
+                flat.replace(self._update(values, flat.gradients(gradients), flat.state, step=step, **group))
+            laid[key] = flats
+        self._flats = laid  # any other way of being laid out is over
+
+    def _lay_out(self, params: Iterable[Tensor], kept: Mapping[str, float]) -> list[_Flat]:
+        """The parameters in flat arrays of what one call can update, with their state, or a first one."""
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in params:
+            state = self.state.setdefault(p, {"step": 0})
+            for name, first in kept.items():
+                if name not in state:
+                    state[name] = full(p.shape, first, _wide(p.dtype), p.device)
+            alone = id(p) if p.size >= LARGE else None
+            alike.setdefault((p.dtype, state["step"], p.device, alone), []).append(p)
+        return [_Flat(some, self.state, kept) for some in alike.values()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_flats": {}}  # they go by the identity of the parameters, which a copy has not
+        return {**vars(self), "_flats": {}}  # a copy has other parameters
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for options that are out of range, and TypeError for what is no number."""
         for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
             value = group.get(option, 0)
-            if not isinstance(value, Real):
+            if type(value) is not float and not isinstance(value, Real):  # which takes ten times as long to ask
                 raise TypeError(f"{option} has to be a number; got {value!r}")
             if not float(value) >= 0:  # nor NaN
                 raise ValueError(f"{option} has to be 0 or more; got {value}")
@@ -179,10 +181,10 @@ class _Flat:
     """
 
     def __init__(self, params: list[Tensor], state: dict[Tensor, State], kept: Iterable[str]) -> None:
-        self.params = params
+        self.params, self.states = params, [state[p] for p in params]
         self.stops = np.cumsum([p.size for p in params])[:-1].tolist()
         self.state = {  # always a copy, as it is written into
-            name: join([_state_of(p, name, state[p][name]).reshape(-1) for p in params]) for name in kept
+            name: join([_state_of(p, name, state[p][name]) for p in params]) for name in kept
         }
         self.state_parts = {name: self._parts(array) for name, array in self.state.items()}
         for name, parts in self.state_parts.items():
@@ -191,12 +193,25 @@ class _Flat:
         self.replace(_joined([p._data for p in params]))
 
     def holds(self, state: dict[Tensor, State], kept: Mapping[str, float]) -> bool:
-        """Whether this is still the parameters' state, by these names, and nobody has assigned another."""
-        return self.state.keys() == kept.keys() and all(
-            state[p][name] is part
-            for name, parts in self.state_parts.items()
-            for p, part in zip(self.params, parts, strict=True)
-        )
+        """Whether one call still updates them all, and this is their state: nobody has assigned another."""
+        if self.state.keys() != kept.keys():
+            return False
+        step, kind = self.states[0].get("step"), (self.whole.dtype, device_of(self.whole))
+        for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
+            if state.get(p) is not own or own.get("step") != step:
+                return False
+            if p._data is not self.parts[i] and (p.dtype, p.device) != kind:
+                return False
+            for name, parts in self.state_parts.items():
+                if own.get(name) is not parts[i]:
+                    return False
+        return True
+
+    def count(self) -> int:
+        """One step more: its number, from 1 on."""
+        for own in self.states:
+            own["step"] += 1
+        return int(self.states[0]["step"])
 
     def values(self) -> Array:
         """The parameters, in the precision of the update; gathered anew if somebody assigned to one."""
@@ -204,10 +219,10 @@ class _Flat:
             self.replace(_joined([p._data for p in self.params]))
         return self.whole.astype(_wide(self.whole.dtype), copy=False)
 
-    def gradients(self) -> Array:
-        """Their gradients, in the precision of the update."""
+    def gradients(self, gradients: Mapping[Tensor, Array]) -> Array:
+        """Those of these parameters, in the precision of the update."""
         expect_one_device((self.whole, *self.state.values()))
-        joined = _joined([_gradient(p) for p in self.params])
+        joined = _joined([gradients[p] for p in self.params])
         return joined.astype(_wide(self.whole.dtype), copy=False)
 
     def replace(self, whole: Array) -> None:
@@ -219,7 +234,7 @@ class _Flat:
 
     def _parts(self, whole: Array) -> list[Array]:
         bounds = zip([0, *self.stops], [*self.stops, whole.size], self.params, strict=True)
-        return [whole[start:stop].reshape(p.shape) for start, stop, p in bounds]
+        return [whole[start:stop].reshape(p._data.shape) for start, stop, p in bounds]
 
 
 def _gradient(p: Tensor) -> Any:
@@ -230,10 +245,12 @@ def _gradient(p: Tensor) -> Any:
         raise TypeError(
             f"a parameter of shape {p.shape} has a gradient of type {type(p.grad).__name__}; assign a Tensor"
         )
-    if p.grad.shape != p.shape:
-        raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {p.grad.shape}")
-    expect_one_device((p._data, p.grad._data))
-    return p.grad._data
+    array = p.grad._data
+    if array.shape != p._data.shape:
+        raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {array.shape}")
+    if type(array) is not type(p._data):
+        expect_one_device((p._data, array))
+    return array
 
 
 def _state_of(p: Tensor, name: str, value: Any) -> Array:
@@ -250,7 +267,7 @@ def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _joined(arrays: list[Array]) -> Array:
-    return join([a.reshape(-1) for a in arrays]) if len(arrays) > 1 else arrays[0].reshape(-1)
+    return join(arrays) if len(arrays) > 1 else arrays[0].reshape(-1)
 
 
 class SGD(Optimizer):
