@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, nn, optim
+from tinygrad_bn import Tensor, flat, nn, optim
 from tinygrad_bn import functional as F
 
 SHAPES = [(), (3,), (2, 5), (0,), (1,), (4, 0, 2), (7, 3, 2), (1030,), (2, 2)]
@@ -199,9 +199,9 @@ def test_copies_of_a_model_after_steps_are_independent():
 
 @every_optimizer
 def test_large_parameters_are_left_alone_in_memory(kind, options, monkeypatch):
-    monkeypatch.setattr(optim, "LARGE", 1000)
-    joined, join = [], optim._joined
-    monkeypatch.setattr(optim, "_joined", lambda arrays: joined.append([a.size for a in arrays]) or join(arrays))
+    monkeypatch.setattr(flat, "LARGE", 1000)
+    joined, join = [], flat._joined
+    monkeypatch.setattr(flat, "_joined", lambda arrays: joined.append([a.size for a in arrays]) or join(arrays))
     params = parameters(shapes=[(1000,), (20, 60), (4,), (999,), (2, 3)])
     optimizer = kind(params, lr=0.1, **options)
     for step in range(3):
@@ -262,7 +262,7 @@ def test_half_precision_is_updated_in_single(make):
     assert (p.numpy() < 1).all()
 
 
-@pytest.mark.parametrize("size", [3, optim.LARGE])
+@pytest.mark.parametrize("size", [3, flat.LARGE])
 def test_state_that_is_assigned_is_checked_and_copied(size):
     def step(first, second):
         p, q = (Tensor(np.ones(n), requires_grad=True, dtype=np.float32) for n in (size, 2))

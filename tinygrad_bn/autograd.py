@@ -389,12 +389,7 @@ def _topological(y: Tensor, stop: Iterable[Tensor] = ()) -> list[Tensor]:
 
 
 def _backprop(
-    y: Tensor,
-    g: Tensor,
-    order: list[Tensor],
-    wanted: Iterable[Tensor],
-    create_graph: bool,
-    free: bool = False,
+    y: Tensor, g: Tensor, order: list[Tensor], wanted: Iterable[Tensor], create_graph: bool, free: bool = False
 ) -> dict[Tensor, Any]:
     """The gradient of every wanted tensor: arrays, or tensors with `create_graph`. Eats up `order`.
 
@@ -403,9 +398,12 @@ def _backprop(
     wanted = set(wanted)
     leads = set(wanted)  # the tensors on a way from y to something wanted
     for t in order:
-        if (node := t.node) is not None and _leads_to(leads, node):
-            leads.add(t)
-            _expect_unchanged(t, node)  # before anything is computed, or freed
+        if (node := t.node) is not None:
+            for x, need in zip(node.inputs, node.needs, strict=True):
+                if need and x in leads:
+                    leads.add(t)
+                    _expect_unchanged(t, node)  # before anything is computed, or freed
+                    break
     grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
     while order:
         t = order.pop()
@@ -427,13 +425,6 @@ def _backprop(
         if free:
             node.free()
     return {t: grads[t] for t in wanted if t in grads}
-
-
-def _leads_to(some: set[Tensor], node: Node) -> bool:
-    for x, need in zip(node.inputs, node.needs, strict=True):  # noqa: SIM110 (a generator takes twice as long)
-        if need and x in some:
-            return True
-    return False
 
 
 def _fit(gx: Any, x: Tensor) -> Any:

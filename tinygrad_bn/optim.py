@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, device_of, expect_one_device, full, join, kernel_or, move, to_numpy
+from tinygrad_bn.device import as_array, expect_one_device, kernel_or, move, to_numpy
+from tinygrad_bn.flat import FlatParameters, State, lay_out, state_array
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.ops import clip
 from tinygrad_bn.schedules import CosineAnnealingLR, Schedule, StepLR, WarmupLR
@@ -27,10 +28,6 @@ __all__ = [
 ]  # fmt: skip
 
 Group: TypeAlias = dict[str, Any]
-State: TypeAlias = dict[str, Any]
-
-# A parameter of so many elements is worth a call of its own; laying it beside others would only copy it.
-LARGE = 1 << 16
 
 
 class Optimizer:
@@ -53,7 +50,7 @@ class Optimizer:
             for g in groups
         ]
         self.state: dict[Tensor, State] = {}
-        self._flats: dict[tuple[int, ...], list[_Flat]] = {}  # by the identity of the parameters
+        self._flats: dict[tuple[int, ...], list[FlatParameters]] = {}  # by the identity of the parameters
         everything = [p for g in self.param_groups for p in g["params"]]
         if not all(isinstance(p, Tensor) for p in everything):
             raise TypeError("params are tensors, as model.parameters() gives them, or groups of tensors")
@@ -83,30 +80,18 @@ class Optimizer:
         for group in self.param_groups:
             self._check(group)
         gradients = {p: g for group in self.param_groups for p in group["params"] if (g := _gradient(p)) is not None}
-        laid: dict[tuple[int, ...], list[_Flat]] = {}
+        laid: dict[tuple[int, ...], list[FlatParameters]] = {}
         for group in self.param_groups:
             params, kept = [p for p in group["params"] if p in gradients and p._requires_grad], self._kept(group)
             key = tuple(map(id, params))
             flats = self._flats.get(key, [])
             if not flats or not all(flat.holds(self.state, kept) for flat in flats):
-                flats = self._lay_out(params, kept)
+                flats = lay_out(params, self.state, kept)
             for flat in flats:
                 step, values = flat.count(), flat.values()
                 flat.replace(self._update(values, flat.gradients(gradients), flat.state, step=step, **group))
             laid[key] = flats
         self._flats = laid  # any other way of being laid out is over
-
-    def _lay_out(self, params: Iterable[Tensor], kept: Mapping[str, float]) -> list[_Flat]:
-        """The parameters in flat arrays of what one call can update, with their state, or a first one."""
-        alike: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p in params:
-            state = self.state.setdefault(p, {"step": 0})
-            for name, first in kept.items():
-                if name not in state:
-                    state[name] = full(p.shape, first, _wide(p.dtype), p.device)
-            alone = id(p) if p.size >= LARGE else None
-            alike.setdefault((p.dtype, state["step"], p.device, alone), []).append(p)
-        return [_Flat(some, self.state, kept) for some in alike.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_flats": {}}  # a copy has other parameters
@@ -167,74 +152,11 @@ class Optimizer:
             p, kept = everything[int(i)]
             if missing := {"step", *kept} - saved.keys():
                 raise ValueError(f"the saved state of parameter {i} has no {', '.join(sorted(missing))}")
-            arrays = {name: move(_state_of(p, name, saved[name]), p.device) for name in kept}
+            arrays = {name: move(state_array(p, name, saved[name]), p.device) for name in kept}
             loaded[p] = copy.deepcopy({**saved, **arrays})
         for group, options in zip(self.param_groups, state["param_groups"], strict=True):
             group.update(options)
         self._flats, self.state = {}, loaded
-
-
-class _Flat:
-    """Some parameters, one after the other in one array, and their state likewise.
-
-    Each parameter's array is a view of it, and whoever keeps one keeps them all; `np.array(p)` is a copy.
-    """
-
-    def __init__(self, params: list[Tensor], state: dict[Tensor, State], kept: Iterable[str]) -> None:
-        self.params, self.states = params, [state[p] for p in params]
-        self.stops = np.cumsum([p.size for p in params])[:-1].tolist()
-        self.state = {  # always a copy, as it is written into
-            name: join([_state_of(p, name, state[p][name]) for p in params]) for name in kept
-        }
-        self.state_parts = {name: self._parts(array) for name, array in self.state.items()}
-        for name, parts in self.state_parts.items():
-            for p, part in zip(params, parts, strict=True):
-                state[p][name] = part
-        self.replace(_joined([p._data for p in params]))
-
-    def holds(self, state: dict[Tensor, State], kept: Mapping[str, float]) -> bool:
-        """Whether one call still updates them all, and this is their state: nobody has assigned another."""
-        if self.state.keys() != kept.keys():
-            return False
-        step, kind = self.states[0].get("step"), (self.whole.dtype, device_of(self.whole))
-        for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
-            if state.get(p) is not own or own.get("step") != step:
-                return False
-            if p._data is not self.parts[i] and (p.dtype, p.device) != kind:
-                return False
-            for name, parts in self.state_parts.items():
-                if own.get(name) is not parts[i]:
-                    return False
-        return True
-
-    def count(self) -> int:
-        """One step more: its number, from 1 on."""
-        for own in self.states:
-            own["step"] += 1
-        return int(self.states[0]["step"])
-
-    def values(self) -> Array:
-        """The parameters, in the precision of the update; gathered anew if somebody assigned to one."""
-        if any(p._data is not part for p, part in zip(self.params, self.parts, strict=True)):
-            self.replace(_joined([p._data for p in self.params]))
-        return self.whole.astype(_wide(self.whole.dtype), copy=False)
-
-    def gradients(self, gradients: Mapping[Tensor, Array]) -> Array:
-        """Those of these parameters, in the precision of the update."""
-        expect_one_device((self.whole, *self.state.values()))
-        joined = _joined([gradients[p] for p in self.params])
-        return joined.astype(_wide(self.whole.dtype), copy=False)
-
-    def replace(self, whole: Array) -> None:
-        """Give the parameters new values."""
-        self.whole = whole.astype(self.params[0].dtype, copy=False)
-        self.parts = self._parts(self.whole)
-        for p, part in zip(self.params, self.parts, strict=True):
-            p._data = part
-
-    def _parts(self, whole: Array) -> list[Array]:
-        bounds = zip([0, *self.stops], [*self.stops, whole.size], self.params, strict=True)
-        return [whole[start:stop].reshape(p._data.shape) for start, stop, p in bounds]
 
 
 def _gradient(p: Tensor) -> Any:
@@ -251,23 +173,6 @@ def _gradient(p: Tensor) -> Any:
     if type(array) is not type(p._data):
         expect_one_device((p._data, array))
     return array
-
-
-def _state_of(p: Tensor, name: str, value: Any) -> Array:
-    """State of a parameter as an array in the precision of the update. Raises ValueError if it has another shape."""
-    array = as_array(value).astype(_wide(p.dtype), copy=False)
-    if array.shape != p.shape:
-        raise ValueError(f"the state {name} of a parameter of shape {p.shape} has the shape {array.shape}")
-    return array
-
-
-def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The precision that parameters of `dtype` are updated in: half could not hold squares, nor an eps."""
-    return np.result_type(dtype, np.float32)
-
-
-def _joined(arrays: list[Array]) -> Array:
-    return join(arrays) if len(arrays) > 1 else arrays[0].reshape(-1)
 
 
 class SGD(Optimizer):

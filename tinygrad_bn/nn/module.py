@@ -34,6 +34,10 @@ class Buffer(Tensor):
     __slots__ = ()
 
 
+# What most attributes are, and no module: asked for first, as every step goes through all of them.
+PLAIN = frozenset({Parameter, Buffer, bool, int, float, str, type(None)})
+
+
 class Module:
     """Base of layers and networks: what is assigned to an attribute is found there.
 
@@ -75,6 +79,8 @@ class Module:
         dictionary.
         """
         for name, value in vars(self).items():
+            if type(value) in PLAIN:
+                continue
             if isinstance(value, Module):
                 yield name, value
             elif isinstance(value, list | tuple):
