@@ -164,8 +164,9 @@ def test_nan_wins_wherever_it_is_and_the_first_place_in_a_tie(name, shape):
 def test_rows_longer_than_a_block(monkeypatch, name, dtype):
     """NaN and ties in the same block of a row, in different ones, and after its last whole vector."""
     monkeypatch.setattr(threads, "PARALLEL_FROM", 0)
-    length = 2 * reduce_loops.BLOCK + 3
-    places = [(), (0,), (5000,), (5000, 8000), (8000, 8001), (length - 1,), (4095, 4096), (1, length - 1)]
+    block = reduce_loops.BLOCK
+    length, i, j = 2 * block + 3, block + block // 4, 2 * block - 9
+    places = [(), (0,), (i,), (i, j), (j, j + 1), (length - 1,), (block - 1, block), (1, length - 1)]
     noise = np.random.default_rng(0).uniform(-1, 1, (2 * len(places), length)).astype(dtype)
     for row, where in enumerate(places):
         noise[2 * row, list(where)] = np.nan

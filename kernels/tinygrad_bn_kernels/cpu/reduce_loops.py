@@ -23,7 +23,7 @@ else:
 LONG = 1 << 12
 
 # Elements of a row among which the largest is looked for at once.
-BLOCK = 1 << 12
+BLOCK = 1 << 9
 
 # ---- sums ------------------------------------------------------------------------------------------------
 
@@ -227,12 +227,12 @@ def column_places(x, rows, columns, fold, sign, partial, places, start, stop):
 
 
 @njit()
-def _extreme(row, sign, start, stop):
-    """The largest of sign · row from start to before stop, of which there is one at least."""
+def _extreme(row, sign, start, stop, some):
+    """The largest of sign · row from start to before stop, of which there is one at least; `some` is a vector long."""
     step = lanes(row)
     best, first = sign * row[start], start + (stop - start) // (4 * step) * 4 * step
     if first > start:
-        s, some = splat(sign), np.empty(step, row.dtype)
+        s = splat(sign)
         a, b = mul(s, load(row, start)), mul(s, load(row, start + step))
         c, d = mul(s, load(row, start + 2 * step)), mul(s, load(row, start + 3 * step))
         for i in range(start + 4 * step, first, 4 * step):
@@ -250,18 +250,20 @@ def _extreme(row, sign, start, stop):
 @njit()
 def row_extremes(x, sign, out, start, stop):
     """The largest of sign · x of each row of x (M, D), times sign."""
+    some = np.empty(lanes(x), x.dtype)
     for m in range(start, stop):
-        out[m] = sign * _extreme(x[m], sign, 0, x.shape[1])
+        out[m] = sign * _extreme(x[m], sign, 0, x.shape[1], some)
 
 
 @njit()
 def row_places(x, sign, out, start, stop):
     """Where the largest of sign · x of each row of x (M, D) is first; only the block that has it is looked through."""
+    some = np.empty(lanes(x), x.dtype)
     for m in range(start, stop):
         row = x[m]
-        best, place = _extreme(row, sign, 0, min(BLOCK, row.size)), 0
+        best, place = _extreme(row, sign, 0, min(BLOCK, row.size), some), 0
         for first in range(BLOCK, row.size, BLOCK):
-            v = _extreme(row, sign, first, min(first + BLOCK, row.size))
+            v = _extreme(row, sign, first, min(first + BLOCK, row.size), some)
             if v > best or (v != v and best == best):
                 best, place = v, first
         while sign * row[place] != best and row[place] == row[place]:
