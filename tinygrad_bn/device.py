@@ -70,9 +70,7 @@ def beside(constant: Any, x: Any) -> Any:
 
 def stands_alone(array: Any) -> bool:
     """Whether `array` is contiguous, and its memory not another array's, which would change with it."""
-    if device_of(array) == "cpu":
-        return bool(array.flags.c_contiguous) and is_owner(array)
-    return array.base is None
+    return array.flags.c_contiguous and is_owner(array) if type(array) is np.ndarray else array.base is None
 
 
 def full(shape: tuple[int, ...], value: float, dtype: DTypeLike, device: str) -> Any:
