@@ -305,3 +305,15 @@ def test_create_graph_under_no_grad_does_not_depend_on_the_layout():
 def test_a_tensor_is_no_option():
     with pytest.raises(TypeError, match="value is an option"):
         functional.pad(leaf(1.0), width=((1, 1),), value=leaf(2.0))
+
+
+def test_no_grad_decorates_a_function_that_calls_itself():
+    x = Tensor(2.0, requires_grad=True)
+
+    @no_grad()
+    def power(n):
+        return x * power(n - 1) if n else Tensor(1.0)
+
+    assert power(3).item() == 8
+    assert power(3).is_leaf
+    assert not (x * x).is_leaf

@@ -13,12 +13,12 @@ import operator
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import Parameter, signature
-from typing import Any, ParamSpec, TypeAlias, overload
+from typing import Any, ParamSpec, Self, TypeAlias, overload
 
 import numpy as np
 
@@ -162,8 +162,8 @@ class Node:
         self.params = {}
 
 
-class recording:
-    """Remember, or do not, how tensors are computed in this block.
+class recording(ContextDecorator):
+    """Remember, or do not, how tensors are computed in this block, or in a decorated function.
 
     A class, as a generator would take three times as long to enter and leave, for every backward pass.
     """
@@ -177,13 +177,16 @@ class recording:
     def __exit__(self, *error: object) -> None:
         _recording.reset(self.token)
 
+    def _recreate_cm(self) -> Self:
+        return type(self)(self.on)  # for each call of a decorated function, which may call itself
+
 
 def is_recording() -> bool:
     """Whether ops remember how their results were computed."""
     return _recording.get()
 
 
-def no_grad() -> Any:
+def no_grad() -> recording:
     """Inside `with no_grad():` no graph is built, and `+=` on a tensor changes it."""
     return recording(False)
 
