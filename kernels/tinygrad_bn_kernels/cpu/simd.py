@@ -128,7 +128,7 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def as_written(typingctx):
-    """The loop in which this stands is not unrolled: a second copy of its body may want more registers than there are."""
+    """The loop in which this stands is not unrolled: two rounds at once may want more registers than there are."""
 
     def codegen(context, builder, signature, args):
         nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)

@@ -29,9 +29,9 @@ def _add_to(out, at, x0, x1, x2):
 
 @njit()
 def add_products(source, offsets, at, weight, first, strides, out, places):
-    """Add to three vectors at each of four places of `out` a sum over all offsets: of the three vectors of `source` that
-    stand `at` after an offset, times a number of `weight`, a matrix (places, offsets) of these strides from `first` on.
-    """
+    """Add to three vectors at each of four places of `out` a sum over all offsets, of the three vectors of `source`
+    that stand `at` after an offset, times a number of `weight`: it holds a matrix (places, offsets), from `first` on
+    and with these strides."""
     down, apart = strides
     step = lanes(source)
     zero = splat(source.dtype.type(0))
