@@ -45,38 +45,40 @@ def _gather_columns(b, at, strides, terms, count, panel):
 
 
 @njit()
-def _multiply(a, a_strides, b, b_strides, bias, height, out, start, stop):
+def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop):
     """a (M, K) times b (K, N), plus bias, to out (M, N), for M from ROWS on. Of a and b either stride is 1.
 
-    An item is `height` rows, a multiple of ROWS, by the columns of a tile. Tiles at the end of either axis are summed
-    elsewhere, with rows that are summed already, or columns that are not there.
+    An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's. Tiles at the end of either
+    axis are summed elsewhere, with rows that are summed already, or columns that are not there.
     """
-    (rows, columns), (down, apart), (below, across), step = out.shape, a_strides, b_strides, lanes(a)
+    (rows, columns), (down, apart), (below, beside), step = out.shape, a_strides, b_strides, lanes(a)
     terms, width = a.size // rows, VECTORS * step
     numbers, others, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
-    stretches, blocks = -(-terms // TERMS), -(-columns // width)
+    stretches, across = -(-terms // TERMS), -(-columns // spread)
     length = -(-terms // (stretches * step)) * step
     panel, offsets = np.zeros(length * width, a.dtype), np.arange(length) * width
     tile = np.empty(ROWS * width, a.dtype)
     for item in range(start, stop):
-        top, left = item // blocks * height, item % blocks * width
-        bottom, count = min(top + height, rows), min(width, columns - left)
+        top, edge = item // across * height, item % across * spread
+        bottom, end = min(top + height, rows), min(edge + spread, columns)
         for row in range(top, bottom):
-            copy(bias, left, target, row * columns + left, count)
+            copy(bias, edge, target, row * columns + edge, end - edge)
         for begin in range(0, terms, length):
             some = offsets[: terms - begin]
-            _gather_columns(others, begin * below + left * across, b_strides, len(some), count, panel)
-            for row in range(top, bottom, ROWS):
-                upper = min(row, bottom - ROWS)
-                first, place = upper * down + begin * apart, upper * columns + left
-                if upper == row and count == width:
-                    add_products(panel, some, 0, numbers, first, a_strides, target, four(place, columns))
-                else:
-                    tile[:] = 0
-                    add_products(panel, some, 0, numbers, first, a_strides, tile, four(0, width))
-                    for i in range(row - upper, ROWS):
-                        for j in range(count):
-                            target[place + i * columns + j] += tile[i * width + j]
+            for left in range(edge, end, width):
+                count = min(width, end - left)
+                _gather_columns(others, begin * below + left * beside, b_strides, len(some), count, panel)
+                for row in range(top, bottom, ROWS):
+                    upper = min(row, bottom - ROWS)
+                    first, place = upper * down + begin * apart, upper * columns + left
+                    if upper == row and count == width:
+                        add_products(panel, some, 0, numbers, first, a_strides, target, four(place, columns))
+                    else:
+                        tile[:] = 0
+                        add_products(panel, some, 0, numbers, first, a_strides, tile, four(0, width))
+                        for i in range(row - upper, ROWS):
+                            for j in range(count):
+                                target[place + i * columns + j] += tile[i * width + j]
 
 
 def _plain(x: Array) -> tuple[Array, tuple[int, int]]:
@@ -91,10 +93,11 @@ def product(a: Array, b: Array, bias: Array) -> Array:
     rows, columns = len(a), b.shape[1]
     if config.DISABLE_JIT or rows < ROWS:  # type: ignore[attr-defined]
         return np.matmul(a, b) + bias
-    blocks = -(-columns // (VECTORS * BITS // 8 // a.itemsize))
+    width = VECTORS * BITS // 8 // a.itemsize
+    blocks = -(-columns // width)
     groups = max(min(-(-ITEMS // blocks), rows // LEAST), -(-rows // MOST))
-    height = -(-rows // groups // ROWS) * ROWS
-    items, work = -(-rows // height) * blocks, a.size * columns / MULTIPLICATIONS
+    height, spread = -(-rows // groups // ROWS) * ROWS, max(groups * blocks // ITEMS, 1) * width
+    items, work = -(-rows // height) * -(-columns // spread), a.size * columns / MULTIPLICATIONS
     out = empty((rows, columns), a.dtype)
-    split(_multiply, items, work, *_plain(a), *_plain(b), compiled(bias), height, out)
+    split(_multiply, items, work, *_plain(a), *_plain(b), compiled(bias), height, spread, out)
     return out
