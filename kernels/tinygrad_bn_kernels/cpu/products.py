@@ -6,7 +6,7 @@ from the loops that come next. And its results change, in the last bits, with th
 Some columns of the right matrix are copied side by side, as many as a tile is wide, and as many terms of them as leave
 room in the first cache; then rows of the left matrix, which are read where they are, meet them four at a time (after
 Goto & van de Geijn, "Anatomy of high-performance matrix multiplication", 2008). Whoever multiplies makes its own copy:
-sharing one would cost more, as threads would have to wait for it.
+to share one would be work of its own, which has to be announced to threads and waited for.
 """
 
 import numpy as np
@@ -48,8 +48,8 @@ def _gather_columns(b, at, strides, terms, count, panel):
 def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop):
     """a (M, K) times b (K, N), plus bias, to out (M, N), for M from ROWS on. Of a and b either stride is 1.
 
-    An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's. Tiles at the end of either
-    axis are summed elsewhere, with rows that are summed already, or columns that are not there.
+    An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's width. Tiles at the end of
+    either axis are summed elsewhere, with rows that are summed already, or columns that are not there.
     """
     (rows, columns), (down, apart), (below, beside), step = out.shape, a_strides, b_strides, lanes(a)
     terms, width = a.size // rows, VECTORS * step

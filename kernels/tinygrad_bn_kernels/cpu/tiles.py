@@ -16,6 +16,7 @@ VECTORS = 3
 
 @njit()
 def four(start, step):
+    """Places from `start` on, `step` apart, for the rows of a tile."""
     return start, start + step, start + 2 * step, start + 3 * step
 
 
