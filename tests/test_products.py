@@ -1,5 +1,7 @@
 """Products of large matrices, against NumPy in float64 and for any number of threads."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,15 +54,39 @@ def test_nan_and_infinity_stay_where_they_belong():
     np.testing.assert_array_equal(np.isinf(got), np.isinf(np.matmul(a, b)))
 
 
-@pytest.mark.parametrize("layouts", [(0, 0), (1, 0), (0, 1)])
-def test_the_number_of_threads_changes_no_bit(monkeypatch, layouts):
+def guarded(shape, dtype, order="C"):
+    """An array between 32 elements that are NaN, before and after it, and all of that memory."""
+    memory = np.full(np.prod(shape) + 64, np.nan, dtype)
+    return memory[32:-32].reshape(shape, order=order), memory
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
+def test_tiles_that_are_not_whole_stay_within_the_matrices(monkeypatch, dtype, orders):
+    """What came from beyond them would be NaN, and what is written beyond the result would not be NaN any more."""
+    for size in itertools.product((4, 5, 7, 8), (1, 4, 8, 9, 19), (1, 4, 11, 12, 13, 24, 25, 47)):
+        a, b, bias = matrices(5, *size, dtype)
+        (left, _), (right, _) = (guarded(x.shape, dtype, order) for x, order in zip((a, b), orders, strict=True))
+        left[...], right[...] = a, b
+        out, memory = guarded((len(a), b.shape[1]), dtype)
+        monkeypatch.setattr(products, "empty", lambda *_, out=out: out)
+        got = products.product(left, right, bias)
+        assert (np.abs(got - (a.astype(float) @ b.astype(float) + bias)) <= bound(a, b)).all()
+        assert np.isnan(memory[:32]).all()
+        assert np.isnan(memory[-32:]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [(150, 300, 130), (67, 500, 10), (10, 500, 270), (300, 7, 64), (66, 260, 49)])
+def test_neither_threads_nor_layouts_change_a_bit(monkeypatch, dtype, size):
     monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
-    a, b, bias = matrices(3, 150, 300, 130, np.float32, layouts)
     before, results = threads.num_threads(), set()
     try:
         for count in (1, 2, 3):
             threads.set_num_threads(count)
-            results.add(products.product(a, b, bias).tobytes())
+            for layouts in itertools.product(range(3), range(3)):
+                a, b, bias = matrices(3, *size, dtype, layouts)
+                results.add(products.product(a, b, bias).tobytes())
     finally:
         threads.set_num_threads(before)
     assert len(results) == 1

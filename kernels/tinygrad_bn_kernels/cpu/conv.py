@@ -24,7 +24,7 @@ from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.memory import empty
 from tinygrad_bn_kernels.cpu.reduce import sum_to
 from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
-from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_inner_products, add_products, copy
+from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_inner_products, add_products, copy, four
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import lanes
@@ -146,9 +146,7 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
         for at in range(0, pitch, block):  # what the tiles of one run read stays in the first cache
             for tile in range(tiles):
                 a, weight = tile * ROWS * pitch + at, (group * tiles + tile) * length
-                add_products(
-                    read, offsets, base + at, numbers, weight, flat, a, a + pitch, a + 2 * pitch, a + 3 * pitch
-                )  # fmt: skip
+                add_products(read, offsets, base + at, numbers, weight, (1, ROWS), flat, four(a, pitch))
         for o in range(channels):
             for p in range(rows):
                 copy(flat, o * pitch + p * frame[-1], target, ((item * channels + o) * rows + p) * columns, columns)
@@ -177,8 +175,8 @@ def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
         for at in range(0, pitch, block):
             for tile in range(tiles):
                 weight, row = (item % groups * tiles + tile) * length, ROWS * tile
-                a, b, c, d = places[row] + at, places[row + 1] + at, places[row + 2] + at, places[row + 3] + at
-                add_products(framed, runs, at, numbers, weight, buffer, a, b, c, d)
+                to = places[row] + at, places[row + 1] + at, places[row + 2] + at, places[row + 3] + at
+                add_products(framed, runs, at, numbers, weight, (1, ROWS), buffer, to)
         at = 0
         for c in range(outputs):
             at = _take(buffer, at, (height, width), frame, target, (item * outputs + c) * height * width)

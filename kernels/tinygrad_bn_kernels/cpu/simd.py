@@ -127,6 +127,18 @@ def fma(typingctx, a, b, c):
 
 
 @intrinsic
+def as_written(typingctx):
+    """The loop in which this stands is not unrolled: two rounds at once may want more registers than there are."""
+
+    def codegen(context, builder, signature, args):
+        nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
+        builder.call(nothing, [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def add(typingctx, a, b):
     """a + b in each lane."""
 
@@ -189,6 +201,36 @@ def zip_first(typingctx, a, b):
 def zip_last(typingctx, a, b):
     """The last half of a₀, b₀, a₁, b₁, …"""
     return _shuffled(typingctx, a, b, [i // 2 + i % 2 * a.lanes for i in range(a.lanes, 2 * a.lanes)])
+
+
+@intrinsic
+def transpose(typingctx, source, at, pitch, target, to, apart):
+    """Copy a square, as many rows of as many elements as there are lanes, so that columns become rows: rows are `pitch`
+    apart from `at` on, then `apart` from `to` on. Both arrays are contiguous, of one axis and one type."""
+    vector = Vector(source.dtype)
+    if target.dtype != source.dtype:
+        return None
+
+    def codegen(context, builder, signature, args):
+        lanes, align = range(vector.lanes), vector.dtype.bitwidth // 8
+
+        def row(i, array, first, distance):
+            index = builder.add(args[first], builder.mul(args[distance], ir.Constant(args[distance].type, i)))
+            return _pointer(context, builder, vector, signature.args[array], args[array], index)
+
+        rows = [builder.load(row(i, 0, 1, 2), align=align) for i in lanes]
+        side = 1
+        while side < vector.lanes:  # in two rows, `side` apart, small squares change places: upper right, lower left
+            upper = _mask([j + vector.lanes - side if j & side else j for j in lanes])
+            lower = _mask([j + vector.lanes if j & side else j + side for j in lanes])
+            pairs = [(rows[i & ~side], rows[i | side], lower if i & side else upper) for i in lanes]
+            rows = [builder.shuffle_vector(*pair) for pair in pairs]
+            side *= 2
+        for i in lanes:
+            builder.store(rows[i], row(i, 3, 4, 5), align=align)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
 
 
 @intrinsic

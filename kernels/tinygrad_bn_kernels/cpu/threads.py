@@ -92,13 +92,13 @@ def _hired() -> "Team | None":
     """The helpers, or as many of them as there can be: none where loops are not compiled, or may raise an error in the
     midst of a part, as their indices are checked."""
     global _team
-    from numba import config  # here, as small work does without Numba
-
-    from tinygrad_bn_kernels.cpu.helpers import Team
-
-    if config.DISABLE_JIT or config.BOUNDSCHECK:  # type: ignore[attr-defined]
-        return None
     if _team is None:
+        from numba import config  # here, as small work does without Numba
+
+        from tinygrad_bn_kernels.cpu.helpers import Team
+
+        if config.DISABLE_JIT or config.BOUNDSCHECK:  # type: ignore[attr-defined]
+            return None
         _team = Team()
     with suppress(RuntimeError):  # no more threads, or the interpreter is shutting down
         _team.hire(_threads - 1)

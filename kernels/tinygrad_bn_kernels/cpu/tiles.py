@@ -8,10 +8,16 @@ from numba import config
 from tinygrad_bn_kernels.cpu.jit import njit
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
-    from tinygrad_bn_kernels.cpu.simd import add, fma, lanes, load, load_splat, splat, store, total, zip_first, zip_last
+    from tinygrad_bn_kernels.cpu.simd import add, as_written, fma, lanes, load, load_splat, splat, store, total
 
 ROWS = 4
 VECTORS = 3
+
+
+@njit()
+def four(start, step):
+    """Places from `start` on, `step` apart, for the rows of a tile."""
+    return start, start + step, start + 2 * step, start + 3 * step
 
 
 @njit()
@@ -23,9 +29,11 @@ def _add_to(out, at, x0, x1, x2):
 
 
 @njit()
-def add_products(source, offsets, at, weight, first, out, a, b, c, d):
-    """Add to three vectors at a, then b, c and d of `out` a sum over all offsets: of the three vectors of `source` that
-    stand `at` after an offset, times the offset's four numbers in `weight`, of which the first is at `first`."""
+def add_products(source, offsets, at, weight, first, strides, out, places):
+    """Add to three vectors at each of four places of `out` a sum over all offsets, of the three vectors of `source`
+    that stand `at` after an offset, times a number of `weight`: it holds a matrix (places, offsets), from `first` on
+    and with these strides."""
+    down, apart = strides
     step = lanes(source)
     zero = splat(source.dtype.type(0))
     a0, a1, a2 = zero, zero, zero
@@ -33,20 +41,21 @@ def add_products(source, offsets, at, weight, first, out, a, b, c, d):
     c0, c1, c2 = zero, zero, zero
     d0, d1, d2 = zero, zero, zero
     for r in range(len(offsets)):
-        start, at_weight = offsets[r] + at, first + ROWS * r
+        as_written()
+        start, from_ = offsets[r] + at, first + r * apart
         x0, x1, x2 = load(source, start), load(source, start + step), load(source, start + 2 * step)
-        w = load_splat(weight, at_weight)
+        w = load_splat(weight, from_)
         a0, a1, a2 = fma(w, x0, a0), fma(w, x1, a1), fma(w, x2, a2)
-        w = load_splat(weight, at_weight + 1)
+        w = load_splat(weight, from_ + down)
         b0, b1, b2 = fma(w, x0, b0), fma(w, x1, b1), fma(w, x2, b2)
-        w = load_splat(weight, at_weight + 2)
+        w = load_splat(weight, from_ + 2 * down)
         c0, c1, c2 = fma(w, x0, c0), fma(w, x1, c1), fma(w, x2, c2)
-        w = load_splat(weight, at_weight + 3)
+        w = load_splat(weight, from_ + 3 * down)
         d0, d1, d2 = fma(w, x0, d0), fma(w, x1, d1), fma(w, x2, d2)
-    _add_to(out, a, a0, a1, a2)
-    _add_to(out, b, b0, b1, b2)
-    _add_to(out, c, c0, c1, c2)
-    _add_to(out, d, d0, d1, d2)
+    _add_to(out, places[0], a0, a1, a2)
+    _add_to(out, places[1], b0, b1, b2)
+    _add_to(out, places[2], c0, c1, c2)
+    _add_to(out, places[3], d0, d1, d2)
 
 
 @njit()
@@ -97,23 +106,3 @@ def copy(source, at, target, to, count):
     else:
         for i in range(count):
             target[to + i] = source[at + i]
-
-
-@njit()
-def interleave(source, at, pitch, count, target, to):
-    """Four rows of `count` elements, `pitch` apart from `at` on, as `add_products` reads them: the first of each, the
-    second of each, …"""
-    step = lanes(source)
-    whole = count // step * step
-    for k in range(0, whole, step):
-        a, b = load(source, at + k), load(source, at + pitch + k)
-        c, d = load(source, at + 2 * pitch + k), load(source, at + 3 * pitch + k)
-        ac, bd = zip_first(a, c), zip_first(b, d)
-        store(target, to + ROWS * k, zip_first(ac, bd))
-        store(target, to + ROWS * k + step, zip_last(ac, bd))
-        ac, bd = zip_last(a, c), zip_last(b, d)
-        store(target, to + ROWS * k + 2 * step, zip_first(ac, bd))
-        store(target, to + ROWS * k + 3 * step, zip_last(ac, bd))
-    for k in range(whole, count):
-        for i in range(ROWS):
-            target[to + ROWS * k + i] = source[at + i * pitch + k]
