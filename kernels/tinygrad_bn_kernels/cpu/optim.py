@@ -9,6 +9,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, expect_one_shape
 from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import split
 
 # Elements that a loop takes at a time, in two passes: with five arrays in one pass the compiler would need so many
@@ -48,7 +49,7 @@ def adam(
     if p.dtype.char not in "fd":
         return NotImplemented
     expect_one_shape(p, g, m, v)
-    out = np.empty_like(p)
+    out = empty_like(p)
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, step_size, root_scale, eps, shrink, decay)
     split(_adam, p.size, p.size, p, g, m, v, *map(p.dtype.type, numbers), out)
     return out
@@ -72,7 +73,7 @@ def sgd(
     if p.dtype.char not in "fd":
         return NotImplemented
     expect_one_shape(p, g, v)
-    out = np.empty_like(p)
+    out = empty_like(p)
     kind = p.dtype.type
     numbers = kind(lr), kind(momentum), kind(1 - dampening), kind(decay), bool(nesterov)
     split(_sgd, p.size, p.size, p, g, v, *numbers, out)
