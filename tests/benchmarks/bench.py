@@ -42,6 +42,10 @@ NETWORKS = [((4, 512, 512, 3), 32), ((784, 32, 32, 10), 32), ((784, 256, 128, 51
 LARGE = (64, 256, 56, 56)
 PEERS = ("NumPy", "PyTorch", "compiled", "JAX jit")
 
+# Seconds until the threads of NumPy's OpenBLAS sleep: after a product they spin for 0.11, measured by the processor time
+# that a process takes which only sleeps; whoever came next would share a core with them.
+SPIN = 0.15
+
 # Reductions: about so many elements each, over the last axis, the first, those of NCHW and of NHWC, and all.
 REDUCTIONS = ("sum", "mean", "max", "var")
 LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] = {
@@ -67,7 +71,7 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] =
 COMPILED = ("1e5", "1e7")
 
 
-def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5) -> dict[str, float]:
+def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5, pause: float = 0.02) -> dict[str, float]:
     """Median time of each contender in milliseconds, in the steady state of a training loop."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for work in contenders.values():
@@ -75,7 +79,7 @@ def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5) ->
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < rounds:
         for name, work in contenders.items():
-            time.sleep(0.02)
+            time.sleep(pause)
             one = run_for(work, 0.01, least=2)  # untimed: caches, threads and clocks get going
             times[name].append(run_for(work, 2e-3, least=1, guess=one))
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
@@ -337,7 +341,8 @@ def main() -> None:
     def measured(contenders: dict[str, Work], seconds: float, compile: bool = True) -> dict[str, float]:
         if args.quick or not compile:
             contenders.pop("compiled", None)
-        return interleaved(contenders, seconds, rounds=2 if args.quick else 5)
+        pause = SPIN if "products" in contenders else 0.02
+        return interleaved(contenders, seconds, rounds=2 if args.quick else 5, pause=pause)
 
     for shape in BATCH_NORM:
         times = measured(batch_norm(shape), args.seconds)
