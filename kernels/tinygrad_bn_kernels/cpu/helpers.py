@@ -12,6 +12,7 @@ parts are finished, so nobody who has taken one can find the board changed.
 # mypy: disable-error-code="no-untyped-def"
 
 import ctypes
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import extending, typeof, types
+from numba.core import cgutils
 from numba.core.compiler_lock import global_compiler_lock
 
 from tinygrad_bn_kernels.cpu.arrays import Array
@@ -36,6 +38,7 @@ BOARD = 24
 SLOTS = 256  # of eight bytes, for the arguments of a loop: a number takes one, an array five and two for each axis
 
 LOOKS = 1 << 20  # about two milliseconds
+PATIENCE = 1 << 10  # looks after which a thread gives way: the one that it waits for may have to share its core
 
 _slot = ir.IntType(64)
 _REAL = (ir.FloatType, ir.DoubleType)
@@ -103,6 +106,19 @@ def _call(typingctx, entry, arguments, start, stop):
     return types.int32(types.int64, types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def _give_way(typingctx):
+    """Let another thread have this core, if one waits for it."""
+
+    def codegen(context, builder, signature, args):
+        if hasattr(os, "sched_yield"):
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 # ---- loops -----------------------------------------------------------------------------------------------
 
 
@@ -134,6 +150,8 @@ def _wait(board):
     looks = 0
     while looks < LOOKS and _read(board, FINISHED) < board[PARTS]:
         looks += 1
+        if looks % PATIENCE == 0:
+            _give_way()  # maybe to the one that is waited for
     return looks < LOOKS
 
 
@@ -146,6 +164,8 @@ def _serve(board):
         if _read(board, LEFT) > 0:
             _take_parts(board)
             looks = 0
+        elif looks % PATIENCE == 0:
+            _give_way()
 
 
 # ---- arguments -------------------------------------------------------------------------------------------
