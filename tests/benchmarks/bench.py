@@ -42,7 +42,7 @@ NETWORKS = [((4, 512, 512, 3), 32), ((784, 32, 32, 10), 32), ((784, 256, 128, 51
 LARGE = (64, 256, 56, 56)
 PEERS = ("NumPy", "PyTorch", "compiled", "JAX jit")
 
-# Seconds until the threads of NumPy's OpenBLAS sleep: after a product they spin for 0.11, measured by the processor time
+# Seconds until the threads of NumPy's OpenBLAS sleep: after a product they spin for 0.11, measured by the time on cores
 # that a process takes which only sleeps; whoever came next would share a core with them.
 SPIN = 0.15
 

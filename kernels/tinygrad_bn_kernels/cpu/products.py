@@ -1,6 +1,6 @@
 """Products of large matrices.
 
-BLAS is not used for them: its threads spin for milliseconds after a product, in case of another, and take a core away
+BLAS is not used for them: its threads spin for a tenth of a second after one, in case of another, and take a core away
 from the loops that come next. And its results change, in the last bits, with the number of threads.
 
 Some columns of the right matrix are copied side by side, as many as a tile is wide, and as many terms of them as leave
