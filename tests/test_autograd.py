@@ -317,3 +317,12 @@ def test_no_grad_decorates_a_function_that_calls_itself():
     assert power(3).item() == 8
     assert power(3).is_leaf
     assert not (x * x).is_leaf
+
+
+def test_one_no_grad_inside_itself():
+    off = no_grad()
+    with off:
+        with off:
+            assert not is_recording()
+        assert not is_recording()
+    assert is_recording()

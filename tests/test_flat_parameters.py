@@ -355,3 +355,34 @@ def test_state_that_is_assigned_is_used():
     p.grad = Tensor(np.zeros(3), dtype=p.dtype)
     optimizer.step()
     np.testing.assert_array_equal(p.numpy(), [-3.0] * 3)
+
+
+def test_parameters_stay_where_they_are_from_step_to_step(monkeypatch):
+    params = parameters()
+    optimizer = optim.Adam(params)
+    give_gradients(params, 0)
+    optimizer.step()
+    monkeypatch.setattr(optim, "lay_out", None)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", ["one starts anew", "one is forgotten", "one is empty"])
+def test_a_state_that_somebody_changed_is_the_one_that_counts(change):
+    params = parameters(shapes=[(3,), (2, 2)])
+    optimizer, alone = optim.Adam(params, lr=0.1), optim.Adam([params[1]], lr=0.1)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    if change == "one starts anew":
+        optimizer.state[params[1]] = {k: 0 if k == "step" else 0 * v for k, v in optimizer.state[params[1]].items()}
+    elif change == "one is empty":
+        optimizer.state[params[1]] = {}
+    else:
+        del optimizer.state[params[1]]
+    kept = params[1].numpy().copy()
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 4
+    assert optimizer.state[params[1]]["step"] == 1
+    got, params[1].data = params[1].numpy().copy(), kept
+    alone.step()
+    np.testing.assert_allclose(got, params[1].numpy(), rtol=1e-6)

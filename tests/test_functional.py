@@ -119,6 +119,11 @@ def test_cross_entropy_does_not_overflow():
 
 ERRORS = [
     (lambda: F.cross_entropy(X, np.array([0, 1, 2, 3])), ValueError, "target 3 is not one of the 3 classes 0 to 2"),
+    (
+        lambda: F.cross_entropy(X, np.array([0, 1, 2, 2**64 - 100], np.uint64)),
+        ValueError,
+        "target 18446744073709551516",
+    ),
     (lambda: F.cross_entropy(X, np.array([0, 1, 2, -1])), ValueError, "target -1"),
     (lambda: F.cross_entropy(X, np.array([0, 1])), ValueError, r"\(4, 3\) and \(2,\)"),
     (lambda: F.cross_entropy(X, np.zeros(4)), TypeError, "integer dtype; got float64"),

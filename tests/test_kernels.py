@@ -418,3 +418,46 @@ def test_a_gradient_that_nobody_needs_is_not_computed():
         _, *want = pull(g, None, x, weight, bias, needs=[True, True, True], **saved)
         assert none is None
         np.testing.assert_array_equal(rest, want)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_behind_a_relu_only_what_it_passed_counts(shape, driver):
+    """Not the gradients of outputs that are 0, however large, nor those that are looked at first."""
+    x, g, weight, bias = operands(shape)
+    channels, gradients = (np.moveaxis(a.reshape(*shape[:2], -1), 1, 0) for a in (x, g))
+    middle = shape[0] // 2, channels.shape[2] // 2
+    for i, j in ((0, 0), middle, (-1, -1)):
+        channels[:, i, j], gradients[:, i, j] = -3, 1e6
+    weight, bias[0] = np.ones_like(weight), -50  # all of channel 0 is 0
+    got = training_step(x, g, weight, bias, relu=True)
+    with kernels_disabled():
+        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)), relu=True)
+    for a, b in zip(got[3:], want[3:], strict=True):
+        assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
+    assert not got[3][:, 0].any()
+    assert got[4][0] == got[5][0] == 0
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_few_large_gradients_say_nothing_about_the_others(shape, relu, driver):
+    x, g, weight, bias = operands(shape)
+    gradients = np.moveaxis(g.reshape(*shape[:2], -1), 1, 0)
+    for i, j in ((0, 0), (shape[0] // 2, gradients.shape[2] // 2), (-1, -1)):
+        gradients[:, i, j] = 1e4
+    got = training_step(x, g, weight, bias, relu)
+    with kernels_disabled():
+        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)), relu)
+    for a, b in zip(got[3:], want[3:], strict=True):
+        assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_first_element_that_is_infinite_leaves_the_mean_infinite(shape, driver):
+    x, g, weight, bias = operands(shape)
+    x[0, 0], x[:, 1] = np.inf, x[:, 1] + 1e5
+    x[0, 1] = 0  # so that its channel is summed again
+    with np.errstate(invalid="ignore"):
+        mean = training_step(x, g, weight, bias)[1]
+    assert mean[0] == np.inf
+    assert np.isfinite(mean[1:]).all()

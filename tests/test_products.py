@@ -63,7 +63,7 @@ def guarded(shape, dtype, order="C"):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
 def test_tiles_that_are_not_whole_stay_within_the_matrices(monkeypatch, dtype, orders):
-    """What came from beyond them would be NaN, and what is written beyond the result would not be NaN any more."""
+    """What is written beyond the result would not be NaN any more, and what counts from beyond the others would be."""
     for size in itertools.product((4, 5, 7, 8), (1, 4, 8, 9, 19), (1, 4, 11, 12, 13, 24, 25, 47)):
         a, b, bias = matrices(5, *size, dtype)
         (left, _), (right, _) = (guarded(x.shape, dtype, order) for x, order in zip((a, b), orders, strict=True))
@@ -77,7 +77,9 @@ def test_tiles_that_are_not_whole_stay_within_the_matrices(monkeypatch, dtype, o
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("size", [(150, 300, 130), (67, 500, 10), (10, 500, 270), (300, 7, 64), (66, 260, 49)])
+@pytest.mark.parametrize(
+    "size", [(150, 300, 130), (67, 500, 10), (10, 500, 270), (300, 7, 64), (66, 260, 49), (600, 40, 400)]
+)
 def test_neither_threads_nor_layouts_change_a_bit(monkeypatch, dtype, size):
     monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
     before, results = threads.num_threads(), set()
@@ -90,6 +92,8 @@ def test_neither_threads_nor_layouts_change_a_bit(monkeypatch, dtype, size):
     finally:
         threads.set_num_threads(before)
     assert len(results) == 1
+    a, b, bias = matrices(3, *size, dtype)
+    assert (np.abs(products.product(a, b, bias) - (a.astype(float) @ b.astype(float) + bias)) <= bound(a, b)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 150])

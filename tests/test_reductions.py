@@ -42,8 +42,6 @@ def compare(name, x, axis, keepdims=False):
     if name in (*PLACES, "max", "min"):
         np.testing.assert_array_equal(got, want)
         return True
-    if name == "mean_and_var_fused":  # the mean beside a variance that is NaN may be NaN too where NumPy's is Inf
-        got, want = (np.where(np.isfinite(a), a, np.nan) for a in (got, want))
     largest = np.abs(x, where=np.isfinite(x), out=np.zeros(x.shape)).max(initial=1)
     tolerance = 1e-13 if x.dtype == np.float64 else 1e-6
     terms = x.size // max(1, got.size) if "sum" in name else 1
@@ -306,3 +304,43 @@ def test_empty_arrays_give_the_results_of_numpy():
     for f in (ops.max, ops.min, ops.argmax):
         with pytest.raises(ValueError, match=r"empty|zero-size"):
             f(x, axis=0)
+
+
+@pytest.mark.parametrize("shape", [(2000, 3), (30, 100), (5, 40, 4, 30), (2, 300_000)])
+def test_what_is_infinite_leaves_the_others_alone(shape):
+    """In a first element, which shifts are taken from, beside what is so far from its own that it is summed again."""
+    for dtype in (np.float32, np.float64):
+        x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+        x[0, 0], x[1, 1:] = np.inf, x[1, 1:] + 1000
+        x[:, -1] += 1000
+        x[0, -1] = 0
+        for axis in (0, 1, None, tuple(range(x.ndim))[2:] or None, (0, *range(2, x.ndim))):
+            for layout in (x, np.asfortranarray(x)):
+                for name in ("mean_and_var_fused", "var_fused", "sum", "max"):
+                    compare(name, layout, axis)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 7, 60])
+@pytest.mark.parametrize("extreme", [5.0, np.nan])
+def test_the_last_rows_of_narrow_columns_count(columns, extreme):
+    """Several of them lie side by side in a loop, and some are left over."""
+    for rows in range(20_000, 20_000 + 64 // columns + 1):
+        x = np.zeros((rows, columns), np.float32)
+        x[-1] = extreme
+        assert compare("max", x, 0) or columns == 1
+        assert compare("min", -x, 0) or columns == 1
+
+
+def test_a_sum_of_many_keeps_the_digits_of_float64():
+    x = np.full(10**6, 0.1)
+    assert abs(find_kernel("sum", "cpu")(x, axis=None) - 1e5) < 1e-8
+    assert abs(find_kernel("sum", "cpu")(x.reshape(-1, 4), axis=0) - 25e3).max() < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_variance_of_fewer_elements_than_its_correction_is_infinite(dtype):
+    for constant, want in ((False, np.inf), (True, np.nan)):
+        x = Tensor(np.array([1, 1 if constant else 2], dtype))
+        assert np.isnan(want) == np.isnan(functional.var(x, correction=3).item())
+        with kernels_disabled(), np.errstate(all="ignore"):
+            np.testing.assert_equal(functional.var(x, correction=3).item(), want)

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, Self, TypeAlias, overload
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full, stands_alone
+from tinygrad_bn.device import as_array, device_of, expect_one_device, find_kernel, full, has_own_memory
 from tinygrad_bn.sample import Sample
 from tinygrad_bn.tensor import Array, Axis, Tensor
 
@@ -169,16 +169,16 @@ class recording(ContextDecorator):
     """
 
     def __init__(self, on: bool) -> None:
-        self.on = on
+        self.on, self.tokens = on, []  # type: ignore[var-annotated]
 
     def __enter__(self) -> None:
-        self.token = _recording.set(self.on)
+        self.tokens.append(_recording.set(self.on))
 
     def __exit__(self, *error: object) -> None:
-        _recording.reset(self.token)
+        _recording.reset(self.tokens.pop())
 
     def _recreate_cm(self) -> Self:
-        return type(self)(self.on)  # for each call of a decorated function, which may call itself
+        return type(self)(self.on)  # contextlib asks for one at each call of a decorated function: threads share none
 
 
 def is_recording() -> bool:
@@ -187,7 +187,7 @@ def is_recording() -> bool:
 
 
 def no_grad() -> recording:
-    """Inside `with no_grad():` no graph is built, and `+=` on a tensor changes it."""
+    """Inside `with no_grad():`, or a function under `@no_grad()`, no graph is built, and `+=` changes a tensor."""
     return recording(False)
 
 
@@ -337,7 +337,7 @@ def _separate(grads: dict[Tensor, Any], cotangent: Tensor) -> dict[Tensor, Tenso
     taken = {id(cotangent._data)}
     for t, g in grads.items():
         gt = _to_tensor(g)
-        if not stands_alone(gt._data) or id(gt._data) in taken:
+        if not has_own_memory(gt._data) or id(gt._data) in taken:
             gt = gt + 0 if gt._requires_grad else Tensor(gt)
         taken.add(id(gt._data))
         out[t] = gt

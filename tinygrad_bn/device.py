@@ -15,8 +15,18 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "join", "kernel_or",
-    "kernels_disabled", "move", "stands_alone", "to_numpy",
+    "as_array",
+    "beside",
+    "device_of",
+    "expect_one_device",
+    "find_kernel",
+    "full",
+    "has_own_memory",
+    "join",
+    "kernel_or",
+    "kernels_disabled",
+    "move",
+    "to_numpy",
 ]  # fmt: skip
 
 DEVICES = ("cpu", "cuda")
@@ -68,9 +78,9 @@ def beside(constant: Any, x: Any) -> Any:
     return move(constant, device_of(x))
 
 
-def stands_alone(array: Any) -> bool:
-    """Whether `array` is contiguous, and its memory not another array's, which would change with it."""
-    return array.flags.c_contiguous and is_owner(array) if type(array) is np.ndarray else array.base is None
+def has_own_memory(array: Any) -> bool:
+    """Whether the memory of `array` is not another array's, which would change with it."""
+    return is_owner(array) if type(array) is np.ndarray else array.base is None
 
 
 def full(shape: tuple[int, ...], value: float, dtype: DTypeLike, device: str) -> Any:

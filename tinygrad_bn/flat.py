@@ -83,7 +83,8 @@ def lay_out(params: Iterable[Tensor], state: dict[Tensor, State], kept: Mapping[
     """The parameters by what one call can update, with their state, or a first one: `kept` says what it is full of."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        own = state.setdefault(p, {"step": 0})
+        own = state.setdefault(p, {})
+        own.setdefault("step", 0)
         for name, first in kept.items():
             if name not in own:
                 own[name] = full(p.shape, first, wide(p.dtype), p.device)

@@ -81,16 +81,18 @@ class Optimizer:
             self._check(group)
         gradients = {p: g for group in self.param_groups for p in group["params"] if (g := _gradient(p)) is not None}
         laid: dict[tuple[int, ...], list[FlatParameters]] = {}
+        work: list[tuple[Group, FlatParameters]] = []
         for group in self.param_groups:
             params, kept = [p for p in group["params"] if p in gradients and p._requires_grad], self._kept(group)
             key = tuple(map(id, params))
             flats = self._flats.get(key, [])
             if not flats or not all(flat.holds(self.state, kept) for flat in flats):
                 flats = lay_out(params, self.state, kept)
-            for flat in flats:
-                step, values = flat.count(), flat.values()
-                flat.replace(self._update(values, flat.gradients(gradients), flat.state, step=step, **group))
             laid[key] = flats
+            work += [(group, flat) for flat in flats]
+        for group, flat in work:
+            values, g = flat.values(), flat.gradients(gradients)
+            flat.replace(self._update(values, g, flat.state, step=flat.count(), **group))
         self._flats = laid  # any other way of being laid out is over
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,6 +46,9 @@ PEERS = ("NumPy", "PyTorch", "compiled", "JAX jit")
 # that a process takes which only sleeps; whoever came next would share a core with them.
 SPIN = 0.15
 
+# Seconds between two contenders otherwise.
+PAUSE = 0.02
+
 # Reductions: about so many elements each, over the last axis, the first, those of NCHW and of NHWC, and all.
 REDUCTIONS = ("sum", "mean", "max", "var")
 LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] = {
@@ -71,7 +74,7 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] =
 COMPILED = ("1e5", "1e7")
 
 
-def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5, pause: float = 0.02) -> dict[str, float]:
+def interleaved(contenders: dict[str, Work], seconds: float, rounds: int = 5, pause: float = PAUSE) -> dict[str, float]:
     """Median time of each contender in milliseconds, in the steady state of a training loop."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for work in contenders.values():
@@ -341,7 +344,7 @@ def main() -> None:
     def measured(contenders: dict[str, Work], seconds: float, compile: bool = True) -> dict[str, float]:
         if args.quick or not compile:
             contenders.pop("compiled", None)
-        pause = SPIN if "products" in contenders else 0.02
+        pause = SPIN if "products" in contenders else PAUSE
         return interleaved(contenders, seconds, rounds=2 if args.quick else 5, pause=pause)
 
     for shape in BATCH_NORM:

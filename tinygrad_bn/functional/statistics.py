@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from typing import Any
 
@@ -71,7 +72,7 @@ def var_composed(x: Operand, *, axis: Axis = None, keepdims: bool = False, corre
     xmu = x - mean_composed(x, axis=axis, keepdims=True)
     # What rounding left of the mean. It is 0 in exact arithmetic, so a constant to derivatives of every order.
     xmu = xmu - values(mean_composed(values(xmu), axis=axis, keepdims=True))
-    return sum(xmu * xmu, axis=axis, keepdims=keepdims) / (count(x, axis) - correction)
+    return sum(xmu * xmu, axis=axis, keepdims=keepdims) / builtins.max(count(x, axis) - correction, 0)
 
 
 @primitive(fuses=var_composed, formula="y = Σ(x − mean)² / (n − correction) over axis", sample=_sample_moments)

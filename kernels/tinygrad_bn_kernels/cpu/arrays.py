@@ -21,10 +21,10 @@ def compiled(x: Array, dtype: DTypeLike | None = None) -> Array:
 
     By default it keeps its own precision, but half becomes single.
     """
-    if x.flags.carray and (x.dtype.isnative and x.dtype.char in "fd" if dtype is None else x.dtype == dtype):
-        return x
     if dtype is None:
         dtype = np.dtype(x.dtype.char) if x.dtype.char in "fd" else np.result_type(x, np.float32)
+    if x.flags.carray and x.dtype == dtype:
+        return x  # as nearly always, after one look at all of the flags
     if x.dtype != dtype or not (x.flags.c_contiguous and x.flags.aligned):
         return np.array(x, dtype, order="C")
     return x if x.flags.writeable else np.asarray(_Writable(x))

@@ -92,15 +92,26 @@ def in_common(first, second, third):
     return first if abs(low + high) > 8 * (high - low) else type(first)(0)
 
 
-# The next three are not to be reassociated: a shift that is taken from a sum instead of its terms has no use any more.
-# In all of them u · a + b is the output, computed as the forward pass did.
+@njit()
+def _too_far(shift, total, n):
+    """Whether n gradients less the shift, of this sum, are on average half of it: it had little in common with them."""
+    return shift != 0 and abs(total) > n * abs(np.float64(shift)) / 2
+
+
+# The next four are not to be reassociated: a shift that is taken from a sum instead of its terms has no use any more.
+
+
+@njit(fastmath={"contract"})
+def _passed(g, u, a, b, relu):
+    """g, but 0 behind a ReLU that gave 0: u · a + b is the output, computed as the forward pass did."""
+    return g if not relu or u * a + b > type(g)(0) else type(g)(0)
 
 
 @njit(fastmath={"contract"})
 def _term(g, x, m, a, b, ivar, shift, relu):
-    """d = g − shift, where g is 0 behind a ReLU that gave 0; and d (x − m) · ivar."""
+    """d = g − shift, where g is what a ReLU passed; and d (x − m) · ivar."""
     u = x - m
-    d = (g if not relu or u * a + b > type(g)(0) else type(g)(0)) - shift
+    d = _passed(g, u, a, b, relu) - shift
     return d, d * (u * ivar)
 
 
@@ -118,8 +129,7 @@ def _four_terms(g0, g1, g2, g3, x0, x1, x2, x3, m, a, b, ivar, shift, relu):
 def _gradient(g, x, m, a, b, shift, p, q, relu):
     """a · (d − mean d − x̂ · mean(d x̂)), where the two means are in p and q."""
     u = x - m
-    d = (g if not relu or u * a + b > type(g)(0) else type(g)(0)) - shift
-    return a * (d - (u * p + q))
+    return a * (_passed(g, u, a, b, relu) - shift - (u * p + q))
 
 
 @njit(fastmath=SUMS)
@@ -156,8 +166,15 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
     kind = x.dtype.type
     m, ivar, r = rounded(x, mean[c], var[c], eps)
     a, b = kind(ivar * weight[c]), kind(r * weight[c] + bias[c])
-    shift = in_common(g[0, c, 0], g[n // 2, c, size // 2], g[n - 1, c, size - 1])
+    shift = in_common(
+        _passed(g[0, c, 0], x[0, c, 0] - m, a, b, relu),
+        _passed(g[n // 2, c, size // 2], x[n // 2, c, size // 2] - m, a, b, relu),
+        _passed(g[n - 1, c, size - 1], x[n - 1, c, size - 1] - m, a, b, relu),
+    )
     s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
+    if _too_far(shift, s1, n * size):
+        shift = kind(0)
+        s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
     s2 += r * s1
     gbias[c], gweight[c] = s1 + n * size * np.float64(shift), s2
     slope = s2 / (n * size)
@@ -204,7 +221,7 @@ def _rows_sums(x, shift, sums, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_statistics(sums, n, shift, mean, var):
-    """Mean and variance from the chunks' sums, and whether the shift was good enough; it is set to the mean."""
+    """Mean and variance from the chunks' sums, and whether the shifts were good enough; each becomes the mean, or 0."""
     good = True
     for j in range(shift.size):
         s1 = 0.0
@@ -213,19 +230,23 @@ def _rows_statistics(sums, n, shift, mean, var):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
         mean[j], var[j], far = moments(shift[j], s1, s2, n)
-        shift[j] = mean[j]
+        shift[j] = mean[j] if np.isfinite(mean[j]) else 0.0
         good = good and not far
     return good
 
 
 @njit(fastmath=SUMS)
-def _rows_constants(x, g, weight, bias, mean, var, eps):
+def _rows_constants(x, g, weight, bias, mean, var, eps, relu):
     """Rows m, a, b, of which y = (x − m) · a + b, and ivar; then, for the backward pass, the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
     for j in range(mean.size):
         m, ivar, r = rounded(x, mean[j], var[j], eps)
         k[0, j], k[1, j], k[2, j], k[3, j] = m, ivar * weight[j], r * weight[j] + bias[j], ivar
-        k[4, j] = in_common(g[0, j], g[len(g) // 2, j], g[-1, j])
+        k[4, j] = in_common(
+            _passed(g[0, j], x[0, j] - k[0, j], k[1, j], k[2, j], relu),
+            _passed(g[len(g) // 2, j], x[len(g) // 2, j] - k[0, j], k[1, j], k[2, j], relu),
+            _passed(g[-1, j], x[-1, j] - k[0, j], k[1, j], k[2, j], relu),
+        )
     return k
 
 
@@ -256,25 +277,26 @@ def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
         _rows_sums(x, shift, sums, 0, chunks)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y, 0, chunks)
+    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps, False), relu, y, 0, chunks)
 
 
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
     y, mean, var = out
     if x.size < threads.PARALLEL_FROM:
-        return _few_rows_forward(x, weight, bias, eps, relu, y, mean, var)
+        _few_rows_forward(x, weight, bias, eps, relu, y, mean, var)
+        return
     chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    return split(_rows_normalize, chunks, x.size, x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y)
+    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, x, weight, bias, mean, var, eps, False), relu, y)
 
 
 @njit(fastmath=SUMS)
 def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps), relu, y, start, stop)
+    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps, False), relu, y, start, stop)
 
 
 @njit(fastmath=SUMS)
@@ -304,7 +326,11 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
-    """Those of weight and bias from the chunks' sums; and p and q into k, as for planes."""
+    """Those of weight and bias from the chunks' sums, and p and q into k, as for planes.
+
+    And whether the shifts were good; one that was not becomes 0.
+    """
+    good = True
     for j in range(gweight.size):
         s1 = 0.0
         s2 = 0.0
@@ -315,6 +341,9 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
         s2 += r * s1
         gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
         k[5, j], k[6, j] = ivar * s2 / n, r * s2 / n + s1 / n
+        if _too_far(k[4, j], s1, n):
+            k[4, j], good = 0.0, False
+    return good
 
 
 @njit(fastmath=SUMS)
@@ -329,9 +358,12 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
 def _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     """What `_rows_backward` does, by one thread in one call."""
     chunks = -(-len(x) // CHUNK)
-    k, sums = _rows_constants(x, g, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
-    _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
-    _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
+    k = _rows_constants(x, g, weight, bias, mean, var, eps, relu)
+    for _ in range(2):
+        sums = np.zeros((chunks, 2, x.shape[1]))
+        _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
+        if _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias):
+            break
     if gx.size:
         _rows_gradient(g, x, k, relu, gx, 0, chunks)
 
@@ -341,14 +373,17 @@ def _rows_backward(
 ) -> None:
     gx, gweight, gbias = out
     if x.size < threads.PARALLEL_FROM:
-        return _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
+        _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
+        return
     chunks = -(-len(x) // CHUNK)
-    k, sums = _rows_constants(x, g, weight, bias, mean, var, eps), np.zeros((chunks, 2, x.shape[1]))
-    split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
-    _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
+    k = _rows_constants(x, g, weight, bias, mean, var, eps, relu)
+    for _ in range(2):
+        sums = np.zeros((chunks, 2, x.shape[1]))
+        split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
+        if _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias):
+            break
     if gx.size:
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
-    return None
 
 
 # ---- state -----------------------------------------------------------------------------------------------

@@ -31,10 +31,11 @@ PIECE = 1 << 18
 WIDE = 2048
 NARROW = 64
 
-# Up to so many elements a call of NumPy's own reduction costs less than the planning here.
+# Up to so many elements a call of NumPy's own sum or extreme costs less than the planning here. A variance is several
+# calls, and is left to loops: the first one, however small, imports Numba.
 SMALL = 1 << 12
 
-# Columns of fewer terms than this have moments and extremes for which NumPy's passes over whole arrays are faster.
+# Columns of fewer terms than this have moments and extremes for which, in large arrays, NumPy's passes are faster.
 # Measured: the variance of (20000, 2, 10) over axis 1 takes 17 ms here and 7 ms there, of (5000, 8, 40) 7 and 9 ms.
 FEW = 8
 
@@ -55,9 +56,9 @@ class Plan(NamedTuple):
     copied: tuple[int, ...]  # the permutation of the axes in which x has to be copied first; empty for none
     shape: tuple[int, ...]  # of the result
     terms: int  # elements that make up one number of the result
-    cut: tuple[
-        int, ...
-    ]  # elements of a piece of a row; or rows, columns and fold (rows side by side) of one of columns
+    # How a loop cuts it up: (elements of a piece of a row,), or (rows, columns, fold) of a piece of columns, of which
+    # `fold` rows lie side by side.
+    cut: tuple[int, ...]
     items: int  # how many pieces there are
     partial: tuple[int, ...]  # their results: (M, pieces), or (A, pieces of B, C)
     apart: tuple[int, ...]  # the same, but of rows (A, B, C, pieces)
@@ -97,10 +98,19 @@ def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
 
 def _of_rows(outer: tuple[int, ...], d: int, copied: tuple[int, ...], shape: tuple[int, ...], terms: int) -> Plan:
     m, pieces = math.prod(outer), -(-d // PIECE)
-    over = (1, 3) if outer[1] > 1 or pieces > 1 else ()
     return Plan(
-        True, (m, d), outer, copied, shape, terms, (PIECE,), m * pieces, (m, pieces), (*outer, pieces), over
-    )  # fmt: skip
+        rows=True,
+        view=(m, d),
+        outer=outer,
+        copied=copied,
+        shape=shape,
+        terms=terms,
+        cut=(PIECE,),
+        items=m * pieces,
+        partial=(m, pieces),
+        apart=(*outer, pieces),
+        over=(1, 3) if outer[1] > 1 or pieces > 1 else (),
+    )
 
 
 def _of_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) -> Plan:
@@ -109,9 +119,19 @@ def _of_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) 
     fold = max(1, min(NARROW // c, b))
     rows = b if c > WIDE else -(-max(PIECE // columns, 4) // fold) * fold
     pieces = -(-b // rows)
-    partial, items = (a, pieces, c), a * pieces * -(-c // columns)
-    over = (1,) if pieces > 1 else ()
-    return Plan(False, view, (), (), shape, terms, (rows, columns, fold), items, partial, partial, over)
+    return Plan(
+        rows=False,
+        view=view,
+        outer=(),
+        copied=(),
+        shape=shape,
+        terms=terms,
+        cut=(rows, columns, fold),
+        items=a * pieces * -(-c // columns),
+        partial=(a, pieces, c),
+        apart=(a, pieces, c),
+        over=(1,) if pieces > 1 else (),
+    )
 
 
 Reduce = Callable[[Array, Plan], Any]
@@ -126,7 +146,7 @@ def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool, few_are_numpy
         return NotImplemented
     if not x.flags.c_contiguous:
         return _reduced_in_memory_order(reduce, x, axis, found, few_are_numpys)
-    if few_are_numpys and not found.rows and found.view[1] < FEW:
+    if few_are_numpys and x.size > SMALL and not found.rows and found.view[1] < FEW:
         return NotImplemented
     return reduce(compiled(x.transpose(found.copied) if found.copied else x).reshape(found.view), found)
 
@@ -241,9 +261,9 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
         shift = first[:, 0].astype(np.float64).reshape(-1)
         _loop("make_finite")(shift)  # or the mean would be NaN where it is infinite
     var = np.empty(shift.shape)
-    for _ in range(2):
-        if _loop("settle")(_moments(x, found, shift), found.terms, shift, var):
-            break
+    if not _loop("settle")(_moments(x, found, shift), found.terms, shift, var):
+        _loop("make_finite")(shift)
+        _loop("settle")(_moments(x, found, shift), found.terms, shift, var)
     return shift.reshape(found.shape), var.reshape(found.shape)
 
 
@@ -253,8 +273,11 @@ def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> An
     if found is NotImplemented:
         return NotImplemented
     mu, var = found
-    n = x.size // mu.size
-    return mu, var * n / (n - correction) if correction else var
+    if correction:
+        n = x.size // mu.size
+        with np.errstate(divide="ignore", invalid="ignore"):
+            var *= np.divide(n, max(n - correction, 0))  # infinite, or NaN for 0, where nothing is left to divide by
+    return mu, var
 
 
 @kernel("mean_and_var_fused", "cpu")

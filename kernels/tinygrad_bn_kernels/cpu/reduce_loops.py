@@ -52,8 +52,11 @@ def row_sums(x, piece, partial, start, stop):
     pieces = partial.shape[1]
     for item in range(start, stop):
         t = item % pieces
-        row = x[item // pieces, t * piece : (t + 1) * piece]
-        partial[item // pieces, t] = _sum_of_long(row) if row.size >= LONG else _sum_of_short(row)
+        row, total = x[item // pieces, t * piece : (t + 1) * piece], 0.0
+        for first in range(0, row.size, 4 * LONG):  # many terms one after the other would cost digits in float64
+            some = row[first : first + 4 * LONG]
+            total += _sum_of_long(some) if some.size >= LONG else _sum_of_short(some)
+        partial[item // pieces, t] = total
 
 
 @njit(fastmath=SUMS)
@@ -78,19 +81,18 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
             for j in range(width * min(fold, last - i)):
                 sums[j] += np.float64(r0[j])
             i += fold
-        out = partial[a, t, first:]
-        for j in range(width):
-            total = 0.0
-            for f in range(fold):
-                total += sums[f * width + j]
-            out[j] = total
+        out = partial[a, t, first : first + width]
+        out[:] = sums[:width]
+        for f in range(1, fold):
+            for j in range(width):
+                out[j] += sums[f * width + j]
 
 
 @njit(fastmath=SUMS)
 def row_moments(x, piece, b, c, shift, partial, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each piece of a row, into partial (2, M, pieces).
 
-    A shift that is NaN becomes the row's first element.
+    The rows are (A, b, c), and those along b have one shift; one that is NaN becomes the row's first element.
     """
     pieces = partial.shape[2]
     for item in range(start, stop):
@@ -127,7 +129,7 @@ def settle(sums, n, shift, var):
 
 @njit(fastmath=SUMS)
 def column_moments(x, rows, columns, fold, shift, partial, start, stop):
-    """The same of each column of a piece, into partial (2, A, pieces of B, C)."""
+    """Σ (x − shift) and Σ (x − shift)² of each column of a piece, into partial (2, A, pieces of B, C)."""
     _, b, c = x.shape
     across = (c + columns - 1) // columns
     flat = x.reshape(-1)

@@ -144,7 +144,8 @@ def _prepared(x: Array, target: Array, weight: Array, ignore_index: int) -> tupl
     if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
         raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
     classes = compiled(target, np.int64)
-    if (i := _wrong(classes, x.shape[1], ignore_index)) >= 0:
+    wraps = target.dtype == np.uint64 and target.size and target.max() >= 1 << 63
+    if (i := int(target.argmax()) if wraps else _wrong(classes, x.shape[1], ignore_index)) >= 0:
         raise ValueError(f"target {target[i]} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
     return compiled(x), classes, compiled(weight, np.float64)
 
