@@ -118,6 +118,11 @@ def test_cross_entropy_does_not_overflow():
 
 
 ERRORS = [
+    (
+        lambda: F.cross_entropy(X, np.zeros(4, int), ignore_index=None),
+        TypeError,
+        "ignore_index has to be an integer; got None",
+    ),
     (lambda: F.cross_entropy(X, np.array([0, 1, 2, 3])), ValueError, "target 3 is not one of the 3 classes 0 to 2"),
     (
         lambda: F.cross_entropy(X, np.array([0, 1, 2, 2**64 - 100], np.uint64)),

@@ -180,6 +180,9 @@ def test_errors():
         optim.AdamW([p], betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="betas have to be two numbers"):
         optim.AdamW([p], betas=(0.9,))
+    for betas in (0.9, None, ("a", "b")):
+        with pytest.raises(ValueError, match="betas have to be two numbers"):
+            optim.AdamW([p], betas=betas)
     for lr in ("1", Tensor(0.1), np.array([0.1])):
         with pytest.raises(TypeError, match="lr has to be a number; got"):
             optim.Adam([p], lr=lr)

@@ -264,7 +264,7 @@ def test_a_wrong_axis_is_an_error_that_names_the_op(axis, shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (70, 80)])
-@pytest.mark.parametrize("axis", [True, (0, True), 1.0, "0", [0, 1]])
+@pytest.mark.parametrize("axis", [True, (0, True), 1.0, "0", [0, 1], np.array([0, 1])])
 def test_what_is_no_axis_is_an_error_at_any_size(axis, shape):
     for f in (ops.sum, ops.argmax, functional.mean, functional.var):
         with pytest.raises(TypeError, match="axis is an integer, a tuple of integers, or None"):

@@ -135,7 +135,7 @@ def _plain_axis(name: str, axis: Any) -> Axis:
     given = axis if isinstance(axis, tuple) else (axis,)
     if all(type(a) is int for a in given):
         return axis
-    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") for a in given):
+    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in given):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {axis!r}")
     plain = tuple(map(operator.index, given))
     return plain if isinstance(axis, tuple) else plain[0]

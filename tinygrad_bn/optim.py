@@ -109,8 +109,9 @@ class Optimizer:
         if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
         betas = group.get("betas", (0, 0))
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas have to be two numbers in [0, 1); got {betas}")
+        two = isinstance(betas, tuple | list) and len(betas) == 2
+        if not two or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
+            raise ValueError(f"betas have to be two numbers in [0, 1); got {betas!r}")
 
     def _kept(self, group: Group) -> dict[str, float]:
         """Names of the arrays that are kept for a parameter, and what they are full of before the first step."""

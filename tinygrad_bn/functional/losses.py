@@ -73,6 +73,8 @@ def binary_cross_entropy_with_logits(
 
 def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
     """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index has to be an integer; got {ignore_index!r}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index has to be an int64; got {ignore_index}")
     classes = values(target)
