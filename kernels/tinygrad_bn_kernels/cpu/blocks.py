@@ -11,7 +11,8 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
-from tinygrad_bn_kernels.cpu.norm import in_common, plane_statistics, rounded
+from tinygrad_bn_kernels.cpu.norm import plane_statistics
+from tinygrad_bn_kernels.cpu.norm_terms import in_common, rounded
 from tinygrad_bn_kernels.cpu.threads import split
 
 Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S: x has N · G · P · S elements
@@ -77,7 +78,8 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
             gs, block, out, group = g[i], x[i], gx[i], i % groups
             m, ivar, rest = rounded(x, mean[i], var[i], eps)
             a, r, w, w0 = kind(ivar), kind(rest), weight[group], weight[group, 0]
-            shift = in_common(gs[0], gs[count // 2], gs[count - 1]) if centered else kind(0)
+            first, second, third = gs[0], gs[count // 2], gs[count - 1]
+            shift = in_common(min(first, second, third), max(first, second, third)) if centered else kind(0)
             to_weight, to_bias = sums[part, 0, group], sums[part, 1, group]
             s1 = 0.0
             s2 = 0.0

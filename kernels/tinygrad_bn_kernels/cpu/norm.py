@@ -16,16 +16,15 @@ from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.moments import moments
+from tinygrad_bn_kernels.cpu.norm_terms import floor_of, four_terms, gradient, in_common, passed, rounded, term, too_far
 from tinygrad_bn_kernels.cpu.threads import split
 
 # Rows of a batch of vectors whose sums are added up before those of the next.
 CHUNK = 256
 
-
-@njit()
-def _floor(x, relu):
-    """What the output is not below: one loop then serves with and without a ReLU, at half the compilation."""
-    return x.dtype.type(0) if relu else x.dtype.type(-np.inf)
+# Gradients of a channel that are looked at for what they have in common. With three of them one channel in a hundred
+# would have something by chance, and all the sums would be taken again.
+PROBES = 8
 
 
 # ---- planes: (N, C, S) ----------------------------------------------------------------------------------
@@ -53,16 +52,9 @@ def plane_statistics(x, c):
 
 
 @njit(fastmath=SUMS)
-def rounded(x, mean, var, eps):
-    """m in x's dtype and ivar and r in float64, of which x̂ = (x − m) · ivar + r: r is what rounding took from m."""
-    m, ivar = x.dtype.type(mean), 1 / np.sqrt(var + eps)
-    return m, ivar, (m - mean) * ivar
-
-
-@njit(fastmath=SUMS)
 def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
-    floor = _floor(x, relu)
+    floor = floor_of(x, relu)
     m, ivar, r = rounded(x, mean, var, eps)
     a, b = x.dtype.type(ivar * weight), x.dtype.type(r * weight + bias)
     for i in range(n):
@@ -85,53 +77,6 @@ def _planes_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
         _plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
 
 
-@njit()
-def in_common(first, second, third):
-    """One of three gradients, if they lie close together and far from 0; otherwise, and if not finite, 0."""
-    low, high = min(first, second, third), max(first, second, third)
-    return first if abs(low + high) > 8 * (high - low) else type(first)(0)
-
-
-@njit()
-def _too_far(shift, total, n):
-    """Whether n gradients less the shift, of this sum, are on average half of it: it had little in common with them."""
-    return shift != 0 and abs(total) > n * abs(np.float64(shift)) / 2
-
-
-# The next four are not to be reassociated: a shift that is taken from a sum instead of its terms has no use any more.
-
-
-@njit(fastmath={"contract"})
-def _passed(g, u, a, b, relu):
-    """g, but 0 behind a ReLU that gave 0: u · a + b is the output, computed as the forward pass did."""
-    return g if not relu or u * a + b > type(g)(0) else type(g)(0)
-
-
-@njit(fastmath={"contract"})
-def _term(g, x, m, a, b, ivar, shift, relu):
-    """d = g − shift, where g is what a ReLU passed; and d (x − m) · ivar."""
-    u = x - m
-    d = _passed(g, u, a, b, relu) - shift
-    return d, d * (u * ivar)
-
-
-@njit(fastmath={"contract"})
-def _four_terms(g0, g1, g2, g3, x0, x1, x2, x3, m, a, b, ivar, shift, relu):
-    """The sums of four such, in their own precision, which rounds by less than the gradients will be; in float64."""
-    d0, h0 = _term(g0, x0, m, a, b, ivar, shift, relu)
-    d1, h1 = _term(g1, x1, m, a, b, ivar, shift, relu)
-    d2, h2 = _term(g2, x2, m, a, b, ivar, shift, relu)
-    d3, h3 = _term(g3, x3, m, a, b, ivar, shift, relu)
-    return np.float64((d0 + d1) + (d2 + d3)), np.float64((h0 + h1) + (h2 + h3))
-
-
-@njit(fastmath={"contract"})
-def _gradient(g, x, m, a, b, shift, p, q, relu):
-    """a · (d − mean d − x̂ · mean(d x̂)), where the two means are in p and q."""
-    u = x - m
-    return a * (_passed(g, u, a, b, relu) - shift - (u * p + q))
-
-
 @njit(fastmath=SUMS)
 def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
     """Σ d and Σ d (x − m) · ivar of channel c."""
@@ -143,7 +88,7 @@ def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
         g0, g1, g2, g3 = g[i, c], g[i + 1, c], g[i + 2, c], g[i + 3, c]
         x0, x1, x2, x3 = x[i, c], x[i + 1, c], x[i + 2, c], x[i + 3, c]
         for j in range(size):
-            d, h = _four_terms(
+            d, h = four_terms(
                 g0[j], g1[j], g2[j], g3[j], x0[j], x1[j], x2[j], x3[j], m, a, b, ivar, shift, relu
             )  # fmt: skip
             s1 += d
@@ -152,7 +97,7 @@ def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
     while i < n:
         g0, x0 = g[i, c], x[i, c]
         for j in range(size):
-            d, h = _term(g0[j], x0[j], m, a, b, ivar, shift, relu)
+            d, h = term(g0[j], x0[j], m, a, b, ivar, shift, relu)
             s1 += np.float64(d)
             s2 += np.float64(h)
         i += 1
@@ -166,13 +111,15 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
     kind = x.dtype.type
     m, ivar, r = rounded(x, mean[c], var[c], eps)
     a, b = kind(ivar * weight[c]), kind(r * weight[c] + bias[c])
-    shift = in_common(
-        _passed(g[0, c, 0], x[0, c, 0] - m, a, b, relu),
-        _passed(g[n // 2, c, size // 2], x[n // 2, c, size // 2] - m, a, b, relu),
-        _passed(g[n - 1, c, size - 1], x[n - 1, c, size - 1] - m, a, b, relu),
-    )
+    low = high = passed(g[0, c, 0], x[0, c, 0] - m, a, b, relu)
+    for t in range(1, PROBES):
+        place = t * (n * size - 1) // (PROBES - 1)
+        i, j = place // size, place % size
+        v = passed(g[i, c, j], x[i, c, j] - m, a, b, relu)
+        low, high = min(low, v), max(high, v)
+    shift = in_common(low, high)
     s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
-    if _too_far(shift, s1, n * size):
+    if too_far(shift, s1, n * size):
         shift = kind(0)
         s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
     s2 += r * s1
@@ -182,7 +129,7 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
     for i in range(gx.shape[0]):
         gs, xs, out = g[i, c], x[i, c], gx[i, c]
         for j in range(size):
-            out[j] = _gradient(gs[j], xs[j], m, a, b, shift, p, q, relu)
+            out[j] = gradient(gs[j], xs[j], m, a, b, shift, p, q, relu)
 
 
 @njit(fastmath=SUMS)
@@ -236,23 +183,30 @@ def _rows_statistics(sums, n, shift, mean, var):
 
 
 @njit(fastmath=SUMS)
-def _rows_constants(x, g, weight, bias, mean, var, eps, relu):
-    """Rows m, a, b, of which y = (x − m) · a + b, and ivar; then, for the backward pass, the shift of g, p and q."""
+def _rows_constants(x, weight, bias, mean, var, eps):
+    """Rows m, a, b, of which y = (x − m) · a + b, and ivar; and room for the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
     for j in range(mean.size):
         m, ivar, r = rounded(x, mean[j], var[j], eps)
         k[0, j], k[1, j], k[2, j], k[3, j] = m, ivar * weight[j], r * weight[j] + bias[j], ivar
-        k[4, j] = in_common(
-            _passed(g[0, j], x[0, j] - k[0, j], k[1, j], k[2, j], relu),
-            _passed(g[len(g) // 2, j], x[len(g) // 2, j] - k[0, j], k[1, j], k[2, j], relu),
-            _passed(g[-1, j], x[-1, j] - k[0, j], k[1, j], k[2, j], relu),
-        )
     return k
+
+
+@njit(fastmath={"contract"})
+def _rows_shifts(g, x, relu, k):
+    """The shift of g, into k."""
+    for j in range(k.shape[1]):
+        low = high = passed(g[0, j], x[0, j] - k[0, j], k[1, j], k[2, j], relu)
+        for t in range(1, PROBES):
+            i = t * (len(g) - 1) // (PROBES - 1)
+            v = passed(g[i, j], x[i, j] - k[0, j], k[1, j], k[2, j], relu)
+            low, high = min(low, v), max(high, v)
+        k[4, j] = in_common(low, high)
 
 
 @njit(fastmath=SUMS)
 def _rows_normalize(x, k, relu, y, start, stop):
-    floor = _floor(x, relu)
+    floor = floor_of(x, relu)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         row, out = x[i], y[i]
         for j in range(row.size):
@@ -277,7 +231,7 @@ def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
         _rows_sums(x, shift, sums, 0, chunks)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps, False), relu, y, 0, chunks)
+    _rows_normalize(x, _rows_constants(x, weight, bias, mean, var, eps), relu, y, 0, chunks)
 
 
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
@@ -291,12 +245,12 @@ def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, 
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, x, weight, bias, mean, var, eps, False), relu, y)
+    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, weight, bias, mean, var, eps), relu, y)
 
 
 @njit(fastmath=SUMS)
 def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    _rows_normalize(x, _rows_constants(x, x, weight, bias, mean, var, eps, False), relu, y, start, stop)
+    _rows_normalize(x, _rows_constants(x, weight, bias, mean, var, eps), relu, y, start, stop)
 
 
 @njit(fastmath=SUMS)
@@ -309,7 +263,7 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
             x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
             for j in range(k.shape[1]):
                 m, a, b, ivar, shift = k[0, j], k[1, j], k[2, j], k[3, j], k[4, j]
-                d, h = _four_terms(
+                d, h = four_terms(
                     g0[j], g1[j], g2[j], g3[j], x0[j], x1[j], x2[j], x3[j], m, a, b, ivar, shift, relu
                 )  # fmt: skip
                 sums[t, 0, j] += d
@@ -318,7 +272,7 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
         while i < last:
             g0, x0 = g[i], x[i]
             for j in range(k.shape[1]):
-                d, h = _term(g0[j], x0[j], k[0, j], k[1, j], k[2, j], k[3, j], k[4, j], relu)
+                d, h = term(g0[j], x0[j], k[0, j], k[1, j], k[2, j], k[3, j], k[4, j], relu)
                 sums[t, 0, j] += np.float64(d)
                 sums[t, 1, j] += np.float64(h)
             i += 1
@@ -341,7 +295,7 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
         s2 += r * s1
         gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
         k[5, j], k[6, j] = ivar * s2 / n, r * s2 / n + s1 / n
-        if _too_far(k[4, j], s1, n):
+        if too_far(k[4, j], s1, n):
             k[4, j], good = 0.0, False
     return good
 
@@ -351,14 +305,15 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         gs, row, out = g[i], x[i], gx[i]
         for j in range(row.size):
-            out[j] = _gradient(gs[j], row[j], k[0, j], k[1, j], k[2, j], k[4, j], k[5, j], k[6, j], relu)
+            out[j] = gradient(gs[j], row[j], k[0, j], k[1, j], k[2, j], k[4, j], k[5, j], k[6, j], relu)
 
 
 @njit(fastmath=SUMS)
 def _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     """What `_rows_backward` does, by one thread in one call."""
     chunks = -(-len(x) // CHUNK)
-    k = _rows_constants(x, g, weight, bias, mean, var, eps, relu)
+    k = _rows_constants(x, weight, bias, mean, var, eps)
+    _rows_shifts(g, x, relu, k)
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
@@ -376,7 +331,8 @@ def _rows_backward(
         _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
         return
     chunks = -(-len(x) // CHUNK)
-    k = _rows_constants(x, g, weight, bias, mean, var, eps, relu)
+    k = _rows_constants(x, weight, bias, mean, var, eps)
+    _rows_shifts(g, x, relu, k)
     for _ in range(2):
         sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
