@@ -386,3 +386,14 @@ def test_a_state_that_somebody_changed_is_the_one_that_counts(change):
     got, params[1].data = params[1].numpy().copy(), kept
     alone.step()
     np.testing.assert_allclose(got, params[1].numpy(), rtol=1e-6)
+
+
+def test_a_state_that_was_emptied_in_place_starts_anew():
+    params = parameters(shapes=[(3,), (2, 2)])
+    optimizer = optim.SGD(params, lr=0.1)
+    for _ in range(2):
+        give_gradients(params, 0)
+        optimizer.step()
+        assert [optimizer.state[p]["step"] for p in params] == [1, 1]
+        for p in params:
+            optimizer.state[p].clear()

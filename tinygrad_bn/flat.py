@@ -40,7 +40,7 @@ class FlatParameters:
             return False
         step, kind = self.states[0].get("step"), (self.whole.dtype, device_of(self.whole))
         for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
-            if state.get(p) is not own or own.get("step") != step:
+            if state.get(p) is not own or step is None or own.get("step") != step:
                 return False
             if p._data is not self.parts[i] and (p.dtype, p.device) != kind:
                 return False
