@@ -362,8 +362,13 @@ def test_parameters_stay_where_they_are_from_step_to_step(monkeypatch):
     optimizer = optim.Adam(params)
     give_gradients(params, 0)
     optimizer.step()
-    monkeypatch.setattr(optim, "lay_out", None)
+    laid = []
+    monkeypatch.setattr(optim, "lay_out", lambda *args: laid.append(args) or flat.lay_out(*args))
     optimizer.step()
+    assert not laid
+    params[0].grad = None  # now others are updated together
+    optimizer.step()
+    assert laid
 
 
 @pytest.mark.parametrize("change", ["one starts anew", "one is forgotten", "one is empty"])

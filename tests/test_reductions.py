@@ -316,8 +316,8 @@ def test_what_is_infinite_leaves_the_others_alone(shape):
         x[0, -1] = 0
         for axis in (0, 1, None, tuple(range(x.ndim))[2:] or None, (0, *range(2, x.ndim))):
             for layout in (x, np.asfortranarray(x)):
-                for name in ("mean_and_var_fused", "var_fused", "sum", "max"):
-                    compare(name, layout, axis)
+                done = [compare(name, layout, axis) for name in ("sum", "max", "var_fused", "mean_and_var_fused")]
+                assert any(done)  # columns of few terms are NumPy's in some
 
 
 @pytest.mark.parametrize("columns", [1, 3, 7, 60])

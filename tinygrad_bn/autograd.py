@@ -14,7 +14,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import Parameter, signature
@@ -169,7 +169,7 @@ class recording(ContextDecorator):
     """
 
     def __init__(self, on: bool) -> None:
-        self.on, self.tokens = on, []  # type: ignore[var-annotated]
+        self.on, self.tokens = on, list[Token[bool]]()  # several, if it is entered again inside itself
 
     def __enter__(self) -> None:
         self.tokens.append(_recording.set(self.on))

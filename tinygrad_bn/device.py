@@ -15,18 +15,8 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "as_array",
-    "beside",
-    "device_of",
-    "expect_one_device",
-    "find_kernel",
-    "full",
-    "has_own_memory",
-    "join",
-    "kernel_or",
-    "kernels_disabled",
-    "move",
-    "to_numpy",
+    "as_array", "beside", "device_of", "expect_one_device", "find_kernel", "full", "has_own_memory", "join",
+    "kernel_or", "kernels_disabled", "move", "to_numpy",
 ]  # fmt: skip
 
 DEVICES = ("cpu", "cuda")

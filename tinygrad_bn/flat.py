@@ -36,11 +36,11 @@ class FlatParameters:
 
     def holds(self, state: Mapping[Tensor, State], kept: Mapping[str, float]) -> bool:
         """Whether one call still updates them all, and this is their state: nobody has assigned another."""
-        if self.state.keys() != kept.keys():
-            return False
         step, kind = self.states[0].get("step"), (self.whole.dtype, device_of(self.whole))
+        if step is None or self.state.keys() != kept.keys():
+            return False
         for i, (p, own) in enumerate(zip(self.params, self.states, strict=True)):
-            if state.get(p) is not own or step is None or own.get("step") != step:
+            if state.get(p) is not own or own.get("step") != step:
                 return False
             if p._data is not self.parts[i] and (p.dtype, p.device) != kind:
                 return False

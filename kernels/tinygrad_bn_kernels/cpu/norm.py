@@ -17,6 +17,7 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.norm_terms import floor_of, four_terms, gradient, in_common, passed, rounded, term, too_far
+from tinygrad_bn_kernels.cpu.reduce_loops import make_finite
 from tinygrad_bn_kernels.cpu.threads import split
 
 # Rows of a batch of vectors whose sums are added up before those of the next.
@@ -217,8 +218,7 @@ def _rows_normalize(x, k, relu, y, start, stop):
 @njit(fastmath=SUMS)
 def _rows_shift(x):
     shift = x[0].astype(np.float64)
-    for j in range(shift.size):
-        shift[j] = shift[j] if np.isfinite(shift[j]) else 0.0
+    make_finite(shift)
     return shift
 
 
