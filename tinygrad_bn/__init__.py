@@ -8,12 +8,13 @@ array([[-0.9258],
        [ 1.3887]], dtype=float32)
 """
 
-from tinygrad_bn.tensor import Tensor  # isort: skip  (first: the other modules build on it)
 from tinygrad_bn import cuda, datasets, functional, nn, optim, testing, train
-from tinygrad_bn.autograd import debug, grad, is_recording, no_grad, primitive
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.modes import composed, debug, is_recording, no_grad
 from tinygrad_bn.random import manual_seed
+from tinygrad_bn.tensor import Tensor, fused, primitive
 
 __all__ = [
-    "Tensor", "cuda", "datasets", "debug", "functional", "grad", "is_recording", "manual_seed", "nn", "no_grad",
-    "optim", "primitive", "testing", "train",
+    "Tensor", "composed", "cuda", "datasets", "debug", "functional", "fused", "grad", "is_recording", "manual_seed",
+    "nn", "no_grad", "optim", "primitive", "testing", "train",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ def main() -> None:
     """Parse the command line and print."""
     parser = argparse.ArgumentParser(prog="python -m tinygrad_bn", description="Facts about this installation.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("kernels", help="every kernel: what it fuses, and its worst error against float64")
+    commands.add_parser("kernels", help="every kernel, and its largest error against float64")
     parser.parse_args()
 
     from rich import box
@@ -16,8 +16,8 @@ def main() -> None:
 
     from tinygrad_bn.kernels import kernel_errors
 
-    table = Table(box=box.SIMPLE, title="Kernels, and their worst error against float64", title_justify="left")
-    for head in ("kernel", "device", "dtype", "fuses", "error"):
+    table = Table(box=box.SIMPLE, title="Kernels, and their largest error against float64", title_justify="left")
+    for head in ("kernel", "device", "dtype", "computes", "error"):
         table.add_column(head, no_wrap=True)
     for row in kernel_errors():
         table.add_row(*row[:4], f"{row.error:.1e}" if row.error else "0")

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from tinygrad_bn.tensor import Tensor
+from tinygrad_bn import backend
+from tinygrad_bn.sample import REAL, elementwise
+from tinygrad_bn.tensor import Operand, Tensor, primitive
 
-__all__ = ["from_dlpack", "info", "is_available", "stream", "synchronize"]
+__all__ = ["from_dlpack", "info", "is_available", "stream", "synchronize", "to"]
 
 _INSTALL = 'device "cuda" needs the package numba-cuda: pip install "tinygrad-bn[cuda]"'
 
@@ -95,3 +97,17 @@ def synchronize() -> None:
     from tinygrad_bn_kernels.cuda import launch
 
     launch.driver().synchronize()
+
+
+@primitive(
+    lambda g, y, x, *, device: to(g, device=backend.device_of(x)),  # type: ignore[has-type]
+    formula="y = x on another device;  ∂x = g on x's device",
+    sample=elementwise(REAL, device="cpu"),
+)
+def to(x: Operand, *, device: str) -> Operand:
+    """The same values on the device "cpu" or "cuda".
+
+    Raises RuntimeError if there is no such device, saying what is missing, and TypeError for a dtype that the device
+    does not take, such as float16 on cuda.
+    """
+    return backend.move(x, device)

@@ -1,4 +1,4 @@
-"""What the kernels compute, and how exactly: each one measured against float64. `python -m tinygrad_bn kernels`."""
+"""The error of every kernel, measured against float64. `python -m tinygrad_bn kernels` prints it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from tinygrad_bn_kernels import MODULES, lookup
+from tinygrad_bn_kernels import MODULES
 
-from tinygrad_bn.autograd import OPS, apply, grad, run
-from tinygrad_bn.device import kernels_disabled
-from tinygrad_bn.nn.norm import _running_statistics
-from tinygrad_bn.optim import _adam, _sgd
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.backend import Array, kernels_disabled
+from tinygrad_bn.tensor import OPS, Tensor, apply
 
 __all__ = ["KernelError", "kernel_errors"]
 
 
 class KernelError(NamedTuple):
-    """The worst error of one kernel in one precision, over a fixed suite of operands."""
+    """The largest error of one kernel in one precision, over fixed operands."""
 
     name: str
     device: str
     dtype: str
-    fuses: str  # the composition that it computes in one go, or "" for a primitive or an update of state
+    computes: str  # a "primitive", a "fused" op, or an "update" of state
     error: float  # largest |kernel − reference|, relative to the largest |reference|, over all results
 
 
@@ -42,7 +40,7 @@ def _cases(op: str) -> list[Case]:
     if op.startswith("batch_norm"):
         extra = (lambda c: (np.full(c, 100.0), np.full(c, 1.5))) if op == "batch_norm_inference" else lambda c: ()
         return [((x, *extra(x.shape[1]), *vectors[x.shape[1]]), {"eps": 1e-5}) for x in (images, rows)]
-    if op == "block_norm_fused":
+    if op == "block_norm":
         of_rows = {"blocks": (300, 1, 40, 1), "eps": 1e-5, "centered": True}
         of_images = {"blocks": (24, 4, 4, 144), "eps": 1e-5, "centered": True}
         uncentered = {**of_rows, "centered": False}
@@ -69,16 +67,26 @@ def _cases(op: str) -> list[Case]:
     if op.startswith("conv"):
         x, weight, y = normal(4, 6, 12, 12), normal(8, 6, 3, 3), normal(4, 8, 6, 12)
         how: dict[str, Any] = {"stride": (2, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
-        if op == "conv_fused":
+        if op == "conv_with_bias":
             return [((x, weight, normal(8)), how)]
         if op == "conv":
             return [((x, weight), how)]
         if op == "conv_input":
             return [((y, weight), {"size": (12, 12), **how})]
         return [((x, y), {"kernel": (3, 3), **how})]
-    if op == "max_pool_fused":
+    if op == "max_pool":
         window: dict[str, Any] = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
         return [((images,), {"out": (6, 6), **window})]
+    p, g, m, v = (*rng.normal(size=(3, 5000)), rng.uniform(0.1, 1, 5000))
+    if op == "adam":
+        rates = {"beta1": 0.9, "beta2": 0.999, "step_size": 0.01, "root_scale": 1.1, "eps": 1e-8, "shrink": 0.99}
+        return [((p, g, m, v), {**rates, "decay": 0.0})]
+    if op == "sgd":
+        return [((p, g, m), {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "decay": 0.01, "nesterov": True})]
+    if op == "running_statistics":
+        return [((p, v, m, v), {"momentum": 0.1, "unbias": 1.01})]
+    if op == "squared_norm":
+        return [((p,), {})]
     if op in ("relu", "erf"):
         return [((normal(5000),), {})]
     axes: list[Any] = [None, 0, -1] if op.startswith("arg") else [None, 0, -1, (0, 2, 3), (0, 1, 2)]
@@ -93,65 +101,33 @@ def _error(got: Any, want: Any) -> float:
 def _op_error(name: str, dtype: type) -> float:
     op, errors = OPS[name.removesuffix(".vjp")], []
     for operands, params in _cases(op.name):
-        cast = [x.astype(dtype) if x.dtype.kind == "f" else x for x in operands]
-        wide = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in cast]
+        cast = [x.astype(dtype if x.dtype.kind == "f" else x.dtype) for x in operands]
+        wide = [x.astype(np.float64 if x.dtype.kind == "f" else x.dtype) for x in cast]
         if not name.endswith(".vjp"):
             with kernels_disabled():
-                want = run(op, wide, params)
-            got = run(op, cast, params)
-            errors += [_error(a, b) for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True)]
+                want, exact_saved = apply(op, wide, params)
+            got, saved = apply(op, cast, params)
+            pairs = [(got, want), *zip(saved, exact_saved, strict=True)]
+            errors += [_error(a, b) for a, b in pairs + (list(zip(cast, wide, strict=True)) if op.updates else [])]
             continue
         results = []
         for arrays, composed in ((cast, False), (wide, True)):
-            # The class weights of a loss are constants; everything else that is real gets a gradient.
+            # The class weights of a loss are constants; all other real operands get a gradient.
             real = [
                 x.dtype.kind == "f" and not (op.name == "softmax_cross_entropy" and i) for i, x in enumerate(arrays)
             ]
-            ts = [Tensor(x, requires_grad=wanted) for x, wanted in zip(arrays, real, strict=True)]
-            y = apply(op, ts, params)
+            ts = [Tensor(x, requires_grad=needed) for x, needed in zip(arrays, real, strict=True)]
+            y = apply(op, ts, params)[0]
             g = Tensor(np.random.default_rng(1).normal(size=y.shape).astype(dtype).astype(y.dtype))
             results.append(grad(y, [t for t in ts if t.requires_grad], g, create_graph=composed))
         errors += [_error(a, b) for a, b in zip(*results, strict=True)]
     return max(errors)
 
 
-def _state_error(name: str, device: str, dtype: type) -> float:
-    """Of an update of state: the kernel in `dtype` against the reference in float64."""
-    rng = np.random.default_rng(0)
-    kernel: Any = lookup(name, device)
-    p, g, m, v = (a.astype(dtype) for a in (*rng.normal(size=(3, 5000)), rng.uniform(0.1, 1, 5000)))
-    if name == "optim.sum_of_squares":
-        return _error(kernel(p), np.sum(np.square(p, dtype=np.float64)))
-    adam = {
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "step_size": 0.01,
-        "root_scale": 1.1,
-        "eps": 1e-8,
-        "shrink": 0.99,
-        "decay": 0.0,
-    }
-    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "decay": 0.01, "nesterov": True}
-    running = {"momentum": 0.1, "unbias": 1.01}
-    suite: dict[str, Any] = {
-        "optim.adam": (_adam, (p, g, m, v), adam),
-        "optim.sgd": (_sgd, (p, g, m), sgd),
-        "nn.running_statistics": (_running_statistics, (p, v, m, v), running),
-    }
-    reference, state, options = suite[name]
-    results = []
-    for update, operands in ((kernel, [a.copy() for a in state]), (reference, [a.astype(np.float64) for a in state])):
-        given = update(*operands, **options)
-        results.append([*(given if isinstance(given, tuple) else [given]), *operands])  # what is written in place too
-    return max(_error(a, b) for a, b in zip(*results, strict=True))
-
-
 def kernel_errors() -> Iterator[KernelError]:
-    """Measure every kernel of the package in float32 and float64: some seconds, half a minute if they are compiled."""
+    """Measure every kernel of the package in float32 and float64: some seconds, half a minute with compilation."""
     for name, device in sorted(MODULES):
-        state = name.startswith(("optim.", "nn."))
-        fused = None if state else OPS[name.removesuffix(".vjp")].fuses
+        op = OPS[name.removesuffix(".vjp")]
+        computes = "fused" if op.fused else "primitive" if op.differentiable or not op.updates else "update"
         for dtype in (np.float32, np.float64):
-            error = _state_error(name, device, dtype) if state else _op_error(name, dtype)
-            fuses = "" if fused is None else fused.__name__.strip("_").removesuffix("_composed")
-            yield KernelError(name, device, np.dtype(dtype).name, fuses, error)
+            yield KernelError(name, device, np.dtype(dtype).name, computes, _op_error(name, dtype))

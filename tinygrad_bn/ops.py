@@ -1,4 +1,4 @@
-"""Every primitive, one declaration each: its gradient rules, its formula, what the tests draw, its forward.
+"""The primitives that BatchNorm and its gradients are made of, one declaration each; the others are in `more_ops`.
 
 A forward gets arrays and is the NumPy reference. A rule `(g, y, *operands, **params)` gives the gradient of one
 operand from the gradient `g` of the result `y`; it may use any function of this file, so that it can itself be
@@ -10,28 +10,17 @@ differentiated. Where a function has a kink, the chosen subgradient is PyTorch's
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.device import device_of, move
-from tinygrad_bn.tensor import Axis
-
-# isort: off
-from tinygrad_bn.sample import (
-    NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing, sample_broadcast_to, sample_clip, sample_concatenate,
-    sample_distinct_pair, sample_getitem, sample_linear, sample_matmul, sample_pad, sample_reshape, sample_scatter_add,
-    sample_sum_to, sample_where,
-)  # fmt: skip
-# isort: on
+from tinygrad_bn import sample
+from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
+from tinygrad_bn.tensor import Axis, Operand, primitive
 
 __all__ = [
-    "abs", "add", "argmax", "argmin", "astype", "broadcast_to", "clip", "concatenate", "div", "erf", "exp", "expm1",
-    "getitem", "linear", "log", "matmul", "max", "maximum", "min", "minimum", "mul", "neg", "pad", "pow", "relu",
-    "reshape", "rsqrt", "scatter_add", "sigmoid", "sign", "softplus", "sqrt", "stack", "sub", "sum", "sum_to", "tanh",
-    "to", "transpose", "where",
+    "add", "astype", "broadcast_to", "div", "exp", "getitem", "log", "matmul", "max", "min", "mul", "neg", "pow", "relu",
+    "reshape", "rsqrt", "scatter_add", "sqrt", "sub", "sum", "sum_to", "transpose", "where",
 ]  # fmt: skip
 
 # ---- arithmetic -----------------------------------------------------------------------------------------
@@ -112,12 +101,6 @@ def exp(x: Operand) -> Operand:
     return np.exp(x)
 
 
-@primitive(lambda g, y, x: g * (y + 1), formula="y = eˣ − 1;  ∂x = g · (y + 1)", sample=elementwise(REAL))
-def expm1(x: Operand) -> Operand:
-    """Exponential minus one, exact also near 0, elementwise."""
-    return np.expm1(x)
-
-
 @primitive(lambda g, y, x: g / x, formula="y = log x;  ∂x = g / x", sample=elementwise(POSITIVE))
 def log(x: Operand) -> Operand:
     """Natural logarithm, elementwise."""
@@ -136,39 +119,6 @@ def rsqrt(x: Operand) -> Operand:
     return 1 / np.sqrt(x)
 
 
-@primitive(lambda g, y, x: g * (1 - y * y), formula="y = tanh x;  ∂x = g · (1 − y²)", sample=elementwise(REAL))
-def tanh(x: Operand) -> Operand:
-    """Hyperbolic tangent, elementwise."""
-    return np.tanh(x)
-
-
-@primitive(
-    lambda g, y, x: g * y * (1 - y),
-    formula="y = 1 / (1 + e⁻ˣ);  ∂x = g · y · (1 − y)",
-    sample=elementwise(REAL),
-)
-def sigmoid(x: Operand) -> Operand:
-    """Logistic function, elementwise; no overflow for any x."""
-    e = np.exp(-np.abs(x))
-    return np.where(np.greater_equal(x, 0), 1, e) / (1 + e)
-
-
-@primitive(lambda g, y, x: g * sigmoid(x), formula="y = log(1 + eˣ);  ∂x = g · sigmoid(x)", sample=elementwise(REAL))
-def softplus(x: Operand) -> Operand:
-    """Smooth ReLU, elementwise; no overflow for any x."""
-    return np.logaddexp(x, 0)
-
-
-@primitive(
-    lambda g, y, x: g * (2 / math.sqrt(math.pi)) * exp(-x * x),
-    formula="y = erf x;  ∂x = g · 2/√π · e^(−x²)",
-    sample=elementwise(REAL),
-)
-def erf(x: Operand) -> Operand:
-    """Error function, elementwise."""
-    return np.vectorize(math.erf, otypes=[np.result_type(x, np.float16)])(x)
-
-
 @primitive(
     lambda g, y, x: where(y > 0, g, 0.0), formula="y = max(x, 0);  ∂x = g where y > 0", sample=elementwise(NONZERO)
 )
@@ -177,53 +127,7 @@ def relu(x: Operand) -> Operand:
     return np.maximum(x, 0)
 
 
-@primitive(lambda g, y, x: g * sign(x), formula="y = |x|;  ∂x = g · sign x", sample=elementwise(NONZERO))
-def abs(x: Operand) -> Operand:
-    """Absolute value, elementwise. Gradient 0 at 0."""
-    return np.abs(x)
-
-
-@primitive(lambda g, y, x: y * 0, formula="y = sign x;  ∂x = 0", sample=elementwise(NONZERO))
-def sign(x: Operand) -> Operand:
-    """-1, 0 or 1, elementwise. Gradient 0 everywhere."""
-    return np.sign(x)
-
-
-@primitive(
-    lambda g, y, x, *, min, max: where(x == y, g, 0.0),
-    formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
-    sample=sample_clip,
-)
-def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
-    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
-    if min is None and max is None:
-        raise ValueError("clip needs min, max, or both")
-    return np.clip(x, min, max)
-
-
 # ---- choosing -------------------------------------------------------------------------------------------
-
-
-@primitive(
-    lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, g, 0.0)),
-    lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, g, 0.0)),
-    formula="y = max(a, b);  the larger gets g, both half of it in a tie",
-    sample=sample_distinct_pair,
-)
-def maximum(a: Operand, b: Operand) -> Operand:
-    """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
-    return np.maximum(a, b)
-
-
-@primitive(
-    lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, g, 0.0)),
-    lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, g, 0.0)),
-    formula="y = min(a, b);  the smaller gets g, both half of it in a tie",
-    sample=sample_distinct_pair,
-)
-def minimum(a: Operand, b: Operand) -> Operand:
-    """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
-    return np.minimum(a, b)
 
 
 @primitive(
@@ -231,23 +135,11 @@ def minimum(a: Operand, b: Operand) -> Operand:
     lambda g, y, condition, a, b: where(condition, g, 0.0),
     lambda g, y, condition, a, b: where(condition, 0.0, g),
     formula="y = a where condition, else b;  ∂a = g where condition,  ∂b = g elsewhere",
-    sample=sample_where,
+    sample=sample.sample_where,
 )
 def where(condition: Operand, a: Operand, b: Operand) -> Operand:
     """`a` where `condition` (boolean) holds, `b` elsewhere, with NumPy broadcasting."""
     return np.where(condition, a, b)
-
-
-@primitive(None, formula="y = index of the largest", sample=reducing(distinct=True, tuples=False))
-def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
-    """Index of the largest element along `axis` (of the flat array if None), the first in a tie. int64."""
-    return np.argmax(x, axis=axis, keepdims=keepdims)
-
-
-@primitive(None, formula="y = index of the smallest", sample=reducing(distinct=True, tuples=False))
-def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
-    """Index of the smallest element along `axis` (of the flat array if None), the first in a tie. int64."""
-    return np.argmin(x, axis=axis, keepdims=keepdims)
 
 
 # ---- reductions and broadcasting ------------------------------------------------------------------------
@@ -297,7 +189,7 @@ def min(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: sum_to(g, shape=x.shape),
     formula="y = x, repeated to shape;  ∂x = g, summed back",
-    sample=sample_broadcast_to,
+    sample=sample.sample_broadcast_to,
 )
 def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Repeat `x` to `shape` by NumPy's rules, without a copy."""
@@ -307,7 +199,7 @@ def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: broadcast_to(g, shape=x.shape),
     formula="y = Σ x over what broadcasting to x's shape repeated;  ∂x = g, repeated",
-    sample=sample_sum_to,
+    sample=sample.sample_sum_to,
 )
 def sum_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Sum `x` down to `shape`: the adjoint of `broadcast_to`."""
@@ -353,31 +245,11 @@ def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
     _matmul_by_left,
     _matmul_by_right,
     formula="y = a b;  ∂a = g bᵀ,  ∂b = aᵀ g",
-    sample=sample_matmul,
+    sample=sample.sample_matmul,
 )
 def matmul(a: Operand, b: Operand) -> Operand:
     """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
     return np.matmul(a, b)
-
-
-def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
-    rows = math.prod(y.shape[:-1])
-    return matmul(_swap(reshape(g, shape=(rows, y.shape[-1]))), reshape(x, shape=(rows, x.shape[-1])))
-
-
-@primitive(
-    lambda g, y, x, weight, bias: matmul(g, weight),
-    _linear_by_weight,
-    lambda g, y, x, weight, bias: g,
-    formula="y = x Wᵀ + b;  ∂x = g W,  ∂W = gᵀ x,  ∂b = Σ g",
-    sample=sample_linear,
-)
-def linear(x: Operand, weight: Operand, bias: Operand) -> Operand:
-    """Affine map of the last axis: x (..., in), weight (out, in), bias (out,); gives (..., out)."""
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise ValueError(f"the weight has to be (out, in) and the bias (out,); got {weight.shape} and {bias.shape}")
-    y = np.matmul(x, weight.T)
-    return np.add(y, bias, out=y) if y.ndim and y.dtype == np.result_type(y, bias) else y + bias
 
 
 # ---- shape and indexing ---------------------------------------------------------------------------------
@@ -386,7 +258,7 @@ def linear(x: Operand, weight: Operand, bias: Operand) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: reshape(g, shape=x.shape),
     formula="y = x in another shape;  ∂x = g in x's shape",
-    sample=sample_reshape,
+    sample=sample.sample_reshape,
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
     """The same elements in another shape; one -1 stands for what is left."""
@@ -409,7 +281,7 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
 @primitive(
     lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
     formula="y = x[index];  ∂x = g, added up at index",
-    sample=sample_getitem,
+    sample=sample.sample_getitem,
 )
 def getitem(x: Operand, *, index: Any) -> Operand:
     """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
@@ -419,7 +291,7 @@ def getitem(x: Operand, *, index: Any) -> Operand:
 @primitive(
     lambda g, y, x, *, index, shape: getitem(g, index=index),
     formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
-    sample=sample_scatter_add,
+    sample=sample.sample_scatter_add,
 )
 def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
@@ -429,50 +301,6 @@ def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     else:  # basic indices do not repeat
         out[index] = x
     return out
-
-
-def _part(g: Any, axis: int, start: int, stop: int) -> Any:
-    """What lies between start and stop along `axis`."""
-    return getitem(g, index=(slice(None),) * (axis % g.ndim) + (slice(start, stop),))
-
-
-def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
-    stops = np.cumsum([x.shape[axis] for x in xs])
-    return _part(g, axis, int(stops[i]) - xs[i].shape[axis], int(stops[i]))
-
-
-@primitive(
-    each=_concatenate_rule,
-    formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
-    sample=sample_concatenate,
-)
-def concatenate(*xs: Operand, axis: int = 0) -> Operand:
-    """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
-    return np.concatenate(xs, axis=axis)
-
-
-@primitive(
-    each=lambda i, g, y, *xs, axis: getitem(g, index=(slice(None),) * (axis % g.ndim) + (i,)),
-    formula="y = x₀, x₁, … along a new axis;  ∂xᵢ = the i-th of g",
-    sample=lambda d: ((d.array(REAL, (2, 3)), d.array(REAL, (2, 3))), {"axis": d.choice([0, 1, -1])}),
-)
-def stack(*xs: Operand, axis: int = 0) -> Operand:
-    """Join along a new axis; `functional.stack` takes a list, as NumPy does."""
-    return np.stack(xs, axis=axis)
-
-
-@primitive(
-    lambda g, y, x, *, width, value: getitem(
-        g, index=tuple(slice(before, before + n) for (before, _), n in zip(width, x.shape, strict=True))
-    ),
-    formula="y = x with a border of value;  ∂x = g without the border",
-    sample=sample_pad,
-)
-def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
-    """A border of `value` around `x`: `width` holds (before, after) for each axis."""
-    if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
-        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
-    return np.pad(x, width, constant_values=value) if x.ndim else np.array(x)
 
 
 @primitive(
@@ -485,11 +313,3 @@ def astype(x: Operand, *, dtype: Any) -> Operand:
     return np.asarray(x, dtype)
 
 
-@primitive(
-    lambda g, y, x, *, device: to(g, device=device_of(x)),
-    formula="y = x on another device;  ∂x = g on x's device",
-    sample=elementwise(REAL, device="cpu"),
-)
-def to(x: Operand, *, device: str) -> Operand:
-    """The same values on the device "cpu" or "cuda"."""
-    return move(x, device)

@@ -1,22 +1,293 @@
-"""Tensor: an array, whether it wants a gradient, and how it came to be.
+"""Recording: the Tensor, the declaration of an op, and the Node that each call of an op leaves on its result.
 
-The arithmetic is not here: an operator names the primitive of `tinygrad_bn.ops` that computes it.
+No number is computed here (`backend` does that) and no gradient (`autograd` does). An op has a forward on arrays. Its
+gradients come from one rule per operand (`primitive`), or from the composition that defines it (`fused`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, ParamSpec, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-if TYPE_CHECKING:
-    from tinygrad_bn.autograd import Node
+from tinygrad_bn import backend, modes
+from tinygrad_bn.arguments import bind
+from tinygrad_bn.backend import Array
+from tinygrad_bn.sample import Sample
 
-Array: TypeAlias = NDArray[Any]
+P = ParamSpec("P")
 Axis: TypeAlias = int | tuple[int, ...] | None
+Operand: TypeAlias = Any  # a Tensor, an array, a number or None; the result is a Tensor if one of the operands is
+Rule: TypeAlias = Callable[..., Any]
+
+OPS: dict[str, Op] = {}  # every op by name. The operators of Tensor look here, so this file imports no op.
+
+
+# ---- what a call of an op leaves behind -----------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Op:
+    """An operation, as `primitive` or `fused` declares it."""
+
+    name: str
+    forward: Callable[..., Any]  # arrays to array, in NumPy: the reference. Of a fused op: the composition
+    rules: tuple[Rule | None, ...]  # one per operand: (g, y, *operands, **params) to its gradient
+    each: Rule | None  # for any number of operands, one rule that gets the operand's position: (i, g, y, *operands)
+    fused: bool  # the gradients are those of the composition
+    saves: tuple[str, ...]  # by-products: `forward` then returns (y, *by-products)
+    updates: tuple[str, ...]  # operands that the op overwrites; such an op has no gradient
+    formula: str
+    sample: Sample
+
+    def __post_init__(self) -> None:
+        self.vjp = f"{self.name}.vjp"  # the name of the kernel that may compute the gradients
+        self.function: Callable[..., Any] = lambda *xs, **params: apply(self, xs, params)[0]  # until it is declared
+        self.differentiable = bool(self.each or self.fused or any(self.rules))
+
+    def pull(self, g: Any, y: Any, xs: Sequence[Any], needs: Sequence[bool], params: dict[str, Any]) -> list[Any]:
+        """The gradient of each operand by its rule, None where `needs` is False: arrays, or tensors if `g` is one."""
+        if self.each:
+            return [self.each(i, g, y, *xs, **params) if need else None for i, need in enumerate(needs)]
+        each = zip(self.rules, needs, strict=True)
+        return [rule(g, y, *xs, **params) if rule and need else None for rule, need in each]
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """How a tensor was computed: the op, its operands, and the arrays that the forward pass used."""
+
+    op: Op
+    inputs: Sequence[Any]  # Tensors, Python numbers and None
+    needs: Sequence[bool]  # whether each required a gradient at the time of the call
+    arrays: Sequence[Any]
+    output: Array
+    saved: Sequence[Any]
+    params: dict[str, Any]
+    caller: str | None  # where the op was called, in debug mode
+
+    def free(self) -> None:
+        self.inputs = self.needs = self.arrays = self.saved = ()
+        self.params = {}
+
+
+def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+    """Run `op`: its result and its by-products. The result is a Tensor if an operand is one, else an array.
+
+    If an operand requires a gradient, the result gets a Node. By-products are arrays: constants to every gradient.
+    """
+    if op.fused and modes.COMPOSED.get():
+        return _run_composition(op, operands, params)
+    for o in operands:
+        if type(o) is not np.ndarray and isinstance(o, CONVERTED):  # `type` first: it takes a tenth of the time
+            break
+    else:
+        return backend.forward(op, operands, params)
+    inputs = [o if isinstance(o, Tensor) else _constant(o) for o in operands]
+    arrays = [o._data if isinstance(o, Tensor) else o for o in inputs]
+    result, saved = backend.forward(op, arrays, params)
+    y = Tensor._of(result)
+    if modes.RECORDING.get() and op.differentiable and result.dtype.kind == "f":
+        needs = [isinstance(o, Tensor) and o._requires_grad for o in inputs]
+        if True in needs:
+            caller = _caller() if modes.DEBUGGING.get() else None
+            y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, result, saved, params, caller)
+    return y, saved
+
+
+def _run_composition(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+    result = op.forward(*[_constant(o) if isinstance(o, CONVERTED) else o for o in operands], **params)
+    y, *saved = result if op.saves else (result,)
+    return y, [s._data if isinstance(s, Tensor) else s for s in saved]
+
+
+def _constant(operand: Any) -> Any:
+    """A Python number, which takes the dtype of the other operand, or None; a copy of anything else as a Tensor."""
+    if isinstance(operand, np.generic) and operand.dtype.kind in "fiub":
+        return operand.item()
+    return operand if operand is None or isinstance(operand, bool | int | float | Tensor) else Tensor(operand)
+
+
+def _caller() -> str:
+    """The innermost lines of the program outside this package."""
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(os.path.dirname(__file__))]
+    return "".join(traceback.format_list(frames[-2:]))
+
+
+# ---- declaring an op ------------------------------------------------------------------------------------
+
+
+class Function(Protocol[P]):
+    """What `primitive` and `fused` return: a function that runs the op, and knows it."""
+
+    op: Op
+    run: Callable[..., tuple[Any, Sequence[Any]]]  # as the function itself, with the by-products: (y, by-products)
+    composition: Callable[..., Any]  # of a fused op: the definition, to read and to step into
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor: ...
+
+
+def primitive(
+    *rules: Rule | None,
+    formula: str,
+    sample: Sample,
+    each: Rule | None = None,
+    saves: tuple[str, ...] = (),
+    updates: tuple[str, ...] = (),
+) -> Callable[[Callable[P, Any]], Function[P]]:
+    """Declare an op by its forward on arrays, the decorated function, and its gradient rules.
+
+    Args:
+        rules: the gradient of each operand, `(g, y, *operands, **params) -> gradient`, in arithmetic of tensors;
+            None if the op is not differentiable in it. The engine undoes broadcasting, casts and accumulates.
+        formula: the op in symbols, for people.
+        sample: operands and options for the tests; see `tinygrad_bn.sample`.
+        each: instead of `rules`, for any number of operands: `(i, g, y, *operands, **params)`.
+        saves: names of by-products; the forward then returns `(y, *by-products)`, and `NAME.run(…)` gives them.
+        updates: names of operands that the forward overwrites, as an optimiser does with its state.
+
+    Raises:
+        ValueError: the name is taken or no identifier; or the rules are not one for each operand.
+    """
+    if bool(rules) == bool(each):
+        raise ValueError("an op needs exactly one of: a rule for each operand, or `each`")
+
+    def declare(forward: Callable[P, Any]) -> Function[P]:
+        return _declare(forward, forward, rules, each, False, saves, updates, formula, sample)
+
+    return declare
+
+
+def fused(
+    *, formula: str, sample: Sample, saves: tuple[str, ...] = (), widens: bool = True
+) -> Callable[[Callable[P, Any]], Function[P]]:
+    """Declare an op by its composition, the decorated function: its forward, and its gradients of every order.
+
+    Kernels of the op's name may compute the forward and the first gradient faster. The function is kept as
+    `NAME.composition`.
+
+    Args:
+        formula, sample: as of `primitive`.
+        saves: names of by-products; the composition then returns `(y, *by-products)`. They are constants to every
+            gradient. `NAME.run(…)` gives them, and the kernel `NAME.vjp` gets them by name.
+        widens: compute in float64 whatever the operands' precision, and give the result in that of the first one.
+    """
+
+    def declare(composition: Callable[P, Any]) -> Function[P]:
+        forward = _in_float64(composition, bool(saves)) if widens else composition
+        call = _declare(composition, forward, (), None, True, saves, (), formula, sample)
+        call.composition = composition
+        return call
+
+    return declare
+
+
+def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any, *fields: Any) -> Function[P]:
+    parameters = signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]  # empty for any number of operands
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    given = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    defaults = {option: value for option, value in given.items() if option in options}
+    name, count = function.__name__, len(names)
+    if name in OPS:
+        raise ValueError(f"an op named {name!r} already exists")
+    if not name.isidentifier():
+        raise ValueError(f"the name of an op has to be an identifier; {name!r} is not")
+    if rules and len(rules) != count:
+        raise ValueError(f"{name!r} has {count} operands and {len(rules)} rules; give None for no gradient")
+    op = OPS[name] = Op(name, forward, rules, *fields)
+
+    def run(*operands: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
+        if not params and len(operands) == count:
+            return apply(op, operands, defaults)
+        bound, params = bind(name, names, given, options, operands, params)
+        return apply(op, bound, {**defaults, **params})
+
+    @wraps(function)
+    def call(*operands: Any, **params: Any) -> Any:
+        return run(*operands, **params)[0]
+
+    call.__doc__ = f"{function.__doc__}\n\n{op.formula}"
+    declared: Any = call
+    declared.op, declared.run, op.function = op, run, call
+    return declared
+
+
+def _in_float64(composition: Callable[..., Any], saves: bool) -> Callable[..., Any]:
+    """The composition on operands in float64, with its result in the dtype of the first operand."""
+
+    @wraps(composition)
+    def compute(*operands: Any, **params: Any) -> Any:
+        result = composition(*map(widened, operands), **params)
+        y, *saved = result if saves else (result,)
+        if _is_narrow(operands[0]):
+            y = apply(OPS["astype"], (y,), {"dtype": operands[0].dtype})[0]
+        return (y, *saved) if saves else y
+
+    return compute
+
+
+def widened(x: Operand) -> Operand:
+    """`x` in float64 if it is floating-point of less precision, else as it is."""
+    return apply(OPS["astype"], (x,), {"dtype": np.float64})[0] if _is_narrow(x) else x
+
+
+def _is_narrow(x: Operand) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and dtype.kind == "f" and dtype.itemsize < 8
+
+
+# ---- the tensor -----------------------------------------------------------------------------------------
+
+
+def _operators(name: str) -> tuple[Callable[[Any, object], Tensor], Callable[[Any, object], Tensor]]:
+    """An operator as a method, and its reflection: x + other, and other + x."""
+    return (
+        lambda self, other: apply(OPS[name], (self, other), {})[0],
+        lambda self, other: apply(OPS[name], (other, self), {})[0],
+    )
+
+
+def _method(name: str) -> Callable[[Any], Tensor]:
+    """A function of one tensor as a method."""
+    return lambda self: OPS[name].function(self)
+
+
+def _in_place(symbol: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any, object], Tensor]:
+    """`x += y` makes a new tensor while recording, as a graph may need the old x; under no_grad it changes x."""
+
+    def update(self: Tensor, other: object) -> Tensor:
+        result = compute(self, other)
+        if not modes.is_recording():
+            self.data = result._data
+            return self
+        if self.is_leaf and (self.requires_grad or type(self) is not Tensor):  # such as a buffer of a module
+            raise RuntimeError(
+                f"x {symbol} y on a {type(self).__name__} while recording: write x = x {symbol[:-1]} y to compute "
+                "with it, or put the update under `with no_grad():`"
+            )
+        return result
+
+    return update
+
+
+def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Any, object], Tensor]:
+    """Comparisons are not differentiable: they give boolean tensors without history."""
+
+    def method(self: Tensor, other: object) -> Tensor:
+        values = other._data if isinstance(other, Tensor) else other
+        backend.expect_one_device((self._data, values))
+        return Tensor._of(backend.as_array(compare(self._data, values)))
+
+    return method
 
 
 class Tensor:
@@ -29,7 +300,7 @@ class Tensor:
     Args:
         data: a number, a (nested) list of numbers, or an array. An array keeps its dtype; Python floats
             become float32, Python integers int64.
-        requires_grad: whether `backward` shall leave this tensor's gradient in `grad`.
+        requires_grad: whether `backward` leaves this tensor's gradient in `grad`.
         dtype: converts the data, if given.
 
     Raises:
@@ -43,11 +314,16 @@ class Tensor:
 
     __slots__ = ("__weakref__", "_data", "_requires_grad", "_retains_grad", "grad", "node")
 
+    _data: Array
+    _requires_grad: bool
+
     # NumPy then leaves `ndarray * Tensor` to Tensor.__rmul__, instead of making an array of objects.
     __array_ufunc__ = None
 
     def __init__(self, data: object, requires_grad: bool = False, dtype: DTypeLike | None = None) -> None:
-        self._data = _to_array(data, dtype)
+        if _holds_a_tensor(data):
+            raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
+        self._data = backend.new_array(data._data if isinstance(data, Tensor) else data, dtype)
         self.grad: Tensor | None = None
         self.node: Node | None = None
         self._retains_grad = False
@@ -55,42 +331,28 @@ class Tensor:
 
     @classmethod
     def _of(cls, array: Array) -> Tensor:
-        """A tensor around `array` itself: for the engine, which gives its results away to nobody else."""
+        """A tensor around `array` itself, without a copy: for results of ops."""
         self = object.__new__(Tensor)
         self._data, self.grad, self.node = array, None, None
         self._requires_grad = self._retains_grad = False
         return self
 
-    # ---- what it is -------------------------------------------------------------------------------------
+    # ---- properties -------------------------------------------------------------------------------------
 
     @property
     def data(self) -> Array:
-        """The values, as a read-only view. Assigning replaces them: the shape must fit, the dtype is kept.
-
-        On cuda this is the device's array itself. A NumPy array that is assigned is copied there, as it is at home on
-        no device; a tensor of another device is a TypeError.
-        """
-        if device_of(self._data) != "cpu":
-            return self._data
-        view = self._data.view()
-        view.flags.writeable = False
-        return view
+        """The values, as a read-only view. Assigning copies new values in: the shape must fit, the dtype is kept."""
+        return backend.read_only(self._data)
 
     @data.setter
     def data(self, value: object) -> None:
-        given = as_array(value._data if isinstance(value, Tensor) else value)
-        if isinstance(value, Tensor) or device_of(given) != "cpu":
-            expect_one_device((self._data, given))
-        if not np.can_cast(given.dtype, self.dtype, "same_kind"):
-            raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {self.dtype}")
-        new = move(given, self.device).astype(self.dtype)  # a copy in any case
-        if new.shape != self.shape:
-            raise ValueError(f"data of shape {new.shape} do not fit a tensor of shape {self.shape}")
-        self._data = new
+        if isinstance(value, Tensor):
+            backend.expect_one_device((self._data, value._data))
+        self._data = backend.new_values(value._data if isinstance(value, Tensor) else value, self._data)
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient is wanted here. Raises TypeError when set on integers or booleans."""
+        """Whether a gradient is computed for this tensor. Raises TypeError when set on integers or booleans."""
         return self._requires_grad
 
     @requires_grad.setter
@@ -119,11 +381,11 @@ class Tensor:
     @property
     def device(self) -> str:
         """Name of the device that holds the data."""
-        return device_of(self._data)
+        return backend.device_of(self._data)
 
     @property
     def is_leaf(self) -> bool:
-        """True unless an op computed this tensor and remembers how."""
+        """True unless an op computed this tensor and recorded how."""
         return self.node is None
 
     # ---- gradients --------------------------------------------------------------------------------------
@@ -132,7 +394,7 @@ class Tensor:
         """Add the gradient of this tensor to `grad` of every leaf it was computed from.
 
         Args:
-            g: the cotangent, of this tensor's shape; may be left out (one) for a tensor of one element.
+            g: the cotangent, of this tensor's shape; by default 1, for a tensor of one element.
             retain_graph: keep the graph for a further `backward`; by default only with `create_graph`.
             create_graph: make the gradients differentiable themselves.
 
@@ -141,10 +403,13 @@ class Tensor:
                 or an operand was changed since the forward pass.
             ValueError: `g` is missing or has the wrong shape.
         """
-        autograd.backward(self, g, retain_graph=retain_graph, create_graph=create_graph)
+        # The one import circle of the framework: a tensor is differentiated by the engine that is built on it.
+        from tinygrad_bn.autograd import backward
+
+        backward(self, g, retain_graph=retain_graph, create_graph=create_graph)
 
     def retain_grad(self) -> Tensor:
-        """Ask `backward` to leave the gradient in `grad` although this is no leaf; gives the tensor back."""
+        """Ask `backward` to leave the gradient in `grad` although this is no leaf; returns the tensor."""
         if not self.requires_grad:
             raise RuntimeError(f"this tensor of shape {self.shape} gets no gradient that could be retained")
         self._retains_grad = True
@@ -159,19 +424,14 @@ class Tensor:
         return Tensor._of(self._data)
 
     def to(self, device: str) -> Tensor:
-        """This tensor if it lives on `device` ("cpu" or "cuda"), else a copy there; the gradient comes back.
-
-        Raises:
-            RuntimeError: there is no such device here; the message says what is missing.
-            TypeError: a dtype that the device does not take, such as float16 on cuda.
-        """
-        return self if device == self.device else ops.to(self, device=device)
+        """This tensor if it lives on `device`, else a copy there; the gradient comes back. See `cuda.to`."""
+        return self if device == self.device else OPS["to"].function(self, device=device)
 
     # ---- to NumPy and Python ----------------------------------------------------------------------------
 
     def numpy(self) -> Array:
-        """The values as a read-only NumPy view; `np.array(t)` makes a copy of your own. From cuda, a copy."""
-        return self.data if self.device == "cpu" else to_numpy(self._data)
+        """The values as a NumPy array: a read-only view if possible, else a copy. `np.array(t)` is always a copy."""
+        return backend.numpy_view(self._data)
 
     def item(self) -> float | int | bool:
         """The one element, as a Python number. Raises ValueError if there are several."""
@@ -180,12 +440,7 @@ class Tensor:
         return self._data.item()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
-        if self.device != "cpu":
-            raise TypeError(f"this tensor lives on {self.device}: copy it with .numpy(), or move it with .to('cpu')")
-        converts = dtype is not None and np.dtype(dtype) != self.dtype
-        if converts and copy is False:
-            raise ValueError(f"{self.dtype} cannot be given as {np.dtype(dtype)} without a copy")
-        return np.array(self._data, dtype=dtype) if copy or converts else self.data
+        return backend.converted(self._data, dtype, copy)
 
     def __float__(self) -> float:
         return float(self.item())
@@ -210,112 +465,45 @@ class Tensor:
         values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=100)
         origin = f"from {self.node.op.name}" if self.node else "leaf"
         grad = ", requires_grad=True" if self.requires_grad and self.is_leaf else ""
-        origin = origin if self.device == "cpu" else f"{origin}, {self.device}"
-        return f"Tensor({values}, shape={self.shape}, dtype={self.dtype}, {origin}{grad})"
+        place = f", {place}" if (place := backend.place(self._data)) else ""
+        return f"Tensor({values}, shape={self.shape}, dtype={self.dtype}, {origin}{place}{grad})"
 
-    __hash__ = object.__hash__  # identity, as __eq__ compares elementwise
+    __hash__ = object.__hash__  # by identity, as __eq__ compares elementwise
 
-    # ---- operators --------------------------------------------------------------------------------------
+    # ---- operators and methods: each is an op, found by name --------------------------------------------
 
-    def __add__(self, other: object) -> Tensor:
-        return ops.add(self, other)
+    __add__, __radd__ = _operators("add")
+    __sub__, __rsub__ = _operators("sub")
+    __mul__, __rmul__ = _operators("mul")
+    __truediv__, __rtruediv__ = _operators("div")
+    __pow__, __rpow__ = _operators("pow")
+    __matmul__, __rmatmul__ = _operators("matmul")
 
-    def __sub__(self, other: object) -> Tensor:
-        return ops.sub(self, other)
+    __iadd__ = _in_place("+=", operator.add)
+    __isub__ = _in_place("-=", operator.sub)
+    __imul__ = _in_place("*=", operator.mul)
+    __itruediv__ = _in_place("/=", operator.truediv)
+    __ipow__ = _in_place("**=", operator.pow)
+    __imatmul__ = _in_place("@=", operator.matmul)
 
-    def __mul__(self, other: object) -> Tensor:
-        return ops.mul(self, other)
+    __eq__ = _comparison(operator.eq)  # type: ignore[assignment]
+    __ne__ = _comparison(operator.ne)  # type: ignore[assignment]
+    __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
+    __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
 
-    def __truediv__(self, other: object) -> Tensor:
-        return ops.div(self, other)
-
-    def __pow__(self, other: object) -> Tensor:
-        return ops.pow(self, other)
-
-    def __matmul__(self, other: object) -> Tensor:
-        return ops.matmul(self, other)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __rsub__(self, other: object) -> Tensor:
-        return ops.sub(other, self)
-
-    def __rtruediv__(self, other: object) -> Tensor:
-        return ops.div(other, self)
-
-    def __rpow__(self, other: object) -> Tensor:
-        return ops.pow(other, self)
-
-    def __rmatmul__(self, other: object) -> Tensor:
-        return ops.matmul(other, self)
-
-    def __neg__(self) -> Tensor:
-        return ops.neg(self)
-
-    def __abs__(self) -> Tensor:
-        return ops.abs(self)
-
-    def __iadd__(self, other: object) -> Tensor:
-        return self._updated("+=", self + other)
-
-    def __isub__(self, other: object) -> Tensor:
-        return self._updated("-=", self - other)
-
-    def __imul__(self, other: object) -> Tensor:
-        return self._updated("*=", self * other)
-
-    def __itruediv__(self, other: object) -> Tensor:
-        return self._updated("/=", self / other)
-
-    def __ipow__(self, other: object) -> Tensor:
-        return self._updated("**=", self**other)
-
-    def __imatmul__(self, other: object) -> Tensor:
-        return self._updated("@=", self @ other)
-
-    def _updated(self, operator: str, result: Tensor) -> Tensor:
-        """`x += y` makes a new tensor while recording, as a graph may need the old x; under no_grad it changes x."""
-        if not autograd.is_recording():
-            self.data = result._data
-            return self
-        if self.is_leaf and (self.requires_grad or type(self) is not Tensor):  # such as a buffer of a module
-            raise RuntimeError(
-                f"x {operator} y on a {type(self).__name__} while recording: write x = x {operator[:-1]} y to compute "
-                "with it, or put the update under `with no_grad():`"
-            )
-        return result
-
-    # Comparisons are not differentiable: they give boolean tensors without history.
-
-    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        return self._compare(operator.eq, other)
-
-    def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
-        return self._compare(operator.ne, other)
-
-    def __lt__(self, other: object) -> Tensor:
-        return self._compare(operator.lt, other)
-
-    def __le__(self, other: object) -> Tensor:
-        return self._compare(operator.le, other)
-
-    def __gt__(self, other: object) -> Tensor:
-        return self._compare(operator.gt, other)
-
-    def __ge__(self, other: object) -> Tensor:
-        return self._compare(operator.ge, other)
-
-    def _compare(self, compare: Callable[..., Any], other: object) -> Tensor:
-        values = other._data if isinstance(other, Tensor) else other
-        expect_one_device((self._data, values))
-        return Tensor._of(as_array(compare(self._data, values)))
+    __neg__, __abs__ = _method("neg"), _method("abs")
 
     def __getitem__(self, index: object) -> Tensor:
-        """Basic and advanced indexing as in NumPy; repeated indices add up in the gradient.
+        """Basic and advanced indexing as in NumPy; repeated indices add up in the gradient."""
+        parts = tuple(map(self._index, index)) if isinstance(index, tuple) else self._index(index)
+        return OPS["getitem"].function(self, index=parts)
 
-        Numbers, lists and NumPy arrays index a tensor of any device; a tensor indexes one of its own device.
-        """
-        return ops.getitem(self, index=_plain_index(index, self.device))
+    def _index(self, part: Any) -> Any:
+        """Part of an index, without tensors, and without arrays that may change before the backward pass."""
+        if isinstance(part, Tensor):
+            backend.expect_one_device((self._data, part._data))
+            part = part._data
+        return backend.index_copy(part)
 
     def __setitem__(self, index: object, value: object) -> None:
         raise TypeError(
@@ -323,112 +511,53 @@ class Tensor:
             "functional.where(mask, value, t) for a new tensor, or assign a whole array to t.data"
         )
 
-    # ---- the closed set of methods; everything else is a function of tinygrad_bn.functional -------------
-
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return ops.sum(self, axis=axis, keepdims=keepdims)
+        return OPS["sum"].function(self, axis=axis, keepdims=keepdims)
 
     def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return ops.max(self, axis=axis, keepdims=keepdims)
+        return OPS["max"].function(self, axis=axis, keepdims=keepdims)
 
     def min(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return ops.min(self, axis=axis, keepdims=keepdims)
+        return OPS["min"].function(self, axis=axis, keepdims=keepdims)
 
     def argmax(self, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return ops.argmax(self, axis=axis, keepdims=keepdims)
+        return OPS["argmax"].function(self, axis=axis, keepdims=keepdims)
 
     def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return functional.mean(self, axis, keepdims)
+        return OPS["mean"].function(self, axis=axis, keepdims=keepdims)
 
     def var(self, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Tensor:
-        return functional.var(self, axis, keepdims, correction)
+        return OPS["var"].function(self, axis=axis, keepdims=keepdims, correction=correction)
 
     def std(self, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Tensor:
-        return functional.std(self, axis, keepdims, correction)
+        return OPS["std"].function(self, axis=axis, keepdims=keepdims, correction=correction)
 
-    def exp(self) -> Tensor:
-        return ops.exp(self)
-
-    def log(self) -> Tensor:
-        return ops.log(self)
-
-    def sqrt(self) -> Tensor:
-        return ops.sqrt(self)
-
-    def tanh(self) -> Tensor:
-        return ops.tanh(self)
-
-    def sigmoid(self) -> Tensor:
-        return ops.sigmoid(self)
-
-    def relu(self) -> Tensor:
-        return ops.relu(self)
+    exp, log, sqrt = _method("exp"), _method("log"), _method("sqrt")
+    tanh, sigmoid, relu = _method("tanh"), _method("sigmoid"), _method("relu")
 
     def clip(self, min: float | None = None, max: float | None = None) -> Tensor:
-        return ops.clip(self, min=min, max=max)
+        return OPS["clip"].function(self, min=min, max=max)
 
     def reshape(self, *shape: Any) -> Tensor:
-        """`t.reshape(2, 3)` or `t.reshape((2, 3))`; one -1 stands for what is left."""
-        return ops.reshape(self, shape=shape[0] if len(shape) == 1 else shape)
+        """`t.reshape(2, 3)` or `t.reshape((2, 3))`; one -1 stands for the remaining elements."""
+        return OPS["reshape"].function(self, shape=shape[0] if len(shape) == 1 else shape)
 
     def transpose(self, *axes: Any) -> Tensor:
-        """`t.transpose(1, 0)` or `t.transpose((1, 0))`: permute the axes, in reverse order if none are given."""
-        return ops.transpose(
-            self, axes=(tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], list | tuple) else axes) or None
-        )
+        """`t.transpose(1, 0)` or `t.transpose((1, 0))`: permute the axes; without any, reverse them."""
+        given = tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], list | tuple) else axes
+        return OPS["transpose"].function(self, axes=given or None)
 
     def astype(self, dtype: DTypeLike) -> Tensor:
-        return ops.astype(self, dtype=dtype)
+        return OPS["astype"].function(self, dtype=dtype)
 
     @property
     def T(self) -> Tensor:
-        return ops.transpose(self, axes=None)
-
-
-def _plain_index(index: Any, device: str) -> Any:
-    """An index without tensors, and without arrays that somebody may change before the backward pass.
-
-    Raises TypeError for tensors that do not live on `device`.
-    """
-    if isinstance(index, tuple):
-        return tuple(_plain_part(i, device) for i in index)
-    return _plain_part(index, device)
-
-
-def _plain_part(part: Any, device: str) -> Any:
-    own = device_of(part)
-    if own != device and (own != "cpu" or isinstance(part, Tensor) or _holds_a_tensor(part)):
-        raise TypeError(f"an index on {own} for a tensor on {device}; move one with .to()")
-    if own != "cpu":
-        return part._data if isinstance(part, Tensor) else part  # no op writes into an array there
-    if not isinstance(part, Tensor | np.ndarray | list | tuple):
-        return part
-    array = np.array(part)
-    return array if array.size or isinstance(part, Tensor | np.ndarray) else array.astype(np.intp)  # [] is no float
+        return self.transpose()
 
 
 def _holds_a_tensor(data: object) -> bool:
     return isinstance(data, list | tuple) and any(isinstance(d, Tensor) or _holds_a_tensor(d) for d in data)
 
 
-def _to_array(data: object, dtype: DTypeLike | None) -> Array:
-    if isinstance(data, Tensor):
-        data = data._data
-    if device_of(data) != "cpu":
-        return data.astype(dtype or data.dtype)  # type: ignore[attr-defined]
-    if isinstance(data, np.ma.MaskedArray):
-        raise TypeError("a tensor has no mask; give masked.filled(value)")
-    if _holds_a_tensor(data):
-        raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
-    typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
-    array = np.array(data, dtype=dtype)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
-    if not typed and dtype is None and array.dtype == np.float64:
-        return array.astype(np.float32)
-    return array
-
-
-# The one cycle of the package: an operator is spelt here and computed there.
-from tinygrad_bn import autograd, functional, ops  # noqa: E402
-from tinygrad_bn.device import as_array, device_of, expect_one_device, move, to_numpy  # noqa: E402
+# Types that an op converts to tensors: the arithmetic of np.matrix, for example, is not that of arrays.
+CONVERTED = Tensor, list, tuple, np.matrix, np.ma.MaskedArray

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
-from tinygrad_bn_kernels.cpu import reduce, threads
 
-from tinygrad_bn.autograd import OPS, Op, apply, grad
-from tinygrad_bn.device import device_of, find_kernel, kernels_disabled
+from tinygrad_bn import backend
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.backend import device_of, kernels_disabled
 from tinygrad_bn.sample import Array, Domain, Shape
-from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.tensor import OPS, Op, Tensor, apply
 
 __all__ = ["GradcheckError", "GradcheckReport", "VacuousCheckError", "check_op", "gradcheck", "gradgradcheck"]
 
@@ -194,36 +194,55 @@ def _expect_same(plain: Sequence[Tensor], differentiable: Sequence[Tensor], ts: 
 
 # ---- what every op is tested for ------------------------------------------------------------------------
 
-Operands = tuple[Array, ...]
+Operands = tuple[Array | None, ...]
 Params = dict[str, Any]
 
 
+def _is_real(x: Any) -> bool:
+    return x is not None and x.dtype.kind == "f"
+
+
+def _cast(xs: Operands, dtype: Any) -> tuple[Any, ...]:
+    """Copies of the operands, the real ones in `dtype`."""
+    return tuple(x if x is None else x.astype(dtype if _is_real(x) else x.dtype) for x in xs)
+
+
 def _split(op: Op, xs: Sequence[Any], params: Params) -> tuple[Function, list[Any]]:
-    """The op as a function of its real operands alone; what it is not differentiable in is held fixed."""
-    real = [i for i, x in enumerate(xs) if x.dtype.kind == "f" and (not op.rules or op.rules[i] is not None)]
+    """The op as a function of the operands that it is differentiable in; the others are held fixed."""
+    real = [i for i, x in enumerate(xs) if _is_real(x) and (not op.rules or op.rules[i] is not None)]
 
     def f(*operands: Tensor) -> Any:
         full: list[Any] = list(xs)
         for i, operand in zip(real, operands, strict=True):
             full[i] = operand
-        return apply(op, full, params)
+        return apply(op, full, params)[0]
 
     return f, [xs[i] for i in real]
 
 
+def _results(op: Op, xs: Operands, params: Params) -> list[Array]:
+    """All that a call changes or returns: the result and, without gradients, its by-products and updated operands."""
+    y, saved = apply(op, xs, params)
+    names = list(signature(op.forward).parameters) if op.updates else []
+    updated = [xs[names.index(name)] for name in op.updates]
+    return [np.asarray(r) for r in (y, *updated, *(() if op.differentiable else saved))]
+
+
 def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """In float64 and float32, through the kernel if there is one: the reference's values, and the dtype kept."""
-    reference = op.forward(*xs, **params)
-    want = np.asarray(reference[0] if op.saves else reference)
-    got = apply(op, [Tensor(x) for x in xs], params).numpy()
-    assert got.dtype == want.dtype, f"float64 operands gave {got.dtype}, the reference {want.dtype}"
-    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
-    if want.dtype == np.float64 and params.get("dtype") is None:
-        low = [x.astype(np.float32) if x.dtype.kind == "f" else x for x in xs]
-        got = apply(op, [Tensor(x) for x in low], params).numpy()
+    with kernels_disabled():
+        want = _results(op, _cast(xs, np.float64), params)
+    for a, b in zip(_results(op, _cast(xs, np.float64), params), want, strict=True):
+        assert a.dtype == b.dtype, f"float64 operands gave {a.dtype}, the reference {b.dtype}"
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    reference = op.forward(*_cast(xs, np.float64), **params)
+    exact = np.asarray(reference[0] if op.saves else reference)
+    np.testing.assert_allclose(want[0], exact, rtol=1e-12, atol=1e-12)
+    if exact.dtype == np.float64 and params.get("dtype") is None:
+        got = apply(op, _cast(xs, np.float32), params)[0]
         assert got.dtype == np.float32, f"float32 operands gave {got.dtype}"
-        scale = 1 + np.abs(want).max(initial=0)
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale)
+        scale = 1 + np.abs(exact).max(initial=0)
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5 * scale)
 
 
 def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) -> None:
@@ -260,25 +279,26 @@ def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, see
 
 def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """Operands and cotangent stay as they are; two gradients share no memory; a gradient in float32 is float32."""
-    cast = [x.astype(np.float32) if x.dtype.kind == "f" else x for x in xs]
-    f, real = _split(op, tuple(Tensor(x) for x in cast), params)
-    ts = [Tensor(x, requires_grad=True) for x in real]
-    y = f(*ts)
-    for t, x in zip(ts, real, strict=True):
-        np.testing.assert_array_equal(t.numpy(), np.asarray(x), "the forward pass changed an operand")
-    if not isinstance(y, Tensor) or not y.requires_grad:
+    cast = [x if x is None else Tensor(x, requires_grad=op.differentiable and _is_real(x)) for x in _cast(xs, "f4")]
+    y = apply(op, cast, params)[0]
+    names = [*signature(op.forward).parameters]
+    fixed = [(t, np.array(x)) for i, (t, x) in enumerate(zip(cast, _cast(xs, "f4"), strict=True)) if t is not None]
+    fixed = [(t, x) for i, (t, x) in enumerate(fixed) if not op.updates or names[i] not in op.updates]
+    for t, x in fixed:
+        np.testing.assert_array_equal(t.numpy(), x, "the forward pass changed an operand")
+    if not y.requires_grad:
         return
     g = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype)
     before = g.numpy().copy()
     y.backward(g)
     np.testing.assert_array_equal(g.numpy(), before)
-    for t, x in zip(ts, real, strict=True):
-        np.testing.assert_array_equal(t.numpy(), np.asarray(x), "the backward pass changed an operand")
-    gradients = [t.grad for t in ts if t.grad is not None]
-    for a, b in itertools.combinations([g, *gradients], 2):
+    for t, x in fixed:
+        np.testing.assert_array_equal(t.numpy(), x, "the backward pass changed an operand")
+    graded = [t for t in cast if t is not None and t.grad is not None]
+    for a, b in itertools.combinations([g, *(t.grad for t in graded)], 2):
         assert not np.shares_memory(a.numpy(), b.numpy()), "two gradients share memory"
-    for t in ts:
-        assert t.grad is None or (t.grad.dtype, t.grad.shape) == (t.dtype, t.shape)
+    for t in graded:
+        assert (t.grad.dtype, t.grad.shape) == (t.dtype, t.shape)
 
 
 def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> None:
@@ -302,40 +322,21 @@ def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> N
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12, atol=1e-12)
 
 
-@contextmanager
-def thresholds(piece: int = 8, parallel_from: int = 1) -> Iterator[None]:
-    """In this block small work takes the kernels' paths for large work: the loops, in pieces, on threads."""
-    before = reduce.SMALL, reduce.FEW, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM
-    reduce.SMALL, reduce.FEW, reduce.PIECE, reduce.WIDE, reduce.NARROW = 0, 0, piece, 6, 5
-    threads.PARALLEL_FROM = parallel_from
-    try:
-        yield
-    finally:
-        reduce.SMALL, reduce.FEW, reduce.PIECE, reduce.WIDE, reduce.NARROW, threads.PARALLEL_FROM = before
-
-
 def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
-    """Each kernel, forward and backward, against the NumPy reference and the composition's gradient.
-
-    As a kernel does small work like the reference, it is made to take the paths of large work.
-    """
-    with thresholds():
-        _kernels_match_reference(op, xs, params, seed)
-
-
-def _kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Each kernel, forward and backward, against the NumPy reference and the composition's gradient."""
     for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
-        cast = tuple(x.astype(dtype) if x.dtype.kind == "f" else x for x in xs)
+        cast = _cast(xs, dtype)
         f, real = _split(op, cast, params)
-        if find_kernel(op.name, device_of(cast[0])):
+        if backend.find_kernel(op.name, device_of(cast[0])):
             with kernels_disabled():
-                want = apply(op, cast, params)
-            np.testing.assert_allclose(apply(op, cast, params), want, rtol=tolerance, atol=tolerance)
-        if find_kernel(f"{op.name}.vjp", device_of(cast[0])):
+                want = _results(op, _cast(xs, dtype), params)
+            for a, b in zip(_results(op, cast, params), want, strict=True):
+                np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+        if backend.find_kernel(op.vjp, device_of(cast[0])):
             ts = [Tensor(x, requires_grad=True) for x in real]
             y = f(*ts)
             v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=dtype)
-            for wanted in (ts, *([t] for t in ts)):  # a kernel may leave out what nobody needs, or decline
+            for wanted in (ts, *([t] for t in ts)):  # a kernel may leave out gradients that are not needed, or decline
                 for a, b in zip(grad(y, wanted, v), grad(y, wanted, v, create_graph=True), strict=True):
                     np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=tolerance, atol=tolerance)
 
@@ -345,15 +346,15 @@ def device_matches_cpu(
 ) -> None:
     """On another device: the CPU's values and dtype; and gradients, by the plain and the differentiable route."""
     tolerance = 2e-5 if dtype == np.float32 else 1e-11
-    cast = [x.astype(dtype) if x.dtype.kind == "f" else x for x in xs]
+    cast = _cast(xs, dtype)
     _, real = _split(op, cast, params)
     results = []
     for where in ("cpu", device):
-        ts = [Tensor(x).to(where).detach() for x in cast]
+        ts = [x if x is None else Tensor(x).to(where).detach() for x in cast]
         sources = [t for t, x in zip(ts, cast, strict=True) if op.differentiable and any(x is r for r in real)]
         for t in sources:
             t.requires_grad = True
-        y = apply(op, ts, {**params, "device": where} if "device" in params else params)
+        y, saved = apply(op, ts, {**params, "device": where} if "device" in params else params)
         assert y.device == where, f"operands on {where} gave a result on {y.device}"
         results.append([y])
         if y.requires_grad:
@@ -415,7 +416,7 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0) -> None:
     """Run every property of the test-suite on an op, over drawn operands.
 
     Args:
-        op: a function made by `primitive`, or its name.
+        op: a function made by `primitive` or `fused`, or its name.
         examples: how many samples to draw.
         seed: of the draws.
 
@@ -434,6 +435,6 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0) -> None:
             try:
                 check(OPS[name], xs, params, example)
             except AssertionError as error:
-                shapes = [x.shape for x in xs]
+                shapes = [None if x is None else x.shape for x in xs]
                 error.add_note(f"in {check.__name__} of {name!r}, example {example}: shapes {shapes}, {params}")
                 raise

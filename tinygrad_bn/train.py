@@ -17,11 +17,11 @@ import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
-from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.backend import Array, device_of
 from tinygrad_bn.datasets import Batches, Dataset
-from tinygrad_bn.device import device_of
+from tinygrad_bn.modes import no_grad
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.tensor import Tensor
 
 __all__ = ["Epoch", "Gap", "History", "Score", "evaluate", "fit", "recalibrate", "statistics_gap"]
 

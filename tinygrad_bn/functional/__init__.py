@@ -1,39 +1,43 @@
-"""Compositions: ordinary functions of tensors, whose gradients need no code. Beside each, the op that fuses it.
+"""Compositions: ordinary functions of tensors, whose gradients need no code; and the primitives of `ops`.
 
-The primitives of `tinygrad_bn.ops` can be had from here too. Called with arrays, a function gives an array.
+Called with arrays, a function returns an array.
 """
 
 # isort: off
 from tinygrad_bn.functional.basics import (
-    concatenate, dropout, elu, flatten, gelu, leaky_relu, linear, log_softmax, silu, softmax, stack,
+    concatenate, dropout, elu, flatten, gelu, leaky_relu, log_softmax, silu, softmax, stack,
+)  # fmt: skip
+from tinygrad_bn.functional.batch_norm import (
+    Normalization, batch_norm, batch_norm_inference, batch_norm_relu, batch_norm_steps, batch_norm_training,
+    running_statistics,
 )  # fmt: skip
 from tinygrad_bn.functional.convolution import conv1d, conv2d, conv3d, conv_transpose2d
 from tinygrad_bn.functional.losses import (
     binary_cross_entropy_with_logits, cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss, softmax_cross_entropy,
 )  # fmt: skip
-from tinygrad_bn.functional.normalization import (
-    Normalization, batch_norm, batch_norm_fused, batch_norm_relu_fused, batch_norm_steps, batch_norm_with_statistics,
-    group_norm, instance_norm, layer_norm, normalization_steps, rms_norm,
-)  # fmt: skip
+from tinygrad_bn.functional.normalization import group_norm, instance_norm, layer_norm, rms_norm
 from tinygrad_bn.functional.pooling import (
     adaptive_avg_pool, adaptive_max_pool, avg_pool1d, avg_pool2d, avg_pool3d, max_pool1d, max_pool2d, max_pool3d,
 )  # fmt: skip
 from tinygrad_bn.functional.statistics import logsumexp, mean, mean_and_var, std, sum_of_squares, var
+from tinygrad_bn.more_ops import (
+    abs, argmax, argmin, clip, erf, expm1, linear, maximum, minimum, pad, sigmoid, sign, softplus, tanh,
+)  # fmt: skip
 from tinygrad_bn.ops import (
-    abs, add, argmax, argmin, astype, broadcast_to, clip, div, erf, exp, expm1, log, matmul, max, maximum, min, minimum,
-    mul, neg, pad, pow, relu, reshape, rsqrt, sigmoid, sign, softplus, sqrt, sub, sum, tanh, transpose, where,
+    add, astype, broadcast_to, div, exp, log, matmul, max, min, mul, neg, pow, relu, reshape, rsqrt, sqrt, sub, sum,
+    transpose, where,
 )  # fmt: skip
 # isort: on
 
 __all__ = [
     "Normalization", "abs", "adaptive_avg_pool", "adaptive_max_pool", "add", "argmax", "argmin", "astype",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "batch_norm_fused", "batch_norm_relu_fused",
-    "batch_norm_steps", "batch_norm_with_statistics", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "batch_norm_inference", "batch_norm_relu",
+    "batch_norm_steps", "batch_norm_training", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
     "concatenate", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "cross_entropy", "div", "dropout", "elu",
     "erf", "exp", "expm1", "flatten", "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm",
     "leaky_relu", "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "max_pool1d", "max_pool2d",
-    "max_pool3d", "maximum", "mean", "mean_and_var", "min", "minimum", "mse_loss", "mul", "neg", "nll_loss",
-    "normalization_steps", "pad", "pow", "relu", "reshape", "rms_norm", "rsqrt", "sigmoid", "sign", "silu",
-    "softmax", "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "sum_of_squares", "tanh",
-    "transpose", "var", "where",
+    "max_pool3d", "maximum", "mean", "mean_and_var", "min", "minimum", "mse_loss", "mul", "neg", "nll_loss", "pad",
+    "pow", "relu", "reshape", "rms_norm", "rsqrt", "running_statistics", "sigmoid", "sign", "silu", "softmax",
+    "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "sum_of_squares", "tanh", "transpose",
+    "var", "where",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The softmax family, shapes, activations, and the functions of layers without statistics."""
+"""Softmax, joining and flattening, activations, dropout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tinygrad_bn import ops
-from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.functional.statistics import expect_floats, largest
-from tinygrad_bn.ops import astype, erf, exp, expm1, log, matmul, reshape, sigmoid, sub, sum, transpose, where
+from tinygrad_bn import more_ops
+from tinygrad_bn.arguments import expect_floats
+from tinygrad_bn.functional.statistics import largest
+from tinygrad_bn.more_ops import erf, expm1, sigmoid
+from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
 from tinygrad_bn.random import generator, philox
 from tinygrad_bn.sample import REAL
-from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.tensor import Operand, Tensor, primitive
 
 # ---- softmax --------------------------------------------------------------------------------------------
 
@@ -36,12 +37,12 @@ def softmax(x: Operand, axis: int = -1) -> Tensor:
 
 def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Join tensors along an axis that they have."""
-    return ops.concatenate(*tensors, axis=axis)
+    return more_ops.concatenate(*tensors, axis=axis)
 
 
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Join tensors of one shape along a new axis."""
-    return ops.stack(*tensors, axis=axis)
+    return more_ops.stack(*tensors, axis=axis)
 
 
 def flatten(x: Operand, start_axis: int = 1) -> Tensor:
@@ -73,12 +74,7 @@ def gelu(x: Operand) -> Tensor:
     return (erf(x * math.sqrt(0.5)) + 1) * x * 0.5
 
 
-# ---- layers' functions ----------------------------------------------------------------------------------
-
-
-def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> Tensor:
-    """x Wᵀ + b: x (..., in), weight (out, in), bias (out,) or None; gives (..., out)."""
-    return matmul(x, transpose(weight)) if bias is None else ops.linear(x, weight, bias)
+# ---- dropout --------------------------------------------------------------------------------------------
 
 
 @primitive(

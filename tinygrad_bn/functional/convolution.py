@@ -19,11 +19,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.autograd import Operand, primitive
+from tinygrad_bn.arguments import each_axis
+from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.ops import getitem, reshape
 from tinygrad_bn.sample import REAL, Draw, Drawn
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
 Ints: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -155,36 +156,25 @@ def conv_weight(
     return y.reshape(g.shape[1], x.shape[1] // groups, *kernel).astype(np.result_type(x, g), copy=False)
 
 
-def _conv_composed(x: Operand, weight: Operand, bias: Operand, **options: Any) -> Tensor:
-    return conv(x, weight, **options) + reshape(bias, shape=(-1, *(1,) * (x.ndim - 2)))
-
-
-def _sample_conv_fused(d: Draw) -> Drawn:
+def _sample_conv_with_bias(d: Draw) -> Drawn:
     (x, weight), options = _sample_conv(d)
     return (x, weight, d.array(REAL, weight.shape[:1])), options
 
 
-@primitive(
-    fuses=_conv_composed,
+@fused(
     formula="y = conv(x, w) + bias, one number for each output channel",
-    sample=_sample_conv_fused,
+    sample=_sample_conv_with_bias,
+    widens=False,  # `conv` itself widens half precision; float64 would cost more than it gains
 )
-def conv_fused(
+def conv_with_bias(
     x: Operand, weight: Operand, bias: Operand, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Operand:
     """`conv` with a bias (O,)."""
-    return _conv_composed(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    y = conv(x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return y + reshape(bias, shape=(-1, *(1,) * (x.ndim - 2)))
 
 
 # ---- functions -------------------------------------------------------------------------------------------
-
-
-def each_axis(value: int | Ints, ndim: int, name: str, least: int) -> Ints:
-    """One number for each axis, checked."""
-    each = tuple(value) if isinstance(value, tuple | list | np.ndarray) else (value,) * ndim
-    if len(each) != ndim or not all(isinstance(v, int | np.integer) and v >= least for v in each):
-        raise ValueError(f"{name} is a number of {least} or more, or {ndim} of them; got {value!r}")
-    return tuple(int(v) for v in each)
 
 
 def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs:
@@ -245,7 +235,7 @@ def _conv_nd(
     if bias is None:
         return conv(x, weight, **options)
     _check_bias(bias, weight.shape[0])
-    return conv_fused(x, weight, bias, **options)
+    return conv_with_bias(x, weight, bias, **options)
 
 
 def _check_bias(bias: Operand, channels: int) -> None:

@@ -7,13 +7,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.device import device_of, full
-from tinygrad_bn.functional.basics import log_softmax
-from tinygrad_bn.functional.statistics import expect_floats, largest, mean, values
-from tinygrad_bn.ops import abs, astype, clip, getitem, mul, reshape, softplus, sum, transpose, where
-from tinygrad_bn.sample import REAL, Draw
-from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.arguments import expect_floats
+from tinygrad_bn.backend import device_of
+from tinygrad_bn.functional.statistics import largest, mean, values
+from tinygrad_bn.more_ops import abs, clip, concatenate, softplus
+from tinygrad_bn.ops import astype, exp, getitem, log, reshape, sum, transpose, where
+from tinygrad_bn.sample import REAL, Draw, Drawn
+from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -95,7 +95,7 @@ def _as_rows(x: Operand) -> Operand:
 
 def _class_weight(weight: Operand | None, x: Operand) -> Any:
     if weight is None:
-        return full(x.shape[1:2], 1, x.dtype, device_of(x))
+        return None
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError("class weights are constants here; pass weight.detach()")
     if values(weight).shape != (x.shape[1],):
@@ -116,57 +116,50 @@ def nll_loss(
     """
     classes, weight = _classes(x, target, ignore_index), _class_weight(weight, x)
     _expect_reduction(reduction)
-    loss = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
+    loss, _ = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
+    loss = astype(loss, dtype=x.dtype)
     return reshape(loss, shape=classes.shape) if reduction == "none" else loss
 
 
 def _picked(
-    log_p: Operand, target: Any, weight: Operand, ignore_index: int, reduction: Reduction, smoothing: float = 0.0
-) -> Tensor:
-    """−Σ_c q_c · weight_c · log_p_c of each row, where q is 1 − smoothing at the target plus smoothing / C everywhere.
+    log_p: Operand, target: Any, weight: Operand, ignore_index: int, reduction: str, smoothing: float = 0.0
+) -> tuple[Any, Any]:
+    """−Σ_c q_c · weight_c · log_p_c of each row, reduced, where q is 1 − smoothing at the target plus smoothing / C.
 
-    Rows whose target is `ignore_index` count 0; the mean divides by the sum of the other targets' weights.
+    In float64. The second result is the sum of the targets' weights, by which a mean is divided. Rows whose target is
+    `ignore_index` count 0 in both.
     """
     counts = target != ignore_index
     classes = where(counts, target, 0)
-    if device_of(classes) == "cpu":  # elsewhere to look would be to wait: what is no class gives NaN
+    if device_of(classes) == "cpu":  # on another device a look would wait for it: there a wrong class gives NaN
         wrong = classes[(classes < 0) | (classes >= log_p.shape[1])]
         if wrong.size:
             raise ValueError(f"target {wrong[0]} is not one of the {log_p.shape[1]} classes 0 to {log_p.shape[1] - 1}")
-    at_target = getitem(weight, index=classes)
-    loss = -mul(log_p[np.arange(len(classes)), classes], at_target)
-    if smoothing > 0:  # not only a shortcut: 0 · log p would be NaN for a class that is masked by −inf
-        loss = loss * (1 - smoothing) - mean(log_p * weight, axis=1) * smoothing
-    loss = where(counts, loss, 0.0)
+    loss, mass = -widened(log_p[np.arange(len(classes)), classes]), counts.astype(np.float64)
+    if weight is not None:
+        at_target = widened(getitem(weight, index=classes))
+        loss, mass = loss * at_target, where(counts, at_target, 0.0)
+    if smoothing > 0:  # not only a shortcut: 0 · log p is NaN for a class that is masked by −inf
+        spread = mean(widened(log_p if weight is None else log_p * weight), axis=1)
+        loss = loss * (1 - smoothing) - spread * smoothing
+    loss, total = where(counts, loss, 0.0), sum(mass)
     if reduction == "none":
-        return loss
-    total = sum(astype(loss, dtype=np.result_type(loss.dtype, np.float32)))  # float16 could not hold it
-    if reduction == "mean":
-        total = total / sum(where(counts, at_target, 0.0))
-    return astype(total, dtype=loss.dtype)
+        return loss, total
+    return (sum(loss) / total if reduction == "mean" else sum(loss)), total
 
 
-def softmax_cross_entropy_composed(
-    x: Operand, target: Operand, weight: Operand, *, smoothing: float, ignore_index: int, reduction: Reduction
-) -> Tensor:
-    """Softmax, its logarithm, and what the targets pick of it."""
-    target = values(target)
-    counts = reshape(target != ignore_index, shape=(-1, 1))  # the logits of other rows may be NaN: 0 · NaN is no 0
-    return _picked(log_softmax(where(counts, x, 0.0), axis=1), target, weight, ignore_index, reduction, smoothing)
-
-
-def _sample_cross_entropy(d: Draw) -> Any:
+def _sample_cross_entropy(d: Draw) -> Drawn:
     n, c = d.integer(1, 4), d.integer(1, 4)
     target = d.integers(0, c - 1, (n,))
     target[0] = d.choice([target[0], -100])
-    operands = d.array(REAL, (n, c)), target, np.linspace(0.5, 1.5, c)
     some = (target != -100).any()
+    options = {"smoothing": d.choice([0.0, 0.3]), "ignore_index": -100}
+    weight = d.choice([np.linspace(0.5, 1.5, c), None])
     reduction = d.choice(["mean", "sum", "none"] if some else ["sum", "none"])
-    return operands, {"smoothing": d.choice([0.0, 0.3]), "ignore_index": -100, "reduction": reduction}
+    return (d.array(REAL, (n, c)), target, weight), {**options, "reduction": reduction}
 
 
-@primitive(
-    fuses=softmax_cross_entropy_composed,
+@fused(
     saves=("normalizer", "total"),
     formula="yᵢ = −Σ_c q_ic · w_c · log softmax(xᵢ)_c;  ∂x_ic = g_i · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c)",
     sample=_sample_cross_entropy,
@@ -179,18 +172,20 @@ def softmax_cross_entropy(
     smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-) -> Operand:
-    """x (M, C) logits, target (M,) class indices, weight (C,) of the classes: the loss, or (M,) without a reduction.
+) -> Any:
+    """x (M, C) logits, target (M,) class indices, weight (C,) of the classes or None: the loss, (M,) if not reduced.
 
-    Saves what softmax subtracts from each row (M, 2), its largest logit and the log of its sum, and the sum of the
-    targets' weights.
+    By-products: what softmax subtracts from each row (M, 2), its largest logit and the log of its sum; and the sum of
+    the targets' weights.
     """
-    options: Any = {"smoothing": smoothing, "ignore_index": ignore_index, "reduction": reduction}
-    loss = softmax_cross_entropy_composed(x, target, weight, **options)
-    top = largest(x, 1).astype(np.float64)
-    normalizer = np.concatenate([top, np.log(np.sum(np.exp(x - top), axis=1, keepdims=True))], axis=1)
-    counted = target[target != ignore_index]
-    return loss, normalizer, float(np.sum(weight[counted], dtype=np.float64))
+    target = values(target)
+    counts = reshape(target != ignore_index, shape=(-1, 1))  # the logits of other rows may be NaN: 0 · NaN is not 0
+    x = where(counts, x, 0.0)
+    top = largest(x, 1)
+    shifted = x - top  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
+    log_sum = log(sum(exp(shifted), axis=1, keepdims=True))
+    loss, total = _picked(shifted - log_sum, target, weight, ignore_index, reduction, smoothing)
+    return loss, concatenate(top, log_sum, axis=1), total
 
 
 def cross_entropy(

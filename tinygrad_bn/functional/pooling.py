@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.autograd import Operand, primitive
-from tinygrad_bn.device import beside, kernel_or
-from tinygrad_bn.functional.convolution import Ints, Pairs, each_axis, windows
+from tinygrad_bn import backend
+from tinygrad_bn.arguments import each_axis
+from tinygrad_bn.backend import Array
+from tinygrad_bn.functional.convolution import Ints, Pairs, windows
 from tinygrad_bn.functional.statistics import mean, values
-from tinygrad_bn.ops import argmax, astype, getitem, pad, reshape, stack
+from tinygrad_bn.more_ops import argmax, pad, stack
+from tinygrad_bn.ops import astype, getitem, reshape
 from tinygrad_bn.sample import Draw, Drawn
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
 
 def pooled_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> Ints:
@@ -39,8 +41,18 @@ def _border(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, di
 # ---- max -------------------------------------------------------------------------------------------------
 
 
-def _places(x: Array, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Array:
-    """Where in its plane, as a flat index, the largest element of each window lies: the first, or the first NaN."""
+def _sample_max_pool(d: Draw) -> Drawn:
+    size = (d.integer(3, 4), d.integer(3, 4))
+    kernel, stride, dilation = (tuple(d.integer(1, 2) for _ in size) for _ in range(3))
+    padding = tuple(d.integer(0, k // 2) for k in kernel)
+    out = pooled_size(size, kernel, stride, padding, dilation, d.choice([False, True]))
+    x = d.distinct((d.integer(1, 2), d.integer(1, 2), *size))
+    return (x,), {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
+
+
+@primitive(None, formula="y = where the largest of each window lies", sample=_sample_max_pool)
+def max_pool_places(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Operand:
+    """Flat index of the largest element of each window in its plane: the first one, or the first NaN. int64."""
     border = _border(x.shape[2:], kernel, out, stride, padding, dilation)
     padded = np.pad(x, ((0, 0), (0, 0), *border))
     index = np.pad(np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:]), border, constant_values=-1)[None, None]
@@ -62,28 +74,13 @@ def _taken(x: Operand, places: Array) -> Tensor:
     return reshape(taken, shape=places.shape)
 
 
-def _max_pool_composed(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    how = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
-    return _taken(x, kernel_or(_places, "nn.max_pool_places", values(x), **how))
-
-
-def _sample_max_pool(d: Draw) -> Drawn:
-    size = (d.integer(3, 4), d.integer(3, 4))
-    kernel, stride, dilation = (tuple(d.integer(1, 2) for _ in size) for _ in range(3))
-    padding = tuple(d.integer(0, k // 2) for k in kernel)
-    out = pooled_size(size, kernel, stride, padding, dilation, d.choice([False, True]))
-    x = d.distinct((d.integer(1, 2), d.integer(1, 2), *size))
-    return (x,), {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
-
-
-@primitive(
-    fuses=_max_pool_composed,
-    formula="y = the largest of each window;  its place gets g",
-    sample=_sample_max_pool,
-)
-def max_pool_fused(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Operand:
-    """Max pooling of x (N, C, *size) to (N, C, *out). The first of a tie counts."""
-    return _taken(x, _places(x, kernel, out, stride, padding, dilation))
+@fused(formula="y = the largest of each window;  its place gets g", sample=_sample_max_pool, widens=False)
+def max_pool(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Operand:
+    """Max pooling of x (N, C, *size) to (N, C, *out). In a tie the first element counts."""
+    places: Any = max_pool_places(
+        values(x), kernel=kernel, out=out, stride=stride, padding=padding, dilation=dilation
+    )  # a constant to the gradient
+    return _taken(x, places)
 
 
 # ---- average ---------------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ def _averages(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Int
         index = tuple(slice(at, at + (m - 1) * s + 1, s) for at, m, s in zip(place, out, stride, strict=True))
         total = total + getitem(padded, index=(slice(None), slice(None), *index))
     shares = (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(wide)
-    return astype(total * beside(shares, x), dtype=x.dtype)
+    return astype(total * backend.move(shares, backend.device_of(x)), dtype=x.dtype)
 
 
 def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, include_pad: bool) -> Array:
@@ -159,7 +156,7 @@ def _max_pool(
 ) -> Tensor:
     kernel, steps, around, spread = _pool_options(ndim, x, kernel_size, stride, padding, dilation)
     out = _out(x, kernel, steps, around, spread, ceil_mode)
-    return max_pool_fused(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
+    return max_pool(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
 
 
 def max_pool1d(
@@ -297,5 +294,5 @@ def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
         window = tuple(slice(start[i], stop[i]) for i, (start, stop) in zip(place, bounds, strict=True))
         part = values(x)[(..., *window)]
         part = part.reshape(*x.shape[:2], math.prod(part.shape[2:]))
-        places.append(getitem(beside(index[window].reshape(-1), x), index=argmax(part, axis=2)))
+        places.append(getitem(backend.move(index[window].reshape(-1), backend.device_of(x)), index=argmax(part, axis=2)))
     return _taken(x, stack(*places, axis=2).reshape(*x.shape[:2], *out))  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """Modules, layers and initialisers, with PyTorch's names, defaults and state-dict keys."""
 
 from tinygrad_bn.nn import init
+from tinygrad_bn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from tinygrad_bn.nn.batch_statistics import BatchStatistics, batch_statistics
 from tinygrad_bn.nn.conv import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -29,7 +31,6 @@ from tinygrad_bn.nn.layers import (
     LeakyReLU,
     Linear,
     ReLU,
-    Sequential,
     Sigmoid,
     SiLU,
     Softmax,
@@ -37,18 +38,8 @@ from tinygrad_bn.nn.layers import (
     Tanh,
 )
 from tinygrad_bn.nn.module import Buffer, Module, Parameter, evaluating, observe
-from tinygrad_bn.nn.norm import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BatchStatistics,
-    GroupNorm,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    LayerNorm,
-    RMSNorm,
-    batch_statistics,
-)
+from tinygrad_bn.nn.normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, LayerNorm, RMSNorm
+from tinygrad_bn.nn.sequential import Sequential
 
 __all__ = [
     "ELU",

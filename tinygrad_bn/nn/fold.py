@@ -8,12 +8,14 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.backend import Array
+from tinygrad_bn.modes import no_grad
+from tinygrad_bn.nn.batch_norm import BATCH_NORMS, BatchNorm1d
 from tinygrad_bn.nn.conv import Conv1d, Conv2d, Conv3d
-from tinygrad_bn.nn.layers import Identity, Linear, Sequential, is_plain
+from tinygrad_bn.nn.layers import Identity, Linear
 from tinygrad_bn.nn.module import Module, Parameter
-from tinygrad_bn.nn.norm import BATCH_NORMS, BatchNorm1d
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.nn.sequential import Sequential, is_plain
+from tinygrad_bn.tensor import Tensor
 
 FOLDABLE = (Linear, Conv1d, Conv2d, Conv3d)
 TOLERANCE = 1e-3  # above rounding in a deep network, below what a wrong fold makes

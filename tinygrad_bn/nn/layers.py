@@ -1,61 +1,16 @@
-"""Layers without statistics: Sequential, Linear, activations, Dropout, Flatten."""
+"""Linear, activations, Dropout, Flatten."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import cast, overload
+from typing import cast
 
 import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.nn import init
-from tinygrad_bn.nn.module import Module, Parameter, being_observed
-from tinygrad_bn.nn.norm import BATCH_NORMS
+from tinygrad_bn.nn.module import Module, Parameter
 from tinygrad_bn.tensor import Tensor
-
-
-class Sequential(Module):
-    """Layers one after the other, called "0", "1", … in the state dict.
-
-    A BatchNorm and the ReLU after it are computed in one pass over memory, unless somebody observes their outputs.
-    """
-
-    def __init__(self, *layers: Module) -> None:
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, Module):
-                raise TypeError(f"layer {i} is a {type(layer).__name__}, not a module")
-            setattr(self, str(i), layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = iter([child for child in vars(self).values() if isinstance(child, Module)])
-        for layer in layers:
-            following = next(layers, None) if is_plain(layer, *BATCH_NORMS) and not being_observed() else None
-            if following is not None and is_plain(following, ReLU):
-                x = layer(x, relu=True)
-            else:
-                x = layer(x)
-                x = x if following is None else following(x)
-        return x
-
-    def __iter__(self) -> Iterator[Module]:
-        return (child for _, child in self.named_children())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.named_children())
-
-    @overload
-    def __getitem__(self, index: int) -> Module: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequential: ...
-    def __getitem__(self, index: int | slice) -> Module:
-        layers = list(self)
-        return Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
-
-
-def is_plain(layer: Module, *types: type) -> bool:
-    """Whether `layer` is one of these itself: a subclass, or another `forward`, may do something else."""
-    return type(layer) in types and "forward" not in vars(layer)
 
 
 class Linear(Module):

@@ -10,9 +10,9 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.autograd import no_grad
-from tinygrad_bn.device import move, to_numpy
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.backend import Array, move, to_numpy
+from tinygrad_bn.modes import no_grad
+from tinygrad_bn.tensor import Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
 

@@ -1,0 +1,90 @@
+"""Checks of arguments, for public functions: made once, before anything is computed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+
+def bind(
+    name: str, names: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any], operands: Any, params: Any
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Operands and options of a call of the op `name`.
+
+    Args:
+        names: of its operands; empty for any number of them.
+        given: defaults of operands.
+        options: its options, with their defaults.
+        operands, params: what the caller passed by position and by name. An option may follow the operands by position,
+            as in `sum(x, 0)`, and an operand may come by name.
+
+    Raises TypeError for a wrong call.
+    """
+    params = dict(params)
+    if names and len(operands) > len(names):
+        extra = dict(zip(options, operands[len(names) :], strict=False))
+        if len(operands) == len(names) + len(extra) and not extra.keys() & params.keys():
+            operands, params = operands[: len(names)], {**extra, **params}
+    elif len(operands) < len(names):
+        missing = names[len(operands) :]
+        if all(n in params or n in given for n in missing):
+            operands = (*operands, *(params.pop(n) if n in params else given[n] for n in missing))
+    if (names and len(operands) != len(names)) or not params.keys() <= options.keys():
+        by_name = ", ".join(options) or "nothing"
+        raise TypeError(f"{name}() takes {len(names) or 'its'} operands by position, and by name: {by_name}")
+    for option, value in params.items():
+        if hasattr(value, "requires_grad"):
+            raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
+    if "axis" in params:
+        params["axis"] = plain_axis(name, params["axis"])
+    return operands, params
+
+
+def plain_axis(name: str, axis: Any) -> Any:
+    """One axis or several as Python integers, the only ones that kernels know. Raises TypeError for anything else."""
+    if axis is None or type(axis) is int:
+        return axis
+    given = axis if isinstance(axis, tuple) else (axis,)
+    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in given):
+        raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {axis!r}")
+    plain = tuple(map(operator.index, given))
+    return plain if isinstance(axis, tuple) else plain[0]
+
+
+def expect_floats(x: Any, caller: str) -> None:
+    """Raise TypeError unless x is a tensor or an array of floating-point numbers."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{caller} takes a tensor or an array; got a {type(x).__name__}: make a Tensor of it")
+    if x.dtype.kind != "f":
+        raise TypeError(f"{caller} takes floating-point input; got {x.dtype}")
+
+
+def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
+    """One number for each axis. Raises ValueError unless `value` is one number, or one for each axis."""
+    each = tuple(value) if isinstance(value, tuple | list | np.ndarray) else (value,) * ndim
+    if len(each) != ndim or not all(isinstance(v, int | np.integer) and v >= least for v in each):
+        raise ValueError(f"{name} is a number of {least} or more, or {ndim} of them; got {value!r}")
+    return tuple(int(v) for v in each)
+
+
+def expect_channels(x: Any, **vectors: Any) -> None:
+    """Raise TypeError unless x is floating-point; ValueError unless it is (N, C, ...), and each vector (C,) or None."""
+    expect_floats(x, "normalisation")
+    if x.ndim < 2:
+        raise ValueError(f"x has to be of shape (N, C, ...); got {x.shape}")
+    for name, v in vectors.items():
+        shape = v.shape if hasattr(v, "shape") else np.shape(v)
+        if v is not None and shape != x.shape[1:2]:
+            raise ValueError(f"{name} has shape {shape}, for {x.shape[1]} channels of x {x.shape}")
+
+
+def expect_eps(eps: float) -> None:
+    """Raise TypeError unless eps is a number, ValueError if it is negative."""
+    if not isinstance(eps, Real):
+        raise TypeError(f"eps has to be a number; got {eps!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps has to be 0 or more; got {eps}")

@@ -1,0 +1,230 @@
+"""The seam below the chain rule: every array operation of the framework goes through this module.
+
+`forward` runs an op and `vjp` its gradients: by the kernel of the arrays' device if there is one, by NumPy otherwise.
+Call them as `backend.forward(…)`, so that an observer can replace them here.
+
+On "cpu" an array is NumPy's. On "cuda" it is a `DeviceArray` of `tinygrad_bn_kernels.cuda`, with the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from tinygrad_bn_kernels import disabled as kernels_disabled
+from tinygrad_bn_kernels import lookup as find_kernel
+from tinygrad_bn_kernels.cpu.memory import is_owner
+
+if TYPE_CHECKING:
+    from tinygrad_bn.tensor import Op
+
+__all__ = [
+    "Array", "as_array", "device_of", "expect_one_device", "find_kernel", "forward", "full", "join", "kernels_disabled",
+    "move", "to_numpy", "vjp",
+]  # fmt: skip
+
+Array: TypeAlias = NDArray[Any]
+DEVICES = ("cpu", "cuda")
+REPORTED = (IndexError, ValueError, TypeError, AttributeError)  # errors that `forward` explains with the op's operands
+
+
+# ---- running an op --------------------------------------------------------------------------------------
+
+
+def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+    """The result of `op` and its by-products: from the kernel, or from the reference if there is none or it declines."""
+    kernel = _kernel(op.name, arrays)
+    try:
+        result = NotImplemented if kernel is None else kernel(*arrays, **params)
+        if result is NotImplemented:
+            result = op.forward(*arrays, **params)
+    except REPORTED as error:
+        expect_one_device(arrays)
+        kind = next(k for k in REPORTED if isinstance(error, k))
+        raise kind(f"{describe(op, arrays, params)}: {error}") from error
+    y, saved = (result[0], result[1:]) if op.saves else (result, ())
+    return y if type(y) is np.ndarray else as_array(y), saved
+
+
+def vjp(
+    op: Op,
+    g: Any,
+    y: Any,
+    arrays: Sequence[Any],
+    params: dict[str, Any],
+    needs: Sequence[bool],
+    saved: Sequence[Any],
+) -> Any:
+    """The gradient of each operand as an array, None where `needs` is False.
+
+    NotImplemented for a fused op without a kernel: the engine then differentiates its composition.
+    """
+    kernel = _kernel(op.vjp, arrays)
+    if kernel is not None:
+        by_products = dict(zip(op.saves, saved, strict=True)) if saved else {}
+        gxs = kernel(g, y, *arrays, needs=needs, **params, **by_products)
+        if gxs is not NotImplemented:
+            return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
+    return NotImplemented if op.fused else op.pull(g, y, arrays, needs, params)
+
+
+def _kernel(name: str, arrays: Sequence[Any]) -> Any:
+    """The kernel for these operands, or None. Numbers, foreign byte orders and long doubles are left to NumPy."""
+    first = arrays[0] if arrays else None
+    if isinstance(first, np.ndarray):
+        return find_kernel(name, "cpu") if first.dtype.isnative and first.dtype.char != "g" else None
+    for other in arrays:
+        if (device := device_of(other)) != "cpu":
+            return find_kernel(name, device)
+    return None
+
+
+def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:
+    """A call in words: `sum(float32 (3, 4), axis=5)`."""
+    words = [f"{place(o)} {o.dtype} {o.shape}".lstrip() if hasattr(o, "dtype") else repr(o) for o in operands]
+    return f"{op.name}({', '.join(words + [f'{k}={v!r}' for k, v in params.items()])})"
+
+
+# ---- arrays ---------------------------------------------------------------------------------------------
+
+
+def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
+    """A copy of `data` as an array: NumPy's dtype for typed data; float32 for Python floats, int64 for integers.
+
+    Raises TypeError unless the data are real numbers.
+    """
+    if device_of(data) != "cpu":
+        return data.astype(dtype or data.dtype)
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError("a tensor has no mask; give masked.filled(value)")
+    typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
+    array = np.array(data, dtype=dtype)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
+    if not typed and dtype is None and array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
+
+
+def new_values(value: Any, old: Any) -> Any:
+    """A copy of `value` to replace the array `old`: on its device, in its dtype; the shape has to be the same."""
+    given = as_array(value)
+    if device_of(given) != "cpu":
+        expect_one_device((old, given))
+    if not np.can_cast(given.dtype, old.dtype, "same_kind"):
+        raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {old.dtype}")
+    new = move(given, device_of(old)).astype(old.dtype)  # a copy in any case
+    if new.shape != old.shape:
+        raise ValueError(f"data of shape {new.shape} do not fit a tensor of shape {old.shape}")
+    return new
+
+
+def as_array(value: Any) -> Any:
+    """An array of any device as it is; anything else as a NumPy array."""
+    return value if type(value) is np.ndarray or device_of(value) != "cpu" else np.asarray(value)
+
+
+def full(like: Any, value: float, dtype: DTypeLike | None = None) -> Any:
+    """An array full of one value, with the shape, device and, by default, dtype of the array `like`."""
+    dtype = like.dtype if dtype is None else dtype
+    if device_of(like) == "cpu":
+        return np.full(like.shape, value, dtype)
+    return _device_arrays().full(like.shape, value, dtype)
+
+
+def join(arrays: Sequence[Any]) -> Any:
+    """The elements of arrays of one device, one after the other, on one axis."""
+    if device_of(arrays[0]) == "cpu":
+        return np.concatenate(arrays, axis=None)
+    return find_kernel("concatenate", "cuda")(*[a.reshape(-1) for a in arrays], axis=0)  # type: ignore[misc]
+
+
+def read_only(array: Any) -> Any:
+    """A read-only view of a NumPy array; an array of another device as it is."""
+    if device_of(array) != "cpu":
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def numpy_view(array: Any) -> Array:
+    """The values as a NumPy array: a read-only view, or a copy of an array of another device."""
+    return read_only(array) if device_of(array) == "cpu" else array.numpy()
+
+
+def converted(array: Any, dtype: DTypeLike | None, copy: bool | None) -> Array:
+    """The values by the protocol of NumPy's `__array__`. Raises TypeError for another device, ValueError without copy."""
+    if device := place(array):
+        raise TypeError(f"this tensor lives on {device}: copy it with .numpy(), or move it with .to('cpu')")
+    converts = dtype is not None and np.dtype(dtype) != array.dtype
+    if converts and copy is False:
+        raise ValueError(f"{array.dtype} cannot be given as {np.dtype(dtype)} without a copy")
+    return np.array(array, dtype=dtype) if copy or converts else read_only(array)
+
+
+def index_copy(part: Any) -> Any:
+    """Part of an index: lists and arrays copied to an array, since they may change before the backward pass."""
+    if not isinstance(part, np.ndarray | list | tuple):
+        return part
+    array = np.array(part)
+    return array if array.size or isinstance(part, np.ndarray) else array.astype(np.intp)  # NumPy makes [] a float
+
+
+def to_numpy(array: Any) -> Any:
+    """A copy as a NumPy array, from any device; of a tensor too."""
+    return np.array(np.asarray(array)) if device_of(array) == "cpu" else array.numpy()
+
+
+def owns_memory(array: Any) -> bool:
+    """Whether no other array shares the memory of `array`."""
+    return is_owner(array) if type(array) is np.ndarray else array.base is None
+
+
+# ---- devices --------------------------------------------------------------------------------------------
+
+
+def device_of(array: object) -> str:
+    """The name of the device that holds `array`; NumPy's arrays and Python's numbers live on "cpu"."""
+    if type(array) is np.ndarray:
+        return "cpu"  # the usual case: twice as fast as the attribute
+    device = getattr(array, "device", "cpu")
+    return device if type(device) is str else "cpu"  # arrays of other libraries have objects there
+
+
+def place(array: object) -> str:
+    """The device of `array` for a text: "" for "cpu"."""
+    device = device_of(array)
+    return "" if device == "cpu" else device
+
+
+def expect_one_device(operands: Collection[object]) -> None:
+    """Raise TypeError if arrays live on different devices: nothing is copied between devices without being asked."""
+    if set(map(type, operands)) == {np.ndarray}:
+        return  # the usual case
+    devices = {device_of(o) for o in operands if hasattr(o, "dtype")}
+    if len(devices) > 1:
+        raise TypeError(f"operands live on different devices, {' and '.join(sorted(devices))}; move one with .to()")
+
+
+def move(array: Any, device: str) -> Any:
+    """The array on `device`: itself if it is there, else a copy.
+
+    Raises ValueError for an unknown name, TypeError for a dtype that the device does not take, and RuntimeError if
+    there is no such device, saying what is missing.
+    """
+    if device not in DEVICES:
+        one = '; "cuda" is one GPU, the first' if str(device).startswith("cuda") else ""
+        raise ValueError(f"there is no device {device!r}; there are {' and '.join(map(repr, DEVICES))}{one}")
+    if device_of(array) == device:
+        return array
+    return array.numpy() if device == "cpu" else _device_arrays().DeviceArray.from_numpy(np.asarray(array))
+
+
+def _device_arrays() -> Any:
+    """The module of arrays on cuda, imported when first needed. Raises RuntimeError if there is no such device."""
+    from tinygrad_bn_kernels.cuda import device_arrays
+
+    return device_arrays()

@@ -1,0 +1,187 @@
+"""Primitives beside those of `ops`: more elementwise functions, joining, padding, and the affine map of a layer."""
+
+# mypy: disable-error-code="has-type"
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn import sample
+from tinygrad_bn.ops import exp, getitem, matmul, reshape, transpose, where
+from tinygrad_bn.sample import NONZERO, REAL, elementwise, reducing
+from tinygrad_bn.tensor import Operand, primitive
+
+# ---- elementwise ----------------------------------------------------------------------------------------
+
+
+@primitive(lambda g, y, x: g * (1 - y * y), formula="y = tanh x;  ∂x = g · (1 − y²)", sample=elementwise(REAL))
+def tanh(x: Operand) -> Operand:
+    """Hyperbolic tangent, elementwise."""
+    return np.tanh(x)
+
+
+@primitive(
+    lambda g, y, x: g * y * (1 - y),
+    formula="y = 1 / (1 + e⁻ˣ);  ∂x = g · y · (1 − y)",
+    sample=elementwise(REAL),
+)
+def sigmoid(x: Operand) -> Operand:
+    """Logistic function, elementwise; no overflow for any x."""
+    e = np.exp(-np.abs(x))
+    return np.where(np.greater_equal(x, 0), 1, e) / (1 + e)
+
+
+@primitive(lambda g, y, x: g * sign(x), formula="y = |x|;  ∂x = g · sign x", sample=elementwise(NONZERO))
+def abs(x: Operand) -> Operand:
+    """Absolute value, elementwise. Gradient 0 at 0."""
+    return np.abs(x)
+
+
+@primitive(lambda g, y, x: y * 0, formula="y = sign x;  ∂x = 0", sample=elementwise(NONZERO))
+def sign(x: Operand) -> Operand:
+    """-1, 0 or 1, elementwise. Gradient 0 everywhere."""
+    return np.sign(x)
+
+
+@primitive(lambda g, y, x: g * (y + 1), formula="y = eˣ − 1;  ∂x = g · (y + 1)", sample=elementwise(REAL))
+def expm1(x: Operand) -> Operand:
+    """Exponential minus one, exact also near 0, elementwise."""
+    return np.expm1(x)
+
+
+@primitive(lambda g, y, x: g * sigmoid(x), formula="y = log(1 + eˣ);  ∂x = g · sigmoid(x)", sample=elementwise(REAL))
+def softplus(x: Operand) -> Operand:
+    """Smooth ReLU, elementwise; no overflow for any x."""
+    return np.logaddexp(x, 0)
+
+
+@primitive(
+    lambda g, y, x: g * (2 / math.sqrt(math.pi)) * exp(-x * x),
+    formula="y = erf x;  ∂x = g · 2/√π · e^(−x²)",
+    sample=elementwise(REAL),
+)
+def erf(x: Operand) -> Operand:
+    """Error function, elementwise."""
+    return np.vectorize(math.erf, otypes=[np.result_type(x, np.float16)])(x)
+
+
+@primitive(
+    lambda g, y, x, *, min, max: where(x == y, g, 0.0),
+    formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
+    sample=sample.sample_clip,
+)
+def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
+    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
+    if min is None and max is None:
+        raise ValueError("clip needs min, max, or both")
+    return np.clip(x, min, max)
+
+
+@primitive(
+    lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, g, 0.0)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, g, 0.0)),
+    formula="y = max(a, b);  the larger gets g, both half of it in a tie",
+    sample=sample.sample_distinct_pair,
+)
+def maximum(a: Operand, b: Operand) -> Operand:
+    """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
+    return np.maximum(a, b)
+
+
+@primitive(
+    lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, g, 0.0)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, g, 0.0)),
+    formula="y = min(a, b);  the smaller gets g, both half of it in a tie",
+    sample=sample.sample_distinct_pair,
+)
+def minimum(a: Operand, b: Operand) -> Operand:
+    """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
+    return np.minimum(a, b)
+
+
+@primitive(None, formula="y = index of the largest", sample=reducing(distinct=True, tuples=False))
+def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
+    """Index of the largest element along `axis` (of the flat array if None), the first in a tie. int64."""
+    return np.argmax(x, axis=axis, keepdims=keepdims)
+
+
+@primitive(None, formula="y = index of the smallest", sample=reducing(distinct=True, tuples=False))
+def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
+    """Index of the smallest element along `axis` (of the flat array if None), the first in a tie. int64."""
+    return np.argmin(x, axis=axis, keepdims=keepdims)
+
+
+# ---- joining and padding --------------------------------------------------------------------------------
+
+
+def _part(g: Any, axis: int, start: int, stop: int) -> Any:
+    """What lies between start and stop along `axis`."""
+    return getitem(g, index=(slice(None),) * (axis % g.ndim) + (slice(start, stop),))
+
+
+def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
+    stops = np.cumsum([x.shape[axis] for x in xs])
+    return _part(g, axis, int(stops[i]) - xs[i].shape[axis], int(stops[i]))
+
+
+@primitive(
+    each=_concatenate_rule,
+    formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
+    sample=sample.sample_concatenate,
+)
+def concatenate(*xs: Operand, axis: int = 0) -> Operand:
+    """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
+    return np.concatenate(xs, axis=axis)
+
+
+@primitive(
+    each=lambda i, g, y, *xs, axis: getitem(g, index=(slice(None),) * (axis % g.ndim) + (i,)),
+    formula="y = x₀, x₁, … along a new axis;  ∂xᵢ = the i-th of g",
+    sample=lambda d: ((d.array(REAL, (2, 3)), d.array(REAL, (2, 3))), {"axis": d.choice([0, 1, -1])}),
+)
+def stack(*xs: Operand, axis: int = 0) -> Operand:
+    """Join along a new axis; `functional.stack` takes a list, as NumPy does."""
+    return np.stack(xs, axis=axis)
+
+
+@primitive(
+    lambda g, y, x, *, width, value: getitem(
+        g, index=tuple(slice(before, before + n) for (before, _), n in zip(width, x.shape, strict=True))
+    ),
+    formula="y = x with a border of value;  ∂x = g without the border",
+    sample=sample.sample_pad,
+)
+def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
+    """A border of `value` around `x`: `width` holds (before, after) for each axis."""
+    if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
+        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
+    return np.pad(x, width, constant_values=value) if x.ndim else np.array(x)
+
+
+# ---- the affine map -------------------------------------------------------------------------------------
+
+
+def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
+    rows = math.prod(y.shape[:-1])
+    return matmul(transpose(reshape(g, shape=(rows, y.shape[-1]))), reshape(x, shape=(rows, x.shape[-1])))
+
+
+@primitive(
+    lambda g, y, x, weight, bias: matmul(g, weight),
+    _linear_by_weight,
+    lambda g, y, x, weight, bias: g,
+    formula="y = x Wᵀ + b;  ∂x = g W,  ∂W = gᵀ x,  ∂b = Σ g",
+    sample=sample.sample_linear,
+)
+def linear(x: Operand, weight: Operand, bias: Operand = None) -> Operand:
+    """Affine map of the last axis: x (..., in), weight (out, in), bias (out,) or None; gives (..., out)."""
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        got = f"{weight.shape} and {None if bias is None else bias.shape}"
+        raise ValueError(f"the weight has to be (out, in) and the bias (out,); got {got}")
+    y = np.matmul(x, weight.T)
+    if bias is None:
+        return y
+    return np.add(y, bias, out=y) if y.ndim and y.dtype == np.result_type(y, bias) else y + bias

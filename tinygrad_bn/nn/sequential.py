@@ -1,0 +1,82 @@
+"""Sequential, and its pass that computes BatchNorm and the ReLU after it together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, overload
+
+from tinygrad_bn import functional as F
+from tinygrad_bn.nn.batch_norm import BATCH_NORMS
+from tinygrad_bn.nn.layers import ReLU
+from tinygrad_bn.nn.module import Module, being_observed
+from tinygrad_bn.tensor import Tensor
+
+
+class Sequential(Module):
+    """Layers one after the other, called "0", "1", … in the state dict.
+
+    A BatchNorm and the ReLU after it are computed in one pass over memory, unless their outputs are observed.
+    """
+
+    def __init__(self, *layers: Module) -> None:
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Module):
+                raise TypeError(f"layer {i} is a {type(layer).__name__}, not a module")
+            setattr(self, str(i), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [child for child in vars(self).values() if isinstance(child, Module)]
+        for layer in layers if being_observed() else fused_layers(layers):
+            x = layer(x)
+        return x
+
+    def __iter__(self) -> Iterator[Module]:
+        return (child for _, child in self.named_children())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.named_children())
+
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module:
+        layers = list(self)
+        return Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
+
+
+def fused_layers(layers: Iterable[Module]) -> Iterator[Module]:
+    """The same layers, but a `BatchNormReLU` for each BatchNorm with a ReLU after it."""
+    norm: Module | None = None
+    for layer in layers:
+        if norm is not None and is_plain(layer, ReLU):
+            yield BatchNormReLU(norm)
+            norm = None
+            continue
+        if norm is not None:
+            yield norm
+        norm = layer if is_plain(layer, *BATCH_NORMS) else None
+        if norm is None:
+            yield layer
+    if norm is not None:
+        yield norm
+
+
+class BatchNormReLU(Module):
+    """The ReLU of a BatchNorm layer's output, computed together. The state is that layer's: there is no copy."""
+
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if norm.virtual_batch_size or not norm.uses_batch(x):
+            return norm.forward(x).relu()
+        y, (mean, var) = F.batch_norm_relu.run(x, norm.weight, norm.bias, eps=norm.eps)
+        norm.track(mean, var, x.size // norm.num_features)
+        return y
+
+
+def is_plain(layer: Module, *types: type) -> bool:
+    """Whether `layer` is one of these itself: a subclass, or another `forward`, may do something else."""
+    return type(layer) in types and "forward" not in vars(layer)
