@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, flat, nn, optim
+from tinygrad_bn import Tensor, nn, optim
 from tinygrad_bn import functional as F
+from tinygrad_bn.optim import flat
 
 SHAPES = [(), (3,), (2, 5), (0,), (1,), (4, 0, 2), (7, 3, 2), (1030,), (2, 2)]
 ALL = [
@@ -362,8 +363,8 @@ def test_parameters_stay_where_they_are_from_step_to_step(monkeypatch):
     optimizer = optim.Adam(params)
     give_gradients(params, 0)
     optimizer.step()
-    laid = []
-    monkeypatch.setattr(optim, "lay_out", lambda *args: laid.append(args) or flat.lay_out(*args))
+    laid, new_runs = [], flat.new_runs
+    monkeypatch.setattr(flat, "new_runs", lambda *args: laid.append(args) or new_runs(*args))
     optimizer.step()
     assert not laid
     params[0].grad = None  # now others are updated together

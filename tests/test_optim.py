@@ -199,7 +199,7 @@ def test_a_gradient_that_does_not_fit_is_an_error_that_changes_nothing(wrong, er
         with pytest.raises(error, match=r"a parameter of shape \(3,\) has a gradient of"):
             refuse()
     with pytest.raises(error, match="has a"):
-        optim.clip_grad_value_(params[1], 0.1)
+        optim.clip_grad_value_(params, 0.1)
     assert params[0].grad.numpy().tolist() == G.tolist()
     assert not optimizer.state
     params[1].grad, optimizer.param_groups[1]["lr"] = Tensor(G), -1.0

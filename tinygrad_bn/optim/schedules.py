@@ -1,4 +1,4 @@
-"""Learning-rate schedules, with PyTorch's names and results. They are had from `tinygrad_bn.optim`."""
+"""Learning-rate schedules, with PyTorch's names and results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tinygrad_bn.optim import Optimizer
+    from tinygrad_bn.optim.optimizer import Optimizer
 
 
 class Schedule:
@@ -19,11 +19,11 @@ class Schedule:
         self._set()
 
     def factor(self, t: int) -> float:
-        """What the initial learning rates are multiplied by after `t` steps."""
+        """The factor of the initial learning rates after `t` steps."""
         return 1.0
 
     def step(self) -> None:
-        """Go on by one."""
+        """Advance by one step."""
         self.t += 1
         self._set()
 
@@ -64,7 +64,7 @@ class CosineAnnealingLR(Schedule):
 
 
 class WarmupLR(Schedule):
-    """Raises the learning rate linearly over `warmup_steps`; then `after` (started at its step 0) goes on."""
+    """Raises the learning rate linearly over `warmup_steps`; then steps `after`, from its step 0."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, after: Schedule | None = None) -> None:
         if warmup_steps < 1:

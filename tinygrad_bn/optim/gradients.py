@@ -1,0 +1,61 @@
+"""The gradients that an optimiser reads: checked, and clipped by norm or by value."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.device import as_array, expect_one_device, kernel_or
+from tinygrad_bn.ops import clip
+from tinygrad_bn.tensor import Array, Tensor
+
+
+def gradient_of(p: Tensor) -> Any:
+    """The array of a parameter's gradient, or None; an error if the assigned gradient does not fit the parameter."""
+    if p.grad is None:
+        return None
+    if not isinstance(p.grad, Tensor):
+        raise TypeError(
+            f"a parameter of shape {p.shape} has a gradient of type {type(p.grad).__name__}; assign a Tensor"
+        )
+    array = p.grad._data
+    if array.shape != p._data.shape:
+        raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {array.shape}")
+    if type(array) is not type(p._data):
+        expect_one_device((p._data, array))
+    return array
+
+
+def _gradients(params: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Array]]:
+    listed = [params] if isinstance(params, Tensor) else params
+    return [(p, g) for p in listed if (g := gradient_of(p)) is not None]
+
+
+def _sum_of_squares(g: Array) -> Array:
+    """Σ g² in float64."""
+    return np.sum(np.square(g, dtype=np.float64))
+
+
+def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients together so that their common 2-norm is at most `max_norm`; return the norm before.
+
+    A norm that is not finite leaves the gradients unchanged, so that the fault shows. Raises ValueError for a
+    `max_norm` below 0.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm has to be 0 or more; got {max_norm}")
+    gradients = _gradients(params)
+    norm = math.sqrt(sum(float(kernel_or(_sum_of_squares, "optim.sum_of_squares", g)) for _, g in gradients))
+    if math.isfinite(norm) and norm > max_norm:
+        for p, g in gradients:
+            p.grad = Tensor._of(as_array(g * (max_norm / (norm + 1e-6))))
+    return norm
+
+
+def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> None:
+    """Limit every element of every gradient to [−clip_value, clip_value]; ValueError for a limit below 0."""
+    if not clip_value >= 0:
+        raise ValueError(f"clip_value has to be 0 or more; got {clip_value}")
+    for p, g in _gradients(params):
+        p.grad = Tensor._of(as_array(clip(g, min=-clip_value, max=clip_value)))

@@ -1,0 +1,162 @@
+"""The base of the optimisers: parameter groups, their options, a step, and saved state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from tinygrad_bn.device import move, to_numpy
+from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
+from tinygrad_bn.optim.gradients import gradient_of
+from tinygrad_bn.tensor import Array, Tensor
+
+if TYPE_CHECKING:
+    from tinygrad_bn.nn.module import Module
+
+
+class Optimizer:
+    """Base of the optimisers: parameter groups, their options, and the state kept for each parameter.
+
+    A subclass defines `_initial_state` and `_update`, the new parameters as an elementwise function of parameters,
+    gradients and state. A step replaces a parameter's array, so a graph that still needs the old values notices.
+
+    Args:
+        params: tensors; or groups, `{"params": tensors, option: value, ...}`, whose options override `defaults`.
+        defaults: the options of every group.
+
+    Raises:
+        ValueError: no parameters, one that is given twice, an unknown option, or one that is out of range.
+        TypeError: params that are not tensors, or an option that is not a number.
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
+        given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        self.param_groups: list[Group] = [
+            {**defaults, **g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])}
+            for g in groups
+        ]
+        self.state: dict[Tensor, State] = {}
+        self._runs: list[Run] = []
+        everything = self._params()
+        if not all(isinstance(p, Tensor) for p in everything):
+            raise TypeError("params are tensors, as model.parameters() gives them, or groups of tensors")
+        if not everything:
+            raise ValueError("there are no parameters to optimise")
+        if len(set(everything)) < len(everything):
+            raise ValueError("a parameter is given more than once")
+        if not all(p.is_leaf for p in everything):
+            raise ValueError("a parameter is the result of an op, so an update would not last; give leaves")
+        for group in self.param_groups:
+            for option in group:
+                if option not in defaults and option != "params":
+                    raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
+            _check_options(group)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for p in self._params():
+            p.zero_grad()
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient.
+
+        Raises ValueError or TypeError, and changes no parameter, if an option, a gradient or a state does not fit.
+        """
+        for group in self.param_groups:
+            _check_options(group)
+        gradients = {p: g for p in self._params() if (g := gradient_of(p)) is not None and p._requires_grad}
+        self._runs = lay_out(self.param_groups, gradients, self.state, self._initial_state, self._runs)
+        for run in self._runs:
+            values, gradient = run.values(), run.gradient(gradients)
+            options = SimpleNamespace(step=run.next_step(), **run.group)
+            run.assign(self._update(values, gradient, run.state, options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_runs": []}  # a copy has other parameters
+
+    def _initial_state(self, group: Group) -> dict[str, float]:
+        """Names of the state arrays, and the value that each is full of before the first step."""
+        return {}
+
+    def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
+        """The new values of p; overwrites the arrays of `state`. All arrays are flat and of one size.
+
+        `o` has the group's options and `step`, the number of this step, from 1.
+        """
+        raise TypeError(f"{type(self).__name__} defines no _update")
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Options and state, keyed by the position of the parameter: enough to resume exactly.
+
+        Arrays are NumPy's, on whichever device the parameters are.
+        """
+        return {
+            "state": {
+                i: {k: v if isinstance(v, int) else to_numpy(v) for k, v in self.state[p].items()}
+                for i, p in enumerate(self._params())
+                if p in self.state
+            },
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`; arrays may have become lists, as in JSON.
+
+        Raises ValueError, and changes nothing, if the groups, the names or the shapes do not fit.
+        """
+        if len(state["param_groups"]) != len(self.param_groups):
+            raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
+        initial: list[tuple[Tensor, dict[str, float]]] = []
+        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
+            if options.keys() != group.keys() - {"params"}:
+                raise ValueError(f"the saved options {', '.join(options)} are not those of {type(self).__name__}")
+            initial += [(p, self._initial_state({**group, **options})) for p in group["params"]]
+        loaded: dict[Tensor, State] = {}
+        for i, saved in state["state"].items():
+            if not 0 <= int(i) < len(initial):
+                raise ValueError(f"there is a saved state of parameter {i}, for {len(initial)} parameters")
+            p, names = initial[int(i)]
+            if missing := {"step", *names} - saved.keys():
+                raise ValueError(f"the saved state of parameter {i} has no {', '.join(sorted(missing))}")
+            arrays = {name: move(state_array(p, name, saved[name]), p.device) for name in names}
+            loaded[p] = copy.deepcopy({**saved, **arrays})
+        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update(options)
+        self.state = loaded
+
+
+def _check_options(group: Group) -> None:
+    """Raise ValueError for an option that is out of range, and TypeError for one that is not a number."""
+    for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
+        value = group.get(option, 0)
+        if type(value) is not float and not isinstance(value, Real):  # isinstance of Real takes ten times as long
+            raise TypeError(f"{option} has to be a number; got {value!r}")
+        if not float(value) >= 0:  # also NaN
+            raise ValueError(f"{option} has to be 0 or more; got {value}")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
+    betas = group.get("betas", (0, 0))
+    two = isinstance(betas, tuple | list) and len(betas) == 2
+    if not two or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"betas have to be two numbers in [0, 1); got {betas!r}")
+
+
+def param_groups(model: Module, decay: float) -> list[Group]:
+    """Two groups for an optimiser: weights that decay by `decay`, and parameters that do not decay.
+
+    Biases and the parameters of normalisations do not decay: shrinking them does not regularise, because the next
+    normalisation undoes it. They have fewer than two axes, or belong to LayerNorm or RMSNorm.
+    """
+    undecayed = {p for m in model.modules() if hasattr(m, "normalized_shape") for p in m.parameters()}
+    undecayed |= {p for p in model.parameters() if p.ndim < 2}
+    return [
+        {"params": [p for p in model.parameters() if p not in undecayed], "weight_decay": decay},
+        {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0.0},
+    ]
