@@ -1,8 +1,7 @@
 """Differentiating: the chain rule over the nodes that `tensor` recorded.
 
-`backward` and `grad` walk from a result to what it was computed from. In a plain backward pass the gradients are arrays,
-and rules compute with arrays. With `create_graph` they are tensors, so each gradient has a graph of its own and can be
-differentiated again.
+`backward` and `grad` walk from a result back to its leaves. In a plain backward pass gradients are arrays, and rules
+compute with arrays. With `create_graph` they are tensors, so each gradient has a graph and can be differentiated again.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ REPORTED = (IndexError, ValueError, TypeError, AttributeError)  # errors that `f
 
 
 def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
-    """The result of `op` and its by-products: from the kernel, or from the reference if there is none or it declines."""
+    """The result of `op` and its by-products: from its kernel, or from the reference without one or if it declines."""
     kernel = _kernel(op.name, arrays)
     try:
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
@@ -156,7 +156,7 @@ def numpy_view(array: Any) -> Array:
 
 
 def converted(array: Any, dtype: DTypeLike | None, copy: bool | None) -> Array:
-    """The values by the protocol of NumPy's `__array__`. Raises TypeError for another device, ValueError without copy."""
+    """The values as NumPy's `__array__` gives them. TypeError on another device, ValueError if a copy is forbidden."""
     if device := place(array):
         raise TypeError(f"this tensor lives on {device}: copy it with .numpy(), or move it with .to('cpu')")
     converts = dtype is not None and np.dtype(dtype) != array.dtype

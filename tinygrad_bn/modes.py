@@ -1,4 +1,4 @@
-"""Settings of the current thread or task: whether ops record, run as compositions, or remember where they were called."""
+"""Settings of the current thread or task: whether ops record, run as compositions, or remember their callers."""
 
 from __future__ import annotations
 

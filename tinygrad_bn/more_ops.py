@@ -1,4 +1,4 @@
-"""Primitives beside those of `ops`: more elementwise functions, joining, padding, and the affine map of a layer."""
+"""Primitives beside those of `ops`: more elementwise functions, extremes, indexing, joining, and the affine map."""
 
 # mypy: disable-error-code="has-type"
 
@@ -10,11 +10,27 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import sample
-from tinygrad_bn.ops import exp, getitem, matmul, reshape, transpose, where
-from tinygrad_bn.sample import NONZERO, REAL, elementwise, reducing
-from tinygrad_bn.tensor import Operand, primitive
+from tinygrad_bn.ops import exp, kept, log, matmul, reshape, sum, transpose, where
+from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
+from tinygrad_bn.tensor import Axis, Operand, primitive
 
 # ---- elementwise ----------------------------------------------------------------------------------------
+
+
+def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
+    both_zero = (a == 0) * (b == 0)  # where the formula says 0 · 0⁻¹
+    return g * where(both_zero, 0.0, b * pow(where(both_zero, 1.0, a), b - 1))
+
+
+@primitive(
+    _pow_by_base,
+    lambda g, y, a, b: g * y * log(where(a == 0, 1.0, a)),
+    formula="y = aᵇ;  ∂a = g · b · aᵇ⁻¹,  ∂b = g · y · log a",
+    sample=broadcasting(POSITIVE, POSITIVE),
+)
+def pow(a: Operand, b: Operand) -> Operand:
+    """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0 and ∂b of 0ᵇ is 0, also at a = 0."""
+    return (a if isinstance(a, int | float) else np.asarray(a)) ** b  # unlike np.power it is fast for 0.5, 1 and 2
 
 
 @primitive(lambda g, y, x: g * (1 - y * y), formula="y = tanh x;  ∂x = g · (1 − y²)", sample=elementwise(REAL))
@@ -102,6 +118,26 @@ def minimum(a: Operand, b: Operand) -> Operand:
     return np.minimum(a, b)
 
 
+# ---- extremes -------------------------------------------------------------------------------------------
+
+
+def _by_ties(g: Any, y: Any, x: Any, *, axis: Axis, keepdims: bool) -> Any:
+    chosen = (x == kept(y, x, axis, keepdims)).astype(x.dtype)
+    return kept(g, x, axis, keepdims) * chosen / sum(chosen, axis=axis, keepdims=True)
+
+
+@primitive(_by_ties, formula="y = max x;  the largest gets g, ties share it evenly", sample=reducing(distinct=True))
+def max(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
+    """Largest element over `axis`. Ties share the gradient evenly (as in torch.amax)."""
+    return np.max(x, axis=axis, keepdims=keepdims)
+
+
+@primitive(_by_ties, formula="y = min x;  the smallest gets g, ties share it evenly", sample=reducing(distinct=True))
+def min(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
+    """Smallest element over `axis`. Ties share the gradient evenly (as in torch.amin)."""
+    return np.min(x, axis=axis, keepdims=keepdims)
+
+
 @primitive(None, formula="y = index of the largest", sample=reducing(distinct=True, tuples=False))
 def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
     """Index of the largest element along `axis` (of the flat array if None), the first in a tie. int64."""
@@ -112,6 +148,34 @@ def argmax(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Op
 def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Operand:
     """Index of the smallest element along `axis` (of the flat array if None), the first in a tie. int64."""
     return np.argmin(x, axis=axis, keepdims=keepdims)
+
+
+# ---- indexing -------------------------------------------------------------------------------------------
+
+
+@primitive(
+    lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
+    formula="y = x[index];  ∂x = g, added up at index",
+    sample=sample.sample_getitem,
+)
+def getitem(x: Operand, *, index: Any) -> Operand:
+    """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
+    return x[index]
+
+
+@primitive(
+    lambda g, y, x, *, index, shape: getitem(g, index=index),
+    formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
+    sample=sample.sample_scatter_add,
+)
+def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
+    """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
+    out = np.zeros(shape, x.dtype)
+    if any(isinstance(i, np.ndarray | list | tuple) for i in (index if isinstance(index, tuple) else (index,))):
+        np.add.at(out, index, x)
+    else:  # basic indices do not repeat
+        out[index] = x
+    return out
 
 
 # ---- joining and padding --------------------------------------------------------------------------------

@@ -18,11 +18,6 @@ from tinygrad_bn import sample
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Operand, primitive
 
-__all__ = [
-    "add", "astype", "broadcast_to", "div", "exp", "getitem", "log", "matmul", "max", "min", "mul", "neg", "pow", "relu",
-    "reshape", "rsqrt", "scatter_add", "sqrt", "sub", "sum", "sum_to", "transpose", "where",
-]  # fmt: skip
-
 # ---- arithmetic -----------------------------------------------------------------------------------------
 
 
@@ -74,22 +69,6 @@ def div(a: Operand, b: Operand) -> Operand:
 def neg(x: Operand) -> Operand:
     """Negative, elementwise."""
     return np.negative(x)
-
-
-def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
-    both_zero = (a == 0) * (b == 0)  # where the formula says 0 · 0⁻¹
-    return g * where(both_zero, 0.0, b * pow(where(both_zero, 1.0, a), b - 1))
-
-
-@primitive(
-    _pow_by_base,
-    lambda g, y, a, b: g * y * log(where(a == 0, 1.0, a)),
-    formula="y = aᵇ;  ∂a = g · b · aᵇ⁻¹,  ∂b = g · y · log a",
-    sample=broadcasting(POSITIVE, POSITIVE),
-)
-def pow(a: Operand, b: Operand) -> Operand:
-    """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0 and ∂b of 0ᵇ is 0, also at a = 0."""
-    return (a if isinstance(a, int | float) else np.asarray(a)) ** b  # unlike np.power it is fast for 0.5, 1 and 2
 
 
 # ---- functions of one operand ---------------------------------------------------------------------------
@@ -145,7 +124,7 @@ def where(condition: Operand, a: Operand, b: Operand) -> Operand:
 # ---- reductions and broadcasting ------------------------------------------------------------------------
 
 
-def _kept(y: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
+def kept(y: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     """A reduction's result in the shape that broadcasts against its operand."""
     if keepdims or (axis is None and not x.ndim):
         return y
@@ -159,7 +138,7 @@ def _accumulator(x: Any) -> Any:
 
 
 @primitive(
-    lambda g, y, x, *, axis, keepdims: broadcast_to(_kept(g, x, axis, keepdims), shape=x.shape),
+    lambda g, y, x, *, axis, keepdims: broadcast_to(kept(g, x, axis, keepdims), shape=x.shape),
     formula="y = Σ x over axis;  ∂x = g, repeated",
     sample=reducing(),
 )
@@ -167,23 +146,6 @@ def sum(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     """Sum over `axis` (an int, a tuple, or None for all). float16 and float32 accumulate in float64."""
     total = np.sum(x, axis=axis, keepdims=keepdims, dtype=_accumulator(x))
     return total.astype(x.dtype) if x.dtype.kind == "f" else total
-
-
-def _by_ties(g: Any, y: Any, x: Any, *, axis: Axis, keepdims: bool) -> Any:
-    chosen = (x == _kept(y, x, axis, keepdims)).astype(x.dtype)
-    return _kept(g, x, axis, keepdims) * chosen / sum(chosen, axis=axis, keepdims=True)
-
-
-@primitive(_by_ties, formula="y = max x;  the largest gets g, ties share it evenly", sample=reducing(distinct=True))
-def max(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
-    """Largest element over `axis`. Ties share the gradient evenly (as in torch.amax)."""
-    return np.max(x, axis=axis, keepdims=keepdims)
-
-
-@primitive(_by_ties, formula="y = min x;  the smallest gets g, ties share it evenly", sample=reducing(distinct=True))
-def min(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
-    """Smallest element over `axis`. Ties share the gradient evenly (as in torch.amin)."""
-    return np.min(x, axis=axis, keepdims=keepdims)
 
 
 @primitive(
@@ -252,7 +214,7 @@ def matmul(a: Operand, b: Operand) -> Operand:
     return np.matmul(a, b)
 
 
-# ---- shape and indexing ---------------------------------------------------------------------------------
+# ---- shape and dtype ------------------------------------------------------------------------------------
 
 
 @primitive(
@@ -279,31 +241,6 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
 
 
 @primitive(
-    lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
-    formula="y = x[index];  ∂x = g, added up at index",
-    sample=sample.sample_getitem,
-)
-def getitem(x: Operand, *, index: Any) -> Operand:
-    """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
-    return x[index]
-
-
-@primitive(
-    lambda g, y, x, *, index, shape: getitem(g, index=index),
-    formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
-    sample=sample.sample_scatter_add,
-)
-def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
-    """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
-    out = np.zeros(shape, x.dtype)
-    if any(isinstance(i, np.ndarray | list | tuple) for i in (index if isinstance(index, tuple) else (index,))):
-        np.add.at(out, index, x)
-    else:  # basic indices do not repeat
-        out[index] = x
-    return out
-
-
-@primitive(
     lambda g, y, x, *, dtype: g,
     formula="y = x in another dtype;  ∂x = g in x's dtype",
     sample=lambda d: ((d.array(REAL, d.shape()),), {"dtype": np.float64}),
@@ -311,5 +248,3 @@ def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
 def astype(x: Operand, *, dtype: Any) -> Operand:
     """Convert to another dtype."""
     return np.asarray(x, dtype)
-
-

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend, modes
 from tinygrad_bn.arguments import bind
-from tinygrad_bn.backend import Array
+from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.sample import Sample
 
 P = ParamSpec("P")
@@ -132,7 +132,7 @@ class Function(Protocol[P]):
     run: Callable[..., tuple[Any, Sequence[Any]]]  # as the function itself, with the by-products: (y, by-products)
     composition: Callable[..., Any]  # of a fused op: the definition, to read and to step into
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
 
 
 def primitive(

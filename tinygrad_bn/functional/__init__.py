@@ -21,11 +21,10 @@ from tinygrad_bn.functional.pooling import (
 )  # fmt: skip
 from tinygrad_bn.functional.statistics import logsumexp, mean, mean_and_var, std, sum_of_squares, var
 from tinygrad_bn.more_ops import (
-    abs, argmax, argmin, clip, erf, expm1, linear, maximum, minimum, pad, sigmoid, sign, softplus, tanh,
+    abs, argmax, argmin, clip, erf, expm1, linear, max, maximum, min, minimum, pad, pow, sigmoid, sign, softplus, tanh,
 )  # fmt: skip
 from tinygrad_bn.ops import (
-    add, astype, broadcast_to, div, exp, log, matmul, max, min, mul, neg, pow, relu, reshape, rsqrt, sqrt, sub, sum,
-    transpose, where,
+    add, astype, broadcast_to, div, exp, log, matmul, mul, neg, relu, reshape, rsqrt, sqrt, sub, sum, transpose, where,
 )  # fmt: skip
 # isort: on
 

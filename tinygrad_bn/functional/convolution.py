@@ -22,7 +22,8 @@ import numpy as np
 from tinygrad_bn.arguments import each_axis
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
-from tinygrad_bn.ops import getitem, reshape
+from tinygrad_bn.more_ops import getitem
+from tinygrad_bn.ops import reshape
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 

@@ -10,8 +10,8 @@ import numpy as np
 from tinygrad_bn.arguments import expect_floats
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.statistics import largest, mean, values
-from tinygrad_bn.more_ops import abs, clip, concatenate, softplus
-from tinygrad_bn.ops import astype, exp, getitem, log, reshape, sum, transpose, where
+from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
+from tinygrad_bn.ops import astype, exp, log, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 

@@ -30,9 +30,7 @@ def _sample_block_norm(d: Draw) -> Drawn:
     formula="y = (x − μ) / √(σ² + eps) · weight + bias, block by block;  not centered, μ = 0",
     sample=_sample_block_norm,
 )
-def block_norm(
-    x: Operand, weight: Operand, bias: Operand, *, blocks: Blocks, eps: float, centered: bool = True
-) -> Any:
+def block_norm(x: Operand, weight: Operand, bias: Operand, *, blocks: Blocks, eps: float, centered: bool = True) -> Any:
     """Normalise each of the N · G blocks of P planes of S elements in x, where `blocks` is (N, G, P, S).
 
     Weight and bias have G · P elements, one for each plane, or are None. By-products: mean and variance of each block,

@@ -16,8 +16,8 @@ from tinygrad_bn.arguments import each_axis
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.convolution import Ints, Pairs, windows
 from tinygrad_bn.functional.statistics import mean, values
-from tinygrad_bn.more_ops import argmax, pad, stack
-from tinygrad_bn.ops import astype, getitem, reshape
+from tinygrad_bn.more_ops import argmax, getitem, pad, stack
+from tinygrad_bn.ops import astype, reshape
 from tinygrad_bn.sample import Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
@@ -294,5 +294,6 @@ def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
         window = tuple(slice(start[i], stop[i]) for i, (start, stop) in zip(place, bounds, strict=True))
         part = values(x)[(..., *window)]
         part = part.reshape(*x.shape[:2], math.prod(part.shape[2:]))
-        places.append(getitem(backend.move(index[window].reshape(-1), backend.device_of(x)), index=argmax(part, axis=2)))
-    return _taken(x, stack(*places, axis=2).reshape(*x.shape[:2], *out))  # type: ignore[arg-type]
+        flat = backend.move(index[window].reshape(-1), backend.device_of(x))
+        places.append(getitem(flat, index=argmax(part, axis=2)))
+    return _taken(x, stack(*places, axis=2).reshape(*x.shape[:2], *out))

@@ -10,8 +10,8 @@ import numpy as np
 
 from tinygrad_bn import backend
 from tinygrad_bn.arguments import expect_floats
-from tinygrad_bn.more_ops import stack
-from tinygrad_bn.ops import exp, log, max, reshape, sqrt, sum, where
+from tinygrad_bn.more_ops import max, stack
+from tinygrad_bn.ops import exp, log, reshape, sqrt, sum, where
 from tinygrad_bn.sample import Draw, Drawn, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused
 

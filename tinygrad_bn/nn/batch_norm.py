@@ -20,7 +20,7 @@ from tinygrad_bn.tensor import Tensor
 
 class _BatchNorm(Module):
     _shapes: ClassVar[dict[int, str]]  # how many axes the input may have, and their names
-    _collect: Callable[[Any, Any, int], None] | None = None  # called with a batch's statistics, instead of tracking them
+    _collect: Callable[[Any, Any, int], None] | None = None  # takes the statistics of each batch instead of `track`
 
     def __init__(
         self,
@@ -76,10 +76,9 @@ class _BatchNorm(Module):
             y, (mean, var) = F.batch_norm_training.run(x, self.weight, self.bias, eps=self.eps)
             self.track(mean, var, x.size // self.num_features)
             return y
-        assert self.running_mean is not None and self.running_var is not None, "uses_batch is True without them"
         # Detached: a later update of the running statistics does not count as a change of this graph's operands.
-        statistics = self.running_mean.detach(), self.running_var.detach()
-        return F.batch_norm_inference(x, *statistics, self.weight, self.bias, eps=self.eps)
+        mean, var = (None if s is None else s.detach() for s in (self.running_mean, self.running_var))
+        return F.batch_norm_inference(x, mean, var, self.weight, self.bias, eps=self.eps)
 
     def uses_batch(self, x: Tensor) -> bool:
         """Whether the statistics of the batch normalise `x`, which is checked; otherwise the running ones do."""
@@ -107,7 +106,8 @@ class _BatchNorm(Module):
         if not self.training:
             return
         if self._collect is not None:
-            return self._collect(mean, var, count)
+            self._collect(mean, var, count)
+            return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         tracked = F.add(self.num_batches_tracked._data, 1)
@@ -167,27 +167,20 @@ class _BatchNorm(Module):
         super()._convert(np.result_type(dtype, np.float32))  # float16 could not hold statistics
 
     def extra_repr(self) -> str:
-        words = [str(self.num_features), f"eps={self.eps:g}"]
-        if not self.affine:
-            words.append("affine=False")
-        if not self.track_running_stats:
-            words.append("track_running_stats=False")
-        elif self.momentum is None:
-            words.append("momentum=None: running = mean of all batches")
-        else:
-            old = f"{1 - self.momentum:g} * running + {self.momentum:g} * batch"
-            words.append(f"momentum={self.momentum:g}: running = {old}")
-        if self.running_var_correction != 1:
-            words.append(f"running_var_correction={self.running_var_correction}")
-        if self.virtual_batch_size is not None:
-            words.append(f"virtual_batch_size={self.virtual_batch_size}")
-        if self.stats_frozen:
-            words.append("stats frozen")
-        if self.weight is not None and not self.weight.requires_grad:
-            words.append("affine frozen")
-        if self.num_batches_skipped:
-            words.append(f"{self.num_batches_skipped} batches skipped as not finite")
-        return ", ".join(words)
+        m, frozen = self.momentum, self.weight is not None and not self.weight.requires_grad
+        rule = "mean of all batches" if m is None else f"{1 - m:g} * running + {m:g} * batch"
+        words = {
+            f"{self.num_features}, eps={self.eps:g}": True,
+            "affine=False": not self.affine,
+            "track_running_stats=False": not self.track_running_stats,
+            f"momentum={m if m is None else f'{m:g}'}: running = {rule}": self.track_running_stats,
+            f"running_var_correction={self.running_var_correction}": self.running_var_correction != 1,
+            f"virtual_batch_size={self.virtual_batch_size}": self.virtual_batch_size is not None,
+            "stats frozen": self.stats_frozen,
+            "affine frozen": frozen,
+            f"{self.num_batches_skipped} batches skipped as not finite": self.num_batches_skipped > 0,
+        }
+        return ", ".join(word for word, applies in words.items() if applies)
 
 
 _DOC = """Batch normalisation (Ioffe & Szegedy 2015) of {shapes}, each channel over all other axes.

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS, BatchNorm1d
 from tinygrad_bn.nn.module import Module, evaluating
@@ -34,7 +32,7 @@ def batch_statistics(model: Module) -> Iterator[dict[BatchNorm1d, list[BatchStat
     >>> [(s.mean.item(), s.var.item(), s.size) for s in collected[bn]], bn.running_mean.item()
     ([(2.0, 1.0, 2)], 0.0)
     """
-    collected: dict[BatchNorm1d, list[BatchStatistics]] = {}
+    collected: dict[Any, list[BatchStatistics]] = {}
     with evaluating(model):
         for layer in model.modules():
             if isinstance(layer, BATCH_NORMS) and layer.track_running_stats:

@@ -1,8 +1,6 @@
 """Optimisers, learning-rate schedules and gradient clipping, with PyTorch's names, defaults and results."""
 
 from tinygrad_bn.optim.algorithms import SGD, Adagrad, Adam, AdamW, RMSprop
-from tinygrad_bn.optim.algorithms import _adam as _adam
-from tinygrad_bn.optim.algorithms import _sgd as _sgd
 from tinygrad_bn.optim.gradients import clip_grad_norm_, clip_grad_value_
 from tinygrad_bn.optim.optimizer import Optimizer, param_groups
 from tinygrad_bn.optim.schedules import CosineAnnealingLR, Schedule, StepLR, WarmupLR

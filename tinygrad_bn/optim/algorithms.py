@@ -1,4 +1,7 @@
-"""The optimisers: each is a function from parameters p, gradients g and state to new parameters."""
+"""The optimisers. Each is an op without gradients, from parameters p, gradients g and state to new parameters.
+
+The ops overwrite their state. All arrays of a call have one shape.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,22 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
-from tinygrad_bn.device import kernel_or
+from tinygrad_bn.backend import Array
 from tinygrad_bn.optim.flat import Group, State
 from tinygrad_bn.optim.optimizer import Optimizer
-from tinygrad_bn.tensor import Array
+from tinygrad_bn.sample import POSITIVE, REAL, Draw, Drawn, Sample
+from tinygrad_bn.tensor import Operand, primitive
+
+
+def _sample(options: dict[str, Any], *state: bool) -> Sample:
+    """Parameters, gradients and state of one shape; True for state that cannot be negative."""
+
+    def sample(d: Draw) -> Drawn:
+        shape = d.shape(min_dims=1, max_dims=1)
+        arrays = [d.array(POSITIVE if positive else REAL, shape) for positive in (False, False, *state)]
+        return tuple(arrays), {k: d.choice(v) if isinstance(v, list) else v for k, v in options.items()}
+
+    return sample
 
 
 class SGD(Optimizer):
@@ -29,20 +42,25 @@ class SGD(Optimizer):
         return {"momentum_buffer": 0.0} if group["momentum"] else {}
 
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
-        if not o.momentum:
-            return p - o.lr * _decayed(g, p, o)
-        return kernel_or(
-            _sgd, "optim.sgd", p, g, state["momentum_buffer"], lr=o.lr, momentum=o.momentum,
-            dampening=o.dampening if o.step > 1 else 0.0,  # the first gradient counts in full
-            decay=o.weight_decay, nesterov=o.nesterov,
+        dampening = o.dampening if o.step > 1 else 0.0  # the first gradient counts in full
+        return sgd(
+            p, g, state.get("momentum_buffer"), lr=o.lr, momentum=o.momentum, dampening=dampening,
+            decay=o.weight_decay, nesterov=bool(o.nesterov),
         )  # fmt: skip
 
 
-def _sgd(
-    p: Array, g: Array, v: Array, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
-) -> Array:
-    """Updates the velocity v with g + decay · p; p − lr · v, or p − lr · (g + decay · p + momentum · v)."""
-    g = g + decay * p
+@primitive(
+    None, None, None, updates=("v",),
+    formula="y = p − lr · v;  v = momentum · v + (1 − dampening) · (g + decay · p)",
+    sample=_sample({"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "nesterov": [False, True]}, False),
+)  # fmt: skip
+def sgd(
+    p: Operand, g: Operand, v: Operand, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
+) -> Any:
+    """Stochastic gradient descent with the velocity v, or None without momentum (Sutskever et al. 2013)."""
+    g = g + decay * p if decay else g
+    if v is None:
+        return p - lr * g
     v[...] = momentum * v + (1 - dampening) * g
     return p - lr * (g + momentum * v if nesterov else v)
 
@@ -63,8 +81,8 @@ class Adam(Optimizer):
 
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
         beta1, beta2 = o.betas
-        return kernel_or(
-            _adam, "optim.adam", p, g, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=o.eps,
+        return adam(
+            p, g, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=o.eps,
             step_size=o.lr / (1 - beta1**o.step),  # corrects the bias of exp_avg towards 0
             root_scale=1 / math.sqrt(1 - beta2**o.step),  # and that of exp_avg_sq
             shrink=1 - o.lr * o.weight_decay if self.decoupled else 1.0,
@@ -72,15 +90,23 @@ class Adam(Optimizer):
         )  # fmt: skip
 
 
-def _adam(
-    p: Array, g: Array, m: Array, v: Array, *,
+@primitive(
+    None, None, None, None, updates=("m", "v"),
+    formula="y = shrink · p − step_size · m / (root_scale · √v + eps);  m, v = averages of g and g²",
+    sample=_sample(
+        {"beta1": 0.9, "beta2": 0.99, "step_size": 0.1, "root_scale": 1.1, "eps": 1e-8, "shrink": [1.0, 0.9],
+         "decay": [0.0, 0.1]}, False, True,
+    ),
+)  # fmt: skip
+def adam(
+    p: Operand, g: Operand, m: Operand, v: Operand, *,
     beta1: float, beta2: float, step_size: float, root_scale: float, eps: float, shrink: float, decay: float,
-) -> Array:  # fmt: skip
-    """Updates m and v with g + decay · p; shrink · p − step_size · m / (root_scale · √v + eps)."""
+) -> Any:  # fmt: skip
+    """Adam with the averages m of gradients and v of their squares (Kingma & Ba 2015, Algorithm 1)."""
     g = g + decay * p
     m[...] = beta1 * m + (1 - beta1) * g
     v[...] = beta2 * v + (1 - beta2) * (g * g)
-    return shrink * p - step_size * m / (np.sqrt(v) * root_scale + eps)
+    return shrink * p - step_size * m / (v**0.5 * root_scale + eps)
 
 
 class AdamW(Adam):
@@ -111,19 +137,31 @@ class RMSprop(Optimizer):
         return dict.fromkeys(names, 0.0)
 
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
-        g = _decayed(g, p, o)
-        v = state["square_avg"]
-        v[...] = o.alpha * v + (1 - o.alpha) * (g * g)
-        if o.centered:
-            mean = state["grad_avg"]
-            mean[...] = o.alpha * mean + (1 - o.alpha) * g
-            v = v - mean * mean
-        update = g / (v**0.5 + o.eps)
-        if o.momentum:
-            buffer = state["momentum_buffer"]
-            buffer[...] = o.momentum * buffer + update
-            update = buffer
-        return p - o.lr * update
+        return rmsprop(
+            p, g, state["square_avg"], state.get("grad_avg"), state.get("momentum_buffer"), lr=o.lr, alpha=o.alpha,
+            eps=o.eps, decay=o.weight_decay, momentum=o.momentum,
+        )  # fmt: skip
+
+
+@primitive(
+    None, None, None, None, None, updates=("square_avg", "grad_avg", "buffer"),
+    formula="y = p − lr · g / (√square_avg + eps);  square_avg = average of g²",
+    sample=_sample({"lr": 0.1, "alpha": 0.9, "eps": 0.1, "decay": [0.0, 0.1], "momentum": 0.9}, True, False, False),
+)  # fmt: skip
+def rmsprop(
+    p: Operand, g: Operand, square_avg: Operand, grad_avg: Operand, buffer: Operand, *,
+    lr: float, alpha: float, eps: float, decay: float, momentum: float,
+) -> Any:  # fmt: skip
+    """RMSprop; centred with grad_avg, and with momentum in buffer, unless these are None."""
+    g = g + decay * p if decay else g
+    square_avg[...] = v = alpha * square_avg + (1 - alpha) * (g * g)
+    if grad_avg is not None:
+        grad_avg[...] = alpha * grad_avg + (1 - alpha) * g
+        v = v - grad_avg * grad_avg
+    update = g / (v**0.5 + eps)
+    if buffer is not None:
+        buffer[...] = update = momentum * buffer + update
+    return p - lr * update
 
 
 class Adagrad(Optimizer):
@@ -142,13 +180,17 @@ class Adagrad(Optimizer):
         return {"sum": group["initial_accumulator_value"]}
 
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
-        g = _decayed(g, p, o)
-        total = state["sum"]
-        total += g * g
         lr = o.lr / (1 + (o.step - 1) * o.lr_decay)
-        return p - lr * g / (total**0.5 + o.eps)
+        return adagrad(p, g, state["sum"], lr=lr, eps=o.eps, decay=o.weight_decay)
 
 
-def _decayed(g: Array, p: Array, o: SimpleNamespace) -> Array:
-    """The gradient with that of weight decay added."""
-    return g + o.weight_decay * p if o.weight_decay else g
+@primitive(
+    None, None, None, updates=("total",),
+    formula="y = p − lr · g / (√total + eps);  total = total + g²",
+    sample=_sample({"lr": 0.1, "eps": 1e-10, "decay": [0.0, 0.1]}, True),
+)  # fmt: skip
+def adagrad(p: Operand, g: Operand, total: Operand, *, lr: float, eps: float, decay: float) -> Any:
+    """Adagrad with the sum of squared gradients in total (Duchi et al. 2011)."""
+    g = g + decay * p if decay else g
+    total[...] = total + g * g
+    return p - lr * g / (total**0.5 + eps)

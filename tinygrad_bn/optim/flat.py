@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, expect_one_device, full, join
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.backend import Array, as_array, expect_one_device, full, join
+from tinygrad_bn.tensor import Tensor
 
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Any]
@@ -49,7 +49,7 @@ def new_runs(group: Group, params: list[Tensor], state: dict[Tensor, State], kep
         own.setdefault("step", 0)
         for name, value in kept.items():
             if name not in own:
-                own[name] = full(p.shape, value, wide(p.dtype), p.device)
+                own[name] = full(p._data, value, wide(p.dtype))
         alone = id(p) if p.size >= LARGE else None
         alike.setdefault((p.dtype, own["step"], p.device, alone), []).append(p)
     return [Run(group, some, state, kept) for some in alike.values()]

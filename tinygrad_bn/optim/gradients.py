@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.device import as_array, expect_one_device, kernel_or
-from tinygrad_bn.ops import clip
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.backend import Array, as_array, expect_one_device
+from tinygrad_bn.more_ops import clip
+from tinygrad_bn.ops import mul
+from tinygrad_bn.sample import REAL, elementwise
+from tinygrad_bn.tensor import Operand, Tensor, primitive
 
 
 def gradient_of(p: Tensor) -> Any:
@@ -32,8 +34,9 @@ def _gradients(params: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Array]]:
     return [(p, g) for p in listed if (g := gradient_of(p)) is not None]
 
 
-def _sum_of_squares(g: Array) -> Array:
-    """Σ g² in float64."""
+@primitive(None, formula="y = Σ g² of all elements", sample=elementwise(REAL))
+def squared_norm(g: Operand) -> Any:
+    """Sum of the squares of all elements, 0-d float64."""
     return np.sum(np.square(g, dtype=np.float64))
 
 
@@ -46,10 +49,10 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     if not max_norm >= 0:
         raise ValueError(f"max_norm has to be 0 or more; got {max_norm}")
     gradients = _gradients(params)
-    norm = math.sqrt(sum(float(kernel_or(_sum_of_squares, "optim.sum_of_squares", g)) for _, g in gradients))
+    norm = math.sqrt(sum(float(squared_norm(g)) for _, g in gradients))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in gradients:
-            p.grad = Tensor._of(as_array(g * (max_norm / (norm + 1e-6))))
+            p.grad = Tensor._of(as_array(mul(g, max_norm / (norm + 1e-6))))
     return norm
 
 

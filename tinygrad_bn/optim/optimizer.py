@@ -8,10 +8,10 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tinygrad_bn.device import move, to_numpy
+from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
 from tinygrad_bn.optim.gradients import gradient_of
-from tinygrad_bn.tensor import Array, Tensor
+from tinygrad_bn.tensor import Tensor
 
 if TYPE_CHECKING:
     from tinygrad_bn.nn.module import Module
