@@ -265,7 +265,7 @@ def test_a_folder_of_ones_own_and_the_same_batches_for_both(idx_folder, tmp_path
         (["--batch-size", "-3"], "argument --batch-size: has to be at least 1; got -3"),
         (["--epochs", "many"], "argument --epochs"),
         (["--optimizer", "newton"], "argument --optimizer: invalid choice: 'newton'"),
-        (["--data", "no/such/folder"], "there is no data set or folder 'no/such/folder'"),
+        (["--data", "no/such/folder"], "no data set or folder 'no/such/folder'"),
         (["--seed", "-1"], "argument --seed: has to be at least 0"),
         (["--lr", "-1"], "argument --lr: has to be greater than 0"),
         (["--batch-size", "3999"], "leave a batch of one for BatchNorm"),

@@ -8,7 +8,7 @@ array([[-0.9258],
        [ 1.3887]], dtype=float32)
 """
 
-from tinygrad_bn.tensor import Tensor  # isort: skip  (first: the other modules build on it)
+from tinygrad_bn.tensor import Tensor  # isort: skip  (the other modules import it)
 from tinygrad_bn import cuda, datasets, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import debug, grad, is_recording, no_grad, primitive
 from tinygrad_bn.random import manual_seed

@@ -1,13 +1,13 @@
-"""`python -m tinygrad_bn kernels`: the table of kernels, with the error of each against float64."""
+"""`python -m tinygrad_bn kernels`: a table of all kernels and their errors against float64."""
 
 import argparse
 
 
 def main() -> None:
-    """Parse the command line and print."""
-    parser = argparse.ArgumentParser(prog="python -m tinygrad_bn", description="Facts about this installation.")
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tinygrad_bn", description="Information about this installation.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("kernels", help="every kernel: what it fuses, and its worst error against float64")
+    commands.add_parser("kernels", help="list the kernels, and the largest error of each against float64")
     parser.parse_args()
 
     from rich import box
@@ -16,7 +16,7 @@ def main() -> None:
 
     from tinygrad_bn.kernels import kernel_errors
 
-    table = Table(box=box.SIMPLE, title="Kernels, and their worst error against float64", title_justify="left")
+    table = Table(box=box.SIMPLE, title="Kernels, and their largest error against float64", title_justify="left")
     for head in ("kernel", "device", "dtype", "fuses", "error"):
         table.add_column(head, no_wrap=True)
     for row in kernel_errors():

@@ -1,4 +1,4 @@
-"""Layers without statistics: Sequential, Linear, activations, Dropout, Flatten."""
+"""Sequential, Linear, activations, Dropout, Flatten: layers without statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinygrad_bn.tensor import Tensor
 
 
 class Sequential(Module):
-    """Layers one after the other, called "0", "1", … in the state dict.
+    """Apply layers in order. Their names are "0", "1", …, as in PyTorch's state dict.
 
     A BatchNorm and the ReLU after it are computed in one pass over memory, unless somebody observes their outputs.
     """
@@ -54,7 +54,7 @@ class Sequential(Module):
 
 
 def is_plain(layer: Module, *types: type) -> bool:
-    """Whether `layer` is one of these itself: a subclass, or another `forward`, may do something else."""
+    """Whether `layer` has exactly one of these types and their `forward`: a subclass may compute something else."""
     return type(layer) in types and "forward" not in vars(layer)
 
 
@@ -68,7 +68,7 @@ class Linear(Module):
         self, in_features: int, out_features: int, bias: bool = True, rng: np.random.Generator | None = None
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"Linear needs at least one feature on each side; got {in_features} and {out_features}")
+            raise ValueError(f"Linear needs at least one feature in and out; got ({in_features}, {out_features})")
         bound = 1 / math.sqrt(in_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter(np.empty((out_features, in_features), np.float32))
@@ -177,14 +177,14 @@ class SiLU(Module):
 
 
 class GELU(Module):
-    """x · Φ(x)."""
+    """x · Φ(x), where Φ is the standard normal distribution function."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
 
 class Softmax(Module):
-    """eˣ / Σ eˣ over `axis`. The cross-entropy loss wants logits, without it."""
+    """eˣ / Σ eˣ over `axis`. `cross_entropy` takes logits: use no Softmax before it."""
 
     def __init__(self, axis: int = -1) -> None:
         self.axis = axis
