@@ -56,7 +56,7 @@ def test_the_list_has_every_demo_with_its_first_line():
 def test_a_demo_that_is_not_there():
     done = demos("nope")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("there is no demo 'nope'; there are batch_size, bn_backward, deep_mlp")
+    assert done.stderr.startswith("no demo 'nope'; the demos are batch_size, bn_backward, deep_mlp")
 
 
 @pytest.mark.parametrize("name", names())
