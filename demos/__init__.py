@@ -1,1 +1,1 @@
-"""Demos: `python -m demos` lists them, `python -m demos NAME --help` says what one can do."""
+"""Demos: `python -m demos` lists them, `python -m demos NAME --help` shows the options of one."""

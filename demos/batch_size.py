@@ -1,9 +1,9 @@
-"""The batch size: how many samples BatchNorm's statistics need, and when the running ones lie.
+"""Batch size: how many samples BatchNorm's statistics need, and when its running statistics are wrong.
 
-784-100-100-100-10, ReLU, Adam. First batches of 2 to 256, each for the same number of epochs. Then batches of 256 with
-the statistics of smaller ghost batches (Hoffer et al. 2017): as many steps, other statistics. Then four ways to running
-statistics that are not those of the data. Each network is validated by the statistics of batches like those of its
-training, by its running statistics, and by them again after `train.recalibrate`.
+784-100-100-100-10, ReLU, Adam. First: batches of 2 to 256, the same number of epochs for each. Then: batches of 256,
+normalised in smaller ghost batches (Hoffer et al. 2017), so that the number of steps is the same. Then: four cases in
+which running statistics do not match the data. Each network is validated with batch statistics, in batches as large as
+in training, with running statistics, and with running statistics after `train.recalibrate`.
 """
 
 from collections.abc import Callable
@@ -21,21 +21,21 @@ from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
 STYLES = {"batch": "x:", "running": "o-", "recalibrated": "s--"}
 
 
-def grey(data: datasets.Dataset) -> datasets.Dataset:
+def low_contrast(data: datasets.Dataset) -> datasets.Dataset:
     """The same images with less contrast: pixels 0 … 1 become 0.35 … 0.65."""
     return replace(data, x=data.x * np.float32(0.3) + np.float32(0.35))
 
 
-LIES: dict[str, dict[str, Any]] = {
+CASES: dict[str, dict[str, Any]] = {  # of running statistics that do not match the data
     "few steps, batch 500": {"batch_size": 500, "epochs": 1, "lr": 1e-2},
     "momentum 1, batch 8": {"batch_size": 8, "momentum": 1.0},
-    "slow momentum, 0.001": {"momentum": 0.001},
-    "new data, less contrast": {"shown": grey},
+    "small momentum, 0.001": {"momentum": 0.001},
+    "new data, less contrast": {"transform": low_contrast},
 }
 
 
 def build(batch_norm: bool, seed: int, **options: Any) -> nn.Sequential:
-    """The network; `options` are those of its BatchNorm."""
+    """The network; `options` go to its BatchNorm layers."""
     manual_seed(seed)
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise((784, 100, 100, 100)):
@@ -44,27 +44,27 @@ def build(batch_norm: bool, seed: int, **options: Any) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(100, 10))
 
 
-def look(
+def measure(
     run: Run,
     training: datasets.Dataset,
     validation: datasets.Dataset,
     batch_norm: bool = True,
-    shown: Callable[[datasets.Dataset], datasets.Dataset] = lambda data: data,
+    transform: Callable[[datasets.Dataset], datasets.Dataset] = lambda data: data,
     **options: Any,
 ) -> list[float]:
-    """Train, and the validation accuracies: by the batch's, by running, and by recalibrated running statistics."""
+    """Train, then return the validation accuracies with batch, running, and recalibrated running statistics."""
     size, epochs, lr = (options.pop(name, getattr(run.args, name)) for name in ("batch_size", "epochs", "lr"))
     model = build(batch_norm, run.args.seed, **options)
     optimizer = optim.Adam(model.parameters(), lr=lr)
     settings = {"optimizer": optimizer, "epochs": epochs, "batch_size": size, "drop_last": True, "progress": False}
     run.fit(model, training, **settings)
-    gap = train.statistics_gap(model, shown(validation), batch_size=size)
-    train.recalibrate(model, shown(training))
-    return [gap.batch.accuracy, gap.running.accuracy, train.evaluate(model, shown(validation)).accuracy]
+    gap = train.statistics_gap(model, transform(validation), batch_size=size)
+    train.recalibrate(model, transform(training))
+    return [gap.batch.accuracy, gap.running.accuracy, train.evaluate(model, transform(validation)).accuracy]
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Train with every size of batches and of ghost batches, and with what makes running statistics lie."""
+    """Train with each batch size, each ghost batch size, and each case of wrong running statistics."""
     run = Run(
         "batch_size", __doc__, argv,
         data="mnist5k", epochs=2, batch_size=32, lr=1e-3, check={"epochs": 1},
@@ -73,43 +73,42 @@ def main(argv: list[str] | None = None) -> Run:
     data = training.take(np.arange(min(2000, len(training)))) if run.args.check else training, validation
     sizes = [3, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]
     plan: dict[str, dict[str, Any]] = {f"batches of {n}": {"batch_size": n} for n in sizes}
-    plan |= {f"ghosts of {n} in 256": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | LIES
-    accuracy = {words: look(run, *data, **options) for words, options in run.track(list(plan.items()), "networks")}
-    plain = [look(run, *data, batch_size=n, batch_norm=False)[1] for n in run.track(sizes, "without BatchNorm")]
+    plan |= {f"ghost batches of {n} in 256": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | CASES
+    accuracy = {label: measure(run, *data, **options) for label, options in run.track(list(plan.items()), "networks")}
+    plain = [measure(run, *data, batch_size=n, batch_norm=False)[1] for n in run.track(sizes, "without BatchNorm")]
 
-    table = Table("validation accuracy by", *STYLES, "without BatchNorm", box=box.SIMPLE_HEAD)
-    for (words, scores), beside in zip_longest(accuracy.items(), plain):
-        table.add_row(words, *(f"{score:.3f}" for score in scores), f"{beside:.3f}" if beside else "")
+    table = Table("validation accuracy by statistics", *STYLES, "without BatchNorm", box=box.SIMPLE_HEAD)
+    for (label, scores), beside in zip_longest(accuracy.items(), plain):
+        table.add_row(label, *(f"{score:.3f}" for score in scores), f"{beside:.3f}" if beside else "")
     run.console.print(table)
 
     batches, rest = np.split(np.array(list(accuracy.values())), [len(sizes)])
-    ghosts, lies = [*rest[: -len(LIES)], batches[-1]], rest[-len(LIES) :]
+    ghosts, wrong = [*rest[: -len(CASES)], batches[-1]], rest[-len(CASES) :]
     figure, grid = viz.subplots(1, 3, 15, 4.8, sharey=True)
     for axes, part, of in zip(
-        grid[0], (batches, ghosts, lies), ("batch", "ghost batch, in batches of 256", ""), strict=True
+        grid[0], (batches, ghosts, wrong), ("batch", "ghost batch, in batches of 256", ""), strict=True
     ):
         for values, (name, style) in zip(np.array(part).T, STYLES.items(), strict=True):
-            at, line = (sizes, style) if of else (range(len(LIES)), style[0])
+            at, line = (sizes, style) if of else (range(len(CASES)), style[0])
             axes.plot(at, values, line, color=viz.colour("with BatchNorm"), label=f"with BatchNorm, {name} statistics")
         if of:
             axes.set_xscale("log", base=2)
             axes.set(xlabel=f"samples in a {of}", xticks=sizes, xticklabels=sizes)
-    grid[0, 2].set_xticks(range(len(LIES)), [words.replace(", ", ",\n") for words in LIES])
-    grid[0, 2].set(xlabel="why running statistics lie", xlim=(-0.5, len(LIES) - 0.5))
+    grid[0, 2].set_xticks(range(len(CASES)), [label.replace(", ", ",\n") for label in CASES])
+    grid[0, 2].set(xlabel="why running statistics are wrong", xlim=(-0.5, len(CASES) - 0.5))
     grid[0, 0].plot(sizes, plain, "o-", color=viz.colour("without BatchNorm"), label="without BatchNorm")
     grid[0, 0].set(ylabel="validation accuracy", ylim=(0, 1))
     grid[0, 0].legend(frameon=False, loc="lower right")
     figure.suptitle(f"784-100-100-100-10 on {run.args.data}, {run.args.epochs} epochs")
     run.save(figure, "batch_size")
 
-    run.claim("with the smallest batches the network is ahead without BatchNorm", batches[0, 2] < plain[0])
+    run.claim("with the smallest batches, accuracy is higher without BatchNorm", batches[0, 2] < plain[0])
     enough = [values[2] > beside for n, values, beside in zip(sizes, batches, plain, strict=True) if n >= 16]
-    run.claim("from batches of 16 on it is ahead with BatchNorm, its statistics recalibrated", all(enough))
-    run.claim(
-        "as small ghost batches do worse than the large ones that they are parts of", ghosts[0][2] < batches[-1, 2]
-    )
-    run.claim("where running statistics lie, recalibration gains at least 0.02", min(lies[:, 2] - lies[:, 1]) >= 0.02)
-    run.claim("and is then as good as the batch's own, within 0.02", min(lies[:, 2] - lies[:, 0]) > -0.02)
+    run.claim("from batches of 16 on, it is higher with BatchNorm, statistics recalibrated", all(enough))
+    run.claim("in batches of 256, the smallest ghost batches lower the accuracy", ghosts[0][2] < batches[-1, 2])
+    gain = min(wrong[:, 2] - wrong[:, 1])
+    run.claim("where running statistics are wrong, recalibration gains at least 0.02", gain >= 0.02)
+    run.claim("and is then at most 0.02 below batch statistics", min(wrong[:, 2] - wrong[:, 0]) > -0.02)
     return run.finish(sizes=sizes, without_batch_norm=plain, with_batch_norm=accuracy)
 
 

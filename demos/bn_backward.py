@@ -1,8 +1,8 @@
 """For learners: the backward pass of BatchNorm, step by step, with every value and gradient.
 
-A batch of five samples of two channels goes through BatchNorm. Each step of the forward pass is printed with its
-value, the formula of its gradient and the gradient itself; then the three paths by which x reaches the output, and
-the closed form beside their sum.
+A batch of five samples with two channels passes through BatchNorm. For each step of the forward pass, the demo prints
+its formula and value, and the formula and value of its gradient. Then it prints the gradients along the three paths
+from x to the output, their sum, and the closed form.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from demos.common import Run
 from tinygrad_bn import Tensor, functional
 
-# Step: how it is computed, and its gradient from those of the steps that use it (∂ stands for ∂loss/∂).
+# Step: its formula, and the formula of its gradient. ∂mu means ∂loss/∂mu.
 STEPS = {
     "mu": ("mean of x over the batch", "∂mu = −Σ ∂xmu"),
     "xmu": ("x − mu", "∂xmu = ∂xhat · ivar + ∂sq · 2 xmu"),
@@ -20,7 +20,7 @@ STEPS = {
     "ivar": ("1 / sqrtvar", "∂ivar = Σ ∂xhat · xmu"),
     "xhat": ("xmu · ivar", "∂xhat = ∂gammax · weight"),
     "gammax": ("weight · xhat", "∂gammax = ∂out"),
-    "out": ("gammax + bias", "∂out = g, which comes from the loss"),
+    "out": ("gammax + bias", "∂out = g, the gradient of the loss"),
 }
 
 
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> Run:
     print("The input, and the gradient g of the loss with respect to the output:")
     show("x", x.numpy())
     show("g", g)
-    print("\nForward from top to bottom; the gradients come from bottom to top:")
+    print("\nRead values from top to bottom, gradients from bottom to top. ∂mu means ∂loss/∂mu, Σ sums over the batch.")
     value = {name: step.numpy() for name, step in steps._asdict().items()}
     grad = {name: np.asarray(step.grad) for name, step in steps._asdict().items()}
-    for name, (how, gradient) in STEPS.items():
-        print(f"\n{name} = {how}{' ' * max(2, 36 - len(name) - len(how))}{gradient}")
+    for name, (formula, gradient) in STEPS.items():
+        print(f"\n{name} = {formula}{' ' * max(2, 36 - len(name) - len(formula))}{gradient}")
         show("value", value[name])
         show("gradient", grad[name])
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> Run:
         "x → xmu → sq → var → … → out": grad["sq"] * 2 * value["xmu"],
         "x → mu → xmu → … → out": np.broadcast_to(grad["mu"] / n, x.shape),
     }
-    print("\nx reaches the output by three paths, and its gradient is their sum:")
+    print("\nx reaches the output along three paths. Its gradient is the sum of the gradients along them:")
     for path, gradient in paths.items():
         print(f"\n{path}")
         show("gradient", gradient)
@@ -69,18 +69,18 @@ def main(argv: list[str] | None = None) -> Run:
 
     xhat, ivar, dxhat = value["xhat"], value["ivar"], grad["xhat"]
     closed = ivar / n * (n * dxhat - dxhat.sum(0) - xhat * (dxhat * xhat).sum(0))
-    print("\nThe sum of the paths, what autograd found, and the closed form")
+    print("\nThe sum of the paths, the result of autograd, and the closed form")
     print("  ∂x = ivar / N · (N ∂xhat − Σ ∂xhat − xhat · Σ (∂xhat · xhat)):\n")
     show("sum", total)
-    found = np.asarray(x.grad)
-    show("autograd", found)
+    result = np.asarray(x.grad)
+    show("autograd", result)
     show("closed", closed)
-    difference = max(np.abs(total - found).max(), np.abs(closed - found).max())
+    difference = max(np.abs(total - result).max(), np.abs(closed - result).max())
     print(f"\nlargest difference: {difference:.2g}")
     print("∂weight = Σ g · xhat, ∂bias = Σ g:")
     show("∂weight", np.asarray(weight.grad))
     show("∂bias", np.asarray(bias.grad))
-    print(f"The sum of ∂x over the batch is 0 ({np.abs(found.sum(0)).max():.1g}): shifting x changes nothing.")
+    print(f"∂x sums to 0 over the batch ({np.abs(result.sum(0)).max():.1g}): adding a constant to x changes nothing.")
     run.claim("the sum of the paths, autograd and the closed form agree to 1e-12", difference < 1e-12)
     return run.finish(difference=float(difference))
 

@@ -1,4 +1,4 @@
-"""What the demos share: their options, their data, and what a run leaves behind."""
+"""Code shared by the demos: command-line options, data, output files."""
 
 import argparse
 import json
@@ -26,13 +26,15 @@ Item = TypeVar("Item")
 
 
 class Run:
-    """One run of a demo: its options, its data, what it prints, and the files that it leaves.
+    """One run of a demo: its options, data, printed results and files.
 
     Args:
-        name, doc: of the demo's module; the first line of `doc` is its title.
-        argv: the command line; by default the process's own.
-        check: what `--check` sets, where the command line does not: enough for the claims to hold, and quick.
-        defaults: of `epochs`, `batch_size`, `lr`, `optimizer`, `data` and `seeds`; a demo has the options it names.
+        name: name of the demo's module.
+        doc: docstring of the module; its first line is the title.
+        argv: command-line arguments; the default is `sys.argv[1:]`.
+        check: defaults that replace `defaults` under `--check`, for a quick run in which the claims still hold.
+        defaults: of the options `epochs`, `batch_size`, `lr`, `optimizer`, `data`, `seeds`; the demo has only those
+            named here.
     """
 
     def __init__(
@@ -62,26 +64,26 @@ class Run:
 
     @property
     def code(self) -> int:
-        """The exit status: 1 if `--check` was asked for and a claim does not hold, or none was reached."""
+        """The exit status: 1 if, under `--check`, a claim does not hold or there are no claims; otherwise 0."""
         return int(self.args.check and not (self.claims and all(self.claims.values())))
 
     def load(self, part: str = "train") -> datasets.Dataset:
-        """The data set that `--data` names, or a part of it; ends the process if there is none."""
+        """Load the data set named by `--data`; exit with an error message if that fails."""
         try:
             return datasets.load(self.args.data, part=part)
         except ValueError as error:  # also DataError
             self.parser.error(str(error))
 
     def images(self) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """Images to train and to validate on, 28 × 28 in [0, 1]; of `mnist5k`, 4,000 and 1,000."""
+        """Training and validation images, (N, 28, 28) in [0, 1]; for `mnist5k` 4,000 and 1,000."""
         if self.args.data == "mnist5k":
             training, validation = self.load().split(1000, seed=self.args.seed)
         else:
             training, validation = self.load("train"), self.load("test")
         for part in (training, validation):
             if part.x.shape[1:] != (28, 28) or len(part.classes) > 10:
-                self.parser.error(f"{part!r} does not fit a network for 28 × 28 images of 10 classes")
-        self.console.print(f"{training!r}\n{len(training):,} images to train on, {len(validation):,} to validate on")
+                self.parser.error(f"the network takes 28 × 28 images of at most 10 classes; got {part!r}")
+        self.console.print(f"{training!r}\n{len(training):,} training images, {len(validation):,} validation images")
         return training.scaled(), validation.scaled()
 
     def fit(
@@ -92,9 +94,9 @@ class Run:
         name: str = "training",
         **options: Any,
     ) -> train.History:
-        """`train.fit` with the options of the command line, kept as `histories[name]`; the model comes back to the CPU.
+        """Run `train.fit` with the command-line options, store `histories[name]`, move the model back to the CPU.
 
-        Raises KeyboardInterrupt after Ctrl-C; what was learned so far is kept.
+        `options` replace those of the command line. Raises KeyboardInterrupt after Ctrl-C, with the history stored.
         """
         args = self.args
         settings = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "description": name}
@@ -105,7 +107,7 @@ class Run:
         samples, size = len(training if isinstance(training, datasets.Dataset) else training[0]), settings["batch_size"]
         if size == 1 or (samples % size == 1 and not settings.get("drop_last")):
             self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
-        _ = self.folder  # that nothing can be written has to be known before, not after the training
+        _ = self.folder  # fail before the training if the folder is not writable
         history = self.histories[name] = train.fit(model, training, **settings)
         model.to("cpu")
         if history.interrupted:
@@ -113,13 +115,13 @@ class Run:
         return history
 
     def track(self, items: Iterable[Item], description: str) -> Iterable[Item]:
-        """The items, with a progress bar."""
+        """Iterate over the items with a progress bar."""
         _ = self.folder  # as in fit
         return track(list(items), description, disable=self.args.quiet, console=self.console)
 
     @property
     def folder(self) -> Path:
-        """`--out`, or a new folder runs/NAME/DATE-TIME: one run never overwrites another unless told to."""
+        """`--out`, or a new folder runs/NAME/DATE-TIME, so that no run overwrites another."""
         if self._folder is None:
             date = datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
             self._folder = self.args.out or Path("runs") / self.name / date
@@ -130,7 +132,7 @@ class Run:
         return self._folder
 
     def path(self, filename: str) -> Path:
-        """Where to write a file of this run."""
+        """The path of a new output file."""
         self.files.append(self.folder / filename)
         return self.files[-1]
 
@@ -139,18 +141,19 @@ class Run:
         if not self.args.no_plot:
             viz.save(figure, self.path(f"{name}.png"))
 
-    def claim(self, words: str, holds: bool | np.bool) -> None:
-        """What the experiment should show, and whether it did."""
-        self.claims[words] = bool(holds)
+    def claim(self, statement: str, holds: bool | np.bool) -> None:
+        """Record an expected result and whether it holds."""
+        self.claims[statement] = bool(holds)
 
     def finish(self, **results: Any) -> "Run":
-        """Print which claims hold, and write results.json: settings, claims and `results`.
+        """Print which claims hold; write results.json with settings, claims and `results`.
 
-        A demo that only prints writes nothing, unless told where.
+        A demo that only prints writes results.json only with `--out`.
         """
         self.results = results
-        for words, holds in self.claims.items():
-            self.console.print(f"[{'green' if holds else 'red'}]{'✓' if holds else '✗'}[/] {words}", highlight=False)
+        for statement, holds in self.claims.items():
+            mark = "[green]✓[/]" if holds else "[red]✗[/]"
+            self.console.print(f"{mark} {statement}", highlight=False)
         if self._folder is None and self.args.out is None:
             return self
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
@@ -167,12 +170,12 @@ class Run:
         self.path("results.json").write_text(json.dumps(_finite(content), indent=1, allow_nan=False))
         for path in self.files:
             self.console.print(f"wrote {path}", soft_wrap=True)
-        self.console.print(f"in all {seconds:.1f} s")
+        self.console.print(f"total time: {seconds:.1f} s")
         return self
 
 
 def _finite(content: Any) -> Any:
-    """With None for each number that is not finite, which JSON cannot say."""
+    """Replace NaN and Inf by None: JSON has no such numbers."""
     if isinstance(content, Mapping):
         return {k: _finite(v) for k, v in content.items()}
     if isinstance(content, list | tuple):
@@ -186,24 +189,24 @@ def _parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse
     )
     shared: dict[str, tuple[Any, str]] = {
         "epochs": (positive, "passes over the training data"),
-        "batch_size": (positive, "samples in a batch"),
+        "batch_size": (positive, "samples per batch"),
         "lr": (rate, "learning rate"),
-        "seeds": (positive, "how many runs to average over"),
-        "data": (str, "a data set's name, or a folder of IDX files"),
+        "seeds": (positive, "number of runs to average"),
+        "data": (str, "name of a data set, or a folder of IDX files"),
     }
-    for option, (kind, words) in shared.items():
+    for option, (convert, text) in shared.items():
         if option in defaults:
-            text = f"{words} (default: {defaults[option]})"
-            parser.add_argument(f"--{option.replace('_', '-')}", type=kind, default=defaults[option], help=text)
+            text = f"{text} (default: {defaults[option]})"
+            parser.add_argument(f"--{option.replace('_', '-')}", type=convert, default=defaults[option], help=text)
     if "epochs" in defaults:
-        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="training device (default: cpu)")
     if "optimizer" in defaults:
         text = f"(default: {defaults['optimizer']})"
         parser.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults["optimizer"], help=text)
-    parser.add_argument("--seed", type=natural, default=0, help="same seed, same numbers (default: 0)")
-    parser.add_argument("--out", type=Path, help="where to write (default: runs/NAME/DATE-TIME)")
-    parser.add_argument("--no-plot", action="store_true", help="write no figure")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    parser.add_argument("--seed", type=natural, default=0, help="the same seed gives the same numbers (default: 0)")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/NAME/DATE-TIME)")
+    parser.add_argument("--no-plot", action="store_true", help="write no figures")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables")
     parser.add_argument("--check", action="store_true", help="a quick run that fails if a claim does not hold")
     return parser
 

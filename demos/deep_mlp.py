@@ -1,7 +1,7 @@
 """The main job: a network of six hidden layers on MNIST digits, with and without BatchNorm.
 
 The network of the fifth article: 784-256-128-512-64-128-256-10, ReLU, Adam, batches of 500, 20 epochs. Both models
-start from the same weights and see the same batches; in one, BatchNorm stands before each activation.
+start from the same weights and get the same batches; one has a BatchNorm before each activation.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def table(histories: Mapping[str, train.History]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Train both networks, print the table, write the figure and the numbers."""
+    """Train both networks, print the table, write the figure and the histories."""
     run = Run(
         "deep_mlp", __doc__, argv,
         epochs=20, batch_size=500, lr=1e-3, optimizer="adam", data="mnist5k", check={"epochs": 6},
@@ -54,22 +54,22 @@ def main(argv: list[str] | None = None) -> Run:
             run.fit(build(batch_norm, run.args.seed), training, validation, name)
 
     if any(history.interrupted for history in run.histories.values()):
-        run.console.print("interrupted: what follows is what was learned so far")
+        run.console.print("interrupted: results so far")
     run.console.print(table(run.histories))
     reached = {name: history["val_accuracy"][-1] for name, history in run.histories.items() if len(history)}
     for name, accuracy in reached.items():
         print(f"{name:17} accuracy {accuracy:.3f}   {run.histories[name].seconds:5.1f} s")
         run.histories[name].save(run.path(f"{name.replace(' ', '_')}.csv"))
     run.console.print(
-        "After the first epoch BatchNorm can be behind in validation: its running statistics, which start at mean 0 "
-        "and variance 1, have moved only 1 − 0.9ⁿ of the way in n batches. Its training accuracy shows no such lag."
+        "After the first epoch, validation accuracy can be lower with BatchNorm: running statistics start at mean 0 "
+        "and variance 1, and n batches move them only 1 − 0.9ⁿ of the way. Training uses batch statistics: no lag."
     )
     if reached:
         title = f"784-256-128-512-64-128-256-10 on {run.args.data}, {run.args.optimizer}"
         run.save(viz.plot_histories(run.histories, title), "history")
     if len(reached) == 2:
         run.claim("with BatchNorm the network reaches 0.90 in validation", reached["with BatchNorm"] >= 0.9)
-        run.claim("and is ahead of the one without", reached["with BatchNorm"] > reached["without BatchNorm"])
+        run.claim("and is more accurate than without", reached["with BatchNorm"] > reached["without BatchNorm"])
     return run.finish(**{name: {"interrupted": h.interrupted, "epochs": h.rows()} for name, h in run.histories.items()})
 
 

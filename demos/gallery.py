@@ -1,4 +1,4 @@
-"""Run every demo, and make one page, index.html, of what they printed, drew and claimed."""
+"""Run every demo, and write one page, index.html, with their output, figures and claims."""
 
 import argparse
 import base64
@@ -27,7 +27,7 @@ img { max-width: 100%; height: auto } pre { overflow-x: auto; background: #f6f6f
 .fails { color: #b00 } code { background: #f6f6f6 } summary { cursor: pointer }
 </style>
 <h1>BatchNorm, experiment by experiment</h1>
-<p>Made by <code>$command</code>. Every figure was drawn, and every number measured, by the runs shown here.</p>
+<p>Made by <code>$command</code>. All figures and numbers come from the runs shown here.</p>
 <ul>$contents</ul>
 $sections
 </html>
@@ -36,45 +36,45 @@ SECTION = Template("""<h2 id="$name">$title</h2>
 <p>$text</p>
 <ul>$claims</ul>
 $figures
-<details><summary>what <code>python -m demos $name</code> printed, in $seconds s</summary><pre>$printed</pre></details>
+<details><summary>output of <code>python -m demos $name</code>, $seconds s</summary><pre>$printed</pre></details>
 """)
 
 
 def figure(path: Path) -> str:
-    """An image as part of the page."""
+    """An embedded image, as HTML."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 
 
 def section(folder: Path) -> str:
-    """What one demo left in its folder, as HTML."""
-    left: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    """The results in the folder of one demo, as HTML."""
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     claims = "".join(
-        f"<li>{html.escape(words)}</li>" if holds else f'<li class="fails">does not hold: {html.escape(words)}</li>'
-        for words, holds in left["claims"].items()
+        f"<li>{html.escape(text)}</li>" if holds else f'<li class="fails">does not hold: {html.escape(text)}</li>'
+        for text, holds in results["claims"].items()
     )
     return SECTION.substitute(
-        name=left["demo"],
-        title=html.escape(left["title"]),
-        text=html.escape(left["text"]),
+        name=results["demo"],
+        title=html.escape(results["title"]),
+        text=html.escape(results["text"]),
         claims=claims,
-        figures="".join(figure(folder / name) for name in left["figures"]),
-        seconds=left["seconds"],
+        figures="".join(figure(folder / name) for name in results["figures"]),
+        seconds=results["seconds"],
         printed=html.escape((folder / "output.txt").read_text()),
     )
 
 
 def failure(folder: Path) -> str:
-    """What is left of a demo that did not get to its end."""
+    """The output of a demo without results, as HTML."""
     printed = html.escape((folder / "output.txt").read_text())
-    return f'<h2 id="{folder.name}">{folder.name}</h2><p class="fails">It failed.</p><pre>{printed}</pre>'
+    return f'<h2 id="{folder.name}">{folder.name}</h2><p class="fails">failed</p><pre>{printed}</pre>'
 
 
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
-    """Run the demos one after the other; 1 if one of them failed."""
+    """Run the demos one after the other; return 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m demos all", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/all"), help="where to write (default: %(default)s)")
-    parser.add_argument("--seed", type=natural, default=0, help="of every demo (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/all"), help="output folder (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of every demo (default: 0)")
     parser.add_argument("--check", action="store_true", help="quick runs that fail if a claim does not hold")
     args = parser.parse_args(argv)
     try:
@@ -90,16 +90,16 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
         command = [sys.executable, "-m", "demos", name, "--out", str(folder), "--seed", str(args.seed)]
         start = time.perf_counter()
         with console.status(name):
-            ended = subprocess.run(
+            process = subprocess.run(
                 command + ["--check"] * args.check, capture_output=True, text=True, env=os.environ | {"COLUMNS": "110"}
             )
-        (folder / "output.txt").write_text(ended.stdout + ended.stderr)
+        (folder / "output.txt").write_text(process.stdout + process.stderr)
         console.print(
-            f"{name:18} {'ok    ' if ended.returncode == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s"
+            f"{name:18} {'ok    ' if process.returncode == 0 else 'FAILED'} {time.perf_counter() - start:6.1f} s"
         )
-        if ended.returncode:
+        if process.returncode:
             failed.append(name)
-            console.print(ended.stdout + ended.stderr, markup=False, highlight=False)
+            console.print(process.stdout + process.stderr, markup=False, highlight=False)
         sections.append(section(folder) if (folder / "results.json").exists() else failure(folder))
     page = args.out / "index.html"
     page.write_text(

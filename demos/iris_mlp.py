@@ -1,7 +1,7 @@
-"""Iris: three kinds of flowers by four lengths, a task so easy that BatchNorm makes no real difference.
+"""Iris: three species of flowers from four lengths, a task so easy that BatchNorm makes no real difference.
 
 The first network of the first article: Dense 512, BatchNorm, ReLU, twice, then Dense 3; Adam, batches of 32, 150
-epochs, 120 flowers to train on and 30 to test on. Each seed draws another split and other weights.
+epochs, 120 flowers to train on and 30 to test on. Each seed gives another split and other initial weights.
 """
 
 import numpy as np
@@ -20,14 +20,14 @@ def build(batch_norm: bool, features: int, classes: int) -> nn.Sequential:
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Train both networks once for each seed, and compare their test accuracies."""
+    """Train both networks once per seed, and compare their test accuracies."""
     run = Run(
         "iris_mlp", __doc__, argv,
         data="iris", epochs=150, batch_size=32, lr=1e-3, optimizer="adam", seeds=5, check={"epochs": 40, "seeds": 3},
     )  # fmt: skip
     flowers = run.load().complete()
     if flowers.x.ndim != 2:
-        run.parser.error(f"this network takes rows of numbers; {flowers!r} has none")
+        run.parser.error(f"this network takes samples (N, features); got {flowers!r}")
     run.console.print(flowers)
 
     accuracy: dict[str, list[float]] = {name: [] for name in MODELS}
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> Run:
     difference = abs(np.mean(accuracy["with BatchNorm"]) - np.mean(accuracy["without BatchNorm"]))
     no_difference = difference < 1.5 * one
     run.console.print(
-        f"One flower of the {len(test)} is worth {one:.3f}. The difference of {difference:.3f} is "
-        f"{difference / one:.1f} of a flower" + (": BatchNorm makes no real difference here." if no_difference else ".")
+        f"One of {len(test)} flowers changes the accuracy by {one:.3f}. The means differ by {difference:.3f}, that is "
+        f"{difference / one:.1f} flowers" + (": BatchNorm makes no real difference here." if no_difference else ".")
     )
 
     figure, grid = viz.subplots(1, 2, 11, 4.2)
@@ -60,15 +60,15 @@ def main(argv: list[str] | None = None) -> Run:
             grid[0, 0].plot(epochs, curve, color=viz.colour(name), alpha=0.6, label=None if i else name)
         offsets = position + np.linspace(-0.12, 0.12, len(losses))
         grid[0, 1].plot(offsets, accuracy[name], "o", color=viz.colour(name), markersize=8)
-    grid[0, 0].set(xlabel="epoch", ylabel="test loss", ylim=(0, None), title="one line a seed")
+    grid[0, 0].set(xlabel="epoch", ylabel="test loss", ylim=(0, None), title="one line per seed")
     grid[0, 0].legend(frameon=False)
-    grid[0, 1].set(ylabel="test accuracy", xlim=(-0.5, 1.5), title="one dot a seed")
+    grid[0, 1].set(ylabel="test accuracy", xlim=(-0.5, 1.5), title="one dot per seed")
     grid[0, 1].set_xticks(range(len(MODELS)), list(MODELS))
     figure.suptitle(f"Dense 512 – Dense 512 – Dense {len(flowers.classes)} on {run.args.data}")
     run.save(figure, "accuracy")
 
     run.claim("with BatchNorm the mean test accuracy is at least 0.93", np.mean(accuracy["with BatchNorm"]) >= 0.93)
-    run.claim("and less than one and a half flowers from the one without", no_difference)
+    run.claim("and differs by less than one and a half flowers from the one without", no_difference)
     return run.finish(**accuracy)
 
 

@@ -1,8 +1,8 @@
-"""Learning rates: with BatchNorm a network still trains at rates at which it diverges without.
+"""Learning rates: with BatchNorm a network trains at rates at which it diverges without BatchNorm.
 
-After Bjorck et al. 2018: 784-100-100-100-100-100-10, ReLU, weights after He et al. 2015, gradient descent with momentum
-0.9, batches of 100; one training for each rate. At the small rates that both bear there is little between them: what
-BatchNorm brings is the larger ones.
+After Bjorck et al. 2018: 784-100-100-100-100-100-10, ReLU, initial weights as in He et al. 2015, gradient descent with
+momentum 0.9, batches of 100; one training per learning rate. At small rates, both networks are about equally accurate:
+the gain of BatchNorm is that larger rates work.
 """
 
 import math
@@ -16,12 +16,12 @@ from demos.common import MODELS, Run
 from tinygrad_bn import manual_seed, nn, optim, viz
 
 SIZES = (784, 100, 100, 100, 100, 100)
-CHANCE = math.log(10)  # the loss of guessing among ten classes; where training ends above it, it has diverged
-TRAINS = 0.8  # the validation accuracy from which on a rate counts as one that trains
+CHANCE = math.log(10)  # loss of guessing among ten classes; a final training loss above it counts as diverged
+TRAINS = 0.8  # a rate trains if the validation accuracy reaches this
 
 
 def build(batch_norm: bool, seed: int) -> nn.Sequential:
-    """The network; He et al.'s weights keep the size of the activations, so that both begin alike."""
+    """The network. He initialisation keeps the variance of activations, so both variants start alike."""
     manual_seed(seed)
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(SIZES):
@@ -32,14 +32,14 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Train both networks with every rate, and draw where each diverges."""
+    """Train both networks at every rate, and plot where each diverges."""
     run = Run("learning_rates", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, check={"epochs": 2})
     training, validation = run.images()
     rates = np.logspace(-3, 1, 9 if run.args.check else 13)
 
     loss: dict[str, list[float]] = {name: [] for name in MODELS}
     accuracy: dict[str, list[float]] = {name: [] for name in MODELS}
-    with np.errstate(over="ignore", invalid="ignore"):  # a network that diverges overflows, which is what is shown
+    with np.errstate(over="ignore", invalid="ignore"):  # diverging networks overflow
         for lr in run.track(rates.tolist(), "learning rates"):
             for name, batch_norm in MODELS.items():
                 model = build(batch_norm, run.args.seed)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> Run:
                 accuracy[name].append(history["val_accuracy"][-1])
 
     diverged = {name: [not value < CHANCE for value in values] for name, values in loss.items()}
-    table = Table("learning rate", box=box.SIMPLE_HEAD, caption="training loss and validation accuracy at the end")
+    table = Table("learning rate", box=box.SIMPLE_HEAD, caption="training loss, validation accuracy of the last epoch")
     for name in MODELS:
         table.add_column(name, justify="right")
     for i, lr in enumerate(rates):
@@ -64,17 +64,17 @@ def main(argv: list[str] | None = None) -> Run:
 
     figure, grid = viz.subplots(1, 2, 11, 4.4)
     for position, name in enumerate(MODELS):
-        gone, hue = np.array(diverged[name]), viz.colour(name)
+        mask, hue = np.array(diverged[name]), viz.colour(name)
         for axes, values, bottom in zip(grid[0], (loss[name], accuracy[name]), (1.35 * CHANCE, 0.03), strict=True):
-            axes.semilogx(rates, np.where(gone, np.nan, values), "o-", color=hue, label=name)
+            axes.semilogx(rates, np.where(mask, np.nan, values), "o-", color=hue, label=name)
             height = bottom * 1.3**position if values is loss[name] else bottom + 0.05 * position
-            axes.plot(rates[gone], np.full(gone.sum(), height), "x", color=hue, markeredgewidth=2)
+            axes.plot(rates[mask], np.full(mask.sum(), height), "x", color=hue, markeredgewidth=2)
             axes.set_xlabel("learning rate")
     grid[0, 0].axhline(CHANCE, color="0.5", linewidth=1, linestyle=":")
-    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log", title="dotted: the loss of guessing")
-    grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1), title="×: diverged, no better than guessing")
+    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log", title="dotted: loss of guessing")
+    grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1), title="×: diverged")
     viz.legend_below(grid[0, 1])
-    figure.suptitle(f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs for each rate: {run.args.epochs}")
+    figure.suptitle(f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs: {run.args.epochs}")
     run.save(figure, "learning_rates")
 
     largest = {
@@ -84,16 +84,16 @@ def main(argv: list[str] | None = None) -> Run:
     best = int(np.argmax(accuracy["without BatchNorm"]))
     for name in MODELS:
         print(
-            f"{name:17} trains up to a rate of {largest[name]:.3g}; accuracy {accuracy[name][best]:.3f} at "
-            f"{rates[best]:.3g}, the best rate without; at most {max(accuracy[name]):.3f}"
+            f"{name:17} largest rate that trains: {largest[name]:.3g}; accuracy at {rates[best]:.3g}, the best rate "
+            f"without BatchNorm: {accuracy[name][best]:.3f}; best accuracy: {max(accuracy[name]):.3f}"
         )
     times = largest["with BatchNorm"] / (largest["without BatchNorm"] or math.nan)
     ahead = accuracy["with BatchNorm"][best] - accuracy["without BatchNorm"][best]
     run.console.print(
-        f"With BatchNorm the largest rate that trains, to {TRAINS} at least, is {times:.1f} times larger."
+        f"With BatchNorm, the largest rate that trains (to an accuracy of {TRAINS}) is {times:.1f} times larger."
     )
-    run.claim("with BatchNorm the largest rate that still trains is at least 5 times larger", times >= 5)
-    run.claim("at the best rate without BatchNorm the other network is less than 0.08 ahead", ahead < 0.08)
+    run.claim("with BatchNorm, the largest rate that trains is at least 5 times larger", times >= 5)
+    run.claim("at the best rate without BatchNorm, BatchNorm gains less than 0.08", ahead < 0.08)
     return run.finish(
         rate=rates.tolist(),
         loss={name: [value if math.isfinite(value) else None for value in values] for name, values in loss.items()},

@@ -1,8 +1,8 @@
-"""MNIST by the convolutional network of the first article: its summary, its training, and its mistakes.
+"""MNIST with the convolutional network of the first article: summary, training, mistakes.
 
 Conv 32, BatchNorm, ReLU, Pool, Conv 64, BatchNorm, ReLU, Pool, Dense 256, Dense 10; kernels of 3 × 3, Adam, batches of
-32, 5 epochs. `--data fashion_mnist` trains on 60,000 pictures of clothes. Other than the article's, the learning rate
-falls along half a cosine, without which the accuracy of the last epoch is 1 % better or worse by chance.
+32, 5 epochs. `--data fashion_mnist` trains on 60,000 images of clothing. Unlike in the article, the learning rate
+follows half a cosine: at a constant rate, the accuracy of the last epoch varies by 1 % at random.
 """
 
 from contextlib import suppress
@@ -16,7 +16,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn.datasets import Dataset
 from tinygrad_bn.tensor import Array
 
-# What the article's network should reach; of the 5,000 digits 1,000 are held out.
+# Required validation accuracies; mnist5k holds out 1,000 of its 5,000 digits.
 TARGETS = {"mnist5k": 0.97, "mnist": 0.98, "fashion_mnist": 0.90}
 
 
@@ -37,26 +37,26 @@ def probabilities(model: nn.Sequential, images: Array) -> Array:
     return np.concatenate(parts)
 
 
-def draw_mistakes(run: Run, data: Dataset, found: Array) -> None:
-    """The 24 images of which the network was most wrongly sure."""
-    predicted = found.argmax(axis=1)
+def draw_mistakes(run: Run, data: Dataset, probability: Array) -> None:
+    """Plot the 24 misclassified images with the highest predicted probabilities."""
+    predicted = probability.argmax(axis=1)
     wrong = np.flatnonzero(predicted != data.y)
-    worst = wrong[np.argsort(-found[wrong, predicted[wrong]])][:24]
+    worst = wrong[np.argsort(-probability[wrong, predicted[wrong]])][:24]
     figure, grid = viz.subplots(3, 8, 12, 5.6)
     for axes in grid.flat:
         axes.axis("off")
     for axes, i in zip(grid.flat, worst, strict=False):
         axes.imshow(data.x[i, 0], cmap="gray_r")
-        is_, seen = data.classes[data.y[i]], data.classes[predicted[i]]
-        axes.set_title(f"{is_}, seen as\n{seen} ({found[i, predicted[i]]:.0%})", fontsize=9)
+        true, wrong_class = data.classes[data.y[i]], data.classes[predicted[i]]
+        axes.set_title(f"{true}, seen as\n{wrong_class} ({probability[i, predicted[i]]:.0%})", fontsize=9)
     figure.suptitle(
-        f"{len(wrong)} mistakes in {len(data):,} images of {run.args.data}; the {len(worst)} surest of them"
+        f"{len(wrong)} mistakes in {len(data):,} images of {run.args.data}; the {len(worst)} most confident"
     )
     run.save(figure, "mistakes")
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Print the summary, train, and draw the curves and the mistakes."""
+    """Print the summary, train, and plot the curves and the mistakes."""
     run = Run(
         "mnist_cnn", __doc__, argv,
         data="mnist5k", epochs=5, batch_size=32, lr=1e-3, optimizer="adam", check={"epochs": 2},
@@ -72,22 +72,23 @@ def main(argv: list[str] | None = None) -> Run:
 
     history = run.histories["with BatchNorm"]
     if history.interrupted:
-        run.console.print("interrupted: what follows is what was learned so far")
+        run.console.print("interrupted: results so far")
     for e in history.epochs:
         run.console.print(
             f"epoch {e.epoch}: loss {e.loss:.4f}, accuracy {e.accuracy:.4f}; validation loss {e.val_loss:.4f}, "
             f"accuracy {e.val_accuracy:.4f}; {e.seconds:.1f} s"
         )
-    found = probabilities(model, validation.x)
-    accuracy = float((found.argmax(axis=1) == validation.y).mean())
+    probability = probabilities(model, validation.x)
+    accuracy = float((probability.argmax(axis=1) == validation.y).mean())
     print(f"validation accuracy {accuracy:.4f}")
-    draw_mistakes(run, validation, found)
+    draw_mistakes(run, validation, probability)
     if len(history):
         run.save(viz.plot_histories({"with BatchNorm": history}, f"the article's CNN on {run.args.data}"), "history")
 
     counts = [sum(t.size for _, t in layer.named_tensors() if t.dtype.kind == "f") for layer in model]
     run.claim(
-        "the layers count 320, 128, 18,496 and 256 numbers", [counts[i] for i in (0, 1, 4, 5)] == [320, 128, 18496, 256]
+        "convolutions and BatchNorms have 320, 128, 18,496 and 256 parameters and statistics",
+        [counts[i] for i in (0, 1, 4, 5)] == [320, 128, 18496, 256],
     )
     if run.args.data in TARGETS:
         target = TARGETS[run.args.data] if run.args.epochs >= 5 else 0.9

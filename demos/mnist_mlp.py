@@ -1,8 +1,8 @@
-"""MNIST by a small network and a large learning rate, with and without BatchNorm, logged as it goes.
+"""MNIST with a small network and a large learning rate, with and without BatchNorm, logged every epoch.
 
 The experiment of the third article: 784-32-32-10, ReLU, Adam with a learning rate of 0.01, batches of 32, 10 epochs.
-Both networks learn epoch by epoch side by side; after each they are evaluated, on the data that they train on and on
-others, and logged in the article's words.
+The networks train in turns, one epoch each. After each epoch both are evaluated on the training and on the validation
+data, and logged in the article's format.
 """
 
 from itertools import pairwise
@@ -23,7 +23,7 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Train both networks side by side, log every epoch, draw loss and accuracy."""
+    """Train both networks in turns, log every epoch, plot loss and accuracy."""
     run = Run(
         "mnist_mlp", __doc__, argv,
         epochs=10, batch_size=32, lr=0.01, optimizer="adam", data="mnist5k", check={"epochs": 3},
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> Run:
         print(f"{name:17} validation accuracy {accuracy:.3f}")
     run.claim("with BatchNorm the network reaches 0.90 in validation", reached["with BatchNorm"] >= 0.9)
     run.claim(
-        "and its validation loss is the lower one",
+        "and has the lower validation loss",
         scores["with BatchNorm", "VALID"][-1].loss < scores["without BatchNorm", "VALID"][-1].loss,
     )
     return run.finish(**{f"{name}, {part}": line for (name, part), line in scores.items()})

@@ -1,7 +1,7 @@
-"""For extenders: an op of your own, declared, checked and used to train a network.
+"""For extenders: declare your own op, check it, and train a network with it.
 
 Squareplus (Barron 2021), y = (x + √(x² + 4)) / 2, is a smooth ReLU. One declaration gives it gradients of every
-order and the tests of the built-in ops; here it is the activation of a small network on real digits.
+order and the tests of the built-in ops. Here it is the activation of a small network for handwritten digits.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from tinygrad_bn.sample import REAL, elementwise
 
 
 @primitive(
-    lambda g, y, x: g * y / functional.sqrt(x * x + 4),  # in tensor arithmetic: it can be differentiated again
+    lambda g, y, x: g * y / functional.sqrt(x * x + 4),  # in Tensor arithmetic, so it can be differentiated again
     formula="y = (x + √(x² + 4)) / 2;  ∂x = g · y / √(x² + 4)",
     sample=elementwise(REAL),
 )
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> Run:
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.BatchNorm1d(64), Squareplus(), nn.Linear(64, 10))
     history = run.fit(model, training, validation, "squareplus")
     accuracy = history["val_accuracy"][-1]
-    print(f"accuracy on {len(validation):,} digits it has not seen: {accuracy:.3f}")
+    print(f"validation accuracy on {len(validation):,} digits: {accuracy:.3f}")
     run.claim("the network learns: 0.85 or more", accuracy >= 0.85)
     return run.finish(epochs=history.rows())
 

@@ -1,7 +1,7 @@
-"""The numbers 1 to 20, normalised to mean 0 and variance 1, and back again.
+"""For learners: the numbers 1 to 20, normalised to mean 0 and variance 1, and restored.
 
-The fourth article, then the same through BatchNorm: with weight = standard deviation and bias = mean, BatchNorm gives
-back what went in, so a network that has it can still learn to do without.
+First as in the fourth article, then with BatchNorm. With weight = standard deviation and bias = mean, BatchNorm returns
+its input, so a network with BatchNorm can still learn the identity.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> Run:
     print("Mean of the normalized data :", np.mean(xhat))
     print("Variance of the normalized data :", np.var(xhat))
 
-    print("\nThe same by functional.batch_norm: twenty samples of one channel, eps = 0")
+    print("\nThe same with functional.batch_norm: twenty samples of one channel, eps = 0")
     x = Tensor(X.reshape(20, 1), dtype=np.float64)
     y = functional.batch_norm(x, training=True, eps=0.0)
     difference = np.abs(y.numpy().ravel() - xhat).max()
@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> Run:
     layer.load_state_dict({**layer.state_dict(), "weight": x.std(axis=0), "bias": x.mean(axis=0)})
     restored = layer(x)
     print(restored.numpy().ravel())
-    print(f"largest difference from X : {np.abs(restored.numpy().ravel() - X).max():.2g}, as eps is {layer.eps:g}")
+    print(f"largest difference from X : {np.abs(restored.numpy().ravel() - X).max():.2g}, because eps is {layer.eps:g}")
     print(f"running mean {layer.running_mean}\nrunning variance {layer.running_var}")
-    run.claim("BatchNorm gives the same numbers to 1e-12", difference < 1e-12)
-    run.claim("and with weight and bias gives back 1 to 20", np.abs(restored.numpy().ravel() - X).max() < 1e-4)
+    run.claim("BatchNorm equals NumPy's result to 1e-12", difference < 1e-12)
+    run.claim("with that weight and bias, it returns 1 to 20", np.abs(restored.numpy().ravel() - X).max() < 1e-4)
     return run.finish(difference=float(difference))
 
 

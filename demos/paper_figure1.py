@@ -1,8 +1,8 @@
-"""Figure 1 of the paper: a sigmoid network learns much later without BatchNorm; and what its units are given.
+"""Figure 1 of the paper: a sigmoid network learns much later without BatchNorm; and the inputs of one of its units.
 
 Ioffe and Szegedy 2015, section 4.1: three layers of 100 sigmoids, batches of 60, small normal weights, gradient
-descent. Left the accuracy; right the 15th, 50th and 85th percentile of what one sigmoid of the last hidden layer is
-given, over the validation images.
+descent. Left: accuracy. Right: the 15th, 50th and 85th percentile of the input of one sigmoid in the last hidden layer,
+over the validation images.
 """
 
 from itertools import pairwise
@@ -18,7 +18,7 @@ UNIT = 0
 
 
 def build(batch_norm: bool, seed: int) -> nn.Sequential:
-    """784-100-100-100-10, sigmoid, weights with a deviation of 0.1."""
+    """784-100-100-100-10, sigmoid, weights with a standard deviation of 0.1."""
     manual_seed(seed)
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(SIZES):
@@ -32,13 +32,13 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
 
 
 def sigmoid_input(model: nn.Sequential, images: Array) -> Array:
-    """What one sigmoid of the last hidden layer is given for each image (N,), in evaluation mode."""
+    """The input of one sigmoid in the last hidden layer for each image (N,), in evaluation mode."""
     with nn.evaluating(model), no_grad():
         return np.asarray(model[:-2](Tensor(images)).numpy()[:, UNIT])
 
 
 def main(argv: list[str] | None = None) -> Run:
-    """Train both networks, look at them after every epoch, and draw the figure."""
+    """Train both networks, measure after every epoch, and plot the figure."""
     run = Run(
         "paper_figure1", __doc__, argv,
         data="mnist5k", epochs=45, batch_size=60, lr=0.1, optimizer="sgd", check={"epochs": 10},
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> Run:
         model = build(batch_norm, run.args.seed)
         accuracy[name] = [train.evaluate(model, validation).accuracy]
         inputs[name] = []
-        look = inputs[name].append
+        save = inputs[name].append
         history = run.fit(
-            model, training, validation, name, callbacks=lambda _, m, look=look: look(sigmoid_input(m, validation.x))
+            model, training, validation, name, callbacks=lambda _, m, save=save: save(sigmoid_input(m, validation.x))
         )
         accuracy[name] += history["val_accuracy"]
 
@@ -73,13 +73,13 @@ def main(argv: list[str] | None = None) -> Run:
         medians = np.array([np.median(v) for v in values])
         drift[name] = float(np.ptp(medians) / np.std(values[-1]))
         print(
-            f"{name:17} accuracy {accuracy[name][-1]:.3f}; its sigmoid's median input moved over "
-            f"{np.ptp(medians):.2f}, {drift[name]:.2f} of its deviation at the end"
+            f"{name:17} accuracy {accuracy[name][-1]:.3f}; the sigmoid's median input drifts by "
+            f"{np.ptp(medians):.2f}, that is {drift[name]:.2f} of its final standard deviation"
         )
     third = len(steps) // 3
     ahead = accuracy["with BatchNorm"][third] - accuracy["without BatchNorm"][third]
-    run.claim(f"after {steps[third]:,} steps the network with BatchNorm is 0.2 ahead", ahead > 0.2)
-    run.claim("with BatchNorm it reaches 0.85", accuracy["with BatchNorm"][-1] >= 0.85)
+    run.claim(f"after {steps[third]:,} steps, accuracy is 0.2 higher with BatchNorm", ahead > 0.2)
+    run.claim("with BatchNorm, it reaches 0.85", accuracy["with BatchNorm"][-1] >= 0.85)
     return run.finish(step=steps.tolist(), accuracy=accuracy, drift_of_the_median=drift)
 
 

@@ -103,7 +103,7 @@ def test_fit_and_evaluate_on_cuda_and_a_checkpoint_that_goes_on_on_the_cpu():
     on_cuda, on_cpu = (train.evaluate(m, data) for m in (results[0][2], copy))
     np.testing.assert_allclose(on_cuda, on_cpu, rtol=1e-5)
     results[0][2].load_state_dict(results[1][2].to("cuda").state_dict())
-    with pytest.raises(TypeError, match=r"data are taken on the host.* these are on cuda: copy them with \.numpy"):
+    with pytest.raises(TypeError, match=r"data has to be on the CPU.* got arrays on cuda: copy them with \.numpy"):
         train.fit(copy, (Tensor(x).to("cuda"), data[1]), device="cuda", progress=False)
 
 

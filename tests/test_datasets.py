@@ -50,7 +50,7 @@ def test_iris():
     assert np.bincount(data.y).tolist() == [50, 50, 50]
     with pytest.raises(DataError, match=r"no data set or folder 'nope'.*mnist5k.*titanic"):
         load("nope")
-    with pytest.raises(ValueError, match=r"iris comes in one part.*load\('iris'\)\.split"):
+    with pytest.raises(ValueError, match=r"iris has only one part.*load\('iris'\)\.split"):
         load("iris", part="test")
     assert data.x[0].tolist() == np.array([5.1, 3.5, 1.4, 0.2], np.float32).tolist()
 
@@ -176,8 +176,8 @@ def test_csv(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a,b\n1,2\n3\n", "line 3: 1 fields, where the header has 2"),
-        (b"a,b\n1,2,3\n", "line 2: 3 fields, where the header has 2"),
+        (b"a,b\n1,2\n3\n", "line 3: 1 fields, but the header has 2"),
+        (b"a,b\n1,2,3\n", "line 2: 3 fields, but the header has 2"),
         (b"a,b\n1,2\n\n3,4\n", "line 3: 0 fields"),
         (b"", "not a CSV file with a header"),
         (b'a,b\n"1,2\n', "not a CSV file"),
@@ -207,14 +207,14 @@ def test_folder_of_idx_files(tmp_path):
         load(source=tmp_path)
     assert str(tmp_path) in str(error.value)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(np.zeros((6, 1), np.uint8)))
-    with pytest.raises(DataError, match=r"train-labels.* holds an array of shape \(6, 1\)"):
+    with pytest.raises(DataError, match=r"train-labels.* has shape \(6, 1\)"):
         load(source=tmp_path)
     for wrong in (np.array([0, 1, -1, 0, 0, 0], np.int8), np.zeros(6, np.float32), np.full(6, 999, np.int16)):
         (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(wrong))
-        with pytest.raises(DataError, match=r"labels in .* are .* not whole numbers from 0 to 255"):
+        with pytest.raises(DataError, match=r"labels in .* are .* not integers from 0 to 255"):
             load(source=tmp_path)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((6, 3, 2), np.float32)))
-    with pytest.raises(DataError, match=r"images in .* are float32, not bytes"):
+    with pytest.raises(DataError, match=r"images in .* are float32, not uint8"):
         load(source=tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(DataError, match=r"neither t10k-images-idx3-ubyte\.gz nor") as error:

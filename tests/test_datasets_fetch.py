@@ -258,7 +258,7 @@ def test_a_damaged_plain_file_gives_way_to_the_archive(mirrors, places):
 @pytest.mark.usefixtures("no_network")
 def test_a_damaged_file_without_a_network_is_named(places):
     (put(places["cache"]) / TRAIN[0]).write_bytes(b"")
-    with pytest.raises(DataError, match=f"{places['cache'] / TRAIN[0]} is not the file it should be"):
+    with pytest.raises(DataError, match=f"{places['cache'] / TRAIN[0]} is not the expected file"):
         load("mnist")
 
 
@@ -297,7 +297,7 @@ def test_a_cache_that_cannot_be_written_to(how, places, tmp_path, monkeypatch):
         if not places["cache"].is_dir():
             pytest.skip("needs Linux")
         monkeypatch.setattr(fetch, "cache_folder", lambda name: places["cache"])
-    with pytest.warns(UserWarning, match=f"{places['cache']} cannot be written to.*set XDG_CACHE_HOME") as warned:
+    with pytest.warns(UserWarning, match=f"{places['cache']} is not writable.*set XDG_CACHE_HOME") as warned:
         check(load("mnist"))
     assert warned[0].filename == __file__
     assert names(tmp_path / "temporary") == []

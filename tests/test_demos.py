@@ -56,7 +56,7 @@ def test_the_list_has_every_demo_with_its_first_line():
 def test_a_demo_that_is_not_there():
     done = demos("nope")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("there is no demo 'nope'; there are batch_size, bn_backward, deep_mlp")
+    assert done.stderr.startswith("no demo 'nope'; the demos are batch_size, bn_backward, deep_mlp")
 
 
 @pytest.mark.parametrize("name", names())
@@ -265,7 +265,7 @@ def test_a_folder_of_ones_own_and_the_same_batches_for_both(idx_folder, tmp_path
         (["--batch-size", "-3"], "argument --batch-size: has to be at least 1; got -3"),
         (["--epochs", "many"], "argument --epochs"),
         (["--optimizer", "newton"], "argument --optimizer: invalid choice: 'newton'"),
-        (["--data", "no/such/folder"], "there is no data set or folder 'no/such/folder'"),
+        (["--data", "no/such/folder"], "no data set or folder 'no/such/folder'"),
         (["--seed", "-1"], "argument --seed: has to be at least 0"),
         (["--lr", "-1"], "argument --lr: has to be greater than 0"),
         (["--batch-size", "3999"], "leave a batch of one for BatchNorm"),

@@ -77,7 +77,8 @@ def test_loading_is_all_or_nothing_and_names_what_is_wrong():
     with pytest.raises(KeyError, match=r"missing keys: \['0.bias'\]; unexpected keys: \['5.weight'\]"):
         model.load_state_dict(state)
     wrong = {**before, "0.weight": np.zeros((8, 5)), "4.bias": np.zeros(2), "0.bias": np.ones(8)}
-    with pytest.raises(ValueError, match=r"0.weight: \(8, 5\) for \(8, 4\); 4.bias: \(2,\) for \(3,\)"):
+    message = r"0.weight: got \(8, 5\), expected \(8, 4\); 4.bias: got \(2,\), expected \(3,\)"
+    with pytest.raises(ValueError, match=message):
         model.load_state_dict(wrong)
     for key, value in model.state_dict().items():
         np.testing.assert_array_equal(value, before[key])

@@ -195,9 +195,9 @@ def test_progress(capsys):
 
 
 def test_fit_errors():
-    with pytest.raises(ValueError, match="0 samples make no batch of 32"):
+    with pytest.raises(ValueError, match="no batches: 0 samples, batch_size=32"):
         fit(network(), samples(0))
-    with pytest.raises(ValueError, match=r"5 samples make no batch of 8 \(drop_last=True\)"):
+    with pytest.raises(ValueError, match="no batches: 5 samples, batch_size=8, drop_last=True"):
         fit(network(), samples(5), batch_size=8, drop_last=True)
     with pytest.raises(ValueError, match="5 samples, but 4 targets"):
         fit(network(), (samples(5)[0], samples(4)[1]))
@@ -234,7 +234,7 @@ def test_history_columns_and_files(tmp_path):
     nan = float("nan")
     history = History([Epoch(1, 0.75, 0.5, nan, nan, 1.5), Epoch(2, 1 / 3, 0.625, 0.25, 1.0, 0.5)], interrupted=True)
     assert (len(history), history.seconds, history["accuracy"]) == (2, 2.0, [0.5, 0.625])
-    with pytest.raises(KeyError, match="no column 'acc'; there are epoch, loss, accuracy, val_loss"):
+    with pytest.raises(KeyError, match="no column 'acc'; the columns are epoch, loss, accuracy, val_loss"):
         history["acc"]
     history.save(tmp_path / "h.json")
     read = json.loads((tmp_path / "h.json").read_text())

@@ -1,13 +1,13 @@
-"""`python -m tinygrad_bn kernels`: the table of kernels, with the error of each against float64."""
+"""`python -m tinygrad_bn kernels`: a table of all kernels and their errors against float64."""
 
 import argparse
 
 
 def main() -> None:
-    """Parse the command line and print."""
-    parser = argparse.ArgumentParser(prog="python -m tinygrad_bn", description="Facts about this installation.")
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tinygrad_bn", description="Information about this installation.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("kernels", help="every kernel, and its largest error against float64")
+    commands.add_parser("kernels", help="list the kernels, and the largest error of each against float64")
     parser.parse_args()
 
     from rich import box

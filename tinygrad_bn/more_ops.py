@@ -87,7 +87,7 @@ def erf(x: Operand) -> Operand:
 @primitive(
     lambda g, y, x, *, min, max: where(x == y, g, 0.0),
     formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
-    sample=sample.sample_clip,
+    sample=sample.for_clip,
 )
 def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
     """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
@@ -100,7 +100,7 @@ def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> O
     lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, g, 0.0)),
     lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, g, 0.0)),
     formula="y = max(a, b);  the larger gets g, both half of it in a tie",
-    sample=sample.sample_distinct_pair,
+    sample=sample.for_distinct_pair,
 )
 def maximum(a: Operand, b: Operand) -> Operand:
     """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
@@ -111,7 +111,7 @@ def maximum(a: Operand, b: Operand) -> Operand:
     lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, g, 0.0)),
     lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, g, 0.0)),
     formula="y = min(a, b);  the smaller gets g, both half of it in a tie",
-    sample=sample.sample_distinct_pair,
+    sample=sample.for_distinct_pair,
 )
 def minimum(a: Operand, b: Operand) -> Operand:
     """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
@@ -156,7 +156,7 @@ def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Op
 @primitive(
     lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
     formula="y = x[index];  ∂x = g, added up at index",
-    sample=sample.sample_getitem,
+    sample=sample.for_getitem,
 )
 def getitem(x: Operand, *, index: Any) -> Operand:
     """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
@@ -166,7 +166,7 @@ def getitem(x: Operand, *, index: Any) -> Operand:
 @primitive(
     lambda g, y, x, *, index, shape: getitem(g, index=index),
     formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
-    sample=sample.sample_scatter_add,
+    sample=sample.for_scatter_add,
 )
 def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
@@ -194,7 +194,7 @@ def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
 @primitive(
     each=_concatenate_rule,
     formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
-    sample=sample.sample_concatenate,
+    sample=sample.for_concatenate,
 )
 def concatenate(*xs: Operand, axis: int = 0) -> Operand:
     """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
@@ -216,7 +216,7 @@ def stack(*xs: Operand, axis: int = 0) -> Operand:
         g, index=tuple(slice(before, before + n) for (before, _), n in zip(width, x.shape, strict=True))
     ),
     formula="y = x with a border of value;  ∂x = g without the border",
-    sample=sample.sample_pad,
+    sample=sample.for_pad,
 )
 def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""
@@ -238,7 +238,7 @@ def _linear_by_weight(g: Any, y: Any, x: Any, weight: Any, bias: Any) -> Any:
     _linear_by_weight,
     lambda g, y, x, weight, bias: g,
     formula="y = x Wᵀ + b;  ∂x = g W,  ∂W = gᵀ x,  ∂b = Σ g",
-    sample=sample.sample_linear,
+    sample=sample.for_linear,
 )
 def linear(x: Operand, weight: Operand, bias: Operand = None) -> Operand:
     """Affine map of the last axis: x (..., in), weight (out, in), bias (out,) or None; gives (..., out)."""

@@ -114,7 +114,7 @@ def relu(x: Operand) -> Operand:
     lambda g, y, condition, a, b: where(condition, g, 0.0),
     lambda g, y, condition, a, b: where(condition, 0.0, g),
     formula="y = a where condition, else b;  ∂a = g where condition,  ∂b = g elsewhere",
-    sample=sample.sample_where,
+    sample=sample.for_where,
 )
 def where(condition: Operand, a: Operand, b: Operand) -> Operand:
     """`a` where `condition` (boolean) holds, `b` elsewhere, with NumPy broadcasting."""
@@ -151,7 +151,7 @@ def sum(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: sum_to(g, shape=x.shape),
     formula="y = x, repeated to shape;  ∂x = g, summed back",
-    sample=sample.sample_broadcast_to,
+    sample=sample.for_broadcast_to,
 )
 def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Repeat `x` to `shape` by NumPy's rules, without a copy."""
@@ -161,7 +161,7 @@ def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: broadcast_to(g, shape=x.shape),
     formula="y = Σ x over what broadcasting to x's shape repeated;  ∂x = g, repeated",
-    sample=sample.sample_sum_to,
+    sample=sample.for_sum_to,
 )
 def sum_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Sum `x` down to `shape`: the adjoint of `broadcast_to`."""
@@ -207,7 +207,7 @@ def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
     _matmul_by_left,
     _matmul_by_right,
     formula="y = a b;  ∂a = g bᵀ,  ∂b = aᵀ g",
-    sample=sample.sample_matmul,
+    sample=sample.for_matmul,
 )
 def matmul(a: Operand, b: Operand) -> Operand:
     """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
@@ -220,7 +220,7 @@ def matmul(a: Operand, b: Operand) -> Operand:
 @primitive(
     lambda g, y, x, *, shape: reshape(g, shape=x.shape),
     formula="y = x in another shape;  ∂x = g in x's shape",
-    sample=sample.sample_reshape,
+    sample=sample.for_reshape,
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
     """The same elements in another shape; one -1 stands for what is left."""

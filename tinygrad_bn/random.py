@@ -1,4 +1,4 @@
-"""The generator that initialisers and dropout draw from unless they are given one; and one that counts."""
+"""The default generator of initialisers and dropout, and Philox, a counter-based generator."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ _generator = np.random.default_rng()
 
 
 def manual_seed(seed: int) -> np.random.Generator:
-    """Restart the package's generator from `seed`, so that what follows is reproducible; gives it back."""
+    """Seed the default generator, for reproducible results, and return it."""
     global _generator
     _generator = np.random.default_rng(seed)
     return _generator
 
 
 def generator() -> np.random.Generator:
-    """The package's generator."""
+    """The default generator."""
     return _generator
 
 
 def philox(key: int, count: int) -> NDArray[Any]:
-    """`count` words of 32 random bits, as uint64: word i depends on `key` and i alone, so any part can be had again.
+    """`count` random 32-bit words as uint64. Word i depends only on the 64-bit `key` and i, so it can be recomputed.
 
-    Philox4x32-10 (Salmon et al. 2011): four words for each counter 0, 1, …
+    Philox4x32-10 (Salmon et al. 2011): each of the counters 0, 1, … gives four words.
 
     >>> [hex(word) for word in philox(0, 4)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']

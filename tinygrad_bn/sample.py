@@ -1,7 +1,7 @@
-"""What the tests feed an op: data, not tests.
+"""Test inputs of ops.
 
-An op's `sample` is a function of a `Draw` to `(operands, params)`. The suite hands it a `Draw` that asks
-Hypothesis, `testing.check_op` one that asks a seeded generator; the op need not know which.
+An op's `sample` is a function from a `Draw` to `(operands, params)`. Tests pass a `Draw` backed by Hypothesis,
+`testing.check_op` passes one backed by a seeded generator.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Domain(NamedTuple):
-    """Where operands are drawn from: [low, high], no closer than `gap` to 0."""
+    """The interval [low, high] that operands are drawn from, without values closer than `gap` to 0."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ NONZERO = Domain(-3.0, 3.0, gap=0.2)  # away from a pole or a kink at 0
 
 
 class Draw(Protocol):
-    """The source of a sample. Arrays are float64; the harness casts them to the dtypes that it tests."""
+    """The random source of a sample. Arrays are float64; the tests cast them to the dtype under test."""
 
     def shape(self, min_dims: int = 0, max_dims: int = 3, min_side: int = 0, max_side: int = 4) -> Shape: ...
     def broadcastable(self, count: int) -> Sequence[Shape]:
@@ -37,7 +37,7 @@ class Draw(Protocol):
 
     def array(self, domain: Domain, shape: Shape) -> Array: ...
     def distinct(self, shape: Shape) -> Array:
-        """Values that differ by at least 0.2, in random order: no ties for max, argmax and their like."""
+        """Values that differ by at least 0.2, in random order: no ties for max or argmax."""
 
     def integer(self, low: int, high: int) -> int: ...
     def integers(self, low: int, high: int, shape: Shape) -> Array:
@@ -46,12 +46,12 @@ class Draw(Protocol):
     def choice(self, options: Sequence[T]) -> T: ...
 
 
-Drawn: TypeAlias = tuple[tuple[Array, ...], dict[str, Any]]
+Drawn: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # operands, each an array or None, and options
 Sample: TypeAlias = Callable[[Draw], Drawn]
 
 
 def elementwise(*domains: Domain, **params: Any) -> Sample:
-    """Operands of one shape, one for each domain; and fixed params."""
+    """One operand per domain, all of one shape, and fixed params."""
 
     def sample(d: Draw) -> Drawn:
         shape = d.shape()
@@ -61,7 +61,7 @@ def elementwise(*domains: Domain, **params: Any) -> Sample:
 
 
 def broadcasting(*domains: Domain) -> Sample:
-    """Operands whose shapes broadcast with each other, one for each domain."""
+    """One operand per domain; their shapes broadcast with each other."""
 
     def sample(d: Draw) -> Drawn:
         shapes = d.broadcastable(len(domains))
@@ -71,9 +71,9 @@ def broadcasting(*domains: Domain) -> Sample:
 
 
 def reducing(*, distinct: bool = False, tuples: bool = True) -> Sample:
-    """One operand and the `axis` and `keepdims` of a reduction.
+    """One operand and the params `axis` and `keepdims` of a reduction.
 
-    `distinct` values have no ties, and are not empty; `tuples` of axes are drawn too.
+    With `distinct`, the operand is not empty and has no ties. With `tuples`, `axis` can be a tuple.
     """
 
     def sample(d: Draw) -> Drawn:
@@ -87,11 +87,11 @@ def reducing(*, distinct: bool = False, tuples: bool = True) -> Sample:
     return sample
 
 
-# ---- of single ops --------------------------------------------------------------------------------------
+# ---- single ops -----------------------------------------------------------------------------------------
 
 
-def sample_clip(d: Draw) -> Drawn:
-    """Values away from the limits, which may be missing."""
+def for_clip(d: Draw) -> Drawn:
+    """Values away from the limits; either limit can be None."""
     low, high = d.choice([(-1.0, 1.0), (None, 0.5), (-0.5, None)])
     x = d.array(NONZERO, d.shape())
     for bound in (low, high):
@@ -100,32 +100,32 @@ def sample_clip(d: Draw) -> Drawn:
     return (x,), {"min": low, "max": high}
 
 
-def sample_distinct_pair(d: Draw) -> Drawn:
+def for_distinct_pair(d: Draw) -> Drawn:
     """Two operands that broadcast with each other, without ties."""
     shapes = d.broadcastable(2)
     return (d.distinct(shapes[0]), d.distinct(shapes[1]) + 0.1), {}
 
 
-def sample_where(d: Draw) -> Drawn:
+def for_where(d: Draw) -> Drawn:
     """A boolean condition and two operands that broadcast with it."""
     shapes = d.broadcastable(3)
     return (d.integers(0, 1, shapes[0]).astype(bool), d.array(REAL, shapes[1]), d.array(REAL, shapes[2])), {}
 
 
-def sample_broadcast_to(d: Draw) -> Drawn:
-    """An operand and a shape that it broadcasts to, by repeated and by new axes."""
+def for_broadcast_to(d: Draw) -> Drawn:
+    """An operand and a shape that it broadcasts to, along axes of length 1 and new axes."""
     narrow, wide = d.choice([((2, 1), (2, 3)), ((2, 1), (4, 2, 3)), ((), (3, 2)), ((3,), (3,)), ((1,), (0,))])
     return (d.array(REAL, narrow),), {"shape": wide}
 
 
-def sample_sum_to(d: Draw) -> Drawn:
-    """The reverse: an operand and the shape that broadcasting made it from."""
-    (x,), params = sample_broadcast_to(d)
+def for_sum_to(d: Draw) -> Drawn:
+    """The reverse of `for_broadcast_to`: a broadcast operand and its original shape."""
+    (x,), params = for_broadcast_to(d)
     return (d.array(REAL, params["shape"]),), {"shape": x.shape}
 
 
-def sample_matmul(d: Draw) -> Drawn:
-    """Matrices, stacks of matrices that broadcast, and vectors on either side."""
+def for_matmul(d: Draw) -> Drawn:
+    """Matrices, stacks of matrices that broadcast, and vectors as either operand."""
     n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
     shapes = [
         ((n, k), (k, m)), ((2, n, k), (k, m)), ((1, n, k), (2, k, m)), ((2, 1, n, k), (3, k, m)), ((k,), (k,)),
@@ -135,15 +135,15 @@ def sample_matmul(d: Draw) -> Drawn:
     return (d.array(REAL, a), d.array(REAL, b)), {}
 
 
-def sample_linear(d: Draw) -> Drawn:
-    """Inputs of one, two and three axes, which may be empty, with a weight and a bias."""
+def for_linear(d: Draw) -> Drawn:
+    """An input of one, two or three axes, possibly empty, a weight, and a bias or None."""
     n, k, m = d.integer(0, 3), d.integer(1, 3), d.integer(1, 3)
     x = d.choice([(n, k), (k,), (2, n, k)])
-    return (d.array(REAL, x), d.array(REAL, (m, k)), d.array(REAL, (m,))), {}
+    return (d.array(REAL, x), d.array(REAL, (m, k)), d.array(REAL, (m,)) if d.choice([True, True, False]) else None), {}
 
 
-def sample_reshape(d: Draw) -> Drawn:
-    """An operand and a shape of as many elements, with and without -1."""
+def for_reshape(d: Draw) -> Drawn:
+    """An operand and a new shape of the same size, with and without -1."""
     shape = d.shape(min_side=1)
     x = d.array(REAL, shape)
     return (x,), {"shape": d.choice([(x.size,), -1, (1, *shape), shape[::-1], (*shape[:1], -1)])}
@@ -156,26 +156,57 @@ _INDICES: list[Any] = [
 ]  # fmt: skip
 
 
-def sample_getitem(d: Draw) -> Drawn:
-    """A matrix and an index of one of NumPy's kinds, repeated ones among them."""
+def for_getitem(d: Draw) -> Drawn:
+    """A matrix and a basic, integer or boolean index, also with repeated elements."""
     return (d.array(REAL, (3, 3)),), {"index": d.choice(_INDICES)}
 
 
-def sample_scatter_add(d: Draw) -> Drawn:
-    """What such an index would take from a matrix, to be put back."""
+def for_scatter_add(d: Draw) -> Drawn:
+    """An operand of the shape of `matrix[index]`, the index, and the shape of the matrix."""
     index = d.choice(_INDICES)
     return (d.array(REAL, np.zeros((3, 3))[index].shape),), {"index": index, "shape": (3, 3)}
 
 
-def sample_concatenate(d: Draw) -> Drawn:
-    """Three operands of unequal lengths along the axis."""
+def for_concatenate(d: Draw) -> Drawn:
+    """Three operands that can have different lengths along `axis`."""
     axis = d.choice([0, 1, -1])
     shapes = [tuple(n if i != axis % 2 else d.integer(0, 3) for i, n in enumerate((2, 3))) for _ in range(3)]
     return tuple(d.array(REAL, shape) for shape in shapes), {"axis": axis}
 
 
-def sample_pad(d: Draw) -> Drawn:
-    """An operand with a border of its own before and after each axis."""
+def for_pad(d: Draw) -> Drawn:
+    """An operand, a pad width before and after each axis, and the pad value."""
     x = d.array(REAL, d.shape())
     width = tuple((d.integer(0, 2), d.integer(0, 2)) for _ in range(x.ndim))
     return (x,), {"width": width, "value": d.choice([0.0, 1.5])}
+
+
+def for_batch_norm(d: Draw) -> Drawn:
+    """Inputs (N, C, ...), with a weight, a bias, or None for either."""
+    shape = d.integer(1, 9), *d.shape(min_dims=1, max_dims=3, min_side=1, max_side=3)
+    x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
+    weight, bias = (d.array(REAL, shape[1:2]) if d.choice([True, True, False]) else None for _ in range(2))
+    return (x, weight, bias), {"eps": 0.3}
+
+
+def for_batch_norm_relu(d: Draw) -> Drawn:
+    """Operands whose outputs keep a distance from the kink."""
+    n, c, plane = d.integer(3, 9), d.integer(1, 3), d.choice([(), (2,), (1, 2)])
+    x = np.stack([d.distinct((n, *plane)) * 10 for _ in range(c)], axis=1)
+    channels = x.swapaxes(0, 1).reshape(c, -1)
+    xhat = (channels - channels.mean(1, keepdims=True)) / np.sqrt(channels.var(1, keepdims=True) + 0.3)
+    between = np.sort(xhat)[:, :2].mean(1)  # the output is 0 half-way between two samples
+    weight = np.where(np.arange(c) % 2, -1.5, 1.0)
+    return (x, weight, -weight * between), {"eps": 0.3}
+
+
+def for_batch_norm_inference(d: Draw) -> Drawn:
+    """The same with a mean and a variance."""
+    (x, weight, bias), options = for_batch_norm(d)
+    return (x, d.array(REAL, x.shape[1:2]), d.array(POSITIVE, x.shape[1:2]), weight, bias), options
+
+
+def for_running_statistics(d: Draw) -> Drawn:
+    """Running statistics, and those of a batch."""
+    mean, var = (tuple(d.array(domain, (3,)) for _ in range(2)) for domain in (REAL, POSITIVE))
+    return (mean[0], var[0], mean[1], var[1]), {"momentum": d.choice([0.1, 1.0]), "unbias": d.choice([1.0, 1.5])}

@@ -1,5 +1,5 @@
-"""A training loop that can be read: `fit`, `evaluate`, and the `History` of what happened; and, for BatchNorm, whether
-its running statistics lie (`statistics_gap`) and how to mend them (`recalibrate`)."""
+"""The training loop: `fit`, `evaluate`, `History`. For BatchNorm: `statistics_gap` compares batch and running
+statistics, `recalibrate` recomputes the running statistics."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Callback: TypeAlias = Callable[["History", nn.Module], bool | None]
 
 
 class Score(NamedTuple):
-    """Mean loss, and the share of samples whose largest output is their class (NaN without classes)."""
+    """Mean loss, and accuracy: the fraction of samples whose largest output is their class (NaN without classes)."""
 
     loss: float
     accuracy: float
 
 
 class Gap(NamedTuple):
-    """Scores of the same samples, normalised by the statistics of their batches, and by the running ones."""
+    """Scores of the same samples with batch statistics and with running statistics."""
 
     batch: Score
     running: Score
@@ -46,8 +46,11 @@ class Gap(NamedTuple):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch. `loss` and `accuracy` are means over its batches, in training mode and while it went on, as Keras
-    reports them; `val_loss` and `val_accuracy` are taken after it in evaluation mode, NaN without validation data."""
+    """Metrics of one epoch; `seconds` is its wall time, validation included.
+
+    `loss` and `accuracy` are means over the epoch's samples, taken during training in training mode, as in Keras.
+    `val_loss` and `val_accuracy` are taken after the epoch in evaluation mode; NaN without validation data.
+    """
 
     epoch: int
     loss: float
@@ -59,15 +62,15 @@ class Epoch:
 
 @dataclass
 class History:
-    """What `fit` reports: an `Epoch` for each, and whether it was interrupted."""
+    """The result of `fit`: the completed epochs, and whether Ctrl-C ended the training."""
 
     epochs: list[Epoch] = field(default_factory=list)
     interrupted: bool = False
 
     def __getitem__(self, column: str) -> list[float]:
-        """A column: `history["val_accuracy"]`."""
+        """One column, such as `history["val_accuracy"]`. Raises KeyError for an unknown name."""
         if column not in (names := [f.name for f in fields(Epoch)]):
-            raise KeyError(f"there is no column {column!r}; there are {', '.join(names)}")
+            raise KeyError(f"no column {column!r}; the columns are {', '.join(names)}")
         return [getattr(e, column) for e in self.epochs]
 
     def __len__(self) -> int:
@@ -79,11 +82,11 @@ class History:
         return sum(e.seconds for e in self.epochs)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The epochs as dictionaries; None for a number that is not finite, which JSON cannot say."""
+        """The epochs as dictionaries. NaN and Inf become None: JSON has no such numbers."""
         return [{k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for e in self.epochs]
 
     def save(self, path: str | Path) -> None:
-        """Write the epochs to a `.json` or `.csv` file. Raises ValueError for another ending."""
+        """Write the epochs to a `.json` or `.csv` file. Raises ValueError for another suffix."""
         path = Path(path)
         if path.suffix == ".json":
             path.write_text(json.dumps({"interrupted": self.interrupted, "epochs": self.rows()}, indent=1))
@@ -117,38 +120,40 @@ def fit(
     """Train `model`.
 
     Args:
-        model: maps a batch of samples to what `loss` takes; is left in training mode.
-        data: samples and targets: a `Dataset`, or two arrays of the same length, on the host: each batch is copied to
-            the model's device.
+        model: maps samples (N, ...) to the outputs that `loss` takes. It is left in training mode.
+        data: samples and targets: a `Dataset`, or two NumPy arrays of the same length. Each batch is copied to the
+            model's device.
         validation: data to evaluate on after every epoch.
-        epochs, batch_size, drop_last: as the names say; `drop_last` leaves out a smaller last batch.
-        optimizer: by default `Adam` with its defaults.
-        loss: of outputs and targets, a mean over the batch.
-        seed: of the order of the samples: the same seed, the same batches.
-        schedule: stepped after every epoch.
-        clip_norm: limit of the norm of all gradients together.
-        callbacks: each called after every epoch with the history and the model; True ends the training.
+        epochs: passes over the data.
+        batch_size: samples per batch.
+        optimizer: the default is `Adam(model.parameters())`.
+        loss: function (outputs, targets) that returns the mean loss of the batch.
+        seed: for shuffling; the same seed gives the same batches.
+        drop_last: skip the last batch if it is smaller than `batch_size`.
+        schedule: learning rate schedule, stepped after every epoch.
+        clip_norm: upper limit of the norm of all gradients together.
+        callbacks: functions (history, model), all called after every epoch. Training ends if one returns True.
         progress: show a progress bar.
-        description: what the bar is called.
-        device: where to train, "cpu" or "cuda": the model is moved there, and stays. By default where it is.
+        description: label of the progress bar.
+        device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
 
     Returns:
-        The history. Ctrl-C ends the training and returns what there is so far; the model keeps what it learned.
+        The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates.
 
     Raises:
         ValueError: no data, data and targets of different lengths, or an option out of range.
-        TypeError: data or optimizer are not what they should be, or the data are on a GPU.
-        RuntimeError: there is no such device; the message says what is missing.
+        TypeError: `data` or `optimizer` has the wrong type, or the data are on a GPU.
+        RuntimeError: the device is not available; the message says why.
     """
     if epochs < 0:
         raise ValueError(f"epochs has to be 0 or more; got {epochs}")
     if not (optimizer is None or isinstance(optimizer, Optimizer)):
-        raise TypeError("optimizer is not an optimiser; make one, such as optim.Adam(model.parameters())")
+        raise TypeError(f"optimizer has to be an Optimizer, such as optim.Adam(model.parameters()); got {optimizer!r}")
     x, y = _arrays(data)
     batches = Batches(x, y, batch_size, seed=seed, drop_last=drop_last)
     if not len(batches):
-        raise ValueError(f"{len(x)} samples make no batch of {batch_size} (drop_last={drop_last})")
-    _warn_of_a_batch_of_one(model, batches)
+        raise ValueError(f"no batches: {len(x)} samples, batch_size={batch_size}, drop_last={drop_last}")
+    _warn_about_batch_of_one(model, batches)
     if device is not None:
         model.to(device)
     optimizer = optimizer or Adam(model.parameters())
@@ -173,7 +178,7 @@ def fit(
                 bar.update(task, status=_status(number, epochs, Score(epoch.loss, epoch.accuracy), val))
                 if schedule is not None:
                     schedule.step()
-                stop = [callback(history, model) for callback in callbacks]  # each is called, whatever others say
+                stop = [callback(history, model) for callback in callbacks]  # a list: all are called
                 if any(stop):
                     break
     except KeyboardInterrupt:
@@ -195,27 +200,27 @@ def _train_step(
 
 
 def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batch_size: int = 1000) -> Score:
-    """Mean loss and accuracy over `data` in evaluation mode; the model's modes stay as they were."""
+    """Mean loss and accuracy of `data` in evaluation mode. Afterwards each module is back in its mode."""
     with nn.evaluating(model):
         return _score(model, Batches(*_arrays(data), batch_size, shuffle=False), loss)
 
 
 def statistics_gap(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batch_size: int = 32) -> Gap:
-    """Whether BatchNorm's running statistics tell the truth: the score of `data` by those of its batches, and by them.
+    """Scores of `data`, normalised by batch statistics and by BatchNorm's running statistics.
 
-    Nothing else differs: both are taken without dropout, and the model's state and modes stay as they were. A large
-    gap means that the running statistics are not those of the data: batches too small or too few to average over,
-    or other data than in training. `recalibrate` mends that.
+    Nothing else differs: dropout is off in both, and the model's state and modes do not change. A large gap means
+    that the running statistics do not match the data: the batches were too small or too few, or the training data
+    were different. `recalibrate` corrects this.
 
     Args:
         model, data, loss: as for `fit`.
-        batch_size: of the batches whose statistics are used, that of the training; all have at least so many samples.
+        batch_size: samples per batch, as in training. The data are split into equal batches of at least this size.
 
     Raises:
         ValueError: no samples, a `batch_size` below 1, or batches with one value per channel.
     """
     x, y = _arrays(data)
-    batches = [(x[chosen], y[chosen]) for chosen in _parts(len(x), batch_size)]
+    batches = [(x[chosen], y[chosen]) for chosen in _split(len(x), batch_size)]
     with nn.batch_statistics(model):
         batch = _score(model, batches, loss)
     with nn.evaluating(model):
@@ -223,18 +228,18 @@ def statistics_gap(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy
 
 
 def recalibrate(model: nn.Module, data: Data | Array, *, batch_size: int = 1000) -> None:
-    """Set BatchNorm's running statistics to those of `data`, all of it with equal weight, whatever the momentum.
+    """Set BatchNorm's running statistics to those of `data`; every value has equal weight, momentum is not used.
 
-    Each layer gets the mean and variance of all the values that came to it while the batches' statistics normalised:
-    the variance is that within the batches plus that of their means (PreciseBN of Wu & Johnson 2021; PyTorch's
-    `update_bn` leaves out the latter, so that small batches give too small a variance). Dropout is off, as it will be
-    in evaluation. No parameter changes, and no label is needed. Frozen layers stay as they are, and so does
-    everything on an error.
+    Each layer gets the mean and variance of all its inputs while batch statistics normalise. The variance is the one
+    within the batches plus the one of their means (PreciseBN, Wu & Johnson 2021; PyTorch's `update_bn` omits the
+    second term, so small batches give too small a variance). Dropout is off, as in evaluation. Parameters and frozen
+    layers do not change. On an error nothing changes.
 
     Args:
-        model: any; without BatchNorm nothing happens.
-        data: what the model shall be used on, mostly that of the training: samples, or samples and targets.
-        batch_size: of the batches, which come in a random but fixed order; all have at least so many samples.
+        model: any module; without BatchNorm nothing happens.
+        data: usually the training data: samples, or samples and targets. Targets are not used.
+        batch_size: samples per batch. The data are split in a fixed random order into equal batches of at least
+            this size.
 
     Raises:
         ValueError: no samples, a `batch_size` below 1, batches with one value per channel, or statistics that are
@@ -242,22 +247,22 @@ def recalibrate(model: nn.Module, data: Data | Array, *, batch_size: int = 1000)
     """
     x = data if isinstance(data, np.ndarray) else _arrays(data)[0]
     with nn.batch_statistics(model) as collected, no_grad():
-        for chosen in _parts(len(x), batch_size):
+        for chosen in _split(len(x), batch_size):
             model(x[chosen])
     new = {}
     for layer, batches in collected.items():
-        if batches:  # else the model does not use this layer
+        if batches:  # empty if the model does not use this layer
             values = (*_pooled(batches, layer.running_var_correction), len(batches))
             for buffer, value in zip(layer.buffers(), values, strict=True):
                 new[buffer] = np.asarray(value, buffer.dtype)
                 if not np.isfinite(new[buffer]).all():
-                    raise ValueError(f"the statistics of these data are not finite in {layer!r}; nothing was changed")
+                    raise ValueError(f"the statistics of the data are not finite in {layer!r}; nothing was changed")
     for buffer, value in new.items():
         buffer.data = value
 
 
 def _pooled(batches: Sequence[nn.BatchStatistics], correction: int) -> tuple[Array, Array]:
-    """Mean and variance (C,) of all batches' values together."""
+    """Mean and variance (C,) over the values of all batches."""
     means, variances, counts = map(np.array, zip(*batches, strict=True))
     with np.errstate(over="ignore", invalid="ignore"):
         mean = np.average(means, axis=0, weights=counts)
@@ -265,17 +270,17 @@ def _pooled(batches: Sequence[nn.BatchStatistics], correction: int) -> tuple[Arr
     return mean, var * counts.sum() / (counts.sum() - correction)
 
 
-def _parts(n: int, batch_size: int) -> list[Array]:
-    """The numbers 0 … n − 1 in a random but fixed order, in parts of at least `batch_size`, as equal as can be."""
+def _split(n: int, batch_size: int) -> list[Array]:
+    """Indices 0 … n − 1 in a fixed random order, split into equal parts (±1) of at least `batch_size`, or one part."""
     if batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1; got {batch_size}")
     if not n:
-        raise ValueError("there are no samples to take statistics of")
+        raise ValueError("there are no samples to compute statistics from")
     return np.array_split(np.random.default_rng(0).permutation(n), max(1, n // batch_size))
 
 
 def _score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) -> Score:
-    """Mean loss and accuracy in the mode that the model is in."""
+    """Mean loss and accuracy in the model's present mode."""
     losses, hits, seen = 0.0, 0.0, 0
     with no_grad():
         for x, y in batches:
@@ -289,7 +294,7 @@ def _score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss)
 
 
 def _target(y: Array, outputs: Tensor) -> Any:
-    """Targets beside the outputs: on the CPU the array itself, elsewhere a tensor."""
+    """The targets on the device of the outputs; on the CPU the array itself."""
     return y if outputs.device == "cpu" else Tensor(y).to(outputs.device)
 
 
@@ -302,13 +307,13 @@ def _accuracy(outputs: Tensor, y: Array) -> float:
 
 def _arrays(data: Data) -> tuple[Array, Array]:
     if not isinstance(data, Dataset) and not (isinstance(data, tuple) and len(data) == 2):
-        raise TypeError(f"data are a Dataset or a pair of arrays (x, y), not a {type(data).__name__}")
+        raise TypeError(f"data has to be a Dataset or a pair of arrays (x, y); got a {type(data).__name__}")
     x, y = (data.x, data.y) if isinstance(data, Dataset) else data
     for a in (x, y):
         if device_of(a) != "cpu":
             raise TypeError(
-                f"data are taken on the host, each batch is copied to the model's device; these are on {device_of(a)}: "
-                "copy them with .numpy()"
+                f"data has to be on the CPU, as each batch is copied to the model's device; got arrays on "
+                f"{device_of(a)}: copy them with .numpy()"
             )
     x, y = np.asarray(x), np.asarray(y)
     if len(x) != len(y):
@@ -316,18 +321,18 @@ def _arrays(data: Data) -> tuple[Array, Array]:
     return x, y
 
 
-def _warn_of_a_batch_of_one(model: nn.Module, batches: Batches) -> None:
+def _warn_about_batch_of_one(model: nn.Module, batches: Batches) -> None:
     if batches.smallest == 1 and any(isinstance(m, nn.BatchNorm1d) and not m.stats_frozen for m in model.modules()):
         warnings.warn(
-            f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one, from which BatchNorm1d "
-            "cannot take statistics of (N, C); use drop_last=True or another batch_size",
+            f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one; BatchNorm1d cannot "
+            "normalise one sample (1, C) in training: use drop_last=True or another batch_size",
             stacklevel=3,
         )
 
 
 def _status(number: int, epochs: int, score: Score, val: Score | None = None) -> str:
-    words = f"{number:>3}/{epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
-    return words if val is None or val.accuracy != val.accuracy else f"{words}  valid {val.accuracy:.3f}"
+    text = f"{number:>3}/{epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
+    return text if val is None or val.accuracy != val.accuracy else f"{text}  valid {val.accuracy:.3f}"
 
 
 def _progress(show: bool) -> Any:

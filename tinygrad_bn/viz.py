@@ -1,4 +1,4 @@
-"""Pictures of training. Colours are Okabe and Ito's, told apart by colour-blind readers too."""
+"""Figures of training, in the colours of Okabe and Ito, which colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def colour(name: str, position: int = 0) -> str:
-    """The colour of a model: the same in every figure for those with and without BatchNorm, by name; of any other
-    the one at its position."""
+    """The colour of a model: fixed by name for models with and without BatchNorm, otherwise `COLOURS[position]`."""
     known = {"without BatchNorm": COLOURS[0], "with BatchNorm": COLOURS[1], "with noisy BatchNorm": COLOURS[2]}
     return known.get(name, COLOURS[position % len(COLOURS)])
 
 
 def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Array]:
-    """A figure of `width` by `height` inches, and its axes (rows, columns), with a light grid and no frame.
+    """A figure of `width` by `height` inches and its axes, an array (rows, columns), with a light grid and no frame.
 
-    `options` are those of `matplotlib.figure.Figure.subplots`.
+    `options` go to `matplotlib.figure.Figure.subplots`.
     """
     from matplotlib.figure import Figure
 
@@ -41,13 +40,13 @@ def subplots(rows: int, columns: int, width: float, height: float, **options: An
 
 
 def legend_below(axes: Axes) -> None:
-    """The legend of these axes, in a line below the whole figure."""
+    """Draw the legend of `axes` in one row below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
 
 
 def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Loss and accuracy over the epochs, one colour a model: validation solid, training dashed."""
+    """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed."""
     from matplotlib.ticker import MaxNLocator
 
     figure, grid = subplots(1, 2, 11, 4.4)
@@ -65,14 +64,13 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
 
 
 def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None:
-    """How the distribution of something moves: its 15th, 50th and 85th percentile over time (Ioffe and Szegedy 2015,
-    figure 1).
+    """Plot the 15th, 50th and 85th percentile of a distribution over time, as in Ioffe and Szegedy 2015, figure 1.
 
     Args:
-        axes: where to draw.
-        steps: times (T,).
-        values: samples at each time (T, N).
-        name: of the model; it decides the colour.
+        axes: the axes to draw on.
+        steps: training steps (T,).
+        values: N samples at each step (T, N).
+        name: the model; it selects the colour and is the label.
     """
     low, middle, high = np.percentile(values, (15, 50, 85), axis=1)
     axes.fill_between(steps, low, high, color=colour(name), alpha=0.2, linewidth=0)
@@ -80,6 +78,6 @@ def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure (PNG, SVG, PDF by its ending) and give the path back."""
+    """Write a figure and return its path. The suffix selects the format: PNG, SVG or PDF."""
     figure.savefig(path, dpi=150)
     return Path(path)

@@ -1,4 +1,4 @@
-"""Data to train on: data sets by name, your own IDX files, and seeded mini-batches of either."""
+"""Data sets by name or from your own IDX files, and seeded mini-batches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples `x` (N, ...), their classes `y` (N,) as int64, the classes' names, and where they came from.
+    """Samples `x` (N, ...), int64 class labels `y` (N,), the names of the classes, and the source of the files.
 
-    `white` is the largest value that a pixel can have.
+    `white` is the largest possible pixel value. Raises DataError if `x` and `y` differ in length.
     """
 
     name: str
@@ -44,28 +44,28 @@ class Dataset:
         return f"Dataset({self.name!r}: x {self.x.dtype} {self.x.shape}, {len(self.classes)} classes, {self.source})"
 
     def take(self, indices: Array) -> Dataset:
-        """Some of the samples, by their numbers."""
+        """The samples at `indices`."""
         return replace(self, x=self.x[indices], y=self.y[indices])
 
     def complete(self) -> Dataset:
-        """The samples without a missing value, which is NaN."""
+        """The samples without missing values (NaN)."""
         return self.take(np.flatnonzero(~np.isnan(self.x).reshape(len(self), -1).any(axis=1)))
 
     def scaled(self) -> Dataset:
         """8-bit pixels 0 … `white` as float32 in [0, 1]. Raises TypeError for other data."""
         if self.x.dtype != np.uint8:
-            raise TypeError(f"scaled() is for 8-bit pixels; {self.name} is {self.x.dtype}")
+            raise TypeError(f"scaled() takes 8-bit pixels (uint8); {self.name} is {self.x.dtype}")
         return replace(self, x=self.x.astype(np.float32) / np.float32(self.white))
 
     def split(self, held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:
-        """Two parts, the second of `held_out` samples, with the classes in the same proportions.
+        """Split at random into two parts with equal class proportions; the second part has `held_out` samples.
 
         Raises ValueError if one part would be empty.
         """
         if not (isinstance(held_out, int | np.integer) and 0 < held_out < len(self)):
-            raise ValueError(f"cannot hold out {held_out} of {len(self)} samples; give a number of samples")
+            raise ValueError(f"cannot hold out {held_out} of {len(self)} samples; give an integer, 1 … {len(self) - 1}")
         order = np.random.default_rng(seed).permutation(len(self))
-        rank = np.empty(len(self))  # of each sample within its class, as a fraction: the cut takes as much of each
+        rank = np.empty(len(self))  # of each sample within its class, 0 … 1: a cut takes the same fraction of each
         for c in np.unique(self.y):
             members = order[self.y[order] == c]
             rank[members] = (np.arange(len(members)) + 0.5) / len(members)
@@ -74,7 +74,7 @@ class Dataset:
 
 
 def load(name: str | Path | None = None, source: str | Path | None = None, part: str = "train") -> Dataset:
-    """Load a data set by its name, or IDX files of your own.
+    """Load a data set by name, or your own IDX files.
 
     | name | samples | x | part |
     | --- | --- | --- | --- |
@@ -85,31 +85,30 @@ def load(name: str | Path | None = None, source: str | Path | None = None, part:
     | "iris" | 150 flowers: length and width of sepal and petal, in cm | float32 (4,) | "train" |
     | "titanic" | 891 passengers: class 1 … 3, age (177 are NaN: see `complete`), fare | float32 (3,) | "train" |
 
-    "mnist" and "fashion_mnist" are taken from the first place that has them: `$TINYGRAD_BN_DATA/NAME`; the user's
-    cache; a copy that is installed (Debian: `apt install dataset-fashion-mnist`); the network, from where they get
-    into the cache. The others come with the package. Whatever the place, the contents are checked: a name never
-    stands for other data. `Dataset.source` tells the place, as does a message at level INFO of the logger
-    "tinygrad_bn.datasets".
+    "mnist" and "fashion_mnist" are searched for in this order: `$TINYGRAD_BN_DATA/NAME`; the user's cache; an
+    installed copy (Debian: `apt install dataset-fashion-mnist`); the network, from which files are stored in the
+    cache. The other data sets come with the package. The SHA-256 of the contents is always checked. `Dataset.source`
+    names the place found; the logger "tinygrad_bn.datasets" reports it at level INFO.
 
     Args:
-        name: one of the above; or, with `source`, any name for your own data; or their folder.
-        source: the only folder to look in. Files of your own are IDX files under MNIST's names, plain or gzip
-            (`train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-…` of the test part).
-        part: "train" or "test". A data set that comes in one part is held out from with `split`.
+        name: a name from the table; or a folder of your own files; or, with `source`, any name for your own data.
+        source: the only folder to search. Your own files are IDX files with MNIST's names, plain or gzip
+            (`train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-…` for the test part).
+        part: "train" or "test". To hold out samples of a data set without a test part, use `split`.
 
     Raises:
-        DataError: there is no such data set, it cannot be had, or a file is damaged or not the one it should be.
-        ValueError: there is no such part.
+        DataError: unknown name, files that cannot be found or downloaded, or a damaged or wrong file.
+        ValueError: the data set has no such part.
     """
     if name is None:
         name = "mnist5k" if source is None else Path(source).resolve().name
     elif source is None and name not in KNOWN:
         if not Path(name).is_dir():
-            raise DataError(f"there is no data set or folder {str(name)!r}; the data sets are {', '.join(KNOWN)}")
+            raise DataError(f"no data set or folder {str(name)!r}; the data sets are {', '.join(KNOWN)}")
         name, source = Path(name).resolve().name, name
     name, known = str(name), KNOWN.get(str(name), OWN)
     if part not in known.parts:
-        one = f"{name} comes in one part; hold some of it out with load({name!r}).split(...)"
+        one = f"{name} has only one part, 'train'; hold out samples with load({name!r}).split(...)"
         raise ValueError(one if len(known.parts) == 1 else f"part is 'train' or 'test'; got {part!r}")
     x, y, where = find(name, known, part, source)
     classes = known.classes or tuple(str(c) for c in range(int(y.max(initial=0)) + 1))
@@ -119,14 +118,16 @@ def load(name: str | Path | None = None, source: str | Path | None = None, part:
 
 
 class Batches:
-    """Mini-batches `(x, y)`: iterate once for an epoch. Every epoch has an order of its own, fixed by the seed.
+    """Mini-batches `(x, y)`; each iteration is one epoch.
 
     Args:
         x, y: arrays of the same length.
-        batch_size: samples in a batch.
-        seed: with it, `shuffle` orders the samples by (seed, epoch): two models get the same batches.
-        shuffle: in random order; otherwise as they are.
-        drop_last: leave out a last batch that is smaller.
+        batch_size: samples per batch.
+        seed: the order of an epoch depends only on `seed` and the number of the epoch.
+        shuffle: shuffle the samples anew in every epoch.
+        drop_last: skip the last batch if it is smaller than `batch_size`.
+
+    Raises ValueError for different lengths or a `batch_size` below 1.
 
     >>> batches = Batches(np.arange(5), np.arange(5), batch_size=2, shuffle=False)
     >>> [x.tolist() for x, y in batches], len(batches)
@@ -142,15 +143,15 @@ class Batches:
             raise ValueError(f"batch_size has to be at least 1; got {batch_size}")
         self.x, self.y, self.batch_size = x, y, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.epoch = 0  # how many have been started; set it to resume
+        self.epoch = 0  # number of epochs started; set it to resume
 
     def __len__(self) -> int:
-        """How many batches an epoch has."""
+        """Batches per epoch."""
         return len(self.x) // self.batch_size if self.drop_last else -(-len(self.x) // self.batch_size)
 
     @property
     def smallest(self) -> int:
-        """How many samples the smallest batch has."""
+        """Samples in the smallest batch."""
         rest = 0 if self.drop_last else len(self.x) % self.batch_size
         return rest or min(self.batch_size, len(self.x))
 

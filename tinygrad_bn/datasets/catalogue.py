@@ -1,8 +1,7 @@
-"""What data sets there are: the files of each, known by the SHA-256 of their contents, and who offers them.
+"""The known data sets: their files, SHA-256 hashes and mirrors.
 
-Contents are hashed decompressed, since copies of the same data are compressed in different ways: Debian's differ from
-the publisher's. Archives are hashed too where they are downloaded from, so that a damaged one never gets into the
-cache.
+The hash of a file is that of its decompressed contents, since copies are compressed in different ways: Debian's gzip
+files differ from the publisher's. Downloaded archives have a second hash, so that a damaged one never enters the cache.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from tinygrad_bn.datasets.files import File
 
 @dataclass(frozen=True)
 class Known:
-    """A data set: the files of each part (images and labels, or one table), and where to get them.
+    """A data set: the files of each part (images and labels, or one CSV table), and where to find them.
 
-    It comes with the package if there are no `mirrors`. `installed` is its folder below share/datasets where a Linux
-    distribution has it as a package, `offline` what to do without a network, and `white` the largest value that a
-    pixel can have.
+    mirrors: base URLs of the downloads; empty if the data set comes with the package.
+    installed: the folder below share/datasets in which a Linux distribution installs it.
+    offline: advice for error messages when there is no network.
+    white: the largest possible pixel value.
     """
 
     parts: dict[str, tuple[File, ...]]
@@ -60,8 +60,8 @@ KNOWN = {
         ("died", "survived"),
     ),
     # The archives' hashes are those of TensorFlow Datasets 4.9.10 (url_checksums/mnist.txt), which uses the first
-    # mirror; the second is torchvision 0.29.1's. The contents' hashes are those that many projects publish which
-    # decompress these archives, with one voice; zml's build, for instance, has that of t10k-images.
+    # mirror; the second is torchvision 0.29.1's. Many projects publish the same hashes of the contents, for example
+    # zml's build that of t10k-images.
     "mnist": Known(
         {
             "train": (
@@ -133,10 +133,10 @@ KNOWN = {
             "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         ),
         installed="fashion-mnist",
-        offline="on Debian and its kin, install the package dataset-fashion-mnist",
+        offline="on Debian and derivatives, install the package dataset-fashion-mnist",
     ),
 }
 
 
-# Files of the user's own, under MNIST's names.
+# The user's own files, with MNIST's file names.
 OWN = Known({part: tuple(File(file.name) for file in files) for part, files in KNOWN["mnist"].parts.items()}, ())

@@ -1,4 +1,4 @@
-"""Where the files of a data set come from: your own copy, the cache, an installed copy, or a mirror."""
+"""Find the files of a data set: in the user's folder, the cache, an installed copy, or on a mirror."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tinygrad_bn.datasets.files import DataError, File, MissingError, read_sampl
 from tinygrad_bn.tensor import Array
 
 EMBEDDED = Path(__file__).parent / "data"
-TIMEOUT = 10.0  # seconds to wait for a mirror's answer, and between pieces of it
+TIMEOUT = 10.0  # seconds, for the first byte from a mirror and between reads
 
 
 def cache_folder(name: str) -> Path:
-    """Where downloads are kept: below XDG_CACHE_HOME, or the folder that the operating system has for caches."""
+    """The folder of downloads, below XDG_CACHE_HOME or the cache folder of the operating system."""
     import pooch
 
     base = os.environ.get("XDG_CACHE_HOME")
@@ -27,7 +27,7 @@ def cache_folder(name: str) -> Path:
 
 
 def installed_folders(known: Known) -> list[Path]:
-    """Where a Linux distribution would have put the data set."""
+    """Folders in which a Linux distribution installs the data set."""
     if not known.installed:
         return []
     shares = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
@@ -35,14 +35,14 @@ def installed_folders(known: Known) -> list[Path]:
 
 
 def find(name: str, known: Known, part: str, source: str | Path | None) -> tuple[Array, Array, str]:
-    """The samples and classes in the first place that has the files, and a description of that place.
+    """Samples and labels from the first place that has the files, and a description of that place.
 
-    That is `source` if it is given, and the package for what comes with it. Otherwise, in this order:
-    `$TINYGRAD_BN_DATA/name`, the cache, an installed copy, and the mirrors, whose files are then in the cache. A
-    damaged file in the cache is fetched again.
+    The place is `source`, if given, or the package, for embedded data. Otherwise they are tried in this order:
+    `$TINYGRAD_BN_DATA/name`, the cache, an installed copy, and the mirrors. Downloads are stored in the cache. A
+    damaged file in the cache is downloaded again.
 
     Raises:
-        DataError: the files are nowhere, or those in a folder of the user's are damaged or others.
+        DataError: no place has the files, or a file in the user's folder is damaged or a different one.
     """
     files = known.parts[part]
 
@@ -55,7 +55,7 @@ def find(name: str, known: Known, part: str, source: str | Path | None) -> tuple
         except DataError as error:
             if known is OWN:
                 raise
-            raise DataError(f"{error}; if these are data of your own, give them another name than {name!r}") from error
+            raise DataError(f"{error}; if these are your own data, use another name than {name!r}") from error
     if not known.mirrors:
         return read(EMBEDDED, "embedded in the package")
     tried = []
@@ -63,7 +63,7 @@ def find(name: str, known: Known, part: str, source: str | Path | None) -> tuple
         folder = Path(root) / name
         try:
             return read(folder, str(folder))
-        except MissingError as error:  # other data sets may well be there
+        except MissingError as error:  # the folder may hold other data sets only
             tried.append(str(error))
     cache = cache_folder(name)
     for folder in (cache, *installed_folders(known)):
@@ -78,15 +78,15 @@ def find(name: str, known: Known, part: str, source: str | Path | None) -> tuple
 
 @contextmanager
 def _writable(cache: Path) -> Iterator[Path]:
-    """The cache, or a temporary folder where that cannot be written to."""
+    """The cache folder, or a temporary one if the cache is not writable."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         warnings.warn(
-            f"{cache} cannot be written to ({error}): the download will not be kept; set XDG_CACHE_HOME to a folder "
-            "that can be written to",
-            stacklevel=5,  # whoever called datasets.load
+            f"{cache} is not writable ({error}): the download will not be kept; "
+            "set XDG_CACHE_HOME to a writable folder",
+            stacklevel=5,  # the caller of datasets.load
         )
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -95,9 +95,9 @@ def _writable(cache: Path) -> Iterator[Path]:
 
 
 def _download(name: str, known: Known, files: Sequence[File], folder: Path, tried: list[str]) -> str:
-    """Fetch `.gz` files that `folder` has not, each from the first mirror that has it, and tell which were needed.
+    """Download the `.gz` files missing in `folder`, each from the first mirror that works; return the mirrors used.
 
-    A file appears in the folder when it is complete and its hash is right: several processes may do this at once.
+    A file appears in the folder only when complete and with the right hash, so several processes can run this at once.
     """
     import pooch
 
@@ -108,7 +108,7 @@ def _download(name: str, known: Known, files: Sequence[File], folder: Path, trie
         for mirror in known.mirrors:
             try:
                 pooch.retrieve(mirror + archive, f"sha256:{file.archive}", archive, folder, downloader=downloader)
-            except (OSError, ValueError) as error:  # of the connection, of HTTP, or another hash
+            except (OSError, ValueError) as error:  # connection, HTTP, or wrong hash
                 tried.append(f"{mirror}{archive}: {error}")
             else:
                 used[mirror] = True
@@ -117,7 +117,7 @@ def _download(name: str, known: Known, files: Sequence[File], folder: Path, trie
             places, archives = "\n  ".join(tried), " and ".join(f"{file.name}.gz" for file in files)
             raise DataError(
                 f"{name} is not on this machine and could not be downloaded:\n  {places}\n"
-                f"Connect to the network; or {known.offline}; or get {archives} elsewhere, and give their folder as "
-                f"source= or put them into $TINYGRAD_BN_DATA/{name}"
+                f"Connect to the network; or {known.offline}; or copy {archives} to a folder and pass it as source=, "
+                f"or to $TINYGRAD_BN_DATA/{name}"
             )
     return ", ".join(used)

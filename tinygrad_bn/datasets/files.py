@@ -1,4 +1,4 @@
-"""Reading IDX and CSV files. A file that is truncated, or not what it should be, gets an error that names it."""
+"""Readers of IDX and CSV files. Errors name the file."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ import numpy as np
 
 from tinygrad_bn.tensor import Array
 
-# The third byte of an IDX file names the type of its elements, which are big-endian.
+# The third byte of an IDX file is the code of its dtype, which is big-endian.
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 class DataError(ValueError):
-    """A data file is missing, damaged, or another one than it should be; or there is no such data set."""
+    """A data file is missing, damaged or a different one, or the name of the data set is unknown."""
 
 
 class MissingError(DataError):
-    """There is no such file."""
+    """A data file does not exist."""
 
 
 @dataclass(frozen=True)
 class File:
-    """An IDX or CSV file, found as `name` or `name.gz`.
+    """An IDX or CSV file, stored as `name` or `name.gz`.
 
-    `sha256` is that of its contents, decompressed (None: any), and `archive` that of `name.gz` as the mirrors have it.
+    sha256: the hash of the decompressed contents; None accepts any.
+    archive: the SHA-256 of the mirrors' `name.gz`.
     """
 
     name: str
@@ -41,17 +42,17 @@ class File:
 
 
 def locate(folder: Path, name: str) -> Path:
-    """`name.gz` or `name`, whichever the folder has. Raises MissingError."""
+    """The path of `name.gz` or `name` in `folder`. Raises MissingError if neither exists."""
     for path in (folder / f"{name}.gz", folder / name):
         if path.exists():
             return path
-    raise MissingError(f"there is neither {name}.gz nor {name} in {folder}")
+    raise MissingError(f"neither {name}.gz nor {name} exists in {folder}")
 
 
 def read_bytes(path: Path, sha256: str | None = None) -> bytes:
-    """The contents of a file, decompressed if it is gzip, and checked against a hash if one is given.
+    """The contents of a file, decompressed if it is gzip.
 
-    Raises DataError.
+    Raises DataError if the file cannot be read, is damaged, or does not have the given hash.
     """
     try:
         content = path.read_bytes()
@@ -62,7 +63,7 @@ def read_bytes(path: Path, sha256: str | None = None) -> bytes:
     except (EOFError, zlib.error) as error:
         raise DataError(f"{path} is a damaged or truncated gzip file: {error}") from error
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise DataError(f"{path} is not the file it should be: its contents have SHA-256 {found}, not {sha256}")
+        raise DataError(f"{path} is not the expected file: its contents have SHA-256 {found}, not {sha256}")
     return content
 
 
@@ -70,7 +71,7 @@ def read_idx(path: str | Path, sha256: str | None = None) -> Array:
     """The array in an IDX file (MNIST's format), plain or gzip.
 
     Raises:
-        DataError: the file is missing, damaged, not IDX, or its contents have another SHA-256.
+        DataError: the file is missing, damaged or not IDX, or its contents do not have the given SHA-256.
     """
     path = Path(path)
     content = read_bytes(path, sha256)
@@ -79,23 +80,23 @@ def read_idx(path: str | Path, sha256: str | None = None) -> Array:
     dtype, ndim = np.dtype(IDX_DTYPES[content[2]]), content[3]
     start = 4 + 4 * ndim
     if len(content) < start:
-        raise DataError(f"{path} is truncated: {len(content)} bytes are less than its header of {start}")
+        raise DataError(f"{path} is truncated: it has {len(content)} bytes, its header alone has {start}")
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, 4))
     expected = start + math.prod(shape) * dtype.itemsize
     if len(content) != expected:
-        raise DataError(f"{path} is damaged: an array of shape {shape} takes {expected} bytes, not {len(content)}")
+        raise DataError(f"{path} is damaged: it has {len(content)} bytes, an array of shape {shape} needs {expected}")
     try:
         array = np.frombuffer(content, dtype, offset=start).reshape(shape)
-    except ValueError as error:  # more axes, or a larger product of sides, than NumPy knows
+    except ValueError as error:  # more axes or elements than NumPy supports
         raise DataError(f"{path} is damaged: an array of {ndim} axes {shape}: {error}") from error
     return array.astype(dtype.newbyteorder("="))
 
 
 def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """The header of a CSV file and its rows, plain or gzip, UTF-8.
+    """The header and the rows of a CSV file (UTF-8, plain or gzip).
 
     Raises:
-        DataError: the file is missing, damaged, empty, or a row has not as many fields as the header.
+        DataError: the file is missing, damaged or empty, or a row and the header differ in their number of fields.
     """
     path = Path(path)
     content = read_bytes(path, sha256)
@@ -105,9 +106,7 @@ def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], li
         for row in reader:
             rows.append(row)
             if len(row) != len(rows[0]):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(row)} fields, where the header has {len(rows[0])}"
-                )
+                raise DataError(f"{path}, line {reader.line_num}: {len(row)} fields, but the header has {len(rows[0])}")
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
     if not rows:
@@ -116,9 +115,10 @@ def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], li
 
 
 def read_samples(folder: Path, files: Sequence[File], classes: Sequence[str]) -> tuple[Array, Array]:
-    """Samples and their classes: images and labels in two IDX files, or a CSV table, its last column one of `classes`.
+    """Samples and int64 labels, from two IDX files (images, labels) or one CSV table.
 
-    Raises DataError.
+    The last column of a table is the class, one of `classes`; the others are float32, NaN where empty. Raises
+    DataError if a file is missing, damaged, or has another shape or dtype.
     """
     if len(files) == 1:
         _, rows = read_csv(locate(folder, files[0].name), files[0].sha256)
@@ -129,12 +129,12 @@ def read_samples(folder: Path, files: Sequence[File], classes: Sequence[str]) ->
         path = locate(folder, file.name)
         arrays.append(read_idx(path, file.sha256))
         if arrays[-1].ndim != ndim:
-            raise DataError(f"{path} holds an array of shape {arrays[-1].shape}, not one of {ndim} axes")
+            raise DataError(f"{path} has shape {arrays[-1].shape}; expected {ndim} axes")
     images, labels = arrays
     if images.dtype != np.uint8:
-        raise DataError(f"the images in {locate(folder, files[0].name)} are {images.dtype}, not bytes")
+        raise DataError(f"the images in {locate(folder, files[0].name)} are {images.dtype}, not uint8")
     last = len(classes) - 1 if classes else 255
     if labels.dtype.kind not in "iu" or (labels.size and not 0 <= labels.min() <= labels.max() <= last):
-        held = f"{labels.dtype} from {labels.min()} to {labels.max()}" if labels.size else f"{labels.dtype}"
-        raise DataError(f"the labels in {locate(folder, files[1].name)} are {held}, not whole numbers from 0 to {last}")
+        found = f"{labels.dtype} from {labels.min()} to {labels.max()}" if labels.size else f"{labels.dtype}"
+        raise DataError(f"the labels in {locate(folder, files[1].name)} are {found}, not integers from 0 to {last}")
     return images, labels.astype(np.int64)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_bn import sample
 from tinygrad_bn.arguments import expect_channels, expect_eps
 from tinygrad_bn.functional.statistics import mean
 from tinygrad_bn.ops import astype, relu, reshape, rsqrt, sqrt
-from tinygrad_bn.sample import POSITIVE, REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive, widened
 
 
@@ -64,28 +64,10 @@ def per_channel(v: Operand, ndim: int) -> Operand:
 # ---- ops that run all steps at once ---------------------------------------------------------------------
 
 
-def _sample_training(d: Draw) -> Drawn:
-    shape = d.integer(1, 9), *d.shape(min_dims=1, max_dims=3, min_side=1, max_side=3)
-    x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
-    weight, bias = (d.array(REAL, shape[1:2]) if d.choice([True, True, False]) else None for _ in range(2))
-    return (x, weight, bias), {"eps": 0.3}
-
-
-def _sample_relu(d: Draw) -> Drawn:
-    """Operands whose outputs keep a distance from the kink."""
-    n, c, plane = d.integer(3, 9), d.integer(1, 3), d.choice([(), (2,), (1, 2)])
-    x = np.stack([d.distinct((n, *plane)) * 10 for _ in range(c)], axis=1)
-    channels = x.swapaxes(0, 1).reshape(c, -1)
-    xhat = (channels - channels.mean(1, keepdims=True)) / np.sqrt(channels.var(1, keepdims=True) + 0.3)
-    between = np.sort(xhat)[:, :2].mean(1)  # the output is 0 half-way between two samples
-    weight = np.where(np.arange(c) % 2, -1.5, 1.0)
-    return (x, weight, -weight * between), {"eps": 0.3}
-
-
 @fused(
     saves=("mean", "var"),
     formula="y = (x − μ) / √(σ² + eps) · weight + bias;  ∂x = weight / √(σ² + eps) · (g − ḡ − x̂ · mean(g x̂))",
-    sample=_sample_training,
+    sample=sample.for_batch_norm,
 )
 def batch_norm_training(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Any:
     """BatchNorm of x (N, C, ...) by the statistics of the batch.
@@ -99,7 +81,7 @@ def batch_norm_training(x: Operand, weight: Operand, bias: Operand, *, eps: floa
 @fused(
     saves=("mean", "var"),
     formula="y = max((x − μ) / √(σ² + eps) · weight + bias, 0)",
-    sample=_sample_relu,
+    sample=sample.for_batch_norm_relu,
 )
 def batch_norm_relu(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Any:
     """`batch_norm_training` and the ReLU after it, without an array between them."""
@@ -107,12 +89,7 @@ def batch_norm_relu(x: Operand, weight: Operand, bias: Operand, *, eps: float) -
     return relu(steps.out), reshape(steps.mu, shape=-1), reshape(steps.var, shape=-1)
 
 
-def _sample_inference(d: Draw) -> Drawn:
-    (x, weight, bias), options = _sample_training(d)
-    return (x, d.array(REAL, x.shape[1:2]), d.array(POSITIVE, x.shape[1:2]), weight, bias), options
-
-
-@fused(formula="y = (x − mean) / √(var + eps) · weight + bias", sample=_sample_inference)
+@fused(formula="y = (x − mean) / √(var + eps) · weight + bias", sample=sample.for_batch_norm_inference)
 def batch_norm_inference(
     x: Operand, mean: Operand, var: Operand, weight: Operand, bias: Operand, *, eps: float
 ) -> Operand:
@@ -124,11 +101,6 @@ def batch_norm_inference(
     return gammax if bias is None else gammax + bias
 
 
-def _sample_update(d: Draw) -> Drawn:
-    mean, var = (tuple(d.array(domain, (3,)) for _ in range(2)) for domain in (REAL, POSITIVE))
-    return (mean[0], var[0], mean[1], var[1]), {"momentum": d.choice([0.1, 1.0]), "unbias": d.choice([1.0, 1.5])}
-
-
 @primitive(
     None,
     None,
@@ -136,7 +108,7 @@ def _sample_update(d: Draw) -> Drawn:
     None,
     saves=("new_var", "finite"),
     formula="y = (1 − momentum) · running_mean + momentum · mean;  likewise the variance, of var · unbias",
-    sample=_sample_update,
+    sample=sample.for_running_statistics,
 )
 def running_statistics(
     running_mean: Operand, running_var: Operand, mean: Operand, var: Operand, *, momentum: float, unbias: float

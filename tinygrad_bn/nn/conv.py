@@ -16,7 +16,7 @@ from tinygrad_bn.tensor import Tensor
 
 
 def _options(module: Module, **defaults: object) -> str:
-    """What differs from the defaults, for `repr`."""
+    """The options that differ from their defaults, for `repr`."""
     return "".join(f", {k}={getattr(module, k)!r}" for k, v in defaults.items() if getattr(module, k, v) != v)
 
 
@@ -42,7 +42,7 @@ class _Conv(Module):
             (int(kernel_size),) * self._ndim if isinstance(kernel_size, int | np.integer) else tuple(kernel_size)
         )
         if len(self.kernel_size) != self._ndim or min(self.kernel_size) < 1:
-            raise ValueError(f"kernel_size is a number of 1 or more, or {self._ndim} of them; got {kernel_size!r}")
+            raise ValueError(f"kernel_size is an integer of at least 1, or {self._ndim} of them; got {kernel_size!r}")
         self.stride, self.padding, self.dilation = stride, padding, dilation
         bound = 1 / math.sqrt(math.prod(self._weight_shape()[1:]))  # the fan-in, as PyTorch counts it
         self.weight = Parameter(np.empty(self._weight_shape(), np.float32))
@@ -54,7 +54,7 @@ class _Conv(Module):
     def _weight_shape(self) -> Ints:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
-    def _expect(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> None:
         if x.ndim != self._ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join(["N", str(self.in_channels), *"DHW"[3 - self._ndim :]])
             raise ValueError(f"{self!r} takes ({axes}); got shape {x.shape}")
@@ -71,7 +71,7 @@ class Conv1d(_Conv):
     _ndim = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        self._expect(x)
+        self._check_input(x)
         return F.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -84,7 +84,7 @@ class Conv2d(_Conv):
     _ndim = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        self._expect(x)
+        self._check_input(x)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -94,7 +94,7 @@ class Conv3d(_Conv):
     _ndim = 3
 
     def forward(self, x: Tensor) -> Tensor:
-        self._expect(x)
+        self._check_input(x)
         return F.conv3d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -123,7 +123,7 @@ class ConvTranspose2d(_Conv):
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
-        self._expect(x)
+        self._check_input(x)
         return F.conv_transpose2d(
             x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )

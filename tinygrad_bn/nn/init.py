@@ -1,6 +1,6 @@
-"""Initialisers: each fills a tensor in place, from the package's generator unless given one, and gives it back.
+"""Initialisers, with PyTorch's names and formulas. Each fills a tensor in place and returns it.
 
-Names and formulas are PyTorch's; weights have the layout (out, in, ...).
+Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`.
 """
 
 import math
@@ -15,23 +15,23 @@ Rng = np.random.Generator | None
 
 
 def constant_(t: Tensor, value: float) -> Tensor:
-    """Every element `value`."""
+    """Set every element to `value`."""
     t.data = np.full(t.shape, value)
     return t
 
 
 def zeros_(t: Tensor) -> Tensor:
-    """Every element 0."""
+    """Set every element to 0."""
     return constant_(t, 0.0)
 
 
 def ones_(t: Tensor) -> Tensor:
-    """Every element 1."""
+    """Set every element to 1."""
     return constant_(t, 1.0)
 
 
 def normal_(t: Tensor, mean: float = 0.0, std: float = 1.0, rng: Rng = None) -> Tensor:
-    """Normal distribution."""
+    """Normal distribution with this mean and standard deviation."""
     t.data = (rng or generator()).normal(mean, std, t.shape)
     return t
 
@@ -43,7 +43,10 @@ def uniform_(t: Tensor, low: float = 0.0, high: float = 1.0, rng: Rng = None) ->
 
 
 def fans(t: Tensor) -> tuple[int, int]:
-    """Fan-in and fan-out of a weight (out, in, ...): how many inputs and outputs a unit is connected to."""
+    """Fan-in and fan-out of a weight (out, in, ...): the inputs of one output unit, the outputs of one input unit.
+
+    Raises ValueError for fewer than two axes.
+    """
     if t.ndim < 2:
         raise ValueError(f"fan-in and fan-out need a weight of two axes or more; got shape {t.shape}")
     field = math.prod(t.shape[2:])
@@ -51,7 +54,7 @@ def fans(t: Tensor) -> tuple[int, int]:
 
 
 def gain(nonlinearity: str, slope: float = 0.01) -> float:
-    """By how much a weight's deviation must grow to keep the variance through a nonlinearity."""
+    """Factor for the standard deviation of weights that keeps the variance; `slope` is leaky_relu's negative slope."""
     gains = {
         "linear": 1.0,
         "sigmoid": 1.0,
@@ -60,17 +63,17 @@ def gain(nonlinearity: str, slope: float = 0.01) -> float:
         "leaky_relu": math.sqrt(2 / (1 + slope**2)),
     }
     if nonlinearity not in gains:
-        raise ValueError(f"no gain is known for {nonlinearity!r}; there are {', '.join(gains)}")
+        raise ValueError(f"no gain is known for {nonlinearity!r}; known are {', '.join(gains)}")
     return gains[nonlinearity]
 
 
 def xavier_normal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
-    """Normal with deviation gain · √(2 / (fan_in + fan_out)) (Glorot & Bengio 2010)."""
+    """Normal with standard deviation gain · √(2 / (fan_in + fan_out)) (Glorot & Bengio 2010)."""
     return normal_(t, 0.0, gain * math.sqrt(2 / sum(fans(t))), rng)
 
 
 def xavier_uniform_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
-    """Uniform with the deviation of `xavier_normal_`; Keras' default for Dense."""
+    """Uniform with the standard deviation of `xavier_normal_`; the default of Keras' Dense."""
     bound = gain * math.sqrt(6 / sum(fans(t)))
     return uniform_(t, -bound, bound, rng)
 
@@ -88,7 +91,7 @@ def kaiming_normal_(
     nonlinearity: str = "leaky_relu",
     rng: Rng = None,
 ) -> Tensor:
-    """Normal with deviation gain / √fan (He et al. 2015); `a` is the slope of a leaky ReLU."""
+    """Normal with standard deviation gain / √fan (He et al. 2015); `a` is the negative slope of leaky_relu."""
     return normal_(t, 0.0, _kaiming_std(t, a, mode, nonlinearity), rng)
 
 
@@ -99,16 +102,16 @@ def kaiming_uniform_(
     nonlinearity: str = "leaky_relu",
     rng: Rng = None,
 ) -> Tensor:
-    """Uniform with the deviation of `kaiming_normal_`."""
+    """Uniform with the standard deviation of `kaiming_normal_`."""
     bound = math.sqrt(3) * _kaiming_std(t, a, mode, nonlinearity)
     return uniform_(t, -bound, bound, rng)
 
 
 def orthogonal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
-    """Orthonormal rows or columns, whichever are fewer, times `gain` (Saxe et al. 2013)."""
+    """`gain` times a matrix (out, fan_in) whose rows, or columns if fewer, are orthonormal (Saxe et al. 2013)."""
     rows, columns = t.shape[0], fans(t)[0]
     flat = (rng or generator()).normal(size=(max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(flat)
-    q *= np.sign(np.diag(r))  # QR alone favours some signs; so every orthogonal matrix is equally likely
+    q *= np.sign(np.diag(r))  # QR prefers some signs; this makes all orthogonal matrices equally likely
     t.data = gain * (q if rows >= columns else q.T).reshape(t.shape)
     return t

@@ -23,7 +23,7 @@ class Linear(Module):
         self, in_features: int, out_features: int, bias: bool = True, rng: np.random.Generator | None = None
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"Linear needs at least one feature on each side; got {in_features} and {out_features}")
+            raise ValueError(f"Linear needs at least one feature in and out; got ({in_features}, {out_features})")
         bound = 1 / math.sqrt(in_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter(np.empty((out_features, in_features), np.float32))
@@ -132,14 +132,14 @@ class SiLU(Module):
 
 
 class GELU(Module):
-    """x · Φ(x)."""
+    """x · Φ(x), where Φ is the standard normal distribution function."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
 
 class Softmax(Module):
-    """eˣ / Σ eˣ over `axis`. The cross-entropy loss wants logits, without it."""
+    """eˣ / Σ eˣ over `axis`. `cross_entropy` takes logits: use no Softmax before it."""
 
     def __init__(self, axis: int = -1) -> None:
         self.axis = axis

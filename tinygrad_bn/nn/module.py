@@ -1,4 +1,4 @@
-"""Module: parameters, buffers and sub-modules under one name each, with PyTorch's conventions for their keys."""
+"""Module: the base of layers and networks, with PyTorch's names and state-dict keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 class Parameter(Tensor):
-    """A tensor that an optimiser trains, when it is an attribute of a module."""
+    """A trainable tensor, found when it is an attribute of a module."""
 
     __slots__ = ()
 
@@ -29,20 +29,20 @@ class Parameter(Tensor):
 
 
 class Buffer(Tensor):
-    """A tensor that belongs to a module's state but is not trained, as running statistics are."""
+    """A tensor of a module's state that is not trained, such as running statistics."""
 
     __slots__ = ()
 
 
-# What most attributes are, and no module: asked for first, as every step goes through all of them.
+# Types of most attributes, none of them modules. Checked first, since every step visits all attributes.
 PLAIN = frozenset({Parameter, Buffer, bool, int, float, str, type(None)})
 
 
 class Module:
-    """Base of layers and networks: what is assigned to an attribute is found there.
+    """Base class of layers and networks. A subclass defines `forward`.
 
-    Parameters, buffers and modules, also modules in lists and tuples, are looked up among the attributes, so a
-    subclass needs no registration and no `super().__init__()`; it defines `forward`.
+    Parameters, buffers, modules, and modules in lists and tuples are found among the attributes. No registration and
+    no `super().__init__()` is needed.
 
     >>> class Twice(Module):
     ...     def __init__(self):
@@ -56,11 +56,11 @@ class Module:
     training: bool = True
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        """The layer's function; `module(x)` calls it."""
+        """Compute the output; `module(x)` calls this."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Run `forward`; arrays and lists among the positional arguments become tensors where the module lives."""
+        """Run `forward`. Positional arrays and lists become tensors on the module's device."""
         y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
         observer = _observer.get()
         if observer is not None:
@@ -70,13 +70,13 @@ class Module:
     def _tensor(self, data: Array | list[Any]) -> Tensor:
         return Tensor(data).to(next((t.device for _, t in self.named_tensors()), "cpu"))
 
-    # ---- what it consists of ----------------------------------------------------------------------------
+    # ---- contents ---------------------------------------------------------------------------------------
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """Modules among the attributes; one in a list is called `attribute.index`.
+        """Modules among the attributes. A module in a list is named `attribute.index`.
 
-        Raises TypeError for what would not be found: parameters and buffers in a list, anything deeper, or in a
-        dictionary.
+        Raises TypeError for state that would not be found: parameters and buffers in a list, nested lists,
+        dictionaries.
         """
         for name, value in vars(self).items():
             if type(value) in PLAIN:
@@ -88,12 +88,15 @@ class Module:
                     if isinstance(item, Module):
                         yield f"{name}.{i}", item
                     elif _holds_state(item):
-                        raise TypeError(f"{type(self).__name__}.{name}[{i}] would not be found; give it an attribute")
+                        raise TypeError(
+                            f"{type(self).__name__}.{name}[{i}] would not be found, since it is not a module; "
+                            "make it an attribute"
+                        )
             elif isinstance(value, dict) and _holds_state(value):
                 raise TypeError(f"{type(self).__name__}.{name} is a dictionary; use attributes, or a list of modules")
 
     def named_modules(self, prefix: str = "", _above: tuple[Module, ...] = ()) -> Iterator[tuple[str, Module]]:
-        """This module (named "") and all below it."""
+        """This module, named "", and all below it. Raises ValueError if a module contains itself."""
         if self in _above:
             raise ValueError(f"{type(self).__name__} contains itself, as {prefix!r}")
         yield prefix, self
@@ -105,14 +108,14 @@ class Module:
         return (module for _, module in self.named_modules())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and buffer under its key of the state dict; a shared one under each of its keys."""
+        """All parameters and buffers with their state-dict keys; a shared tensor with each of its keys."""
         for prefix, module in self.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, Parameter | Buffer):
                     yield f"{prefix}.{name}" if prefix else name, value
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Each parameter once, under its first key."""
+        """Each parameter once, with its first key."""
         seen = set()
         for name, t in self.named_tensors():
             if isinstance(t, Parameter) and t not in seen:
@@ -124,7 +127,7 @@ class Module:
         return (p for _, p in self.named_parameters())
 
     def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
-        """The buffers, under their keys."""
+        """The buffers, with their keys."""
         return ((name, t) for name, t in self.named_tensors() if isinstance(t, Buffer))
 
     def buffers(self) -> Iterator[Buffer]:
@@ -154,20 +157,20 @@ class Module:
         return self
 
     def zero_grad(self) -> None:
-        """Forget every parameter's gradient."""
+        """Set the gradient of every parameter to None."""
         for module in self.modules():
             for t in vars(module).values():
                 if isinstance(t, Parameter):
                     t.grad = None
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Let every parameter be trained, or none."""
+        """Set `requires_grad` of every parameter."""
         for p in self.parameters():
             p.requires_grad = requires_grad
         return self
 
     def astype(self, dtype: DTypeLike) -> Self:
-        """Convert the floating-point parameters and buffers."""
+        """Convert the floating-point parameters and buffers to `dtype`."""
         for module in self.modules():
             module._convert(dtype)
         return self
@@ -180,9 +183,9 @@ class Module:
     def to(self, device: str) -> Self:
         """Move parameters, their gradients and buffers to `device`, "cpu" or "cuda".
 
-        An optimiser that has made steps already stays where it was: make it afterwards.
+        Create the optimiser after this call: the state of an existing one does not move.
 
-        Raises RuntimeError where there is no such device, saying what is missing: then nothing was moved.
+        Raises RuntimeError if the device is not available; the message says why, and nothing was moved.
         """
         tensors = {t for module in self.modules() for t in vars(module).values() if isinstance(t, Parameter | Buffer)}
         moved = [(t, move(t._data, device), None if t.grad is None else t.grad.detach().to(device)) for t in tensors]
@@ -193,18 +196,18 @@ class Module:
     # ---- state ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters and buffers, under PyTorch's keys: NumPy arrays, wherever the module lives."""
+        """Copies of all parameters and buffers as NumPy arrays, under PyTorch's keys."""
         return {name: to_numpy(t) for name, t in self.named_tensors()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy arrays (or tensors), of any device, into the parameters and buffers. All of them, or, on an error, none.
+        """Copy arrays, or tensors on any device, into the parameters and buffers. On an error nothing changes.
 
-        A missing `num_batches_tracked` is no error: older checkpoints have none.
+        A missing `num_batches_tracked` is not an error: older checkpoints have none.
 
         Raises:
-            KeyError: with `strict`, naming the keys that are missing and those that are unexpected.
-            ValueError: naming every key whose shape differs.
-            TypeError: naming every key whose dtype is of another kind.
+            KeyError: with `strict`, keys are missing or unexpected.
+            ValueError: shapes differ.
+            TypeError: dtypes cannot be cast within their kind (NumPy's "same_kind"), such as float to int.
         """
         own = dict(self.named_tensors())
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -213,24 +216,24 @@ class Module:
             raise KeyError(f"missing keys: {missing or 'none'}; unexpected keys: {unexpected or 'none'}")
         arrays = {k: to_numpy(state[k]) for k in own if k in state}
         wrong = [
-            f"{k}: {a.shape} for {own[k].shape}"
+            f"{k}: got {a.shape}, expected {own[k].shape}"
             for k, a in arrays.items()
             if a.shape != own[k].shape and (own[k].ndim or a.size != 1)
         ]
         if wrong:
-            raise ValueError(f"shapes do not fit: {'; '.join(wrong)}")
+            raise ValueError(f"shapes differ: {'; '.join(wrong)}")
         wrong = [k for k, a in arrays.items() if not np.can_cast(a.dtype, own[k].dtype, "same_kind")]
         if wrong:
             raise TypeError(
-                "dtypes do not fit: " + "; ".join(f"{k}: {arrays[k].dtype} for {own[k].dtype}" for k in wrong)
+                "dtypes cannot be cast: " + "; ".join(f"{k}: {arrays[k].dtype} to {own[k].dtype}" for k in wrong)
             )
         for k, a in arrays.items():
             own[k].data = a.reshape(own[k].shape)
 
-    # ---- to look at -------------------------------------------------------------------------------------
+    # ---- printing ---------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
-        """What the brackets of `repr` say of a layer."""
+        """The arguments of the layer, for `repr`."""
         return ""
 
     def __repr__(self) -> str:
@@ -238,9 +241,9 @@ class Module:
         return f"{type(self).__name__}({self.extra_repr()}{inner}{chr(10) if inner else ''})"
 
     def summary(self, input_shape: tuple[int, ...]) -> None:
-        """Print layers, output shapes and how many numbers each holds, as Keras does.
+        """Print the layers, their output shapes and parameter counts, as Keras does.
 
-        A BatchNorm of C channels counts 4C: 2C trainable (weight, bias) and 2C not (running mean and variance).
+        A BatchNorm of C channels counts 4C: 2C trainable (weight, bias), 2C not (running mean and variance).
 
         Args:
             input_shape: the shape of one sample, without the batch axis.
@@ -270,7 +273,7 @@ class Module:
 
 
 def _holds_state(value: object) -> bool:
-    """Whether `value` is, or somewhere contains, a module, a parameter or a buffer."""
+    """Whether `value` is or contains a module, parameter or buffer."""
     if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, Module | Parameter | Buffer) or (
@@ -280,7 +283,7 @@ def _holds_state(value: object) -> bool:
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Inside this block `observer(module, output)` is called after every module's forward."""
+    """Inside this block, `observer(module, output)` is called after the forward of every module."""
     token = _observer.set(observer)
     try:
         yield
@@ -289,13 +292,13 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 def being_observed() -> bool:
-    """Whether somebody wants to see every module's output."""
+    """Whether an observer is set."""
     return _observer.get() is not None
 
 
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
-    """Evaluation mode for this block; afterwards every module is in the mode it was in."""
+    """Evaluation mode inside this block; afterwards each module is back in its mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -13,7 +13,7 @@ from tinygrad_bn.tensor import Tensor
 
 
 class Sequential(Module):
-    """Layers one after the other, called "0", "1", … in the state dict.
+    """Apply layers in order. Their names are "0", "1", …, as in PyTorch's state dict.
 
     A BatchNorm and the ReLU after it are computed in one pass over memory, unless their outputs are observed.
     """
@@ -78,5 +78,5 @@ class BatchNormReLU(Module):
 
 
 def is_plain(layer: Module, *types: type) -> bool:
-    """Whether `layer` is one of these itself: a subclass, or another `forward`, may do something else."""
+    """Whether `layer` has exactly one of these types and their `forward`: a subclass may compute something else."""
     return type(layer) in types and "forward" not in vars(layer)
