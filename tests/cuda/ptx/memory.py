@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.ptx.parse import PTXError
+from tests.cuda.ptx.parse import PTXError
 
 ALLOCATED, INITIALISED = 0x01, 0x02  # bits of a byte's state
 SECTOR = 32  # bytes that global memory moves at least

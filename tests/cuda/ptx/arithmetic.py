@@ -11,7 +11,7 @@ import numpy as np
 from numba import vectorize
 from numba.extending import intrinsic
 
-from tests.ptx.parse import Instruction, UnknownInstruction
+from tests.cuda.ptx.parse import Instruction, UnknownInstruction
 
 DTYPES = {f"{k}{n}": np.dtype(f"{d}{n // 8}") for k, d in (("b", "u"), ("u", "u"), ("s", "i")) for n in (8, 16, 32, 64)}
 DTYPES |= {f"f{n}": np.dtype(f"f{n // 8}") for n in (16, 32, 64)} | {"pred": np.dtype(bool)}

@@ -6,10 +6,10 @@ from functools import cache, partial
 import numpy as np
 import pytest
 
-from tests.ptx.barriers import barriers, without_barrier
-from tests.ptx.compile import need_compiler
-from tests.ptx.interpreter import PTXError, Report
-from tests.ptx.programs import Interpreted, computed, interpreted, numbers, programs, ptx_for, run, unaligned
+from tests.cuda.ptx.barriers import barriers, without_barrier
+from tests.cuda.ptx.compile import need_compiler
+from tests.cuda.ptx.interpreter import PTXError, Report
+from tests.cuda.ptx.programs import Interpreted, computed, interpreted, numbers, programs, ptx_for, run, unaligned
 
 ONE = [
     "neg",

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.ptx.compile import need_compiler
-from tests.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
+from tests.cuda.ptx.compile import need_compiler
+from tests.cuda.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
 from tinygrad_bn.autograd import OPS
 from tinygrad_bn.functional.pooling import _places
 

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from tests.ptx import arithmetic, opcodes
-from tests.ptx.compile import assemble
-from tests.ptx.interpreter import Device, PTXError, UnknownInstruction
+from tests.cuda.ptx import arithmetic, opcodes
+from tests.cuda.ptx.compile import assemble
+from tests.cuda.ptx.interpreter import Device, PTXError, UnknownInstruction
 
 inf, nan = math.inf, math.nan
 ulp, half = 2.0**-23, 2.0**-24  # of float32 at 1
@@ -485,6 +485,6 @@ def test_what_the_interpreter_lacks_is_named_with_its_line(code):
 def test_a_trap_and_an_endless_loop_are_errors(monkeypatch):
     with pytest.raises(PTXError, match=r"line 10: trap\n.*the kernel stopped itself"):
         run(PROLOGUE.format(parameters=".param .u64 to") + "trap;" + EPILOGUE, "u4")
-    monkeypatch.setattr("tests.ptx.machine.STEPS", 100)
+    monkeypatch.setattr("tests.cuda.ptx.machine.STEPS", 100)
     with pytest.raises(PTXError, match="has not ended"):
         run(PROLOGUE.format(parameters=".param .u64 to") + "again: bra again;" + EPILOGUE, "u4")

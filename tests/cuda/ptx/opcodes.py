@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from tests.ptx import arithmetic
-from tests.ptx.arithmetic import DTYPES, bits, unsigned
-from tests.ptx.memory import take_turns
-from tests.ptx.parse import (
+from tests.cuda.ptx import arithmetic
+from tests.cuda.ptx.arithmetic import DTYPES, bits, unsigned
+from tests.cuda.ptx.memory import take_turns
+from tests.cuda.ptx.parse import (
     Address,
     Instruction,
     Kernel,

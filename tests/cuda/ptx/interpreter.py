@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.arithmetic import DTYPES
-from tests.ptx.machine import BASE, DivergentBarrier, Machine, Report, Traffic
-from tests.ptx.memory import ALLOCATED, DataRace, Memory, Misaligned, OutOfBounds, Shadow, Uninitialised
-from tests.ptx.opcodes import InactiveLane, warp_mask
-from tests.ptx.parse import Kernel, PTXError, UnknownInstruction, Variable, demangle, parse
+from tests.cuda.ptx.arithmetic import DTYPES
+from tests.cuda.ptx.machine import BASE, DivergentBarrier, Machine, Report, Traffic
+from tests.cuda.ptx.memory import ALLOCATED, DataRace, Memory, Misaligned, OutOfBounds, Shadow, Uninitialised
+from tests.cuda.ptx.opcodes import InactiveLane, warp_mask
+from tests.cuda.ptx.parse import Kernel, PTXError, UnknownInstruction, Variable, demangle, parse
 
 __all__ = [
     "DataRace",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.ptx.compile import ARCHITECTURES, Assembly, assemble, compile_ptx, need_compiler
-from tests.ptx.parse import parse
-from tests.ptx.programs import programs, ptx_for
+from tests.cuda.ptx.compile import ARCHITECTURES, Assembly, assemble, compile_ptx, need_compiler
+from tests.cuda.ptx.parse import parse
+from tests.cuda.ptx.programs import programs, ptx_for
 
 CEILING = 64  # registers of a thread that no program may have more of in float32; most say 40 or less
 PARTS = 4  # of the programs, for processes that test side by side

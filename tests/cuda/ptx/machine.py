@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.memory import (
+from tests.cuda.ptx.memory import (
     ALLOCATED,
     INITIALISED,
     SECTOR,
@@ -18,8 +18,8 @@ from tests.ptx.memory import (
     bank_conflicts,
     sectors,
 )
-from tests.ptx.opcodes import InactiveLane, Lanes, decode, source
-from tests.ptx.parse import GUARD, PTXError, UnknownInstruction
+from tests.cuda.ptx.opcodes import InactiveLane, Lanes, decode, source
+from tests.cuda.ptx.parse import GUARD, PTXError, UnknownInstruction
 
 BASE = 1 << 44  # of global memory
 # A generic address is that within a space plus:

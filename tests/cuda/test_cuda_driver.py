@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tinygrad_bn_kernels.cuda import launch
 
-from tests.cuda_bindings import OURS, Bindings
-from tests.ptx.compile import need_compiler, offline
+from tests.cuda.cuda_bindings import OURS, Bindings
+from tests.cuda.ptx.compile import need_compiler, offline
 
 # ---- without a device ------------------------------------------------------------------------------------
 
@@ -144,14 +144,14 @@ def test_work_goes_to_the_stream_of_the_block_in_the_order_of_the_program(bindin
 
 
 def test_a_network_trains_on_a_stream(bindings):
-    from tests import test_cuda
+    from tests.cuda.training import network, three_steps
     from tinygrad_bn import cuda
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
-    want = test_cuda.three_steps(test_cuda.network, "adam", x, y, "cpu")[0]
+    want = three_steps(network, "adam", x, y, "cpu")[0]
     with cuda.stream(5):
-        losses = test_cuda.three_steps(test_cuda.network, "adam", x, y, "cuda")[0]
+        losses = three_steps(network, "adam", x, y, "cuda")[0]
     np.testing.assert_allclose(losses, want, rtol=1e-5)
 
 
@@ -447,7 +447,7 @@ def test_large_products_are_cublas_on_our_memory_and_stream(cupy, dtype, toleran
 
 
 def test_products_are_ours_where_they_are_small_or_there_is_no_cublas_or_no_gpu(cupy):
-    from tests.ptx.programs import interpreted
+    from tests.cuda.ptx.programs import interpreted
 
     _products("cuda", np.float32, 1)
     assert not cupy.calls

@@ -1,4 +1,4 @@
-"""Training on cuda, end to end: what a GPU would run is executed from its PTX, by the interpreter of `tests/ptx`."""
+"""Ops, training and devices on cuda, executed from PTX by the interpreter of `tests/cuda/ptx`."""
 
 import copy
 import pickle
@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.ptx.compile import need_compiler
-from tests.ptx.programs import interpreted
+from tests.cuda.ptx.compile import need_compiler
+from tests.cuda.ptx.programs import interpreted
+from tests.cuda.training import BUILT_IN, OPTIMISERS, images_network, network, three_steps
 from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import OPS
 
@@ -19,9 +20,6 @@ def device():
         yield used
 
 
-BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
-
-
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_op_is_the_same_as_on_the_cpu(name):
     for example, dtype in enumerate((np.float32, np.float32, np.float64)):
@@ -30,45 +28,6 @@ def test_every_op_is_the_same_as_on_the_cpu(name):
 
 
 # ---- training --------------------------------------------------------------------------------------------
-
-
-def network():
-    """Without biases before a BatchNorm: their gradient is 0 but for rounding, which Adam would blow up."""
-    rng = np.random.default_rng(3)
-    return nn.Sequential(
-        nn.Linear(6, 20, bias=False, rng=rng), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.2, rng=rng),
-        nn.Linear(20, 9, bias=False, rng=rng), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3, rng=rng),
-    )  # fmt: skip
-
-
-def images_network():
-    rng = np.random.default_rng(3)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1, bias=False, rng=rng), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(27, 3, rng=rng),
-    )  # fmt: skip
-
-
-OPTIMISERS = {
-    "adam": lambda ps: optim.Adam(ps, lr=0.05),
-    "sgd": lambda ps: optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "rmsprop": lambda ps: optim.RMSprop(ps, momentum=0.5),
-}
-
-
-def three_steps(make, optimiser, x, y, where):
-    """The losses of three full training steps, and the state after them."""
-    model = make().to(where)
-    optimizer = OPTIMISERS[optimiser](model.parameters())
-    x, y, losses = Tensor(x).to(where), Tensor(y).to(where), []
-    for _ in range(3):
-        loss = functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optim.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, model.state_dict(), optimizer.state_dict()
 
 
 @pytest.mark.parametrize(

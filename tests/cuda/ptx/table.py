@@ -1,4 +1,4 @@
-"""The table of programs for cuda: what the compiler and the interpreter say of each. `python -m tests.ptx.table`.
+"""The table of programs for cuda: what the compiler and the interpreter say of each. `python -m tests.cuda.ptx.table`.
 
 It prints `kernels/cuda_programs.md`; numba-cuda, the CUDA toolkit's compiler and nvdisasm are needed, and no GPU.
 """
@@ -8,26 +8,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.gpu_report import SIZES, cases
-from tests.ptx.compile import ARCHITECTURES, assemble
-from tests.ptx.programs import Interpreted, interpreted, programs, ptx_for
-from tests.ptx.test_accesses import BUSY
+from tests.cuda.gpu_report import SIZES, cases
+from tests.cuda.ptx.compile import ARCHITECTURES, assemble
+from tests.cuda.ptx.programs import Interpreted, interpreted, programs, ptx_for
+from tests.cuda.ptx.test_accesses import BUSY
 
-HEAD = """# The programs for cuda
+HEAD = """# The CUDA programs
 
-What `python -m tests.ptx.table` says of each program, for float32. A name ends in the layout of its operands: `a` an
-array, `n` a number, a `4` that 128 bits are moved at a time, `rows` that operands are broadcast.
+Printed by `python -m tests.cuda.ptx.table`, for float32. A name ends in the layout of its operands: `a` an array, `n` a
+number, `4` for 128-bit accesses, `rows` for operands that are broadcast.
 
-- *registers* of a thread, for {archs}, as `ptxas` gives them; no program spills any or has a
-  stack frame;
+- *registers*: of a thread, for {archs}, from `ptxas`; no program spills or has a stack frame;
 - *shared*: bytes of shared memory of a block;
-- *bytes*: what the threads ask memory for, for each element of the largest array, in the launches of
-  `tests/ptx/test_accesses.py`; *least*: the bytes that were touched at all, each counted once. A program that asks for
-  more reads something again, most often from a cache;
-- *sectors*: pieces of 32 bytes that a warp's request touches, for loads and stores of 32 and of 128 bits a thread; 4
-  and 16 are the least where all lanes take part;
-- *executed*: its PTX was run by the interpreter of `tests/ptx`, against float64, in the tests;
-- *in the report*: whether `make gpu-report`, on a machine with a GPU, launches it in what it times.
+- *bytes*: requested by the threads, for each element of the largest array, in the launches of
+  `tests/cuda/ptx/test_accesses.py`; *least*: distinct bytes touched. A program that requests more reads data again,
+  usually from a cache;
+- *sectors*: 32-byte pieces that a warp's request touches, for loads and stores of 32 and of 128 bits a thread; with all
+  lanes active at least 4 and 16;
+- *executed*: the tests run its PTX in the interpreter of `tests/cuda/ptx` and compare with float64;
+- *in the report*: `make gpu-report`, on a machine with a GPU, launches it in a timed case.
 
 | program | registers | shared | bytes | least | sectors, 32 bits | 128 bits | executed | in the report |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |

@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.ptx.barriers import barriers, without_barrier
-from tests.ptx.compile import compile_ptx, need_compiler
-from tests.ptx.interpreter import (
+from tests.cuda.ptx.barriers import barriers, without_barrier
+from tests.cuda.ptx.compile import compile_ptx, need_compiler
+from tests.cuda.ptx.interpreter import (
     DataRace,
     Device,
     DivergentBarrier,
@@ -226,7 +226,7 @@ def test_a_block_larger_than_its_shared_array_is_found(numba, kernel):
 
 
 def test_blocks_race_also_if_they_are_executed_one_after_the_other(monkeypatch, numba, kernel):
-    monkeypatch.setattr("tests.ptx.interpreter.LANES", 32)
+    monkeypatch.setattr("tests.cuda.ptx.interpreter.LANES", 32)
     with pytest.raises(DataRace, match=r"block \(1, 0, 0\).*what thread 0 of block 0 wrote"):
         launch(numba, kernel["total"], numbers(), zeros(), grid=2, block=1)
     _, (_, out) = launch(numba, kernel["scale"], numbers(), zeros(), grid=4, block=16)
@@ -395,7 +395,7 @@ def test_memory_that_nobody_wrote_is_not_read():
 
 
 def test_allocations_are_reused_only_when_many_bytes_wait(monkeypatch):
-    monkeypatch.setattr("tests.ptx.interpreter.QUARANTINE", 2000)
+    monkeypatch.setattr("tests.cuda.ptx.interpreter.QUARANTINE", 2000)
     device = Device(4096)
     addresses = [device.alloc(100) for _ in range(20)]
     assert len(set(addresses)) == 20

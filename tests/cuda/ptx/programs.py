@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.compile import offline
-from tests.ptx.interpreter import Device, Report
+from tests.cuda.ptx.compile import offline
+from tests.cuda.ptx.interpreter import Device, Report
 
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1.0, 1.0], np.float32)
 Edit = Callable[[str, str], str]  # of a program's name and its PTX
