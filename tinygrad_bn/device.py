@@ -86,9 +86,9 @@ def join(arrays: Sequence[Any]) -> Any:
 
 
 def _arrays() -> Any:
-    from tinygrad_bn.cuda import arrays
+    from tinygrad_bn_kernels.cuda.available import device_arrays
 
-    return arrays()
+    return device_arrays()
 
 
 def kernel_or(reference: Kernel, name: str, *arrays: Any, **options: Any) -> Any:

@@ -156,7 +156,7 @@ def test_nothing_is_copied_to_the_host_unasked():
     t = Tensor([1.0, 2.0]).to("cuda")
     with pytest.raises(TypeError, match=r"lives on cuda.*\.numpy\(\)"):
         np.asarray(t)
-    with pytest.raises(TypeError, match="no NumPy array"):
+    with pytest.raises(TypeError, match=r"not converted to NumPy implicitly: copy it with \.numpy\(\)"):
         np.asarray(t.data)
     with pytest.raises(TypeError):
         np.add(t.data, 1)
@@ -175,7 +175,7 @@ def test_the_gradient_comes_back_to_the_device_that_a_tensor_came_from():
 
 
 def test_what_cuda_does_not_take():
-    with pytest.raises(TypeError, match="float32, float64; not of float16"):
+    with pytest.raises(TypeError, match=r"cannot have dtype float16; it can have .*float32, float64"):
         Tensor([1.0], dtype=np.float16).to("cuda")
     with pytest.raises(ValueError, match=r"no device 'cuda:0'.* \"cuda\" is one GPU, the first"):
         Tensor([1.0]).to("cuda:0")
@@ -223,9 +223,9 @@ def test_dlpack_shares_memory_in_both_directions():
     shared = cuda.from_dlpack(t.data)
     assert shared.data.pointer == t.data.pointer
     np.testing.assert_array_equal(shared.numpy(), t.numpy())
-    assert len(dlpack._lent) == 1
+    assert len(dlpack._exports) == 1
     del shared
-    assert not dlpack._lent
+    assert not dlpack._exports
     assert t.data.__dlpack_device__() == (2, 0)
     with pytest.raises(TypeError, match="is not on cuda:0"):
         cuda.from_dlpack(np.ones(3))

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
-from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
+from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32, uint64
 
@@ -73,6 +73,6 @@ def dropout_by_key(x: DeviceArray, *, p: float, key: int) -> DeviceArray:
     if x.size:
         scale = x.number(1 / (1 - p) if p < 1 else 0)
         numbers = *u4(x.size), np.uint64(round(p * 2**32)), *u4(key, key >> 32), scale
-        which = DROPOUT4 if wide(x) else DROPOUT
+        which = DROPOUT4 if vectorizable(x) else DROPOUT
         launch(which, blocks(-(-x.size // 4)), x, out, *numbers)
     return out

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
+from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import broadcast, contiguous, row_block, walks
@@ -330,7 +330,7 @@ def run(name: str, *operands: Any, dtype: np.dtype[Any], result: DTypeLike) -> D
         return out
     if len(set(shapes)) == 1:
         arrays = [o for o in (*args, out) if isinstance(o, DeviceArray)]
-        vector = f"{name}.{layout}4" in PROGRAMS and wide(*arrays)
+        vector = f"{name}.{layout}4" in PROGRAMS and vectorizable(*arrays)
         which = PROGRAMS[f"{name}.{layout}{'4' * vector}"]
         launch(which, blocks(-(-out.size // 4) if vector else out.size), *args, out, *u4(out.size))
     else:
@@ -377,7 +377,8 @@ for _name in ("abs", "sign", "relu", "maximum", "minimum"):
 div = kernel("div", "cuda")(_float("div"))
 for _name in FLOAT.keys() - {"div"}:
     kernel(_name, "cuda")(_float(_name))
-equal, not_equal, less, less_equal = map(_truth, ("equal", "not_equal", "less", "less_equal"))
+for _name in TRUTH:
+    kernel(f"array.{_name}", "cuda")(_truth(_name))
 
 
 @kernel("pow", "cuda")
@@ -428,6 +429,7 @@ def _one(value: Any, dtype: DTypeLike) -> DeviceArray:
     return fill(DeviceArray((), dtype), value)
 
 
+@kernel("array.fill", "cuda")
 def fill(out: DeviceArray, value: Any) -> DeviceArray:
     """The array, with every element set to `value`."""
     if out.size:

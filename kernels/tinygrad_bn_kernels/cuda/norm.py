@@ -13,7 +13,7 @@ import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
-from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
+from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
 from tinygrad_bn_kernels.cuda.norm_sums import FINISH, GRADIENTS, GROUPS, LANES, passed_by
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
@@ -241,7 +241,7 @@ class _Sizes:
             self.part, self.work = part, self.parts * tiles
             self.numbers = u4(self.work, self.channels, self.count, part, tiles)
         else:
-            by_four = self.size % 4 == 0 and wide(x, *others)
+            by_four = self.size % 4 == 0 and vectorizable(x, *others)
             self.word, self.unit = ("plane4", 4) if by_four else ("plane", 1)
             size, count = self.size // self.unit, self.count // self.unit
             self.parts, part = _cut(count, PLANE_PART // 8 // self.unit, self.channels)
