@@ -199,24 +199,25 @@ def matmul_vjp(g: DeviceArray, y: DeviceArray, a: DeviceArray, b: DeviceArray, *
 
 
 @kernel("linear", "cuda")
-def linear(x: DeviceArray, weight: DeviceArray, bias: DeviceArray) -> DeviceArray:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,)."""
-    x, weight, bias = _common(x, weight, bias)
-    if x.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
-        raise ValueError(f"x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit")
+def linear(x: DeviceArray, weight: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
+    """x (..., in) times weight (out, in) transposed, plus bias (out,) unless it is None."""
+    x, weight, *added = _common(x, weight, *(() if bias is None else (bias,)))
+    if x.shape[-1:] != weight.shape[1:] or any(b.shape != weight.shape[:1] for b in added):
+        shape = bias if bias is None else bias.shape
+        raise ValueError(f"x (..., in) {x.shape}, weight (out, in) {weight.shape} and bias (out,) {shape} do not match")
     rows, (columns, depth) = math.prod(x.shape[:-1]), weight.shape
-    return product(x, weight, rows, columns, depth, "nt", bias).reshape((*x.shape[:-1], columns))
+    return product(x, weight, rows, columns, depth, "nt", *added).reshape((*x.shape[:-1], columns))
 
 
 @kernel("linear.vjp", "cuda")
 def linear_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool]
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray | None, *, needs: list[bool]
 ) -> Any:
-    """g W, gᵀ x and Σ g, those that are needed."""
+    """g W, gᵀ x and Σ g; None where `needs` is false."""
     rows, (columns, depth) = math.prod(x.shape[:-1]), weight.shape
     if not rows or len({g.dtype, x.dtype, weight.dtype}) > 1:
         return NotImplemented
     gx = product(g, weight, rows, depth, columns).reshape(x.shape) if needs[0] else None
     gweight = product(g, x, columns, depth, rows, "tn").reshape(weight.shape) if needs[1] else None
-    gbias = sum_(g.reshape((rows, columns)), axis=0) if needs[2] else None
+    gbias = sum_(g.reshape((rows, columns)), axis=0) if needs[2] and bias is not None else None
     return gx, gweight, gbias

@@ -437,6 +437,11 @@ def fill(out: DeviceArray, value: Any) -> DeviceArray:
     return out
 
 
+def vector_or(value: float, vector: DeviceArray | None, length: int, dtype: np.dtype[Any]) -> DeviceArray:
+    """`vector` as `dtype`, or, if it is None, `length` elements of `value`."""
+    return fill(DeviceArray((length,), dtype), value) if vector is None else vector.astype(dtype, copy=False)
+
+
 @kernel("relu.vjp", "cuda")
 def relu_vjp(g: DeviceArray, y: DeviceArray, x: DeviceArray, *, needs: list[bool]) -> tuple[DeviceArray]:
     """g where the output was positive, 0 elsewhere."""

@@ -268,100 +268,99 @@ class _Sizes:
         launch(which, grid, *args, *u4(rows, self.channels, size), *numbers, block=block)
 
 
-def _expect_channels(x: DeviceArray, *vectors: DeviceArray) -> None:
-    """Raise ValueError unless each vector is (C,): the programs would read beyond it."""
-    maps.check(x, *vectors)
-    for v in vectors:
+def _expect_channels(x: DeviceArray, *vectors: DeviceArray | None) -> None:
+    """Raise ValueError unless each vector is (C,) or None: the programs would read out of bounds."""
+    given = [v for v in vectors if v is not None]
+    maps.check(x, *given)
+    for v in given:
         if v.shape != x.shape[1:2]:
-            raise ValueError(f"vectors of shape {v.shape} do not fit the channels of x {x.shape}")
+            raise ValueError(f"x {x.shape} needs vectors of shape {x.shape[1:2]}; got {v.shape}")
 
 
-def _vectors(x: DeviceArray, *vectors: DeviceArray) -> list[DeviceArray]:
-    return [v.astype(x.dtype, copy=False) for v in vectors]
+def _weight(weight: DeviceArray | None, x: DeviceArray) -> DeviceArray:
+    return maps.vector_or(1, weight, x.shape[1], x.dtype)
 
 
-def _forward(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, eps: float, relu: bool) -> Any:
+def _bias(bias: DeviceArray | None, x: DeviceArray) -> DeviceArray:
+    return maps.vector_or(0, bias, x.shape[1], x.dtype)
+
+
+def _forward(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, eps: float, relu: bool) -> Any:
     _expect_channels(x, weight, bias)
     y, mean, var = DeviceArray(x.shape, x.dtype), *(DeviceArray(x.shape[1:2], x.dtype) for _ in range(2))
     if not x.size:
         return y, maps.fill(mean, np.nan), maps.fill(var, np.nan)
-    weight, bias = _vectors(x, weight, bias)
     to = _Sizes(x)
     moments, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((3, to.channels), x.dtype)
     to.sums("moments", False, x, moments)
     numbers = *u4(to.channels, to.parts, to.count, to.part), x.number(eps)
-    launch(FINISH, -(-to.channels // 256), moments, weight, mean, var, constants, *numbers)
-    to.apply("normalize", relu, x, constants, bias, y)
+    launch(FINISH, -(-to.channels // 256), moments, _weight(weight, x), mean, var, constants, *numbers)
+    to.apply("normalize", relu, x, constants, _bias(bias, x), y)
     return y, mean, var
 
 
 def _backward(
-    g: DeviceArray,
-    y: DeviceArray,
-    x: DeviceArray,
-    weight: DeviceArray,
-    needs: list[bool],
-    eps: float,
-    mean: DeviceArray,
-    var: DeviceArray,
-    relu: bool,
-) -> Any:
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, needs: list[bool], eps: float,
+    mean: DeviceArray, var: DeviceArray, relu: bool,
+) -> Any:  # fmt: skip
+    gx = DeviceArray(x.shape, x.dtype) if needs[0] else None
     gweight, gbias = (DeviceArray(x.shape[1:2], x.dtype) for _ in range(2))
-    if not x.size:
-        return DeviceArray(x.shape, x.dtype), maps.fill(gweight, 0), maps.fill(gbias, 0)
-    (weight,) = _vectors(x, weight)
-    to = _Sizes(x, g, y)
-    sums, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((4, to.channels), x.dtype)
-    to.sums("sums", relu, g, y, x, mean, sums)
-    numbers = *u4(to.channels, to.parts, to.count), x.number(eps)
-    launch(GRADIENTS, -(-to.channels // 256), sums, mean, var, weight, gweight, gbias, constants, *numbers)
-    gx = None
-    if needs[0]:
-        gx = DeviceArray(x.shape, x.dtype)
-        to.apply("gradient", relu, g, y, x, mean, constants, gx)
-    return gx, gweight, gbias
+    if x.size:
+        to = _Sizes(x, g, y)
+        sums, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((4, to.channels), x.dtype)
+        to.sums("sums", relu, g, y, x, mean, sums)
+        arrays = sums, mean, var, _weight(weight, x), gweight, gbias, constants
+        launch(GRADIENTS, -(-to.channels // 256), *arrays, *u4(to.channels, to.parts, to.count), x.number(eps))
+        if gx is not None:
+            to.apply("gradient", relu, g, y, x, mean, constants, gx)
+    else:
+        maps.fill(gweight, 0)
+        maps.fill(gbias, 0)
+    return gx, gweight if needs[1] else None, gbias if needs[2] else None
 
 
 @kernel("batch_norm_fused", "cuda")
-def batch_norm_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, eps: float) -> Any:
-    """x (N, C, ...), weight and bias (C,): the output, and mean and biased variance (C,) in x's dtype."""
+def batch_norm_fused(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
+    """x (N, C, ...), weight and bias (C,) or None: the output, and mean and biased variance (C,) in x's dtype."""
     return _forward(x, weight, bias, eps, False)
 
 
 @kernel("batch_norm_relu_fused", "cuda")
-def batch_norm_relu_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, eps: float) -> Any:
-    """`batch_norm_fused`, and the ReLU of its output."""
+def batch_norm_relu_fused(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
+    """`batch_norm_fused`, followed by ReLU."""
     return _forward(x, weight, bias, eps, True)
 
 
 @kernel("batch_norm_inference", "cuda")
 def batch_norm_inference(
-    x: DeviceArray, mean: DeviceArray, var: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, eps: float
-) -> DeviceArray:
-    """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
+    x: DeviceArray, mean: DeviceArray, var: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    eps: float,
+) -> DeviceArray:  # fmt: skip
+    """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias are (C,) or None."""
     _expect_channels(x, mean, var, weight, bias)
     y = DeviceArray(x.shape, x.dtype)
     if x.size:
-        mean, var, weight, bias = _vectors(x, mean, var, weight, bias)
-        _Sizes(x).apply("infer", False, x, mean, var, weight, bias, y, numbers=[x.number(eps)])
+        mean, var = (v.astype(x.dtype, copy=False) for v in (mean, var))
+        vectors = mean, var, _weight(weight, x), _bias(bias, x)
+        _Sizes(x).apply("infer", False, x, *vectors, y, numbers=[x.number(eps)])
     return y
 
 
 @kernel("batch_norm_fused.vjp", "cuda")
 def batch_norm_fused_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
-    eps: float, mean: DeviceArray, var: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    needs: list[bool], eps: float, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
-    """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
+    """Gradients with respect to x, weight and bias, from the saved statistics; None where `needs` is false."""
     return _backward(g, y, x, weight, needs, eps, mean, var, False)
 
 
 @kernel("batch_norm_relu_fused.vjp", "cuda")
 def batch_norm_relu_fused_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
-    eps: float, mean: DeviceArray, var: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    needs: list[bool], eps: float, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
-    """The same behind a ReLU, which passed the gradient where the output is positive."""
+    """The same with ReLU, which passes the gradient where the output is positive."""
     return _backward(g, y, x, weight, needs, eps, mean, var, True)
 
 

@@ -145,20 +145,24 @@ def CROSS_ENTROPY_VJP(T: Any) -> Callable[..., None]:
     return cross_entropy_vjp
 
 
-def _prepared(x: DeviceArray, target: DeviceArray, weight: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
-    maps.check(x, target, weight)
-    if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
-        raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
-    return target.astype(np.int64, copy=False), weight.astype(x.dtype, copy=False)
+def _prepared(x: DeviceArray, target: DeviceArray, weight: DeviceArray | None) -> tuple[DeviceArray, DeviceArray]:
+    """Targets as int64, and weights in the dtype of x; None is all ones."""
+    maps.check(x, target, *(() if weight is None else (weight,)))
+    shape = x.shape[1:] if weight is None else weight.shape
+    if target.shape != x.shape[:1] or shape != x.shape[1:] or not x.shape[1]:
+        raise ValueError(f"logits (M, C) {x.shape} need targets (M,) and weights (C,); got {target.shape} and {shape}")
+    return target.astype(np.int64, copy=False), maps.vector_or(1, weight, x.shape[1], x.dtype)
 
 
 @kernel("softmax_cross_entropy", "cuda")
 def softmax_cross_entropy(
-    x: DeviceArray, target: DeviceArray, weight: DeviceArray, *, smoothing: float, ignore_index: int, reduction: str
-) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
-    """x (M, C) logits, target (M,) classes, weight (C,): the loss, what backward needs again, and Σ weights of targets.
+    x: DeviceArray, target: DeviceArray, weight: DeviceArray | None, *, smoothing: float, ignore_index: int,
+    reduction: str,
+) -> tuple[DeviceArray, DeviceArray, DeviceArray]:  # fmt: skip
+    """x (M, C) logits, target (M,) classes, weight (C,) or None: the loss, saved values of rows, Σ weights of targets.
 
-    The loss is that of each row (M,) for the reduction "none", else one number; NaN where a target is no class.
+    The loss has shape (M,) for the reduction "none", else (). It is NaN where a target is not a class. Saved for the
+    gradient are the largest logit of each row, and the log of its sum of exponentials.
     """
     target, weight = _prepared(x, target, weight)
     (rows, classes), each = x.shape, reduction == "none"
@@ -174,10 +178,11 @@ def softmax_cross_entropy(
 
 @kernel("softmax_cross_entropy.vjp", "cuda")
 def softmax_cross_entropy_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, target: DeviceArray, weight: DeviceArray, *, needs: list[bool],
-    smoothing: float, ignore_index: int, reduction: str, normalizer: DeviceArray, total: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, target: DeviceArray, weight: DeviceArray | None, *,
+    needs: list[bool], smoothing: float, ignore_index: int, reduction: str, normalizer: DeviceArray,
+    total: DeviceArray,
 ) -> Any:  # fmt: skip
-    """The gradient with respect to the logits; that of the weights is left to the composition."""
+    """The gradient with respect to the logits. The composition computes that of the weights."""
     if needs[2]:
         return NotImplemented
     target, weight = _prepared(x, target, weight)

@@ -327,6 +327,64 @@ def test_block_norm(n, groups, planes, size, kind, centered, seed):
     close(gbias, g.astype(np.float64).sum((0, 2)), ulps=64, scale=np.abs(g).sum((0, 2)))
 
 
+# ---- operands that are None ------------------------------------------------------------------------------
+
+
+def same_bits(name: str, operands: list[Any], spelt_out: list[Any], **params: Any) -> Any:
+    """The results of a kernel, which must not change if None is replaced by an array."""
+    found, expected = (run(name, *xs, **params) for xs in (operands, spelt_out))
+    for one, want in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        np.testing.assert_array_equal(one, want)
+    return found
+
+
+def same_gradients(name: str, g: Any, y: Any, operands: list[Any], spelt_out: list[Any], **params: Any) -> None:
+    """The same of a vector-Jacobian product; the gradient of an operand that is None is None."""
+    given = [x is not None for x in operands]
+    found = same_bits(f"{name}.vjp", [g, y, *operands], [g, y, *spelt_out], needs=given, **params)
+    assert [x is not None for x in found] == given
+
+
+@pytest.mark.parametrize(("with_weight", "with_bias"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("shape", [(5, 6, 1), (5, 6, 7)])
+def test_norms_without_weight_or_bias(shape, with_weight, with_bias):
+    x, g, vectors = numbers(shape), numbers(shape, seed=1), numbers((4, 6), seed=2)
+    weight, bias = (v if there else None for v, there in zip(vectors, (with_weight, with_bias), strict=False))
+    operands, spelt_out = [x, weight, bias], [x, np.ones(6, "f4"), np.zeros(6, "f4")]
+    spelt_out = [o if o is not None else s for o, s in zip(operands, spelt_out, strict=True)]
+    for name, options in (
+        ("batch_norm_fused", {}),
+        ("batch_norm_relu_fused", {}),
+        ("block_norm_fused", {"blocks": (5, 2, 3, shape[2]), "centered": True}),
+    ):
+        y, mean, var = same_bits(name, operands, spelt_out, eps=1e-5, **options)
+        same_gradients(name, g, y, operands, spelt_out, eps=1e-5, **options, mean=mean, var=var)
+    given = vectors[2], np.abs(vectors[3])
+    same_bits("batch_norm_inference", [x, *given, *operands[1:]], [x, *given, *spelt_out[1:]], eps=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy_without_weight(reduction, smoothing):
+    x, target = numbers((9, 40)), np.arange(9)
+    options = {"smoothing": smoothing, "ignore_index": 3, "reduction": reduction}
+    operands, spelt_out = [x, target, None], [x, target, np.ones(40, "f4")]
+    loss, normalizer, total = same_bits("softmax_cross_entropy", operands, spelt_out, **options)
+    g, saved = numbers(np.shape(loss)), {"normalizer": normalizer, "total": total}
+    gx, *others = run("softmax_cross_entropy.vjp", g, loss, *operands, needs=[True, False, False], **options, **saved)
+    want, *_ = run("softmax_cross_entropy.vjp", g, loss, *spelt_out, needs=[True, False, False], **options, **saved)
+    np.testing.assert_array_equal(gx, want)
+    assert others == [None, None]
+
+
+def test_linear_without_bias():
+    x, weight, g = numbers((2, 33, 20)), numbers((70, 20), seed=1), numbers((2, 33, 70), seed=2)
+    operands, spelt_out = [x, weight, None], [x, weight, np.zeros(70, "f4")]
+    y = same_bits("linear", operands, spelt_out)
+    same_gradients("linear", g, y, operands, spelt_out)
+    assert launched("linear", x, weight, None) == ["product.nt"]
+
+
 # ---- losses, convolution, pooling, dropout, optimisers ---------------------------------------------------
 
 
