@@ -128,7 +128,7 @@ def test_numpy_arrays_and_lists_have_no_device_as_an_index_or_as_what_is_assigne
     t.data = np.eye(2)
     assert (t.device, t.numpy().tolist()) == ("cuda", [[1, 0], [0, 1]])
     for index in (1.5, "a", True):
-        with pytest.raises(IndexError, match="an index is a number, a slice, an array"):
+        with pytest.raises(IndexError, match="an index must be a number, a slice, an array"):
             t[index]
 
 

@@ -1,8 +1,8 @@
-"""Layer, group, instance and RMS normalisation: each block of neighbouring elements by its own statistics.
+"""Layer, group, instance and RMS normalisation: statistics of each block of adjacent elements.
 
-x is (N · G, P · S): a row has G's weights and biases, one for each of P planes of S elements. A block of threads takes
-a row: its mean, squares about that mean, and then the output, from readings of which all but the first come from the
-cache.
+x is (N · G, P · S): a row is a group of a sample, P planes of S elements, with one weight and bias for each plane. A
+block of threads processes a row: its mean, squares about that mean, then the output. Only the first read of the row
+comes from memory, the others from a cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinygrad_bn_kernels.cuda.launch import blocks as grid_of
 from tinygrad_bn_kernels.cuda.launch import launch, program, u4
 from tinygrad_bn_kernels.cuda.reduce import sum_
 from tinygrad_bn_kernels.cuda.shim import cuda, uint32
-from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, plus
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus
 
 Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S
 
@@ -28,11 +28,11 @@ Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S
     registers=64,
 )  # fmt: skip
 def BLOCK_NORM(T: Any) -> Callable[..., None]:
-    """Statistics of a block of elements, and the block normalised by them: one block of threads for each."""
-    total = over_block(plus)
+    """Statistics of each row, and the normalised row: one block of threads for each."""
+    total = block_reduce(plus)
 
     def block_norm(x, weight, bias, y, mean, var, rows, groups, planes, size, step_p, step_s, eps):
-        # `size` has its highest bit set for blocks that are not centered.
+        # The highest bit of `size` is set if the mean is not subtracted (RMS).
         shared = cuda.shared.array(WARPS, T)
         centered = size < uint32(0x80000000)
         size = uint32(size & uint32(0x7FFFFFFF))
@@ -83,8 +83,8 @@ def BLOCK_NORM(T: Any) -> Callable[..., None]:
     shuffles=24, registers=64,
 )  # fmt: skip
 def GRADIENT(T: Any) -> Callable[..., None]:
-    """The gradient of x, and x̂ for those of weight and bias."""
-    total = over_block(plus)
+    """The gradient with respect to x, and x̂ for those of weight and bias."""
+    total = block_reduce(plus)
 
     def gradient(g, x, weight, mean, var, gx, xhat, rows, groups, planes, size, step_p, step_s, eps):
         shared = cuda.shared.array(WARPS, T)
@@ -134,7 +134,7 @@ def _numbers(sizes: Blocks, centered: bool) -> Any:
     return u4(n * groups, groups, planes, size if centered else size | 0x80000000, THREADS // size, THREADS % size)
 
 
-def _expect_blocks(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, sizes: Blocks) -> None:
+def _check_blocks(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, sizes: Blocks) -> None:
     given = [v for v in (weight, bias) if v is not None]
     maps.check(x, *given)
     if x.size != math.prod(sizes) or any(v.size != sizes[1] * sizes[2] for v in given):
@@ -148,7 +148,7 @@ def block_norm_fused(
     centered: bool,
 ) -> Any:  # fmt: skip
     """The output, in the shape of x, and mean and variance (N · G,) of each block; weight and bias may be None."""
-    _expect_blocks(x, weight, bias, blocks)
+    _check_blocks(x, weight, bias, blocks)
     rows = blocks[0] * blocks[1]
     y, mean, var = DeviceArray(x.shape, x.dtype), DeviceArray((rows,), x.dtype), DeviceArray((rows,), x.dtype)
     if x.size:

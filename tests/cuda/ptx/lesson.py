@@ -248,7 +248,7 @@ Shared memory lies in 32 *banks*, word i in bank i mod 32, and a bank serves one
 neighbouring words, one from each bank. `neighbours` reads words 2, 4, 8, … apart: more and more of them lie in the same
 bank, and the warp waits for one after the other. A conflict in the table is one such turn more.
 
-The kernels of the project do as `shuffles` does: `over_warp` and `over_block` in
+The kernels of the project do as `shuffles` does: `warp_reduce` and `block_reduce` in
 [`cuda/warps.py`](tinygrad_bn_kernels/cuda/warps.py). All threads get the result, so that they can go on with it.
 A block that uses its shared memory again needs one barrier more, after the reading.
 
