@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.cuda.ptx.compile import need_compiler
+from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import interpreted
 from tests.cuda.training import BUILT_IN, OPTIMISERS, images_network, network, three_steps
 from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
@@ -15,7 +15,7 @@ from tinygrad_bn.autograd import OPS
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
-    need_compiler()
+    require_compiler()
     with interpreted() as used:
         yield used
 

@@ -14,7 +14,7 @@ import pytest
 from tinygrad_bn_kernels.cuda import launch
 
 from tests.cuda.cuda_bindings import OURS, Bindings
-from tests.cuda.ptx.compile import need_compiler, offline
+from tests.cuda.ptx.compile import offline, require_compiler
 
 # ---- without a device ------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def test_without_the_extra_the_error_says_what_to_install():
 
 
 def test_without_a_device_the_error_says_so():
-    need_compiler()
+    require_compiler()
     from tinygrad_bn import Tensor, cuda
 
     if cuda.is_available():
@@ -64,7 +64,7 @@ def test_without_a_device_the_error_says_so():
 
 @pytest.fixture
 def bindings(monkeypatch):
-    need_compiler()
+    require_compiler()
     from tinygrad_bn_kernels.cuda import driver
 
     fake = Bindings()

@@ -67,10 +67,10 @@ def test_a_large_product_is_as_exact_by_cublas(dtype, tolerance, gpu):
 
 def test_the_report_measures_every_kernel_that_it_names():
     """On the interpreter, whose times mean nothing: that the report runs."""
-    from tests.cuda.ptx.compile import need_compiler
+    from tests.cuda.ptx.compile import require_compiler
     from tests.cuda.ptx.programs import interpreted
 
-    need_compiler()
+    require_compiler()
     with interpreted():
         rows = list(measure((2, 2, 4, 4), (5, 7), repeats=1, calls=1))
     lines = list(table(rows))

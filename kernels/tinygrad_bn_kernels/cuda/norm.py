@@ -224,7 +224,7 @@ def RUNNING(T: Any) -> Scalar:
 
 
 def _split(length: int, least: int, concurrent: int) -> tuple[int, int]:
-    """Number and length of the parts of `length` elements, of which `concurrent` are processed at a time."""
+    """Number and length of the parts of `length` elements, while `concurrent` such tasks run."""
     count = max(-(-length // (8 * least)), min(-(-length // least), 4 * driver().processors // max(concurrent, 1)), 1)
     part = -(-length // count)
     return -(-length // part), part

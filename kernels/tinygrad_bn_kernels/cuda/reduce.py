@@ -227,7 +227,7 @@ def _runs(shape: Shape, axes: Shape) -> list[tuple[int, bool]]:
 
 
 def _split(length: int, least: int, concurrent: int) -> tuple[int, int]:
-    """Number and length of the parts of a reduction of `length` elements, of which `concurrent` run at a time."""
+    """Number and length of the parts of a reduction of `length` elements, while `concurrent` reductions run."""
     count = max(1, min(-(-length // least), 8 * driver().processors // max(concurrent, 1)))
     part = -(-length // count)
     return -(-length // part), part

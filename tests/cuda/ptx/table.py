@@ -1,6 +1,6 @@
-"""The table of programs for cuda: what the compiler and the interpreter say of each. `python -m tests.cuda.ptx.table`.
+"""`python -m tests.cuda.ptx.table` prints `kernels/cuda_programs.md`, a table of all CUDA programs.
 
-It prints `kernels/cuda_programs.md`; numba-cuda, the CUDA toolkit's compiler and nvdisasm are needed, and no GPU.
+It needs numba-cuda, the CUDA toolkit's compiler and nvdisasm, and no GPU.
 """
 
 from collections import Counter
@@ -40,12 +40,12 @@ class Moved:
     elements: int = 0
     asked: int = 0
     least: int = 0
-    requests: Counter[int] = field(default_factory=Counter)  # by bits that a lane moves
+    requests: Counter[int] = field(default_factory=Counter)  # by bits of a lane
     sectors: Counter[int] = field(default_factory=Counter)
 
 
 class Measuring(Interpreted):
-    """A driver that adds up what programs move."""
+    """A driver that sums the traffic of programs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Measuring(Interpreted):
 
 
 def measured() -> dict[str, Moved]:
-    """What each program moves in the launches of `test_accesses.py`."""
+    """The traffic of each program in the launches of `test_accesses.py`."""
     device = Measuring()
     with interpreted(device):
         for launch in BUSY.values():
@@ -75,8 +75,8 @@ def measured() -> dict[str, Moved]:
     return device.moved
 
 
-class Noting(Interpreted):
-    """A driver of a large GPU that does nothing but note what is launched."""
+class Recording(Interpreted):
+    """A driver of a large GPU that only records the names of launched programs."""
 
     processors = 132
 
@@ -98,8 +98,8 @@ class Noting(Interpreted):
 
 
 def reported() -> set[str]:
-    """The programs that the cases of the report launch."""
-    device = Noting()
+    """The programs that the cases of the GPU report launch."""
+    device = Recording()
     with interpreted(device):
         for images, flat in SIZES:
             for case in cases(images, flat):
