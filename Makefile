@@ -23,11 +23,11 @@ test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build 
 	$(BIN)/python -m pytest -n auto tests/peers
 
 test-cuda: $(VENV)/.cuda-test  ## execute every CUDA kernel without a GPU (installs numba-cuda; needs the CUDA 13 toolkit)
-	TINYGRAD_BN_CUDA_TOOLS=required $(BIN)/python -m pytest -n auto tests/ptx tests/test_cuda.py tests/test_cuda_driver.py
+	TINYGRAD_BN_CUDA_TOOLS=required $(BIN)/python -m pytest -n auto tests/cuda
 
 gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op there, and print the bandwidth of each kernel
-	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
-	$(BIN)/python -m tests.gpu_report
+	$(BIN)/python -m pytest -q -m gpu tests/cuda/test_gpu.py
+	$(BIN)/python -m tests.cuda.gpu_report
 
 bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 10 minutes, a quiet machine)
 	$(BIN)/python tests/benchmarks/bench.py

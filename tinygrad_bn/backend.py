@@ -225,6 +225,6 @@ def move(array: Any, device: str) -> Any:
 
 def _device_arrays() -> Any:
     """The module of arrays on cuda, imported when first needed. Raises RuntimeError if there is no such device."""
-    from tinygrad_bn_kernels.cuda import device_arrays
+    from tinygrad_bn_kernels.cuda.available import device_arrays
 
     return device_arrays()

@@ -1,14 +1,13 @@
-"""The NVIDIA GPU, where there is one: `tensor.to("cuda")`, `model.to("cuda")`, `fit(..., device="cuda")`.
+"""The NVIDIA GPU: `tensor.to("cuda")`, `model.to("cuda")`, `fit(..., device="cuda")`.
 
-Importing this touches no driver. The kernels come with `pip install "tinygrad-bn[cuda]"`; they are for float32 and
-float64 (not float16), and launches are asynchronous: reading a value waits for what it depends on.
+Importing this module loads no driver. `pip install "tinygrad-bn[cuda]"` installs what the kernels need. They support
+float32 and float64, not float16. Launches are asynchronous: reading a value waits for the work that produces it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 from tinygrad_bn import backend
@@ -17,40 +16,37 @@ from tinygrad_bn.tensor import Operand, Tensor, primitive
 
 __all__ = ["from_dlpack", "info", "is_available", "stream", "synchronize", "to"]
 
-_INSTALL = 'device "cuda" needs the package numba-cuda: pip install "tinygrad-bn[cuda]"'
+
+def _device_arrays() -> Any:
+    """The module of device arrays. Raises RuntimeError that says what is missing."""
+    from tinygrad_bn_kernels.cuda.available import device_arrays
+
+    return device_arrays()
 
 
-def arrays() -> Any:
-    """The module of device arrays, if there is a device. Raises RuntimeError saying what is missing."""
+def _driver() -> Any:
+    """The open device. Raises RuntimeError that says what is missing."""
+    _device_arrays()
     from tinygrad_bn_kernels.cuda import launch
 
-    if launch.installed() is None:
-        if find_spec("numba_cuda") is None:
-            raise RuntimeError(_INSTALL)
-        launch.driver()
-    from tinygrad_bn_kernels.cuda import array
-
-    return array
+    return launch.driver()
 
 
 def is_available() -> bool:
     """Whether tensors can be moved to "cuda": the package is installed and there is a device."""
     try:
-        arrays()
+        _device_arrays()
     except (MemoryError, RuntimeError):
         return False
     return True
 
 
 def info() -> dict[str, Any]:
-    """What is known of the device: `available`, and then its name, compute capability and more, or the `reason`."""
+    """A description of the device: `available`, and its name, compute capability and more, or the `reason` if not."""
     try:
-        arrays()
+        device = _driver()
     except (MemoryError, RuntimeError) as error:
         return {"available": False, "reason": str(error)}
-    from tinygrad_bn_kernels.cuda import launch
-
-    device = launch.driver()
     return {
         "available": True,
         "name": getattr(device, "name", type(device).__name__),
@@ -60,43 +56,37 @@ def info() -> dict[str, Any]:
 
 
 def from_dlpack(other: Any) -> Tensor:
-    """A tensor that shares its memory with an array of CuPy, PyTorch or JAX on the same GPU.
+    """A tensor that shares memory with an array of CuPy, PyTorch or JAX on the same GPU.
 
-    It is the one way in which a tensor does not own its data: what others write there changes it under a graph. The way
-    back is their own `from_dlpack(t.data)`.
+    Writes to that array change the tensor, also in a recorded graph. To share a tensor with another library, call its
+    `from_dlpack(t.data)`.
 
     Raises:
         RuntimeError: there is no device.
-        TypeError: the array is not on it, or not C-contiguous.
+        TypeError: the array is not on the device, or not C-contiguous.
     """
-    arrays()
-    from tinygrad_bn_kernels.cuda.dlpack import borrow
-
-    return Tensor._of(borrow(other))
+    return Tensor._of(_device_arrays().DeviceArray.from_dlpack(other))
 
 
 @contextmanager
 def stream(handle: int) -> Iterator[None]:
-    """In this block, in this thread, all work goes to the stream with this handle of the driver's.
+    """Submit this thread's work in the block to the CUDA stream `handle`.
 
-    Such as `torch.cuda.current_stream().cuda_stream`, or `cupy.cuda.get_current_stream().ptr`; 0 is the default
-    stream, which all work goes to otherwise. The stream has to outlive the block. What is asked in the block comes
-    after what was asked before it, and what comes after waits for it. Threads that share arrays and work on different
-    streams have to wait for each other, as with `synchronize`. Raises RuntimeError where there is no device.
+    A handle is `torch.cuda.current_stream().cuda_stream` or `cupy.cuda.get_current_stream().ptr`, for example; 0 is the
+    default stream, which is used outside such blocks. The stream must outlive the block. It waits for the work
+    submitted before the block, and work after the block waits for it. Threads that share arrays on different streams
+    must synchronise themselves, for example with `synchronize`. Raises RuntimeError if there is no device.
     """
-    arrays()
-    from tinygrad_bn_kernels.cuda import launch
+    driver = _driver()
+    from tinygrad_bn_kernels.cuda.streams import on_stream
 
-    with launch.on_stream(int(handle)):
+    with on_stream(int(handle), driver.order):
         yield
 
 
 def synchronize() -> None:
-    """Wait until the device has done all that was asked of it. Raises RuntimeError where there is none."""
-    arrays()
-    from tinygrad_bn_kernels.cuda import launch
-
-    launch.driver().synchronize()
+    """Wait until the device has finished all submitted work. Raises RuntimeError if there is no device."""
+    _driver().synchronize()
 
 
 @primitive(

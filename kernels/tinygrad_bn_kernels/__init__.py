@@ -4,7 +4,7 @@ A kernel takes arrays and gives arrays; it knows no Tensor. Its name is the op's
 name with ``.vjp`` (the backward: ``(g, y, *operands, needs=…, **params)`` to one gradient for each operand, or None for
 one that `needs` says nobody wants).
 An op without a kernel, or whose kernel gives NotImplemented for these arguments, runs its NumPy reference. Kernels
-called ``optim.…`` and ``nn.…`` update the state of optimisers and layers.
+called ``optim.…`` and ``nn.…`` update the state of optimisers and layers; ``array.…`` are operators of device arrays.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ CUDA_MODULES = _table(
     "cuda",
     {
         "maps": "add sub mul div neg pow exp expm1 log sqrt rsqrt tanh sigmoid softplus erf relu relu.vjp abs sign "
-        "clip maximum minimum where astype",
+        "clip maximum minimum where astype array.fill array.equal array.not_equal array.less array.less_equal",
         "layout": "reshape transpose broadcast_to getitem scatter_add concatenate stack pad",
         "reduce": "sum sum_to max min argmax argmin sum_of_squares optim.sum_of_squares",
         "linear": "matmul matmul.vjp linear linear.vjp",

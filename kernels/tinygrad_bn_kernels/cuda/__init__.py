@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs: Numba programs over contiguous arrays in device memory. `kernels/CUDA.md` says how."""
+"""Kernels for NVIDIA GPUs: Numba programs over contiguous arrays in device memory. `kernels/CUDA.md` describes them."""

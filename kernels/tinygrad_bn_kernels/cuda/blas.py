@@ -1,8 +1,8 @@
-"""Large matrix products by NVIDIA's cuBLAS, through CuPy where that is installed, in our memory and on our stream.
+"""Large matrix products by NVIDIA's cuBLAS, through CuPy if it is installed, in our memory and on our stream.
 
-A batch of matrices that lie transposed CuPy would copy first: those products stay our own. In float32 it is float32:
-CuPy computes in TF32 only where the environment says so (`CUPY_TF32=1`). The tests have a stand-in for CuPy; with a
-real one this has not run yet.
+CuPy would copy the matrices of a batch that are transposed in memory, so our own program computes those products.
+float32 products are computed in float32; CuPy uses TF32 only if `CUPY_TF32=1` is set. The tests use a stand-in for
+CuPy: this code has not run with a real one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.driver import Device
-from tinygrad_bn_kernels.cuda.launch import current_stream, driver
+from tinygrad_bn_kernels.cuda.launch import driver
+from tinygrad_bn_kernels.cuda.streams import current_stream
 
-# Multiplications from which a product is worth the call of CuPy: 256 cubed.
+# The fewest multiplications for which CuPy is called: 256 cubed.
 LARGE = 1 << 24
 
 
 @cache
 def _cupy() -> Any:
-    """CuPy, or None where there is none, or no cuBLAS that it can load."""
+    """CuPy, or None if it is not installed or finds no cuBLAS."""
     try:
         import cupy
 
@@ -32,7 +33,10 @@ def _cupy() -> Any:
 
 
 def multiply(a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, out: DeviceArray, depth: int, how: str) -> bool:
-    """Write the product, plus `bias`, to out (count, rows, columns) and say so; or do nothing. See `linear.product`."""
+    """Write the product plus `bias` to out (count, rows, columns) and return True; or do nothing and return False.
+
+    `how` is that of `linear.product`.
+    """
     count, rows, columns = out.shape
     if out.size * depth < LARGE or out.dtype.kind != "f" or not isinstance(driver(), Device):
         return False
@@ -43,11 +47,12 @@ def multiply(a: DeviceArray, b: DeviceArray, bias: DeviceArray | None, out: Devi
         return False
 
     def shared(x: DeviceArray, shape: tuple[int, int], transposed: bool = False) -> Any:
+        """A CuPy array in the memory of x."""
         memory = cupy.cuda.UnownedMemory(x.pointer, x.nbytes, x)
         stored = shape[::-1] if transposed else shape
         batch = () if count == 1 else (x.size // (shape[0] * shape[1]),)
-        theirs = cupy.ndarray((*batch, *stored), x.dtype, cupy.cuda.MemoryPointer(memory, 0))
-        return theirs.swapaxes(-1, -2) if transposed else theirs
+        view = cupy.ndarray((*batch, *stored), x.dtype, cupy.cuda.MemoryPointer(memory, 0))
+        return view.swapaxes(-1, -2) if transposed else view
 
     with cupy.cuda.Device(0), cupy.cuda.ExternalStream(current_stream()):
         left, right = shared(a, (rows, depth), how[0] == "t"), shared(b, (depth, columns), how[1] == "t")

@@ -1,8 +1,8 @@
-"""Layer, group, instance and RMS normalisation: each block of neighbouring elements by its own statistics.
+"""Layer, group, instance and RMS normalisation: statistics of each block of adjacent elements.
 
-x is (N · G, P · S): a row has G's weights and biases, one for each of P planes of S elements. A block of threads takes
-a row: its mean, squares about that mean, and then the output, from readings of which all but the first come from the
-cache.
+x is (N · G, P · S): a row is a group of a sample, P planes of S elements, with one weight and bias for each plane. A
+block of threads processes a row: its mean, squares about that mean, then the output. Only the first read of the row
+comes from memory, the others from a cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinygrad_bn_kernels.cuda.launch import blocks as grid_of
 from tinygrad_bn_kernels.cuda.launch import launch, program, u4
 from tinygrad_bn_kernels.cuda.reduce import sum_
 from tinygrad_bn_kernels.cuda.shim import cuda, uint32
-from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, plus
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus
 
 Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S
 
@@ -28,11 +28,11 @@ Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S
     registers=64,
 )  # fmt: skip
 def BLOCK_NORM(T: Any) -> Callable[..., None]:
-    """Statistics of a block of elements, and the block normalised by them: one block of threads for each."""
-    total = over_block(plus)
+    """Statistics of each row, and the normalised row: one block of threads for each."""
+    total = block_reduce(plus)
 
     def block_norm(x, weight, bias, y, mean, var, rows, groups, planes, size, step_p, step_s, eps):
-        # `size` has its highest bit set for blocks that are not centered.
+        # The highest bit of `size` is set if the mean is not subtracted (RMS).
         shared = cuda.shared.array(WARPS, T)
         centered = size < uint32(0x80000000)
         size = uint32(size & uint32(0x7FFFFFFF))
@@ -83,8 +83,8 @@ def BLOCK_NORM(T: Any) -> Callable[..., None]:
     shuffles=24, registers=64,
 )  # fmt: skip
 def GRADIENT(T: Any) -> Callable[..., None]:
-    """The gradient of x, and x̂ for those of weight and bias."""
-    total = over_block(plus)
+    """The gradient with respect to x, and x̂ for those of weight and bias."""
+    total = block_reduce(plus)
 
     def gradient(g, x, weight, mean, var, gx, xhat, rows, groups, planes, size, step_p, step_s, eps):
         shared = cuda.shared.array(WARPS, T)
@@ -134,22 +134,25 @@ def _numbers(sizes: Blocks, centered: bool) -> Any:
     return u4(n * groups, groups, planes, size if centered else size | 0x80000000, THREADS // size, THREADS % size)
 
 
-def _expect_blocks(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, sizes: Blocks) -> None:
-    maps.check(x, weight, bias)
-    if x.size != math.prod(sizes) or weight.size != sizes[1] * sizes[2] or bias.size != weight.size:
-        raise ValueError(f"x {x.shape} and weight {weight.shape} do not make blocks (N, G, P, S) of {sizes}")
+def _check_blocks(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, sizes: Blocks) -> None:
+    given = [v for v in (weight, bias) if v is not None]
+    maps.check(x, *given)
+    if x.size != math.prod(sizes) or any(v.size != sizes[1] * sizes[2] for v in given):
+        shapes = [v.shape for v in given]
+        raise ValueError(f"x {x.shape} with vectors of shapes {shapes} does not have blocks (N, G, P, S) of {sizes}")
 
 
 @kernel("block_norm_fused", "cuda")
 def block_norm_fused(
-    x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, blocks: Blocks, eps: float, centered: bool
-) -> Any:
-    """The output, in x's shape, and mean and variance of each block, (N · G,)."""
-    _expect_blocks(x, weight, bias, blocks)
+    x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, blocks: Blocks, eps: float,
+    centered: bool,
+) -> Any:  # fmt: skip
+    """The output, in the shape of x, and mean and variance (N · G,) of each block; weight and bias may be None."""
+    _check_blocks(x, weight, bias, blocks)
     rows = blocks[0] * blocks[1]
     y, mean, var = DeviceArray(x.shape, x.dtype), DeviceArray((rows,), x.dtype), DeviceArray((rows,), x.dtype)
     if x.size:
-        vectors = [v.astype(x.dtype, copy=False) for v in (weight, bias)]
+        vectors = [maps.vector_or(n, v, blocks[1] * blocks[2], x.dtype) for n, v in ((1, weight), (0, bias))]
         numbers = *_numbers(blocks, centered), x.number(eps)
         launch(BLOCK_NORM, grid_of(rows, 1), x, *vectors, y, mean, var, *numbers)
     return y, mean, var
@@ -157,17 +160,19 @@ def block_norm_fused(
 
 @kernel("block_norm_fused.vjp", "cuda")
 def block_norm_fused_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
-    blocks: Blocks, eps: float, centered: bool, mean: DeviceArray, var: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    needs: list[bool], blocks: Blocks, eps: float, centered: bool, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
-    """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
+    """Gradients with respect to x, weight and bias, from the saved statistics; None where `needs` is false."""
     if not x.size:
         return NotImplemented
     gx, xhat = DeviceArray(x.shape, x.dtype), DeviceArray(x.shape, x.dtype)
-    weight_ = weight.astype(x.dtype, copy=False)
-    numbers = *_numbers(blocks, centered), x.number(eps)
-    launch(GRADIENT, grid_of(len(mean), 1), g, x, weight_, mean, var, gx, xhat, *numbers)
     shape, axes = (blocks[0], blocks[1] * blocks[2], blocks[3]), (0, 2)
-    gweight = sum_(maps.mul(g, xhat).reshape(shape), axis=axes).reshape(weight.shape) if needs[1] else None
-    gbias = sum_(g.reshape(shape), axis=axes).reshape(bias.shape) if needs[2] else None
+    arrays = g, x, maps.vector_or(1, weight, shape[1], x.dtype), mean, var, gx, xhat
+    launch(GRADIENT, grid_of(len(mean), 1), *arrays, *_numbers(blocks, centered), x.number(eps))
+    gweight = gbias = None
+    if weight is not None and needs[1]:
+        gweight = sum_(maps.mul(g, xhat).reshape(shape), axis=axes).reshape(weight.shape)
+    if bias is not None and needs[2]:
+        gbias = sum_(g.reshape(shape), axis=axes).reshape(bias.shape)
     return gx, gweight, gbias

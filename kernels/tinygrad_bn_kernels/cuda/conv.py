@@ -1,8 +1,8 @@
-"""Convolution in one to three dimensions: columns, a matrix product, and the adjoint of columns.
+"""Convolution in one to three dimensions by im2col, a matrix product, and col2im.
 
-The columns of a group are (C / G · K, N · P): what each of K places of the kernel meets at each of P places of the
-output. Then output, gradient of the input and gradient of the weight are one product each. Both walks keep up where
-they are by steps and remainders, as a division for each element would cost more than its copy.
+The columns of a group are (C / G · K, N · P): for each of K kernel positions, the input elements that it multiplies at
+each of P output positions. The output, the gradient of the input and the gradient of the weight are one product each.
+The loops update positions by steps and remainders: a division for each element would cost more than its copy.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
@@ -26,7 +24,7 @@ from tinygrad_bn_kernels.cuda.strides import contiguous, row_block
 Ints = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
 
-# Elements of the columns that are held at a time: images are taken in groups.
+# Most elements of the columns at a time: images are processed in chunks.
 COLUMNS = 1 << 26
 
 _THREE = "u4 u4 u4"
@@ -34,7 +32,7 @@ _THREE = "u4 u4 u4"
 
 @program("columns", f"f4* f4* u4 u4 {_THREE} {_THREE} {_THREE} {_THREE} {_THREE} {_THREE}", block=(32, 8), registers=64)
 def COLUMNS_OF(T: Any) -> Callable[..., None]:
-    """x (N, C, D, H, W) to (C · K, N · P): a row is what a place of the kernel meets in a channel of an image."""
+    """im2col: x (N, C, D, H, W) to (C · K, N · P). A row of the loop is one kernel position, channel and image."""
 
     def columns(
         x, out, images, channels, depth, height, width, kd, kh, kw, sd, sh, sw, pd, ph, pw, od, oh, ow, dd, dh, dw
@@ -57,7 +55,7 @@ def COLUMNS_OF(T: Any) -> Callable[..., None]:
             o_h = uint32(uint32(p // ow) % oh)
             o_d = uint32(p // uint32(oh * ow))
             while p < places:
-                d = uint32(o_d * sd + k_d * dd - pd)  # before the first it wraps around, beyond every length
+                d = uint32(o_d * sd + k_d * dd - pd)  # negative positions wrap around, out of range
                 h = uint32(o_h * sh + k_h * dh - ph)
                 w = uint32(o_w * sw + k_w * dw - pw)
                 value = T(0)
@@ -77,7 +75,7 @@ def COLUMNS_OF(T: Any) -> Callable[..., None]:
 
 @program("images", f"f4* f4* u4 u4 {_THREE} {_THREE} {_THREE} {_THREE} {_THREE} {_THREE}", block=(32, 8), registers=64)
 def IMAGES_OF(T: Any) -> Callable[..., None]:
-    """The adjoint: an element of x is the sum of all columns that met it. No two threads write to one place."""
+    """col2im, the adjoint: each element of x is a sum over columns. Every element is written by one thread."""
 
     def images_of(
         columns, x, images, channels, depth, height, width, kd, kh, kw, sd, sh, sw, pd, ph, pw, od, oh, ow, dd, dh, dw
@@ -86,7 +84,7 @@ def IMAGES_OF(T: Any) -> Callable[..., None]:
         across, kernel = uint32(images * places), uint32(kd * kh * kw)
         step, row_step = uint32(cuda.blockDim.x), uint32(cuda.gridDim.x * cuda.blockDim.y)
         step_q, step_r = uint32(step // sw), uint32(step % sw)
-        # One place further in the kernel is this much earlier in the output: whole steps, and what is left.
+        # The next kernel position is this far back in the output: quotient and remainder by the stride.
         back_d, rest_d = uint32(dd // sd), uint32(dd % sd)
         back_h, rest_h = uint32(dh // sh), uint32(dh % sh)
         back_w, rest_w = uint32(dw // sw), uint32(dw % sw)
@@ -138,7 +136,7 @@ def IMAGES_OF(T: Any) -> Callable[..., None]:
 
 
 class _Geometry:
-    """The numbers of one convolution, in three dimensions whatever they are."""
+    """The sizes of one convolution, padded to three dimensions."""
 
     def __init__(
         self, channels: int, size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Pairs, dilation: Ints
@@ -152,12 +150,12 @@ class _Geometry:
         self.places, self.lines = math.prod(out), channels * math.prod(kernel)
 
     def chunks(self, images: int) -> Iterator[tuple[int, int]]:
-        """The images in groups: the first of each, and how many they are."""
+        """(first image, number of images) of each chunk."""
         each = max(1, COLUMNS // max(self.lines * self.places, 1))
         return ((first, min(each, images - first)) for first in range(0, images, each))
 
     def columns(self, x: DeviceArray, first: int, count: int) -> DeviceArray:
-        """(C · K, count · P), of `count` images from `first` on."""
+        """The columns (C · K, count · P) of `count` images from `first` on."""
         images = x.view((count, self.channels, *self.size), first * self.channels * math.prod(self.size))
         out = DeviceArray((self.lines, count * self.places), x.dtype)
         block = row_block(self.places)
@@ -166,7 +164,7 @@ class _Geometry:
         return out
 
     def images(self, columns: DeviceArray, x: DeviceArray, first: int, count: int) -> None:
-        """The adjoint of `columns`, into x."""
+        """The adjoint of `columns`, written to x."""
         images = x.view((count, self.channels, *self.size), first * self.channels * math.prod(self.size))
         block, rows = row_block(self.size[-1]), count * self.channels * self.size[0] * self.size[1]
         numbers = u4(count, self.channels, *self.numbers)
@@ -179,18 +177,12 @@ class _Geometry:
         return transpose(part, axes=(1, 0, 2)).reshape((groups, channels // groups, count * self.places))
 
 
-def _typed(*arrays: DeviceArray) -> list[DeviceArray]:
-    maps.check(*arrays)
-    dtype = np.result_type(*(a.dtype for a in arrays))
-    return [a.astype(dtype, copy=False) for a in arrays]
-
-
 @kernel("conv", "cuda")
 def conv(
     x: DeviceArray, weight: DeviceArray, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> DeviceArray:
     """x (N, C, *size) by weight (O, C / G, *kernel): (N, O, *out)."""
-    x, weight = _typed(x, weight)
+    x, weight = maps.same_dtype(x, weight)
     size, kernel, outputs = x.shape[2:], weight.shape[2:], len(weight)
     axes = zip(size, kernel, stride, padding, dilation, strict=True)
     out = tuple((n + before + after - d * (k - 1) - 1) // s + 1 for n, k, s, (before, after), d in axes)
@@ -212,7 +204,7 @@ def conv_input(
     g: DeviceArray, weight: DeviceArray, *, size: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> DeviceArray:
     """g (N, O, *out) and weight (O, C / G, *kernel) to (N, C, *size)."""
-    g, weight = _typed(g, weight)
+    g, weight = maps.same_dtype(g, weight)
     channels = weight.shape[1] * groups
     to = _Geometry(channels, size, weight.shape[2:], g.shape[2:], stride, padding, dilation)
     gx = DeviceArray((len(g), channels, *size), g.dtype)
@@ -228,7 +220,7 @@ def conv_weight(
     x: DeviceArray, g: DeviceArray, *, kernel: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> DeviceArray:
     """x (N, C, *size) and g (N, O, *out) to (O, C / G, *kernel)."""
-    x, g = _typed(x, g)
+    x, g = maps.same_dtype(x, g)
     outputs, channels = g.shape[1], x.shape[1]
     to = _Geometry(channels, x.shape[2:], kernel, g.shape[2:], stride, padding, dilation)
     total = None
@@ -242,7 +234,7 @@ def conv_weight(
 
 @kernel("conv_fused", "cuda")
 def conv_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, **options: Any) -> DeviceArray:
-    """`conv` with a bias (O,)."""
+    """`conv` plus a bias (O,)."""
     maps.check(x, weight, bias)
     return maps.add(conv(x, weight, **options), bias.reshape((-1, *(1,) * (x.ndim - 2))))
 
@@ -252,7 +244,7 @@ def conv_fused_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
     **options: Any,
 ) -> Any:  # fmt: skip
-    """Those of x, weight and bias that are needed."""
+    """Gradients with respect to x, weight and bias; None where `needs` is false."""
     gx = conv_input(g, weight, size=x.shape[2:], **options) if needs[0] else None
     gweight = conv_weight(x, g, kernel=weight.shape[2:], **options) if needs[1] else None
     return gx, gweight, sum_(g, axis=(0, *range(2, g.ndim))) if needs[2] else None

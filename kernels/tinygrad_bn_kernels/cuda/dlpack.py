@@ -1,6 +1,6 @@
-"""DLPack: device arrays that are shared with CuPy, PyTorch and JAX, in both directions and without a copy.
+"""DLPack: sharing device arrays with CuPy, PyTorch and JAX, in both directions and without a copy.
 
-The structures are those of dlpack.h, version 0, which every library still takes.
+The structures are those of dlpack.h, version 0, which every library accepts.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn_kernels.cuda.array import DeviceArray
-from tinygrad_bn_kernels.cuda.launch import current_stream, driver
+from tinygrad_bn_kernels.cuda.launch import driver
+from tinygrad_bn_kernels.cuda.streams import current_stream
 from tinygrad_bn_kernels.cuda.strides import contiguous
 
 CUDA = 2  # kDLCUDA
 CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
-NEW, USED = b"dltensor", b"used_dltensor"
+UNUSED, USED = b"dltensor", b"used_dltensor"  # names of a capsule, before and after it is consumed
 
 
 class _Tensor(ctypes.Structure):
@@ -48,63 +48,63 @@ _python.PyCapsule_New.restype = ctypes.py_object
 _python.PyCapsule_New.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _python.PyCapsule_IsValid.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
-_lent: dict[int, Any] = {}  # what others use, until they say that they have done with it
+_exports: dict[int, Any] = {}  # keeps exported arrays alive until the consumer calls the deleter
 _count = itertools.count(1)
 
 
-def _give_back(managed: Any) -> None:
-    *_held, stream, _capsule = _lent.pop(managed.contents.context)  # held until this returns
-    if stream != current_stream():  # what was asked there may still use the memory
+def _release(managed: Any) -> None:
+    *_held, stream, _capsule = _exports.pop(managed.contents.context)  # kept alive until this returns
+    if stream != current_stream():  # the consumer's work on its stream may still use the memory
         driver().synchronize()
 
 
-_done = _Deleter(_give_back)
+_deleter = _Deleter(_release)
 
 
-def _take_back() -> None:
-    """What was lent in capsules that nobody took, and nobody can any more.
+def _release_unclaimed() -> None:
+    """Release arrays whose capsule was dropped without being consumed.
 
-    A destructor of the capsule would do it at once; but one in Python that runs while an exception is on its way, as
-    the consumer's refusal, loses that exception.
+    A destructor of the capsule would do this at once. But if it is written in Python and runs while an exception
+    propagates, such as the consumer's refusal, that exception is lost.
     """
-    for number in list(_lent):
-        held = _lent.get(number)
-        # Two references to a capsule are ours: that in `held`, and the argument here.
-        if held and sys.getrefcount(held[-1]) == 2 and _python.PyCapsule_IsValid(held[-1], NEW):
-            _lent.pop(number, None)  # unless another thread has done it
+    for number in list(_exports):
+        export = _exports.get(number)
+        # The capsule has two references here: in `export`, and as the argument of getrefcount.
+        if export and sys.getrefcount(export[-1]) == 2 and _python.PyCapsule_IsValid(export[-1], UNUSED):
+            _exports.pop(number, None)  # another thread may have removed it
 
 
-def lend(array: DeviceArray, stream: int) -> Any:
-    """A capsule of `array`, which stays alive until whoever takes it, to work on `stream`, has done with it."""
+def export_capsule(array: Any, stream: int) -> Any:
+    """A capsule of a device array, which stays alive until the consumer, working on `stream`, releases it."""
     shape = (ctypes.c_int64 * max(array.ndim, 1))(*array.shape)
     strides = (ctypes.c_int64 * max(array.ndim, 1))(*contiguous(array.shape))
-    kind, bits = CODES[array.dtype.kind], 8 * array.dtype.itemsize
-    tensor = _Tensor(array.pointer, CUDA, 0, array.ndim, kind, bits, 1, shape, strides, 0)
+    code, bits = CODES[array.dtype.kind], 8 * array.dtype.itemsize
+    tensor = _Tensor(array.pointer, CUDA, 0, array.ndim, code, bits, 1, shape, strides, 0)
     number = next(_count)
-    managed = _Managed(tensor, number, _done)
-    capsule = _python.PyCapsule_New(ctypes.addressof(managed), NEW, None)
-    _take_back()
-    _lent[number] = managed, array, shape, strides, stream, capsule
+    managed = _Managed(tensor, number, _deleter)
+    capsule = _python.PyCapsule_New(ctypes.addressof(managed), UNUSED, None)
+    _release_unclaimed()
+    _exports[number] = managed, array, shape, strides, stream, capsule
     return capsule
 
 
-class _Borrowed:
-    """The memory of another library, given back with its last array."""
+class _ImportedMemory:
+    """Memory of another library, released with its last array."""
 
     def __init__(self, managed: Any) -> None:
         self._managed, self.stream = managed, current_stream()
 
     def __del__(self) -> None:
-        if (self.stream, current_stream()) != (0, 0):  # only the default one is likely to be theirs too
+        if (self.stream, current_stream()) != (0, 0):  # only the default stream is likely to be the owner's too
             driver().synchronize()
         if deleter := self._managed.contents.deleter:
             deleter(self._managed)
 
 
-def borrow(other: Any) -> Any:
-    """An array of another library, in the same memory.
+def import_array(other: Any) -> tuple[tuple[int, ...], np.dtype[Any], Any, int]:
+    """Shape, dtype, owner of the memory and address of another library's array.
 
-    Raises TypeError if it is not on this device, not C-contiguous, or of a dtype that is not known here.
+    Raises TypeError if it is not on this device, or not C-contiguous.
     """
     if tuple(other.__dlpack_device__()) != (CUDA, 0):
         raise TypeError(f"a {type(other).__name__} on DLPack device {other.__dlpack_device__()} is not on cuda:0")
@@ -112,13 +112,13 @@ def borrow(other: Any) -> Any:
     get, rename = _python.PyCapsule_GetPointer, _python.PyCapsule_SetName
     get.argtypes, get.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
     rename.argtypes = (ctypes.py_object, ctypes.c_char_p)
-    managed = ctypes.cast(get(capsule, NEW), ctypes.POINTER(_Managed))
+    managed = ctypes.cast(get(capsule, UNUSED), ctypes.POINTER(_Managed))
     rename(capsule, USED)
-    buffer, tensor = _Borrowed(managed), managed.contents.tensor
+    memory, tensor = _ImportedMemory(managed), managed.contents.tensor
     shape = tuple(tensor.shape[: tensor.ndim]) if tensor.ndim else ()
     steps = contiguous(shape) if not tensor.strides or not tensor.ndim else tuple(tensor.strides[: tensor.ndim])
     if any(s != c and n != 1 for s, c, n in zip(steps, contiguous(shape), shape, strict=True)):
         raise TypeError(f"an array of shape {shape} and strides {steps} is not C-contiguous; copy it first")
     letter = next((k for k, code in CODES.items() if code == tensor.code), "V")
     dtype = np.dtype(bool) if letter == "b" else np.dtype(f"{letter}{tensor.bits // 8}")
-    return DeviceArray(shape, dtype, buffer, (tensor.data or 0) + tensor.byte_offset)
+    return shape, dtype, memory, (tensor.data or 0) + tensor.byte_offset

@@ -1,23 +1,39 @@
-"""The GPU of this machine, through the driver's own interface (package `cuda-bindings`)."""
+"""The GPU of this machine, through the CUDA driver API (package `cuda-bindings`)."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygrad_bn_kernels.cuda.launch import current_stream
+from tinygrad_bn_kernels.cuda.streams import current_stream
 
 Array = NDArray[Any]
 
-# How a number is laid out in 8 bytes, for `struct`.
-_SLOTS: dict[type, str] = {
+# `struct` formats of kernel arguments, each padded to 8 bytes.
+_FORMATS: dict[type, str] = {
     int: "Q", np.uint64: "Q", np.int64: "q", np.float64: "d", np.float32: "f4x", np.uint32: "I4x", np.int32: "i4x",
     np.uint8: "B7x", np.bool_: "?7x",
 }  # fmt: skip
+
+
+class Driver(Protocol):
+    """A device: the GPU (`Device`), or the interpreter of the tests."""
+
+    cc: tuple[int, int]  # compute capability
+    processors: int  # number of multiprocessors
+
+    def alloc(self, nbytes: int) -> int: ...
+    def free(self, pointer: int) -> None: ...
+    def write(self, pointer: int, array: Array) -> None: ...
+    def read(self, pointer: int, nbytes: int) -> Any: ...
+    def copy(self, to: int, source: int, nbytes: int) -> None: ...
+    def order(self, first: int, then: int) -> None: ...
+    def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None: ...
+    def synchronize(self) -> None: ...
 
 
 def _bindings() -> Any:
@@ -28,9 +44,9 @@ def _bindings() -> Any:
     return driver
 
 
-def _checked(answer: Any) -> Any:
-    """What a call of the driver gave. Raises RuntimeError with the driver's words, MemoryError where there is none."""
-    code, *values = answer
+def _checked(result: Any) -> Any:
+    """The values of a driver call. Raises RuntimeError with the driver's error name, MemoryError if memory is full."""
+    code, *values = result
     if int(code) != 0:
         api = _bindings()
         if code == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
@@ -40,15 +56,15 @@ def _checked(answer: Any) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _initialised(api: Any) -> Any:
+def _initialise(api: Any) -> Any:
     try:
         return api.cuInit(0)
-    except (RuntimeError, ImportError, OSError) as error:  # of who looks for the library, in words about itself
+    except (RuntimeError, ImportError, OSError) as error:  # cuda-bindings did not find libcuda
         raise RuntimeError("no NVIDIA driver was found (libcuda)") from error
 
 
 def _linked(ptx: str, cc: tuple[int, int]) -> bytes:
-    """Machine code of a program, which a driver takes also from a newer compiler of the same major version."""
+    """Machine code from PTX. A driver accepts it from a newer compiler of the same major version too."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}")
@@ -56,12 +72,12 @@ def _linked(ptx: str, cc: tuple[int, int]) -> bytes:
 
 
 class Device:
-    """The first device, its memory, and programs that run on it. All is done in the order of the current stream."""
+    """The first GPU: its memory, and launches. All work is submitted to the current stream."""
 
     def __init__(self) -> None:
         self._api = api = _bindings()
         try:
-            _checked(_initialised(api))
+            _checked(_initialise(api))
             if not _checked(api.cuDeviceGetCount()):
                 raise RuntimeError("CUDA: no device")
         except RuntimeError as error:
@@ -79,82 +95,84 @@ class Device:
             )
         )
         self.cc = major, minor
-        # Freed memory stays in the driver's pool, to be given out again without asking the system.
+        # Never return freed memory from the driver's pool to the system: reusing it is cheaper.
         pool = _checked(api.cuDeviceGetDefaultMemPool(device))
-        keep = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
-        _checked(api.cuMemPoolSetAttribute(pool, keep, api.cuuint64_t(2**64 - 1)))
+        threshold = api.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        _checked(api.cuMemPoolSetAttribute(pool, threshold, api.cuuint64_t(2**64 - 1)))
         self._functions: dict[str, tuple[Any, struct.Struct]] = {}
 
-    def _answer(self, function: str, *args: Any) -> Any:
-        """What the driver answers. The thread's context is the device's for the time of the call.
+    def _call(self, function: str, *args: Any) -> Any:
+        """Call the driver with the device's primary context current, which PyTorch and CuPy use too.
 
-        It is the primary one, which PyTorch and CuPy use too; where they have chosen another device, that stays theirs.
+        If another library has made another context current, it is restored after the call.
         """
-        api, ask = self._api, getattr(self._api, function)
+        api, call = self._api, getattr(self._api, function)
         current = int(_checked(api.cuCtxGetCurrent()))
         if current == int(self._context):
-            return ask(*args)
+            return call(*args)
         _checked(api.cuCtxPushCurrent(self._context))
         try:
-            return ask(*args)
+            return call(*args)
         finally:
-            if current:  # a thread without a context keeps this one
+            if current:  # a thread that had no context keeps this one
                 _checked(api.cuCtxPopCurrent())
 
     def _do(self, function: str, *args: Any) -> Any:
-        return _checked(self._answer(function, *args))
+        return _checked(self._call(function, *args))
 
     def alloc(self, nbytes: int) -> int:
-        """The address of new memory, aligned to 256 bytes. Raises MemoryError where there is none."""
+        """The address of new memory, aligned to 256 bytes. Raises MemoryError if memory is full."""
         return int(self._do("cuMemAllocAsync", max(nbytes, 1), current_stream()))
 
     def free(self, pointer: int) -> None:
-        """Give memory back, once all that was asked for before is done."""
+        """Free memory, in the order of the current stream."""
         self._do("cuMemFreeAsync", pointer, current_stream())
 
     def write(self, pointer: int, array: Array) -> None:
-        """Copy a contiguous array to the device, which has it when this returns."""
+        """Copy a contiguous array to the device; returns when the copy is done."""
         self._do("cuMemcpyHtoDAsync", pointer, array.ctypes.data, array.nbytes, current_stream())
         self._do("cuStreamSynchronize", current_stream())
 
     def read(self, pointer: int, nbytes: int) -> Array:
-        """Bytes of the device, as uint8; waits for what was launched before."""
+        """Copy bytes from the device, as uint8; waits for the current stream."""
         out = np.empty(nbytes, np.uint8)
         self._do("cuMemcpyDtoHAsync", out.ctypes.data, pointer, nbytes, current_stream())
         self._do("cuStreamSynchronize", current_stream())
         return out
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        """Copy from one place of the device to another."""
+        """Copy within the device."""
         self._do("cuMemcpyDtoDAsync", to, source, nbytes, current_stream())
 
     def order(self, first: int, then: int) -> None:
-        """Let the stream `then` wait, with what it is asked from now on, for what `first` was asked until now."""
+        """Make stream `then` wait for all work submitted to stream `first` so far."""
+        if first == then:
+            return
         event = self._do("cuEventCreate", self._api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
         self._do("cuEventRecord", event, first)
         self._do("cuStreamWaitEvent", then, event, 0)
         self._do("cuEventDestroy", event)
 
     def _load(self, ptx: str, name: str, args: list[Any]) -> tuple[Any, struct.Struct]:
-        """The program on the device, and how its arguments lie in slots of 8 bytes."""
-        answer = self._answer("cuModuleLoadData", ptx.encode() + b"\0")
-        if answer[0] == self._api.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION:  # the compiler is newer than the driver
-            answer = self._answer("cuModuleLoadData", _linked(ptx, self.cc))
-        function = self._do("cuModuleGetFunction", _checked(answer), name.encode())
-        found = function, struct.Struct("<" + "".join(_SLOTS[type(a)] for a in args))
-        self._functions[ptx] = found
-        return found
+        """Load a program; its function, and the layout of its arguments."""
+        result = self._call("cuModuleLoadData", ptx.encode() + b"\0")
+        if result[0] == self._api.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION:  # the compiler is newer than the driver
+            result = self._call("cuModuleLoadData", _linked(ptx, self.cc))
+        function = self._do("cuModuleGetFunction", _checked(result), name.encode())
+        loaded = function, struct.Struct("<" + "".join(_FORMATS[type(a)] for a in args))
+        self._functions[ptx] = loaded
+        return loaded
 
     def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None:
-        """Run a program; `args` are NumPy scalars, or integers of 64 bits, one for each parameter of the entry."""
+        """Launch a program; `args` are NumPy scalars, or 64-bit integers, one for each parameter of the entry."""
         function, layout = self._functions.get(ptx) or self._load(ptx, name, args)
-        # The driver wants the address of each argument.
-        held = ctypes.create_string_buffer(layout.pack(*args))
-        start = ctypes.addressof(held)
+        # cuLaunchKernel takes the address of each argument.
+        values = ctypes.create_string_buffer(layout.pack(*args))
+        start = ctypes.addressof(values)
         addresses = np.arange(start, start + layout.size, 8, dtype=np.uint64)
         sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
         self._do("cuLaunchKernel", function, *sizes, 0, current_stream(), addresses.ctypes.data, 0)
 
     def synchronize(self) -> None:
-        """Wait for all that was launched."""
+        """Wait for all submitted work."""
         self._do("cuCtxSynchronize")

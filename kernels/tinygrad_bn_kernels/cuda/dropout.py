@@ -1,4 +1,4 @@
-"""Dropout by a counter-based generator: the same elements as on the CPU for the same key."""
+"""Dropout by a counter-based generator: the same key keeps the same elements as on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
-from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
+from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32, uint64
 
@@ -24,12 +24,12 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 @device
 def _kept(x, scale):
-    """The element, scaled; 0, also of a NaN, where the scale is 0."""
+    """x · scale; 0 if the scale is 0, also for NaN."""
     return x * scale if scale > 0 else scale
 
 
 def _dropout(wide: bool) -> Callable[[Any], Callable[..., None]]:
-    """A thread draws four words of 32 bits, for four neighbouring elements; an element stays if its word is large."""
+    """A thread draws four 32-bit words for four adjacent elements; an element is kept if its word is large enough."""
 
     def build(T: Any) -> Callable[..., None]:
         def dropout(x, out, n, threshold, key_low, key_high, scale):
@@ -67,12 +67,12 @@ DROPOUT4 = program("dropout4", "f4* f4* u4 u8 u4 u4 f4", vector=True)(_dropout(T
 
 @kernel("dropout_by_key", "cuda")
 def dropout_by_key(x: DeviceArray, *, p: float, key: int) -> DeviceArray:
-    """x / (1 − p) where the element's 32 random bits are at least p · 2³², else 0."""
+    """x / (1 − p) where an element's random 32-bit word is at least p · 2³², else 0."""
     maps.check(x)
     out = DeviceArray(x.shape, x.dtype)
     if x.size:
         scale = x.number(1 / (1 - p) if p < 1 else 0)
         numbers = *u4(x.size), np.uint64(round(p * 2**32)), *u4(key, key >> 32), scale
-        which = DROPOUT4 if wide(x) else DROPOUT
+        which = DROPOUT4 if vectorizable(x) else DROPOUT
         launch(which, blocks(-(-x.size // 4)), x, out, *numbers)
     return out

@@ -1,7 +1,7 @@
-"""Compiling programs and launching them: which grid, which arguments, and the driver that does it.
+"""Compiling programs to PTX, and launching them on a device.
 
-A *program* is a function that every thread of a grid runs. It is compiled to PTX here, and the PTX is what the driver
-gets: on a machine with a GPU that of `driver.py`, in the tests an interpreter, so that both run the same artefact.
+A *program* is a function that every thread of a grid runs. The device gets its PTX: the GPU through `driver.py`, or the
+interpreter of the tests. Both run the same PTX.
 """
 
 from __future__ import annotations
@@ -12,43 +12,26 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-# The types of numbers that are arguments, as signatures have them.
+from tinygrad_bn_kernels.cuda.driver import Device, Driver
+
+# Type codes of scalar arguments, as in signatures.
 NUMBERS: dict[type, str] = {
     t: np.dtype(t).str[1:]
     for t in (np.bool_, np.uint8, np.int32, np.int64, np.uint32, np.uint64, np.float32, np.float64)
 }
 
-Array = NDArray[Any]
 Signature = tuple[str, ...]
 
-# Arrays have fewer elements than this, so that an index fits in 32 bits: those of 64 cost twice the registers.
+# Arrays have fewer elements than this: indices then fit in 32 bits, which take half the registers of 64.
 LARGEST = 1 << 31
-
-
-class Driver(Protocol):
-    """What is needed of a device."""
-
-    cc: tuple[int, int]  # compute capability
-    processors: int  # how many multiprocessors it has
-
-    def alloc(self, nbytes: int) -> int: ...
-    def free(self, pointer: int) -> None: ...
-    def write(self, pointer: int, array: Array) -> None: ...
-    def read(self, pointer: int, nbytes: int) -> Any: ...
-    def copy(self, to: int, source: int, nbytes: int) -> None: ...
-    def order(self, first: int, then: int) -> None: ...
-    def launch(self, ptx: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: list[Any]) -> None: ...
-    def synchronize(self) -> None: ...
 
 
 # ---- programs --------------------------------------------------------------------------------------------
@@ -58,28 +41,28 @@ PROGRAMS: dict[str, Program] = {}
 
 @dataclass(eq=False)
 class Program:
-    """A function that every thread of a grid runs, and what the tests hold it to.
+    """A function that every thread of a grid runs, and the limits that the tests check.
 
-    `build(kind)` gives the function for arrays of that type, which is the first argument's: constants in it are written
-    `kind(0)`, as a bare literal would be a float64.
+    `build(T)` returns the function for the type T of the first argument. Constants in it are written `T(0)`: a bare
+    literal would make the arithmetic float64.
     """
 
     name: str
     build: Callable[[Any], Callable[..., None]]
-    signatures: tuple[Signature, ...]  # for which the tests compile it
-    block: tuple[int, ...]  # threads of a block that it is launched with
-    registers: int = 40  # of a thread, at most: in float32 the assembler is told so; in float64 half as many again
+    signatures: tuple[Signature, ...]  # that the tests compile
+    block: tuple[int, ...]  # threads of a block
+    registers: int = 40  # limit for a thread: in float32 passed to the assembler, in float64 half as many again
     shared: int = 0  # bytes of shared memory, in float32
-    shuffles: int = 0  # warp shuffles in its code
-    vector: bool = False  # whether it moves 128 bits at a time
+    shuffles: int = 0  # warp shuffle instructions
+    vector: bool = False  # whether it uses 128-bit accesses
     _compiled: dict[tuple[Signature, tuple[int, int]], tuple[str, str]] = field(default_factory=dict)
 
     def ptx(self, signature: Signature, cc: tuple[int, int]) -> str:
-        """Its PTX for these types of arguments and this compute capability."""
+        """The PTX for these argument types and this compute capability."""
         return self.compiled(signature, cc)[0]
 
     def compiled(self, signature: Signature, cc: tuple[int, int]) -> tuple[str, str]:
-        """Its PTX, and the name of the entry in it."""
+        """The PTX, and the name of its entry."""
         found = self._compiled.get((signature, cc))
         if found is None:
             ptx = _cached_ptx(self, signature, cc)
@@ -98,9 +81,9 @@ def program(
     shuffles: int = 0,
     vector: bool = False,
 ) -> Callable[[Callable[[Any], Callable[..., None]]], Program]:
-    """Register the decorated function, `kind -> program`, under `name`; see `Program`.
+    """Register the decorated function, `build` of `Program`, under `name`.
 
-    A signature is written `"f4* f4* u4"`: two arrays of float32 and a uint32.
+    A signature such as `"f4* f4* u4"` is two arrays of float32 and a uint32.
     """
 
     def register(build: Callable[[Any], Callable[..., None]]) -> Program:
@@ -115,7 +98,7 @@ def program(
 
 @cache
 def _cache_folder() -> Path | None:
-    """Where PTX is kept between runs, under a name that all sources here give; None where nothing can be written."""
+    """The folder that keeps PTX between runs, named by a hash of all sources here; None if it cannot be written."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     try:
         versions = metadata.version("numba-cuda") + metadata.version("numba")
@@ -126,7 +109,7 @@ def _cache_folder() -> Path | None:
         root = Path(base or Path.home() / (".cache" if os.name == "posix" else "AppData/Local"))
         folder = root / "tinygrad_bn" / ("ptx-" + hashlib.sha256(sources + versions.encode()).hexdigest()[:16])
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # also: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     return folder
 
@@ -135,40 +118,38 @@ def _cached_ptx(program: Program, signature: Signature, cc: tuple[int, int]) -> 
     from tinygrad_bn_kernels.cuda import shim
 
     folder = _cache_folder()
-    words = "_".join((program.name, *signature, f"sm{cc[0]}{cc[1]}")).replace("*", "s")
-    path = folder / f"{words}.ptx" if folder else None
-    if path and path.exists() and ".entry" in (kept := path.read_text()):
-        return kept
+    file_name = "_".join((program.name, *signature, f"sm{cc[0]}{cc[1]}")).replace("*", "s")
+    path = folder / f"{file_name}.ptx" if folder else None
+    if path and path.exists() and ".entry" in (cached := path.read_text()):
+        return cached
     ptx = shim.compile_ptx(program.build(shim.TYPES[signature[0].removesuffix("*")]), signature, cc)
-    if not any(kind.startswith("f8") for kind in signature):  # whose numbers take two registers each
+    if not any(kind.startswith("f8") for kind in signature):  # a float64 takes two registers
         before, entry, rest = ptx.partition(".entry")
         ptx = before + entry + re.sub(r"\)\s*\{", f")\n.maxnreg {program.registers}\n{{", rest, count=1)
     if path:
         temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        with suppress(OSError):  # a full disk costs a compilation in the next process, and no more
+        with suppress(OSError):  # on a full disk the next process compiles again
             temporary.write_text(ptx)
-            temporary.replace(path)  # at once: another process may be reading
+            temporary.replace(path)  # atomic: another process may be reading
     return ptx
 
 
-# ---- the driver ------------------------------------------------------------------------------------------
+# ---- the device ------------------------------------------------------------------------------------------
 
 _driver: Driver | None = None
-_process: int | None = None  # that the driver was started in
+_process: int | None = None  # the process that opened the device
 
 
 def installed() -> Driver | None:
-    """The device, if one is in use already."""
+    """The device, if it is already open."""
     return _driver
 
 
 def driver() -> Driver:
-    """The device that everything runs on. Raises RuntimeError, with the reason, where there is none."""
+    """The device that programs run on, opened on first use. Raises RuntimeError with the reason if there is none."""
     global _driver
     global _process
     if _driver is None:
-        from tinygrad_bn_kernels.cuda.driver import Device
-
         _driver, _process = Device(), os.getpid()
     elif _process not in (None, os.getpid()):
         raise RuntimeError("CUDA cannot be used after a fork; start processes by spawning them")
@@ -177,7 +158,7 @@ def driver() -> Driver:
 
 @contextmanager
 def using(device: Driver) -> Iterator[Driver]:
-    """In this block programs run on `device`; the arrays that are made here are not to be used outside."""
+    """In this block programs run on `device`; do not use its arrays outside."""
     global _driver
     before, _driver = _driver, device
     try:
@@ -186,56 +167,21 @@ def using(device: Driver) -> Iterator[Driver]:
         _driver = before
 
 
-# ---- streams ---------------------------------------------------------------------------------------------
-
-_stream: ContextVar[int] = ContextVar("stream", default=0)
-
-
-def current_stream() -> int:
-    """The handle of the stream that this thread works on: 0, the default one, unless `on_stream` says otherwise."""
-    return _stream.get()
-
-
-def order(first: int, then: int) -> None:
-    """Let the stream `then` wait for what the stream `first` was asked until now."""
-    if first != then:
-        driver().order(first, then)
-
-
-@contextmanager
-def on_stream(handle: int) -> Iterator[None]:
-    """In this block all is asked of this stream.
-
-    It comes after what was asked before the block, and what is asked after the block waits for it. So the order is the
-    program's whatever the streams, and memory that is freed in one of them can be given out in another.
-    """
-    before = current_stream()
-    order(before, handle)
-    token = _stream.set(handle)
-    try:
-        yield
-    finally:
-        try:
-            order(handle, before)  # still on this stream: what is freed by then may be in use there
-        finally:
-            _stream.reset(token)
-
-
 # ---- launching -------------------------------------------------------------------------------------------
 
 
 def blocks(work: int, each: int = 256) -> int:
-    """How many blocks for `work` items, `each` items a block: enough to fill the device a few times, no more.
+    """The number of blocks for `work` items, `each` items a block; at most 8 for each multiprocessor.
 
-    A program walks what is left in steps of the whole grid, so that the cost of starting blocks is bounded.
+    A program loops over the remaining items in steps of the whole grid, which bounds the cost of starting blocks.
     """
     return max(1, min(-(-work // each), 8 * driver().processors))
 
 
 def launch(program: Program, grid: int | tuple[int, ...], *args: Any, block: tuple[int, ...] | None = None) -> None:
-    """Run a program. Arguments are device arrays and NumPy scalars, whose types choose the compiled code.
+    """Launch a program. Arguments are device arrays and NumPy scalars; their types select the compiled code.
 
-    `block` is another shape of the program's own, of as many threads.
+    `block` overrides the shape of the program's block, with the same number of threads.
     """
     device = driver()
     kinds, flat = [], []
@@ -249,10 +195,10 @@ def launch(program: Program, grid: int | tuple[int, ...], *args: Any, block: tup
             flat += a.parameters
     ptx, name = program.compiled(tuple(kinds), device.cc)
     if not isinstance(grid, int) and max(grid[1:], default=1) > 65535:
-        raise ValueError(f"{program.name}: a grid of {grid} blocks is more than a launch can have")
+        raise ValueError(f"{program.name}: a grid of {grid} blocks exceeds the limit of 65,535 in y and z")
     device.launch(ptx, name, (grid,) if isinstance(grid, int) else grid, block or program.block, flat)
 
 
 def u4(*numbers: int) -> Sequence[np.uint32]:
-    """Numbers as arguments of 32 bits; negative ones wrap around, and so do sums of them with indices."""
+    """Numbers as uint32 arguments. Negative ones wrap around, and so do sums with indices in a program."""
     return [np.uint32(n & 0xFFFFFFFF) for n in numbers]

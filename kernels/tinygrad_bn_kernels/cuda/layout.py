@@ -1,7 +1,7 @@
-"""Shapes and places: copies between strided views, and gathering and scattering at indices.
+"""Shapes and indexing: copies between strided views, gather and scatter.
 
-What NumPy gives as a view is a copy here, as device arrays are contiguous; only `reshape`, and slices of the first
-axis, are views.
+Device arrays are contiguous, so most of NumPy's views are copies here; only `reshape` and slices of the first axis are
+views.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 @program("copy.rows", "f4* f4* u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4 u4", block=(32, 8))
 def COPY(T: Any) -> Callable[..., None]:
-    """The elements of one walk of four axes to those of another."""
+    """Copy between two strided views of four axes."""
 
     def copy(a, out, count, n1, n2, n3, a_start, a0, a1, a2, a3, o_start, o0, o1, o2, o3):
         row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -56,9 +56,9 @@ TILE_SIZE = TILE * (TILE + 1)
 
 @program("transpose", "f4* f4* u4 u4 u4 u4", block=(TILE, TILE_ROWS), shared=4 * TILE_SIZE)
 def TRANSPOSE(T: Any) -> Callable[..., None]:
-    """Each of `count` matrices a (rows, columns) to (columns, rows), by tiles, so that both sides move whole rows.
+    """Transpose `count` matrices (rows, columns) by tiles, so that reads and writes are both along rows.
 
-    The tile is one column wider than it is used, so that its columns lie in 32 different banks.
+    The tile has one unused column, so that the elements of a column lie in 32 different banks.
     """
 
     def transpose(a, out, rows, columns, across, count):
@@ -92,7 +92,7 @@ def TRANSPOSE(T: Any) -> Callable[..., None]:
 
 @program("gather", "f4* i8* f4* u4 u4 u4", block=(32, 8))
 def GATHER(T: Any) -> Callable[..., None]:
-    """out[i, j] = a[index[i], j]: a (limit, width), out (n, width); what is outside gives NaN, or 0 for integers."""
+    """out[i, j] = a[index[i], j]: a (limit, width), out (n, width); NaN, or 0 for integers, if out of range."""
     outside = T(math.nan) if str(T).startswith("float") else T(0)
 
     def gather(a, index, out, n, width, limit):
@@ -111,7 +111,7 @@ def GATHER(T: Any) -> Callable[..., None]:
 
 @program("scatter_add", "f4* i8* f4* u4 u4 u4", block=(32, 8))
 def SCATTER_ADD(T: Any) -> Callable[..., None]:
-    """out[index[i], j] += x[i, j], in any order; what is outside is left out."""
+    """out[index[i], j] += x[i, j], in any order; indices out of range are skipped."""
 
     def scatter_add(x, index, out, n, width, limit):
         row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -131,7 +131,7 @@ def SCATTER_ADD(T: Any) -> Callable[..., None]:
 
 
 class View(NamedTuple):
-    """Elements of an array: the shape they have, where they start, and how far a step along each axis goes."""
+    """A strided view of an array: shape, first element, and steps in elements."""
 
     shape: Shape
     start: int
@@ -139,12 +139,12 @@ class View(NamedTuple):
 
 
 def _whole(shape: Shape) -> View:
-    """All of an array."""
+    """The view of all elements of a contiguous array."""
     return View(tuple(shape), 0, contiguous(shape))
 
 
 def copy_between(source: DeviceArray, from_: View, out: DeviceArray, to: View) -> None:
-    """Copy the elements of one view to those of another of the same shape."""
+    """Copy a view of `source` to a view of `out` of the same shape."""
     if not math.prod(to.shape):
         return
     for walk in walks(to.shape, (from_.start, to.start), (from_.steps, to.steps)):
@@ -154,8 +154,8 @@ def copy_between(source: DeviceArray, from_: View, out: DeviceArray, to: View) -
         launch(COPY, blocks(walk.rows, block[1]), source, out, *numbers, block=block)
 
 
-def taken(x: DeviceArray, view: View) -> DeviceArray:
-    """The elements of a view, as an array of their own."""
+def materialize(x: DeviceArray, view: View) -> DeviceArray:
+    """A contiguous copy of a view."""
     out = DeviceArray(view.shape, x.dtype)
     copy_between(x, view, out, _whole(view.shape))
     return out
@@ -172,7 +172,7 @@ def _order(axes: Shape | None, ndim: int) -> Shape:
         return tuple(reversed(range(ndim)))
     order = tuple(operator.index(a) + ndim * (operator.index(a) < 0) for a in axes)
     if sorted(order) != list(range(ndim)):
-        raise ValueError(f"axes {axes} are no order of {ndim} axes")
+        raise ValueError(f"axes {axes} are not a permutation of {ndim} axes")
     return order
 
 
@@ -182,11 +182,11 @@ def transpose(x: DeviceArray, *, axes: Shape | None = None) -> DeviceArray:
     order = _order(axes, x.ndim)
     shape, steps = tuple(x.shape[a] for a in order), contiguous(x.shape)
     moved = [a for a in order if x.shape[a] != 1]
-    if moved == sorted(moved):  # only axes of length 1 change places
+    if moved == sorted(moved):  # only axes of length 1 move
         return x.view(shape)
     swap = _as_swap(moved, x.shape)
     if swap is None or not x.size:
-        return taken(x, View(shape, 0, tuple(steps[a] for a in order)))
+        return materialize(x, View(shape, 0, tuple(steps[a] for a in order)))
     out = DeviceArray(shape, x.dtype)
     count, rows, columns = swap
     across, down = -(-columns // TILE), -(-rows // TILE)
@@ -195,7 +195,7 @@ def transpose(x: DeviceArray, *, axes: Shape | None = None) -> DeviceArray:
 
 
 def _as_swap(moved: list[int], shape: Shape) -> tuple[int, int, int] | None:
-    """How many matrices, of what size, the permutation transposes, if it is that."""
+    """(count, rows, columns) of the matrices that the permutation transposes; None if it is not a transposition."""
     kept = sorted(moved)
     lead = next(i for i, (a, b) in enumerate(zip(moved, kept, strict=True)) if a != b)
     tail, sorted_tail = moved[lead:], kept[lead:]
@@ -208,21 +208,21 @@ def _as_swap(moved: list[int], shape: Shape) -> tuple[int, int, int] | None:
 
 @kernel("broadcast_to", "cuda")
 def broadcast_to(x: DeviceArray, *, shape: Shape) -> DeviceArray:
-    """A copy, repeated to `shape`."""
+    """A copy, broadcast to `shape`."""
     if np.broadcast_shapes(x.shape, shape) != tuple(shape):
         raise ValueError(f"an array of shape {x.shape} does not broadcast to {tuple(shape)}")
-    return taken(x, View(tuple(shape), 0, broadcast(x.shape, tuple(shape))))
+    return materialize(x, View(tuple(shape), 0, broadcast(x.shape, tuple(shape))))
 
 
 def _along(out: DeviceArray, axis: int, start: int, length: int) -> View:
-    """A part of an array along an axis."""
+    """The view of `length` elements of an array along an axis."""
     steps = contiguous(out.shape)
     return View((*out.shape[:axis], length, *out.shape[axis + 1 :]), start * steps[axis], steps)
 
 
 @kernel("concatenate", "cuda")
 def concatenate(*xs: DeviceArray, axis: int = 0) -> DeviceArray:
-    """Arrays one after the other along an axis."""
+    """Join arrays along an axis."""
     maps.check(*xs)
     first, dtype = xs[0], np.result_type(*(x.dtype for x in xs))
     axis = operator.index(axis) + first.ndim * (axis < 0)
@@ -241,7 +241,7 @@ def concatenate(*xs: DeviceArray, axis: int = 0) -> DeviceArray:
 
 @kernel("stack", "cuda")
 def stack(*xs: DeviceArray, axis: int = 0) -> DeviceArray:
-    """Arrays of one shape along a new axis."""
+    """Join arrays of one shape along a new axis."""
     axis = operator.index(axis) + (xs[0].ndim + 1) * (axis < 0)
     return concatenate(*(x.reshape((*x.shape[:axis], 1, *x.shape[axis:])) for x in xs), axis=axis)
 
@@ -250,7 +250,7 @@ def stack(*xs: DeviceArray, axis: int = 0) -> DeviceArray:
 def pad(x: DeviceArray, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> DeviceArray:
     """A border of `value` around x."""
     if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
-        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
+        raise ValueError(f"width must have a pair (before, after) for each of {x.ndim} axes; got {width}")
     shape = tuple(n + before + after for n, (before, after) in zip(x.shape, width, strict=True))
     out, steps = maps.fill(DeviceArray(shape, x.dtype), value), contiguous(shape)
     start = sum(before * s for (before, _), s in zip(width, steps, strict=True))
@@ -262,19 +262,19 @@ def pad(x: DeviceArray, *, width: tuple[tuple[int, int], ...], value: float = 0.
 
 
 def _entries(shape: Shape, index: Any) -> list[Any]:
-    """One entry for each axis, and None for each new one; masks are replaced by the places where they are true."""
+    """One entry for each axis, and None for each new axis; a mask becomes the indices where it is true."""
     parts: list[Any] = []
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, list | tuple):
             part = np.asarray(part, None if len(part) else np.intp)
         if isinstance(part, DeviceArray) and part.dtype == bool:
-            part = part.numpy()  # how many are chosen has to be known
+            part = part.numpy()  # the number of true elements determines the shape
         if isinstance(part, np.ndarray) and part.dtype == bool:
             parts += list(np.nonzero(part))
         elif part is None or part is Ellipsis or isinstance(part, slice) or _is_number(part) or _is_array(part):
             parts.append(part)
         else:
-            raise IndexError(f"an index is a number, a slice, an array, None or ...; got {part!r}")
+            raise IndexError(f"an index must be a number, a slice, an array, None or ...; got {part!r}")
     used = sum(p is not None and p is not Ellipsis for p in parts)
     if used > len(shape):
         raise IndexError(f"{used} indices for an array of {len(shape)} axes")
@@ -285,7 +285,7 @@ def _entries(shape: Shape, index: Any) -> list[Any]:
 
 
 def _basic(shape: Shape, entries: list[Any]) -> View:
-    """What numbers, slices and new axes choose; of a slice the start and step, of an array all of its axis."""
+    """The view selected by numbers, slices and new axes; entries that are arrays select their whole axis."""
     own, start, lengths, steps, axis = contiguous(shape), 0, [], [], 0
     for entry in entries:
         if entry is None:
@@ -317,22 +317,22 @@ def _is_array(entry: Any) -> bool:
 
 
 def _flat_index(shape: Shape, entries: list[Any]) -> tuple[Shape, Any]:
-    """For index arrays into the leading axes of `shape`: their common shape, and the flat places they choose."""
+    """For index arrays of the leading axes of `shape`: their broadcast shape, and flat indices."""
     arrays = [e for e in entries if _is_array(e)]
     common = np.broadcast_shapes(*(a.shape for a in arrays))
     total: Any = 0
     for n, entry in zip(shape, entries, strict=False):
         if isinstance(entry, np.ndarray):
             if entry.dtype.kind not in "iu":
-                raise IndexError(f"an index has to be of an integer or boolean dtype; got {entry.dtype}")
+                raise IndexError(f"an index must have an integer or boolean dtype; got {entry.dtype}")
             if entry.size and not (entry.min() >= -n and entry.max() < n):
                 raise IndexError(f"an index is out of bounds for an axis of length {n}")
             place: Any = np.where(entry < 0, entry + n, entry)
         else:
             if entry.dtype.kind not in "iu":
-                raise IndexError(f"an index has to be of an integer or boolean dtype; got {entry.dtype}")
+                raise IndexError(f"an index must have an integer or boolean dtype; got {entry.dtype}")
             entry = entry.astype(np.int64, copy=False)
-            # What lies outside is marked by a place that lies outside of the whole: to check would be to wait.
+            # An index out of range becomes a flat index out of range: raising an error would wait for the device.
             inside = maps.mul(entry >= -n, entry < n)
             place = maps.where(inside, maps.where(entry < 0, entry + n, entry), -(1 << 31))
         if isinstance(total, DeviceArray) and isinstance(place, np.ndarray):
@@ -345,78 +345,78 @@ def _flat_index(shape: Shape, entries: list[Any]) -> tuple[Shape, Any]:
     return common, DeviceArray.from_numpy(np.broadcast_to(np.asarray(total, np.int64), common))
 
 
-class _Chosen(NamedTuple):
-    """An index with arrays: x[index] is `x` under basic indices, permuted, and then gathered along its first axes."""
+class _Gather(NamedTuple):
+    """Indexing with arrays: basic indexing, then a permutation, then a gather along the first axes."""
 
-    view: View  # after the basic part
-    order: Shape  # of the axes: those with arrays first
-    arrays: int  # of these
+    view: View  # selected by the basic indices
+    order: Shape  # of its axes: axes indexed by arrays first
+    arrays: int  # number of axes indexed by arrays
     lead: Shape  # the shape that replaces them
-    places: DeviceArray
-    at: int  # before which of the other axes the lead goes in the result
+    positions: DeviceArray
+    at: int  # the position of `lead` among the other axes of the result
 
 
-def _chosen(shape: Shape, entries: list[Any]) -> _Chosen:
-    # Beside arrays a number is an array of no axes.
+def _gather_plan(shape: Shape, entries: list[Any]) -> _Gather:
+    # In an index with arrays, a number is a 0-d array.
     entries = [np.asarray(e) if isinstance(e, int | np.integer) and e is not None else e for e in entries]
     view = _basic(shape, entries)
     indexed = [i for i, e in enumerate(entries) if _is_array(e)]
     others = [i for i in range(len(entries)) if i not in indexed]
-    lead, places = _flat_index(tuple(view.shape[i] for i in indexed), [entries[i] for i in indexed])
+    lead, positions = _flat_index(tuple(view.shape[i] for i in indexed), [entries[i] for i in indexed])
     together = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = sum(i < indexed[0] for i in others) if together else 0
-    return _Chosen(view, (*indexed, *others), len(indexed), lead, places, at)
+    return _Gather(view, (*indexed, *others), len(indexed), lead, positions, at)
 
 
 def _with_lead_at(lead: int, at: int, rest: int) -> Shape:
-    """The order of axes that moves the first `lead` behind `at` of the `rest` others."""
+    """The permutation that moves the first `lead` axes behind `at` of the other `rest` axes."""
     others = range(lead, lead + rest)
     return (*others[:at], *range(lead), *others[at:])
 
 
 @kernel("getitem", "cuda")
 def getitem(x: DeviceArray, *, index: Any) -> DeviceArray:
-    """x[index] by NumPy's rules. An index array on the device that points outside gives NaN."""
+    """x[index] by NumPy's rules. A device index out of range gives NaN."""
     entries = _entries(x.shape, index)
     if not any(map(_is_array, entries)):
         view = _basic(x.shape, entries)
         if view.steps == contiguous(view.shape) or math.prod(view.shape) == x.size == 1:
             return x.view(view.shape, view.start)
-        return taken(x, view)
-    chosen = _chosen(x.shape, entries)
-    basic = x if chosen.view == _whole(x.shape) else taken(x, chosen.view)
-    table = transpose(basic, axes=chosen.order)
-    limit, rest = math.prod(table.shape[: chosen.arrays]), table.shape[chosen.arrays :]
-    out, width = DeviceArray((*chosen.lead, *rest), x.dtype), math.prod(rest)
+        return materialize(x, view)
+    plan = _gather_plan(x.shape, entries)
+    basic = x if plan.view == _whole(x.shape) else materialize(x, plan.view)
+    table = transpose(basic, axes=plan.order)
+    limit, rest = math.prod(table.shape[: plan.arrays]), table.shape[plan.arrays :]
+    out, width = DeviceArray((*plan.lead, *rest), x.dtype), math.prod(rest)
     if out.size:
-        numbers = u4(chosen.places.size, width, limit)
+        numbers = u4(plan.positions.size, width, limit)
         block = row_block(width)
-        launch(GATHER, blocks(chosen.places.size, block[1]), table, chosen.places, out, *numbers, block=block)
-    return transpose(out, axes=_with_lead_at(len(chosen.lead), chosen.at, len(rest)))
+        launch(GATHER, blocks(plan.positions.size, block[1]), table, plan.positions, out, *numbers, block=block)
+    return transpose(out, axes=_with_lead_at(len(plan.lead), plan.at, len(rest)))
 
 
 @kernel("scatter_add", "cuda")
 def scatter_add(x: DeviceArray, *, index: Any, shape: Shape) -> DeviceArray:
-    """Zeros of `shape` with x added at `index`; where places repeat, in no fixed order."""
+    """Zeros of `shape` with x added at `index`; repeated indices are added in no fixed order."""
     entries = _entries(shape, index)
     if not any(map(_is_array, entries)):
         out, view = maps.fill(DeviceArray(shape, x.dtype), 0), _basic(shape, entries)
         copy_between(x, View(view.shape, 0, broadcast(x.shape, view.shape)), out, view)
         return out
-    chosen = _chosen(shape, entries)
-    sizes = tuple(chosen.view.shape[i] for i in chosen.order)
-    rest = sizes[chosen.arrays :]
+    plan = _gather_plan(shape, entries)
+    sizes = tuple(plan.view.shape[i] for i in plan.order)
+    rest = sizes[plan.arrays :]
     width = math.prod(rest)
-    order = _with_lead_at(len(chosen.lead), chosen.at, len(rest))
-    given = broadcast_to(x, shape=tuple((*chosen.lead, *rest)[i] for i in order))
+    order = _with_lead_at(len(plan.lead), plan.at, len(rest))
+    given = broadcast_to(x, shape=tuple((*plan.lead, *rest)[i] for i in order))
     values = transpose(given, axes=tuple(np.argsort(order)))
     table = maps.fill(DeviceArray(sizes, x.dtype), 0)
     if values.size:
-        numbers, block = u4(chosen.places.size, width, math.prod(sizes[: chosen.arrays])), row_block(width)
-        launch(SCATTER_ADD, blocks(chosen.places.size, block[1]), values, chosen.places, table, *numbers, block=block)
-    back = transpose(table, axes=tuple(np.argsort(chosen.order)))
-    if chosen.view == _whole(shape):
+        numbers, block = u4(plan.positions.size, width, math.prod(sizes[: plan.arrays])), row_block(width)
+        launch(SCATTER_ADD, blocks(plan.positions.size, block[1]), values, plan.positions, table, *numbers, block=block)
+    back = transpose(table, axes=tuple(np.argsort(plan.order)))
+    if plan.view == _whole(shape):
         return back
     out = maps.fill(DeviceArray(shape, x.dtype), 0)
-    copy_between(back, _whole(back.shape), out, chosen.view)
+    copy_between(back, _whole(back.shape), out, plan.view)
     return out

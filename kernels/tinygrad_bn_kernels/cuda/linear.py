@@ -1,8 +1,8 @@
 """Matrix products by tiles in shared memory, and the affine map of a layer.
 
-A block computes 64 × 64 elements, 16 for each thread, from strips of 16 of the inner axis that it holds in shared
-memory. Either factor may lie transposed in memory: no gradient needs a copy in another order. Large products are left
-to cuBLAS where that can be had: see `blas`.
+A block computes 64 × 64 elements, 16 in each thread, from strips in shared memory of 16 elements of the inner axis.
+Either factor may be transposed in memory, so gradients need no transposed copies. Large products use cuBLAS if it is
+installed: see `blas`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tinygrad_bn_kernels.cuda.layout import broadcast_to
 from tinygrad_bn_kernels.cuda.reduce import sum_
 from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32
 
-MOST = 65535  # blocks along the second and third axis of a grid
-SIDE = 64  # of a block's part of the product
+GRID_LIMIT = 65535  # most blocks along the second and third axis of a grid
+SIDE = 64  # of the tile that a block computes
 DEPTH = 16  # of a strip
-PITCH = SIDE + 2  # of a strip in shared memory: then 16 × 2 neighbours lie in 32 different banks
+PITCH = SIDE + 2  # of a strip in shared memory: 16 × 2 neighbours then lie in 32 different banks
 STRIP = DEPTH * PITCH
 
 
 def _loader(T: Any, along_depth: bool) -> Callable[..., Any]:
-    """A device function that brings (64, 16) elements of a factor into shared memory, depth by depth.
+    """A device function that copies (64, 16) elements of a factor to shared memory.
 
-    Neighbouring threads read neighbouring elements: along the inner axis, or across it if the factor lies transposed.
+    Adjacent threads read adjacent elements: along the inner axis, or across it if the factor is transposed in memory.
     """
     zero = T(0)
 
@@ -53,7 +53,7 @@ def _loader(T: Any, along_depth: bool) -> Callable[..., Any]:
 
 
 def _product(a_along: bool, b_along: bool, with_bias: bool) -> Callable[[Any], Callable[..., None]]:
-    """Whether the inner axis is the last one of a, and of b, in memory; whether a row is added to the product."""
+    """`a_along`, `b_along`: the inner axis is the last one of a, of b, in memory. `with_bias`: add a row."""
 
     def build(T: Any) -> Callable[..., None]:
         load_a, load_b = _loader(T, a_along), _loader(T, b_along)
@@ -112,7 +112,7 @@ def _product(a_along: bool, b_along: bool, with_bias: bool) -> Callable[[Any], C
     return build
 
 
-# n: as in the formula, t: transposed in memory.
+# Letters for a and b: n, as in the formula; t, transposed in memory.
 for _name, _a, _b, _bias in (
     ("product.nn", True, False, False),
     ("product.nt", True, True, False),
@@ -127,7 +127,11 @@ for _name, _a, _b, _bias in (
 def product(
     a: DeviceArray, b: DeviceArray, rows: int, columns: int, depth: int, how: str = "nn", bias: Any = None
 ) -> DeviceArray:
-    """Products of matrices (rows, depth) and (depth, columns), each stored as `how` says: a's and b's batches fit."""
+    """Products of matrices (rows, depth) and (depth, columns), (count, rows, columns).
+
+    `how` has a letter for a and one for b: n, stored as in the formula, or t, stored transposed. Either may be one
+    matrix for all products. A `bias` (columns,) is added; it is supported for "nt".
+    """
     count_a, count_b = (x.size // max(size, 1) for x, size in ((a, rows * depth), (b, depth * columns)))
     count = max(count_a, count_b)
     out = DeviceArray((count, rows, columns), a.dtype)
@@ -139,9 +143,11 @@ def product(
         return out
     steps = rows * depth if count_a > 1 else 0, depth * columns if count_b > 1 else 0
     name = f"product.{how}" + ("" if bias is None else ".bias")
-    height, together = (MOST * SIDE, 1) if rows > MOST * SIDE else (rows, MOST)
+    height, together = (GRID_LIMIT * SIDE, 1) if rows > GRID_LIMIT * SIDE else (rows, GRID_LIMIT)
     if height < rows and how[0] == "t":
-        raise ValueError(f"a product of {rows:,} rows, transposed in memory, is more than one launch can have")
+        raise ValueError(
+            f"a product of {rows:,} rows, transposed in memory, exceeds one launch: at most {GRID_LIMIT * SIDE:,} rows"
+        )
     for batch in range(0, count, together):
         for row in range(0, rows, height):
             here, some = min(height, rows - row), min(together, count - batch)
@@ -153,14 +159,8 @@ def product(
     return out
 
 
-def _common(*xs: DeviceArray) -> list[DeviceArray]:
-    maps.check(*xs)
-    dtype = np.result_type(*(x.dtype for x in xs))
-    return [x.astype(dtype, copy=False) for x in xs]
-
-
 def _batched(a: DeviceArray, b: DeviceArray, lead: tuple[int, ...]) -> tuple[DeviceArray, DeviceArray]:
-    """Both with as many matrices as there are products, or with one."""
+    """Both factors with one matrix, or with one for each product of the batch."""
     enough = 1, math.prod(lead)
     a, b = (x if math.prod(x.shape[:-2]) in enough else broadcast_to(x, shape=(*lead, *x.shape[-2:])) for x in (a, b))
     return a, b
@@ -168,10 +168,10 @@ def _batched(a: DeviceArray, b: DeviceArray, lead: tuple[int, ...]) -> tuple[Dev
 
 @kernel("matmul", "cuda")
 def matmul(a: DeviceArray, b: DeviceArray) -> DeviceArray:
-    """(..., n, k) @ (..., k, m), with broadcast leading axes; arrays of one axis as in NumPy."""
-    a, b = _common(a, b)
+    """(..., n, k) @ (..., k, m), with broadcasting of leading axes; 1-d arrays as in NumPy."""
+    a, b = maps.same_dtype(a, b)
     if not a.ndim or not b.ndim or a.shape[-1] != b.shape[max(b.ndim - 2, 0)]:
-        raise ValueError(f"shapes {a.shape} and {b.shape} do not fit for a matrix product")
+        raise ValueError(f"a matrix product of shapes {a.shape} and {b.shape} is not defined: inner lengths differ")
     left, right = a.reshape((1, *a.shape)) if a.ndim == 1 else a, b.reshape((*b.shape, 1)) if b.ndim == 1 else b
     lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     rows, depth, columns = left.shape[-2], left.shape[-1], right.shape[-1]
@@ -185,11 +185,11 @@ def matmul(a: DeviceArray, b: DeviceArray) -> DeviceArray:
 
 @kernel("matmul.vjp", "cuda")
 def matmul_vjp(g: DeviceArray, y: DeviceArray, a: DeviceArray, b: DeviceArray, *, needs: list[bool]) -> Any:
-    """g bᵀ and aᵀ g, without a transposed copy; for arrays of one axis the rules serve."""
+    """g bᵀ and aᵀ g, without transposed copies. NotImplemented for 1-d and empty arrays: the rules handle them."""
     if a.ndim < 2 or b.ndim < 2 or not g.size or not a.size or not b.size:
         return NotImplemented
     (rows, columns), depth, lead = g.shape[-2:], a.shape[-1], g.shape[:-2]
-    g, a, b = _common(g, a, b)
+    g, a, b = maps.same_dtype(g, a, b)
     ga = gb = None
     if needs[0]:
         ga = product(*_batched(g, b, lead), rows, depth, columns, "nt").reshape((*lead, rows, depth))
@@ -199,24 +199,25 @@ def matmul_vjp(g: DeviceArray, y: DeviceArray, a: DeviceArray, b: DeviceArray, *
 
 
 @kernel("linear", "cuda")
-def linear(x: DeviceArray, weight: DeviceArray, bias: DeviceArray) -> DeviceArray:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,)."""
-    x, weight, bias = _common(x, weight, bias)
-    if x.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
-        raise ValueError(f"x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit")
+def linear(x: DeviceArray, weight: DeviceArray, bias: DeviceArray | None) -> DeviceArray:
+    """x (..., in) times weight (out, in) transposed, plus bias (out,) unless it is None."""
+    x, weight, *added = maps.same_dtype(x, weight, *(() if bias is None else (bias,)))
+    if x.shape[-1:] != weight.shape[1:] or any(b.shape != weight.shape[:1] for b in added):
+        shape = bias if bias is None else bias.shape
+        raise ValueError(f"x (..., in) {x.shape}, weight (out, in) {weight.shape} and bias (out,) {shape} do not match")
     rows, (columns, depth) = math.prod(x.shape[:-1]), weight.shape
-    return product(x, weight, rows, columns, depth, "nt", bias).reshape((*x.shape[:-1], columns))
+    return product(x, weight, rows, columns, depth, "nt", *added).reshape((*x.shape[:-1], columns))
 
 
 @kernel("linear.vjp", "cuda")
 def linear_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool]
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray | None, *, needs: list[bool]
 ) -> Any:
-    """g W, gᵀ x and Σ g, those that are needed."""
+    """g W, gᵀ x and Σ g; None where `needs` is false."""
     rows, (columns, depth) = math.prod(x.shape[:-1]), weight.shape
     if not rows or len({g.dtype, x.dtype, weight.dtype}) > 1:
         return NotImplemented
     gx = product(g, weight, rows, depth, columns).reshape(x.shape) if needs[0] else None
     gweight = product(g, x, columns, depth, rows, "tn").reshape(weight.shape) if needs[1] else None
-    gbias = sum_(g.reshape((rows, columns)), axis=0) if needs[2] else None
+    gbias = sum_(g.reshape((rows, columns)), axis=0) if needs[2] and bias is not None else None
     return gx, gweight, gbias

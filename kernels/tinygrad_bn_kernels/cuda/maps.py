@@ -1,7 +1,7 @@
-"""Elementwise functions: each a scalar definition, from which the programs for every layout are made.
+"""Elementwise functions: one scalar definition each, from which the programs for all layouts are made.
 
-Operands of one shape are walked flat, floating ones 128 bits at a time; Python's numbers are arguments of the program.
-Operands that are broadcast are walked by rows. Types are promoted as NumPy does it.
+Arrays of one shape are flat loops, with 128-bit accesses for floats; Python numbers are arguments of the program.
+Broadcast operands are loops over rows. Types are promoted as in NumPy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn_kernels import kernel
-from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
+from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import broadcast, contiguous, row_block, walks
@@ -22,7 +22,7 @@ from tinygrad_bn_kernels.cuda.strides import broadcast, contiguous, row_block, w
 Scalar = Callable[..., Any]
 
 # ---- scalar definitions ----------------------------------------------------------------------------------
-# Each is a function of the type T to a function of scalars of that type; constants are T(…). NaN goes through all.
+# Each maps the type T to a function of scalars of that type; constants are written T(…). All propagate NaN.
 
 
 def _sigmoid(T: Any) -> Scalar:
@@ -41,8 +41,7 @@ def _sign(T: Any) -> Scalar:
     return lambda x: T(1) if x > T(0) else T(-1) if x < T(0) else x
 
 
-# Those whose result has the type of the operands; those that are computed in floating point; and those that are true
-# or false.
+# Functions whose result has the operands' type, functions computed in floating point, and functions that return bool.
 SAME: dict[str, Callable[[Any], Scalar]] = {
     "add": lambda T: lambda a, b: a + b,
     "sub": lambda T: lambda a, b: a - b,
@@ -78,7 +77,7 @@ TRUTH: dict[str, Callable[[Any], Scalar]] = {
 }
 
 # ---- programs --------------------------------------------------------------------------------------------
-# The letters of a layout say what each operand is: an array, or a number.
+# A layout has a letter for each operand: a for an array, n for a number.
 
 
 def _flat_a(f: Scalar) -> Scalar:
@@ -121,7 +120,7 @@ def _flat_ann(f: Scalar) -> Scalar:
     return flat
 
 
-# The vector programs end with what is left of a size that is no multiple of 4: an element for each of some threads.
+# The vector programs end with the last n % 4 elements, one for each of the first threads.
 
 
 def _vector_a(f: Scalar) -> Scalar:
@@ -245,7 +244,7 @@ _STEPS = "u4 u4 u4 u4"
 
 
 def _swapped(define: Callable[[Any], Scalar]) -> Callable[[Any], Scalar]:
-    """The function with its operands the other way round, for a number as the first one."""
+    """The function with its operands exchanged, for a number as the first operand."""
 
     def swapped(T: Any) -> Scalar:
         f = device(define(T))
@@ -255,7 +254,7 @@ def _swapped(define: Callable[[Any], Scalar]) -> Callable[[Any], Scalar]:
 
 
 def _declare(name: str, define: Callable[[Any], Scalar], layout: str, result: str) -> None:
-    """The programs of one function and layout, under names such as `add.aa`, `add.aa4` and `add.rows`."""
+    """Register the programs of one function and layout: `add.aa`, `add.aa4` and `add.rows`, for example."""
     signature = _SIGNATURES[layout].format("f4", result)
     program(f"{name}.{layout}", signature)(lambda T: _FLAT[layout](device(define(T))))
     if result == "f4" and layout in _VECTOR:
@@ -279,7 +278,7 @@ WHERE = program("where.rows", f"b1* f4* f4* f4* {_STEPS} {_STEPS} {_STEPS} {_STE
 
 @program("fill", "f4* f4 u4")
 def FILL(T: Any) -> Scalar:
-    """One value to every element."""
+    """Set every element to one value."""
 
     def fill(out, value, n):
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
@@ -293,24 +292,31 @@ def FILL(T: Any) -> Scalar:
 # ---- running them ----------------------------------------------------------------------------------------
 
 
-def _wide(*operands: Any) -> np.dtype[Any]:
-    """The common type of arrays and Python's numbers, by NumPy's rules."""
+def _common_dtype(*operands: Any) -> np.dtype[Any]:
+    """The common dtype of arrays and Python numbers, by NumPy's rules."""
     known = {o.dtype for o in operands if hasattr(o, "dtype")}
     if len(known) == 1 and (dtype := known.pop()).kind == "f":
         return dtype
     return np.result_type(*(o.dtype if hasattr(o, "dtype") else o for o in operands))
 
 
-def _real(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _float_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype if dtype.kind == "f" else np.dtype(np.float64)
 
 
 def check(*operands: Any) -> None:
-    """Raise TypeError for operands that are neither on cuda nor numbers of Python."""
+    """Raise TypeError unless every operand is an array on cuda or a number."""
     for o in operands:
         if not isinstance(o, DeviceArray | bool | int | float | np.generic):
             where = getattr(o, "device", type(o).__name__)
-            raise TypeError(f"operands have to live on one device, and are on cuda and {where}; move one with .to()")
+            raise TypeError(f"operands live on different devices, cuda and {where}; move one with .to()")
+
+
+def same_dtype(*arrays: DeviceArray) -> list[DeviceArray]:
+    """Arrays converted to their common dtype."""
+    check(*arrays)
+    dtype = np.result_type(*(a.dtype for a in arrays))
+    return [a.astype(dtype, copy=False) for a in arrays]
 
 
 def _as_operand(o: Any, dtype: np.dtype[Any]) -> Any:
@@ -318,10 +324,10 @@ def _as_operand(o: Any, dtype: np.dtype[Any]) -> Any:
 
 
 def run(name: str, *operands: Any, dtype: np.dtype[Any], result: DTypeLike) -> DeviceArray:
-    """The function `name` of arrays and numbers, in `dtype`, elementwise with broadcasting."""
+    """Apply the function `name` elementwise with broadcasting to arrays and numbers, computed in `dtype`."""
     check(*operands)
     args = [_as_operand(o, dtype) for o in operands]
-    if len(args) == 2 and not isinstance(args[0], DeviceArray):  # a number first
+    if len(args) == 2 and not isinstance(args[0], DeviceArray):  # the number is first
         name, args = f"r{name}" if f"r{name}.an" in PROGRAMS else name, args[::-1]
     layout = "".join("a" if isinstance(o, DeviceArray) else "n" for o in args)
     shapes = [o.shape for o in args if isinstance(o, DeviceArray)]
@@ -330,7 +336,7 @@ def run(name: str, *operands: Any, dtype: np.dtype[Any], result: DTypeLike) -> D
         return out
     if len(set(shapes)) == 1:
         arrays = [o for o in (*args, out) if isinstance(o, DeviceArray)]
-        vector = f"{name}.{layout}4" in PROGRAMS and wide(*arrays)
+        vector = f"{name}.{layout}4" in PROGRAMS and vectorizable(*arrays)
         which = PROGRAMS[f"{name}.{layout}{'4' * vector}"]
         launch(which, blocks(-(-out.size // 4) if vector else out.size), *args, out, *u4(out.size))
     else:
@@ -350,7 +356,7 @@ def _by_rows(which: Any, args: Sequence[DeviceArray], steps: Sequence[tuple[int,
 
 def _same(name: str) -> Callable[..., DeviceArray]:
     def function(*operands: Any) -> DeviceArray:
-        dtype = _wide(*operands)
+        dtype = _common_dtype(*operands)
         return run(name, *operands, dtype=dtype, result=dtype)
 
     return function
@@ -358,7 +364,7 @@ def _same(name: str) -> Callable[..., DeviceArray]:
 
 def _float(name: str) -> Callable[..., DeviceArray]:
     def function(*operands: Any) -> DeviceArray:
-        dtype = _real(_wide(*operands))
+        dtype = _float_dtype(_common_dtype(*operands))
         return run(name, *operands, dtype=dtype, result=dtype)
 
     return function
@@ -366,7 +372,7 @@ def _float(name: str) -> Callable[..., DeviceArray]:
 
 def _truth(name: str) -> Callable[..., DeviceArray]:
     def function(*operands: Any) -> DeviceArray:
-        return run(name, *operands, dtype=_wide(*operands), result=bool)
+        return run(name, *operands, dtype=_common_dtype(*operands), result=bool)
 
     return function
 
@@ -377,36 +383,37 @@ for _name in ("abs", "sign", "relu", "maximum", "minimum"):
 div = kernel("div", "cuda")(_float("div"))
 for _name in FLOAT.keys() - {"div"}:
     kernel(_name, "cuda")(_float(_name))
-equal, not_equal, less, less_equal = map(_truth, ("equal", "not_equal", "less", "less_equal"))
+for _name in TRUTH:
+    kernel(f"array.{_name}", "cuda")(_truth(_name))
 
 
 @kernel("pow", "cuda")
 def pow(a: Any, b: Any) -> DeviceArray:
-    """aᵇ; squares and roots as such."""
+    """aᵇ; for b = 2 a product, for b = 0.5 a square root."""
     if isinstance(a, DeviceArray) and isinstance(b, int | float):
         if b == 2:
             return mul(a, a)
         if b == 0.5:
             return _float("sqrt")(a)
-    dtype = _wide(a, b)
+    dtype = _common_dtype(a, b)
     return run("pow", a, b, dtype=dtype, result=dtype)
 
 
 @kernel("clip", "cuda")
 def clip(x: DeviceArray, *, min: float | None = None, max: float | None = None) -> Any:
-    """x within [min, max]; None is no limit."""
+    """x limited to [min, max]; None is no limit."""
     if min is None and max is None:
         raise ValueError("clip needs min, max, or both")
-    dtype = _wide(*(o for o in (x, min, max) if o is not None))
+    dtype = _common_dtype(*(o for o in (x, min, max) if o is not None))
     least, most = (-np.inf, np.inf) if dtype.kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     return run("clip", x, least if min is None else min, most if max is None else max, dtype=dtype, result=dtype)
 
 
 @kernel("where", "cuda")
 def where(condition: Any, a: Any, b: Any) -> DeviceArray:
-    """a where the condition holds, b elsewhere, with broadcasting."""
+    """a where the condition is true, b elsewhere, with broadcasting."""
     check(condition, a, b)
-    dtype = _wide(a, b)
+    dtype = _common_dtype(a, b)
     shapes = {o.shape for o in (condition, a, b) if isinstance(o, DeviceArray)}
     layout = "".join("a" if isinstance(o, DeviceArray) else "n" for o in (a, b))
     if isinstance(condition, DeviceArray) and len(shapes) == 1 and layout != "nn":
@@ -428,11 +435,17 @@ def _one(value: Any, dtype: DTypeLike) -> DeviceArray:
     return fill(DeviceArray((), dtype), value)
 
 
+@kernel("array.fill", "cuda")
 def fill(out: DeviceArray, value: Any) -> DeviceArray:
-    """The array, with every element set to `value`."""
+    """Set every element of `out` to `value`, and return it."""
     if out.size:
         launch(FILL, blocks(out.size), out, out.number(value), *u4(out.size))
     return out
+
+
+def vector_or(value: float, vector: DeviceArray | None, length: int, dtype: np.dtype[Any]) -> DeviceArray:
+    """`vector` as `dtype`, or, if it is None, `length` elements of `value`."""
+    return fill(DeviceArray((length,), dtype), value) if vector is None else vector.astype(dtype, copy=False)
 
 
 @kernel("relu.vjp", "cuda")
@@ -443,7 +456,7 @@ def relu_vjp(g: DeviceArray, y: DeviceArray, x: DeviceArray, *, needs: list[bool
 
 @kernel("astype", "cuda")
 def astype(x: DeviceArray, *, dtype: DTypeLike) -> DeviceArray:
-    """Converted, and in any case a copy."""
+    """A copy, converted to `dtype`."""
     if np.dtype(dtype) == x.dtype:
         return x.copy()
     return run("identity", x, dtype=x.dtype, result=dtype)

@@ -1,6 +1,7 @@
 """BatchNorm over (N, C, S): statistics, output and gradients, in three launches each way.
 
-Sums of the parts of each channel, and their whole, are in `norm_sums`; the third launch is an elementwise pass.
+The first two launches sum over the parts of each channel and combine the parts: see `norm_sums`. The third is an
+elementwise pass.
 """
 
 from __future__ import annotations
@@ -13,26 +14,26 @@ import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
-from tinygrad_bn_kernels.cuda.array import DeviceArray, wide
+from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
-from tinygrad_bn_kernels.cuda.norm_sums import FINISH, GRADIENTS, GROUPS, LANES, passed_by
+from tinygrad_bn_kernels.cuda.norm_sums import FINISH, GRADIENTS, GROUPS, LANES, relu_gradient
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import row_block
-from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, plus
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus
 
 Scalar = Callable[..., None]
 
-# Elements of a part: small enough for the second reading to come from the cache, large enough for a block.
+# Elements of a part: few enough for the second read to come from the cache, enough for a block of threads.
 PLANE_PART = 8192
 ROW_PART = 128
 
 
-# ---- applying --------------------------------------------------------------------------------------------
-# Rows of the last axis: for planes a row has one channel, and for rows each column is one.
+# ---- elementwise passes ----------------------------------------------------------------------------------
+# `planes` (S > 1): each row of S elements is in one channel. `rows` (S = 1): each column is a channel.
 
 
 def _output_of(word: str, relu: bool) -> Callable[[Any], Any]:
-    """A device function: ((x − m) − low) · a + b, of a row of planes, or of the rows of a column."""
+    """A device function that computes ((x − m) − low) · a + b for one row of planes, or one column of rows."""
 
     def build(T: Any) -> Any:
         positive = device(maps.SAME["relu" if relu else "identity"](T))
@@ -68,7 +69,7 @@ def _output_of(word: str, relu: bool) -> Callable[[Any], Any]:
 
 
 def _normalize(word: str, relu: bool) -> Callable[[Any], Scalar]:
-    """By the constants that `FINISH` left: m, low and a of each channel."""
+    """The output, from the constants m, low and a of each channel that `FINISH` computed."""
 
     def build(T: Any) -> Scalar:
         output = _output_of(word, relu)(T)
@@ -93,7 +94,7 @@ def _normalize(word: str, relu: bool) -> Callable[[Any], Scalar]:
 
 
 def _infer(word: str) -> Callable[[Any], Scalar]:
-    """By a mean and variance that are given."""
+    """The output, from a given mean and variance."""
 
     def build(T: Any) -> Scalar:
         output = _output_of(word, False)(T)
@@ -116,8 +117,10 @@ def _infer(word: str) -> Callable[[Any], Scalar]:
 
 
 def _gradient(word: str, relu: bool) -> Callable[[Any], Scalar]:
+    """The gradient with respect to x, from the constants of each channel that `GRADIENTS` computed."""
+
     def build(T: Any) -> Scalar:
-        passed = passed_by(relu)(T)
+        passed = relu_gradient(relu)(T)
 
         def planes(g, y, x, mean, constants, gx, rows, channels, size):
             row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -191,8 +194,8 @@ for _word in ("rows", "planes", "planes4"):
 
 @program("batch_norm.running", "f4* f4* f4* f4* f4* f4* u4 f4 f4", block=THREADS, shared=4 * WARPS, shuffles=8)
 def RUNNING(T: Any) -> Scalar:
-    """New running statistics; the old ones, if any new one is not finite."""
-    total = over_block(plus, again=False)
+    """The new running statistics, or the old ones if any new one is not finite."""
+    total = block_reduce(plus, reuse=False)
 
     def running(old_mean, old_var, mean, var, new_mean, new_var, channels, momentum, unbias):
         shared = cuda.shared.array(WARPS, T)
@@ -220,15 +223,15 @@ def RUNNING(T: Any) -> Scalar:
 # ---- running them ----------------------------------------------------------------------------------------
 
 
-def _cut(length: int, least: int, beside: int) -> tuple[int, int]:
-    """Into how many parts `length` is cut, with `beside` others at the same time, and how long each is."""
-    wanted = max(-(-length // (8 * least)), min(-(-length // least), 4 * driver().processors // max(beside, 1)), 1)
-    part = -(-length // wanted)
+def _split(length: int, least: int, concurrent: int) -> tuple[int, int]:
+    """Number and length of the parts of `length` elements, while `concurrent` such tasks run."""
+    count = max(-(-length // (8 * least)), min(-(-length // least), 4 * driver().processors // max(concurrent, 1)), 1)
+    part = -(-length // count)
     return -(-length // part), part
 
 
 class _Sizes:
-    """The numbers that the programs need of x (N, C, ...), and which programs they are."""
+    """The programs for x (N, C, ...), and their size arguments."""
 
     def __init__(self, x: DeviceArray, *others: DeviceArray) -> None:
         self.channels = x.shape[1]
@@ -237,25 +240,25 @@ class _Sizes:
         self.rows = self.size == 1
         if self.rows:
             tiles = -(-self.channels // LANES)
-            self.word, self.parts, part = "row", *_cut(self.count, ROW_PART, tiles)
+            self.word, self.parts, part = "row", *_split(self.count, ROW_PART, tiles)
             self.part, self.work = part, self.parts * tiles
             self.numbers = u4(self.work, self.channels, self.count, part, tiles)
         else:
-            by_four = self.size % 4 == 0 and wide(x, *others)
+            by_four = self.size % 4 == 0 and vectorizable(x, *others)
             self.word, self.unit = ("plane4", 4) if by_four else ("plane", 1)
             size, count = self.size // self.unit, self.count // self.unit
-            self.parts, part = _cut(count, PLANE_PART // 8 // self.unit, self.channels)
+            self.parts, part = _split(count, PLANE_PART // 8 // self.unit, self.channels)
             self.part, self.work = part * self.unit, self.parts * self.channels
             steps = THREADS // size, THREADS % size
             self.numbers = u4(self.work, self.channels, size, count, part, *steps)
 
     def sums(self, name: str, relu: bool, *args: Any) -> None:
-        """Launch the sums of all parts."""
+        """Launch the program that sums over parts."""
         which = PROGRAMS[f"batch_norm.{self.word}_{name}{'_relu' * relu}"]
         launch(which, blocks(self.work, 1), *args, *self.numbers)
 
     def apply(self, name: str, relu: bool, *args: Any, numbers: Any = ()) -> None:
-        """Launch an elementwise pass, of rows of a channel's elements, or of all channels; `numbers` come last."""
+        """Launch an elementwise pass; `numbers` are its last arguments."""
         word = self.word.replace("plane", "planes").replace("row", "rows")
         which = PROGRAMS[f"batch_norm.{name}_{word}{'_relu' * relu}"]
         if self.rows:
@@ -268,100 +271,99 @@ class _Sizes:
         launch(which, grid, *args, *u4(rows, self.channels, size), *numbers, block=block)
 
 
-def _expect_channels(x: DeviceArray, *vectors: DeviceArray) -> None:
-    """Raise ValueError unless each vector is (C,): the programs would read beyond it."""
-    maps.check(x, *vectors)
-    for v in vectors:
+def _check_channels(x: DeviceArray, *vectors: DeviceArray | None) -> None:
+    """Raise ValueError unless each vector is (C,) or None: the programs would read out of bounds."""
+    given = [v for v in vectors if v is not None]
+    maps.check(x, *given)
+    for v in given:
         if v.shape != x.shape[1:2]:
-            raise ValueError(f"vectors of shape {v.shape} do not fit the channels of x {x.shape}")
+            raise ValueError(f"x {x.shape} needs vectors of shape {x.shape[1:2]}; got {v.shape}")
 
 
-def _vectors(x: DeviceArray, *vectors: DeviceArray) -> list[DeviceArray]:
-    return [v.astype(x.dtype, copy=False) for v in vectors]
+def _weight(weight: DeviceArray | None, x: DeviceArray) -> DeviceArray:
+    return maps.vector_or(1, weight, x.shape[1], x.dtype)
 
 
-def _forward(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, eps: float, relu: bool) -> Any:
-    _expect_channels(x, weight, bias)
+def _bias(bias: DeviceArray | None, x: DeviceArray) -> DeviceArray:
+    return maps.vector_or(0, bias, x.shape[1], x.dtype)
+
+
+def _forward(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, eps: float, relu: bool) -> Any:
+    _check_channels(x, weight, bias)
     y, mean, var = DeviceArray(x.shape, x.dtype), *(DeviceArray(x.shape[1:2], x.dtype) for _ in range(2))
     if not x.size:
         return y, maps.fill(mean, np.nan), maps.fill(var, np.nan)
-    weight, bias = _vectors(x, weight, bias)
     to = _Sizes(x)
     moments, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((3, to.channels), x.dtype)
     to.sums("moments", False, x, moments)
     numbers = *u4(to.channels, to.parts, to.count, to.part), x.number(eps)
-    launch(FINISH, -(-to.channels // 256), moments, weight, mean, var, constants, *numbers)
-    to.apply("normalize", relu, x, constants, bias, y)
+    launch(FINISH, -(-to.channels // 256), moments, _weight(weight, x), mean, var, constants, *numbers)
+    to.apply("normalize", relu, x, constants, _bias(bias, x), y)
     return y, mean, var
 
 
 def _backward(
-    g: DeviceArray,
-    y: DeviceArray,
-    x: DeviceArray,
-    weight: DeviceArray,
-    needs: list[bool],
-    eps: float,
-    mean: DeviceArray,
-    var: DeviceArray,
-    relu: bool,
-) -> Any:
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, needs: list[bool], eps: float,
+    mean: DeviceArray, var: DeviceArray, relu: bool,
+) -> Any:  # fmt: skip
+    gx = DeviceArray(x.shape, x.dtype) if needs[0] else None
     gweight, gbias = (DeviceArray(x.shape[1:2], x.dtype) for _ in range(2))
-    if not x.size:
-        return DeviceArray(x.shape, x.dtype), maps.fill(gweight, 0), maps.fill(gbias, 0)
-    (weight,) = _vectors(x, weight)
-    to = _Sizes(x, g, y)
-    sums, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((4, to.channels), x.dtype)
-    to.sums("sums", relu, g, y, x, mean, sums)
-    numbers = *u4(to.channels, to.parts, to.count), x.number(eps)
-    launch(GRADIENTS, -(-to.channels // 256), sums, mean, var, weight, gweight, gbias, constants, *numbers)
-    gx = None
-    if needs[0]:
-        gx = DeviceArray(x.shape, x.dtype)
-        to.apply("gradient", relu, g, y, x, mean, constants, gx)
-    return gx, gweight, gbias
+    if x.size:
+        to = _Sizes(x, g, y)
+        sums, constants = DeviceArray((to.parts, 3, to.channels), x.dtype), DeviceArray((4, to.channels), x.dtype)
+        to.sums("sums", relu, g, y, x, mean, sums)
+        arrays = sums, mean, var, _weight(weight, x), gweight, gbias, constants
+        launch(GRADIENTS, -(-to.channels // 256), *arrays, *u4(to.channels, to.parts, to.count), x.number(eps))
+        if gx is not None:
+            to.apply("gradient", relu, g, y, x, mean, constants, gx)
+    else:
+        maps.fill(gweight, 0)
+        maps.fill(gbias, 0)
+    return gx, gweight if needs[1] else None, gbias if needs[2] else None
 
 
 @kernel("batch_norm_fused", "cuda")
-def batch_norm_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, eps: float) -> Any:
-    """x (N, C, ...), weight and bias (C,): the output, and mean and biased variance (C,) in x's dtype."""
+def batch_norm_fused(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
+    """x (N, C, ...), weight and bias (C,) or None: the output, and mean and biased variance (C,) in x's dtype."""
     return _forward(x, weight, bias, eps, False)
 
 
 @kernel("batch_norm_relu_fused", "cuda")
-def batch_norm_relu_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, eps: float) -> Any:
-    """`batch_norm_fused`, and the ReLU of its output."""
+def batch_norm_relu_fused(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
+    """`batch_norm_fused`, followed by ReLU."""
     return _forward(x, weight, bias, eps, True)
 
 
 @kernel("batch_norm_inference", "cuda")
 def batch_norm_inference(
-    x: DeviceArray, mean: DeviceArray, var: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, eps: float
-) -> DeviceArray:
-    """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
-    _expect_channels(x, mean, var, weight, bias)
+    x: DeviceArray, mean: DeviceArray, var: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    eps: float,
+) -> DeviceArray:  # fmt: skip
+    """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias are (C,) or None."""
+    _check_channels(x, mean, var, weight, bias)
     y = DeviceArray(x.shape, x.dtype)
     if x.size:
-        mean, var, weight, bias = _vectors(x, mean, var, weight, bias)
-        _Sizes(x).apply("infer", False, x, mean, var, weight, bias, y, numbers=[x.number(eps)])
+        mean, var = (v.astype(x.dtype, copy=False) for v in (mean, var))
+        vectors = mean, var, _weight(weight, x), _bias(bias, x)
+        _Sizes(x).apply("infer", False, x, *vectors, y, numbers=[x.number(eps)])
     return y
 
 
 @kernel("batch_norm_fused.vjp", "cuda")
 def batch_norm_fused_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
-    eps: float, mean: DeviceArray, var: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    needs: list[bool], eps: float, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
-    """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
+    """Gradients with respect to x, weight and bias, from the saved statistics; None where `needs` is false."""
     return _backward(g, y, x, weight, needs, eps, mean, var, False)
 
 
 @kernel("batch_norm_relu_fused.vjp", "cuda")
 def batch_norm_relu_fused_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
-    eps: float, mean: DeviceArray, var: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
+    needs: list[bool], eps: float, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
-    """The same behind a ReLU, which passed the gradient where the output is positive."""
+    """The same with ReLU, which passes the gradient where the output is positive."""
     return _backward(g, y, x, weight, needs, eps, mean, var, True)
 
 
@@ -370,12 +372,14 @@ def running_statistics(
     running_mean: DeviceArray, running_var: DeviceArray, mean: DeviceArray, var: DeviceArray, *, momentum: float,
     unbias: float,
 ) -> tuple[DeviceArray, DeviceArray, bool]:  # fmt: skip
-    """(1 − momentum) · running + momentum · batch of mean and unbias · variance, (C,); the old ones, if not finite.
+    """(1 − momentum) · running + momentum · batch, of mean and unbias · variance (C,); the old ones if not finite.
 
-    Whether they are finite stays on the device, as to ask would be to wait: the answer here is always True.
+    The third result, whether they are finite, is always True: reading it from the device would wait.
     """
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
-        raise ValueError(f"running statistics {running_mean.shape}, {running_var.shape} are not those of {mean.shape}")
+        raise ValueError(
+            f"running statistics {running_mean.shape}, {running_var.shape} do not match batch statistics {mean.shape}"
+        )
     dtype = running_mean.dtype
     new_mean, new_var = (DeviceArray(running_mean.shape, dtype) for _ in range(2))
     arrays = [a.astype(dtype, copy=False) for a in (running_mean, running_var, mean, var)]

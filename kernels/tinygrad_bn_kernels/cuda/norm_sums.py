@@ -1,10 +1,10 @@
-"""What BatchNorm sums up of x (N, C, S), in two launches: the parts of each channel, and then their whole.
+"""Sums of BatchNorm over x (N, C, S), in two launches: over the parts of each channel, then over parts.
 
-A block takes a part of a channel (S > 1, *planes*), or of 32 channels side by side (S = 1, *rows*): its mean first, and
-then squares about that mean, from a second reading that comes from the cache. So the variance is exact at any mean
-without a float64. The parts are put together in one order, so results do not change from run to run.
+A block of threads processes a part of one channel (S > 1, *planes*), or of 32 adjacent channels (S = 1, *rows*): first
+its mean, then squares about that mean, in a second read that comes from the cache. So the variance is accurate at any
+mean, without float64. Parts are combined in a fixed order, so results do not change from run to run.
 
-What is rounded off a mean is kept in a second number, `low`: x − mean is (x − m) − low.
+The rounding error of a mean is kept in a second number, `low`: x − mean is computed as (x − m) − low.
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ from typing import Any
 
 from tinygrad_bn_kernels.cuda.launch import program
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, uint32
-from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, plus
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus
 
 Scalar = Callable[..., None]
 
-LANES, GROUPS = 32, 8  # of a block for rows: columns side by side, and rows of threads
+LANES, GROUPS = 32, 8  # shape of a block for rows: adjacent columns, and rows of threads
 TILE = LANES * GROUPS
 
 # ---- planes ----------------------------------------------------------------------------------------------
-# A thread walks the elements of a channel in steps of the block. Where it is, sample n and place s, is kept up without
-# a division: a step is `step_n` samples and `step_s` places.
-
-
-# The same in units of four neighbouring elements, where planes are whole numbers of them: then `wide` is true, and
-# `size`, `count` and `part` count units.
+# A thread loops over the elements of a channel in steps of the block. Its sample n and position s are updated without a
+# division: a step is `step_n` samples and `step_s` positions. With `wide`, for planes whose size is a multiple of 4,
+# `size`, `count` and `part` count groups of four adjacent elements.
 
 
 def _plane_moments(wide: bool) -> Callable[[Any], Scalar]:
-    """Of each part and channel: a mean m, what is left of it, and the sum of squares about both: (parts, 3, C)."""
+    """For each part and channel: a mean m, its rounding error, and the sum of squares about both, (parts, 3, C)."""
 
     def build(T: Any) -> Scalar:
-        total = over_block(plus)
+        total = block_reduce(plus)
 
         def plane_moments(x, moments, work, channels, size, count, part, step_n, step_s):
             shared = cuda.shared.array(WARPS, T)
@@ -85,14 +82,16 @@ def _plane_moments(wide: bool) -> Callable[[Any], Scalar]:
     return build
 
 
-def passed_by(relu: bool) -> Callable[[Any], Callable[..., Any]]:
-    """A device function: the gradient g of an output y, which a ReLU passes where y is positive."""
+def relu_gradient(relu: bool) -> Callable[[Any], Callable[..., Any]]:
+    """A device function: the gradient g of an output y; with ReLU, 0 unless y is positive."""
     return lambda T: device((lambda g, y: g if y > T(0) else T(0)) if relu else (lambda g, y: g))
 
 
 def _plane_sums(wide: bool, relu: bool) -> Callable[[Any], Scalar]:
+    """For each part and channel: Σ g, Σ g · (x − m) and Σ (x − m), (parts, 3, C)."""
+
     def build(T: Any) -> Scalar:
-        total, passed = over_block(plus), passed_by(relu)(T)
+        total, passed = block_reduce(plus), relu_gradient(relu)(T)
 
         def plane_sums(g, y, x, mean, sums, work, channels, size, count, part, step_n, step_s):
             shared = cuda.shared.array(WARPS, T)
@@ -147,7 +146,7 @@ def _plane_sums(wide: bool, relu: bool) -> Callable[[Any], Scalar]:
 
 @program("batch_norm.row_moments", "f4* f4* u4 u4 u4 u4 u4", block=(LANES, GROUPS), shared=8 * TILE)
 def ROW_MOMENTS(T: Any) -> Scalar:
-    """What `plane_moments` gives, for x (N, C)."""
+    """The results of `plane_moments`, for x (N, C)."""
 
     def row_moments(x, moments, work, channels, rows, part, tiles):
         first_sums, second_sums = cuda.shared.array(TILE, T), cuda.shared.array(TILE, T)
@@ -193,6 +192,8 @@ def ROW_MOMENTS(T: Any) -> Scalar:
 
 
 def _row_sums(relu: bool) -> Callable[[Any], Scalar]:
+    """The results of `plane_sums`, for x (N, C)."""
+
     def build(T: Any) -> Scalar:
         def row_sums(g, y, x, mean, sums, work, channels, rows, part, tiles):
             shared0, shared1 = cuda.shared.array(TILE, T), cuda.shared.array(TILE, T)
@@ -252,12 +253,12 @@ for _relu in (False, True):
         shared=12 * TILE, registers=64,
     )(_row_sums(_relu))  # fmt: skip
 
-# ---- putting the parts together --------------------------------------------------------------------------
+# ---- combining parts -------------------------------------------------------------------------------------
 
 
 @program("batch_norm.finish", "f4* f4* f4* f4* f4* u4 u4 u4 u4 f4")
 def FINISH(T: Any) -> Scalar:
-    """Mean and variance of each channel from its parts (Chan et al. 1983), and m, low and scale for its output."""
+    """Mean and variance of each channel from its parts (Chan et al. 1983); m, low and scale for the output."""
 
     def finish(moments, weight, mean, var, constants, channels, parts, count, part, eps):
         c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
@@ -288,7 +289,7 @@ def FINISH(T: Any) -> Scalar:
 
 @program("batch_norm.gradients", "f4* f4* f4* f4* f4* f4* f4* u4 u4 u4 f4")
 def GRADIENTS(T: Any) -> Scalar:
-    """Those of weight and bias from the parts' sums; and low, scale, mean of g and slope for the gradient of x."""
+    """Gradients of weight and bias from the sums of parts; low, scale, mean of g and slope for the gradient of x."""
 
     def gradients(sums, mean, var, weight, gweight, gbias, constants, channels, parts, count, eps):
         c = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)

@@ -1,4 +1,4 @@
-"""Optimisers' updates in one launch for all parameters that lie side by side."""
+"""Optimiser updates: one launch for all parameters in a flat array."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinygrad_bn_kernels.cuda.shim import cuda, uint32
 
 @program("optim.adam", "f4* f4* f4* f4* f4* u4 f4 f4 f4 f4 f4 f4 f4 f4 f4")
 def ADAM(T: Any) -> Callable[..., None]:
-    """Adam's update of parameters that lie side by side; m and v are updated in place."""
+    """Adam; m and v are updated in place."""
 
     def adam(p, g, m, v, out, n, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay):
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
@@ -33,7 +33,7 @@ def ADAM(T: Any) -> Callable[..., None]:
 
 @program("optim.sgd", "f4* f4* f4* f4* u4 f4 f4 f4 f4 f4")
 def SGD(T: Any) -> Callable[..., None]:
-    """What is subtracted is a · (g + decay · p) + b · v: Nesterov looks one step of the momentum ahead."""
+    """SGD: subtract a · (g + decay · p) + b · v; v is updated in place. a is 0 without Nesterov momentum."""
 
     def sgd(p, g, v, out, n, a, b, momentum, one_dampening, decay):
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
@@ -53,7 +53,7 @@ def adam(
     p: DeviceArray, g: DeviceArray, m: DeviceArray, v: DeviceArray, *, beta1: float, beta2: float, step_size: float,
     root_scale: float, eps: float, shrink: float, decay: float,
 ) -> DeviceArray:  # fmt: skip
-    """The new p = shrink · p − step_size · m / (root_scale · √v + eps), after m and v have taken in g + decay · p."""
+    """p = shrink · p − step_size · m / (root_scale · √v + eps), after updating m and v with g + decay · p."""
     maps.check(p, g, m, v)
     out = DeviceArray(p.shape, p.dtype)
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, step_size, root_scale, eps, shrink, decay)
@@ -67,7 +67,7 @@ def sgd(
     p: DeviceArray, g: DeviceArray, v: DeviceArray, *, lr: float, momentum: float, dampening: float, decay: float,
     nesterov: bool,
 ) -> DeviceArray:  # fmt: skip
-    """The new p = p − lr · v, or p − lr · (g + momentum · v), after v has taken in g + decay · p."""
+    """p − lr · v, or with Nesterov p − lr · (g + momentum · v), after updating v with g + decay · p."""
     maps.check(p, g, v)
     out = DeviceArray(p.shape, p.dtype)
     a, b = (lr, lr * momentum) if nesterov else (0.0, lr)

@@ -1,4 +1,4 @@
-"""Max pooling in one or two dimensions, a thread for each output; its gradient goes to the places it chose."""
+"""Max pooling in one or two dimensions, one thread for each output, and its gradient."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tinygrad_bn_kernels.cuda.strides import row_block
 Ints = tuple[int, ...]
 
 
-def _max_pool(wanted: str) -> Callable[[Any], Callable[..., None]]:
-    """The largest of each window, or where in its plane it lies: the first of a tie, or the first NaN."""
-    places = wanted == "places"
+def _max_pool(result: str) -> Callable[[Any], Callable[..., None]]:
+    """The largest element of each window, or its index in the plane: the first of a tie, or the first NaN."""
+    places = result == "places"
 
     def build(T: Any) -> Callable[..., None]:
         def max_pool(x, out, planes, height, width, kh, kw, oh, ow, sh, sw, ph, pw, dh, dw):
             row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
             while row < uint32(planes * oh):
                 plane = uint32(row // oh)
-                top = uint32((row - plane * oh) * sh - ph)  # before the first row it wraps around, beyond every length
+                top = uint32((row - plane * oh) * sh - ph)  # negative rows wrap around, out of range
                 start = uint32(plane * height * width)
                 q = uint32(cuda.threadIdx.x)
                 while q < ow:
@@ -78,7 +78,7 @@ def _pooled(
 ) -> DeviceArray:
     maps.check(x)
     if x.ndim not in (3, 4):
-        raise ValueError(f"max pooling on cuda takes (N, C, L) or (N, C, H, W); got {x.shape}")
+        raise ValueError(f"max pooling on cuda needs x of shape (N, C, L) or (N, C, H, W); got {x.shape}")
     one, none = (1,) * (4 - x.ndim), (0,) * (4 - x.ndim)
     y = DeviceArray((*x.shape[:2], *out), dtype)
     if y.size:
@@ -98,7 +98,7 @@ def max_pool_fused(x: DeviceArray, **options: Any) -> DeviceArray:
 
 @kernel("nn.max_pool_places", "cuda")
 def max_pool_places(x: DeviceArray, **options: Any) -> DeviceArray:
-    """Where in its plane each lies."""
+    """The index in its plane of each window's largest element, as int64."""
     return _pooled(PLACES, x, np.int64, **options)
 
 
@@ -106,7 +106,7 @@ def max_pool_places(x: DeviceArray, **options: Any) -> DeviceArray:
 def max_pool_fused_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, *, needs: list[bool], **options: Any
 ) -> tuple[DeviceArray]:
-    """g where the largest lay, which is found again."""
+    """g at the index of each window's largest element, which is computed again."""
     gx = maps.fill(DeviceArray(x.shape, g.dtype), 0)
     if y.size:
         planes, windows, size = x.shape[0] * x.shape[1], math.prod(y.shape[2:]), math.prod(x.shape[2:])

@@ -1,11 +1,11 @@
-"""Reductions over any axes: sums, extremes and their places.
+"""Reductions over any axes: sum, sum of squares, max, min, argmax and argmin.
 
-Neighbouring axes that are reduced, or kept, count as one, which leaves x as (A, R, B) with R reduced: *rows* where B is
-1, each taken by a warp or by a block, and *columns* otherwise, a warp's lanes side by side. Reduced axes that lie apart
-are taken one after the other, the longest first, after which little is left. Long reductions are cut into parts, whose
-results a second launch puts together.
+Adjacent axes that are all reduced, or all kept, are merged. This gives x the shape (A, R, B), reduced over R: *rows* if
+B is 1, each reduced by a warp or a block, else *columns*, adjacent columns in adjacent lanes. Reduced axes that are not
+adjacent are reduced one after the other, the longest first. Long reductions are split into parts, which a second launch
+combines.
 
-Sums are in the precision of the array, as a tree: the error grows with the logarithm of the length.
+Sums use the precision of the array, in a tree: the error grows with the logarithm of the length.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
 from tinygrad_bn_kernels.cuda.layout import transpose
 from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32
-from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, over_warp
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, warp_reduce
 
 Axis = int | tuple[int, ...] | None
 Shape = tuple[int, ...]
 
-# A row up to this length is taken by one warp.
+# The longest row that one warp reduces.
 SHORT = 1024
 
-# Elements of a part, at least: of a row, and of a column.
+# Fewest elements of a part: of a row, and of a column.
 ROW_PART = 8192
 COLUMN_PART = 256
 
 LANES = 32
-GROUPS = 8  # rows of threads in a block for columns
+GROUPS = 8  # rows of threads in a block that reduces columns
 
 
 # ---- programs --------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def _most(T: Any) -> Any:
     return math.inf if str(T).startswith("float") else 1 if str(T).startswith("b") else np.iinfo(str(T)).max
 
 
-# How two results are combined, where that starts from, and what is done to an element first.
+# For each reduction: the function that combines two values, its initial value, and the function of each element.
 COMBINE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "sum": (maps.SAME["add"], lambda T: 0, maps.SAME["identity"]),
     "sum_of_squares": (maps.SAME["add"], lambda T: 0, lambda T: lambda x: x * x),
@@ -66,7 +66,7 @@ def _short_rows(name: str) -> Callable[[Any], Callable[..., None]]:
 
     def build(T: Any) -> Callable[..., None]:
         combine, start, each = device(combine_of(T)), T(start_of(T)), device(each_of(T))
-        over = over_warp(combine)
+        over = warp_reduce(combine)
 
         def short_rows(x, out, rows, length):
             row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -91,7 +91,7 @@ def _rows(name: str) -> Callable[[Any], Callable[..., None]]:
 
     def build(T: Any) -> Callable[..., None]:
         combine, start, each = device(combine_of(T)), T(start_of(T)), device(each_of(T))
-        over = over_block(combine)
+        over = block_reduce(combine)
 
         def rows(x, out, count, length, parts, part):
             shared = cuda.shared.array(WARPS, T)
@@ -165,7 +165,7 @@ def _places(largest: bool) -> Callable[[Any], Callable[..., None]]:
     def build(T: Any) -> Callable[..., None]:
         @device
         def better(a, i, b, j):
-            """Whether b at j comes before a at i: NaN before all, and of equal ones the first."""
+            """Whether b at j wins over a at i: NaN wins, and among equal values the first."""
             if a != a or b != b:
                 return b != b and (a == a or j < i)
             if a == b:
@@ -207,51 +207,51 @@ def _places(largest: bool) -> Callable[[Any], Callable[..., None]]:
 ARGMAX = program("argmax", "f4* i8* u4 u4", shared=8 * THREADS)(_places(True))
 ARGMIN = program("argmin", "f4* i8* u4 u4", shared=8 * THREADS)(_places(False))
 
-# ---- which elements make up a result ---------------------------------------------------------------------
+# ---- axes and parts --------------------------------------------------------------------------------------
 
 
 def normalized(axis: Axis, ndim: int) -> Shape:
-    """The axes as a sorted tuple of numbers from 0 on. Raises ValueError for what is none."""
+    """The axes as a sorted tuple of numbers from 0 on. Raises ValueError if one is out of range or repeated."""
     given = range(ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     axes = tuple(sorted(operator.index(a) + ndim * (operator.index(a) < 0) for a in given))
     if any(not 0 <= a < ndim for a in axes) or len(set(axes)) < len(axes):
-        raise ValueError(f"axis {axis} is none of an array of {ndim} axes")
+        raise ValueError(f"axis {axis} is not valid for an array of {ndim} axes")
     return axes
 
 
 def _runs(shape: Shape, axes: Shape) -> list[tuple[int, bool]]:
-    """The lengths of neighbouring axes that are all reduced, or all kept, and whether they are reduced."""
+    """The lengths of merged axes, and whether each is reduced."""
     long = [i for i, n in enumerate(shape) if n != 1]
     runs = [(math.prod(shape[i] for i in some), is_in) for is_in, some in groupby(long, lambda i: i in axes)]
     return runs if any(is_in for _, is_in in runs) else [*runs, (1, True)]
 
 
-def _parts(length: int, least: int, beside: int) -> tuple[int, int]:
-    """Into how many parts a reduction of `length` is cut, with `beside` others going on, and how long each is."""
-    wanted = max(1, min(-(-length // least), 8 * driver().processors // max(beside, 1)))
-    part = -(-length // wanted)
+def _split(length: int, least: int, concurrent: int) -> tuple[int, int]:
+    """Number and length of the parts of a reduction of `length` elements, while `concurrent` reductions run."""
+    count = max(1, min(-(-length // least), 8 * driver().processors // max(concurrent, 1)))
+    part = -(-length // count)
     return -(-length // part), part
 
 
 def reduce(name: str, x: DeviceArray, a: int, r: int, b: int) -> DeviceArray:
-    """Combine x, as (A, R, B), over R: (A · B,). R is not 0."""
+    """Reduce x, as (A, R, B), over R, which is not 0: (A · B,)."""
     if b == 1 and r <= SHORT:
         out = DeviceArray((a,), x.dtype)
         launch(PROGRAMS[f"{name}.short"], blocks(a, GROUPS), x, out, *u4(a, r))
         return out
     tiles = -(-b // LANES)
-    parts, part = _parts(r, ROW_PART, a) if b == 1 else _parts(r, COLUMN_PART, a * tiles)
+    parts, part = _split(r, ROW_PART, a) if b == 1 else _split(r, COLUMN_PART, a * tiles)
     out = DeviceArray((a * parts * b,), x.dtype)
     if b == 1:
         launch(PROGRAMS[f"{name}.rows"], blocks(a * parts, 1), x, out, *u4(a, r, parts, part))
     else:
         work = a * parts * tiles
         launch(PROGRAMS[f"{name}.columns"], blocks(work, 1), x, out, *u4(work, r, b, parts, part, tiles))
-    return out if parts == 1 else reduce(_again(name), out, a, parts, b)
+    return out if parts == 1 else reduce(_combining(name), out, a, parts, b)
 
 
-def _again(name: str) -> str:
-    """What puts together the results of a reduction."""
+def _combining(name: str) -> str:
+    """The reduction that combines the results of a reduction."""
     return "sum" if name == "sum_of_squares" else name
 
 
@@ -262,19 +262,19 @@ def _reduced(name: str, x: DeviceArray, axis: Axis, keepdims: bool) -> DeviceArr
         return DeviceArray(shape, x.dtype)
     if not x.size:
         if name in ("max", "min"):
-            raise ValueError(f"the {name} of no elements: axis {axis} of shape {x.shape}")
+            raise ValueError(f"{name} of an empty array: axis {axis} of shape {x.shape}")
         return maps.fill(DeviceArray(shape, x.dtype), 0)
     runs = _runs(x.shape, axes)
     while reduced := [i for i, (_, is_reduced) in enumerate(runs) if is_reduced]:
         i = max(reduced, key=lambda i: runs[i][0])
         before, after = (math.prod(n for n, _ in some) for some in (runs[:i], runs[i + 1 :]))
-        x, name = reduce(name, x, before, runs[i][0], after), _again(name)
+        x, name = reduce(name, x, before, runs[i][0], after), _combining(name)
         del runs[i]
     return x.reshape(shape)
 
 
 def _counted(x: DeviceArray) -> DeviceArray:
-    """Booleans and short integers are summed as int64, as in NumPy."""
+    """Integers and booleans as int64, in which NumPy sums them too."""
     return x if x.dtype.kind == "f" else x.astype(np.int64, copy=False)
 
 
@@ -288,13 +288,13 @@ def sum_(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False) -> Device
 def sum_of_squares(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False) -> DeviceArray:
     """Σ x² over axes."""
     if x.dtype.kind != "f":
-        raise TypeError(f"takes floating-point input; got {x.dtype}, which may not hold squares")
+        raise TypeError(f"sum of squares needs floating-point input; got {x.dtype}, which can overflow")
     return _reduced("sum_of_squares", x, axis, keepdims)
 
 
 @kernel("optim.sum_of_squares", "cuda")
 def total_of_squares(x: DeviceArray) -> float:
-    """Σ x², as a number of the host: this waits for the device."""
+    """Σ x² as a Python number; waits for the device."""
     return float(sum_of_squares(x).item())
 
 
@@ -321,7 +321,7 @@ def sum_to(x: DeviceArray, *, shape: Shape) -> DeviceArray:
 def _place(which: Any, x: DeviceArray, axis: int | None, keepdims: bool) -> DeviceArray:
     along = normalized(axis, x.ndim)
     if not x.size:
-        raise ValueError(f"the place of an extreme among no elements: shape {x.shape}")
+        raise ValueError(f"argmax or argmin of an empty array: shape {x.shape}")
     shape = tuple(1 if i in along else n for i, n in enumerate(x.shape) if keepdims or i not in along)
     order = (*(i for i in range(x.ndim) if i not in along), *along)
     source, out = transpose(x, axes=order), DeviceArray(shape, np.int64)
@@ -331,11 +331,11 @@ def _place(which: Any, x: DeviceArray, axis: int | None, keepdims: bool) -> Devi
 
 @kernel("argmax", "cuda")
 def argmax(x: DeviceArray, *, axis: int | None = None, keepdims: bool = False) -> DeviceArray:
-    """Where along an axis the largest element is: the first of a tie, or the first NaN."""
+    """The index of the largest element along an axis: the first of a tie, or the first NaN."""
     return _place(ARGMAX, x, axis, keepdims)
 
 
 @kernel("argmin", "cuda")
 def argmin(x: DeviceArray, *, axis: int | None = None, keepdims: bool = False) -> DeviceArray:
-    """Where along an axis the smallest element is: the first of a tie, or the first NaN."""
+    """The index of the smallest element along an axis: the first of a tie, or the first NaN."""
     return _place(ARGMIN, x, axis, keepdims)

@@ -1,7 +1,7 @@
-"""All that the programs use of Numba's CUDA target, and the only place that imports it (package `numba-cuda`).
+"""Numba's CUDA target as programs use it, and the only module that imports it (package `numba-cuda`).
 
-Programs are plain functions over `cuda`, `float32` and their kin, as its successor `numba-cuda-mlir` compiles them too;
-to change over, change this file. Nothing here touches a driver or a device.
+Programs are plain functions of `cuda` and types such as `float32`. The successor `numba-cuda-mlir` compiles them too:
+to switch, change this file. Nothing here opens a driver or a device.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ __all__ = [
 
 cuda: Any = _cuda
 types: Any = _types
-intrinsic: Any = _intrinsic  # as its results have types that are only known in a program
+intrinsic: Any = _intrinsic
 float32, float64, int32, int64, uint32, uint64 = (
     getattr(types, name) for name in ("float32", "float64", "int32", "int64", "uint32", "uint64")
 )
@@ -30,24 +30,24 @@ TYPES: dict[str, Any] = {
 
 
 def device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that programs call."""
+    """Compile a function that programs call."""
     compiled: Callable[..., Any] = cuda.jit(device=True)(function)
     return compiled
 
 
 def argument(kind: str) -> Any:
-    """The type of an argument: "f4" is a number, "f4*" an array of one axis, C-contiguous."""
+    """The Numba type of a type code: "f4" is a float32, "f4*" a C-contiguous array of one axis."""
     return types.Array(TYPES[kind[:-1]], 1, "C") if kind.endswith("*") else TYPES[kind]
 
 
 def compile_ptx(function: Callable[..., Any], signature: tuple[str, ...], cc: tuple[int, int]) -> str:
-    """The PTX of a program for arguments of these types and GPUs of compute capability `cc`."""
+    """The PTX of a program for these argument types and compute capability `cc`."""
     ptx, _ = cuda.compile_ptx(function, types.void(*map(argument, signature)), cc=cc)
     return str(ptx)
 
 
-# Numba knows the alignment of an element only, so it never merges neighbouring loads. These ask for 128 bits at once:
-# for four elements of float32 one time, and of float64 two times.
+# Numba knows only the alignment of one element, so it never merges adjacent loads. These use 128-bit accesses: one for
+# four elements of float32, two for float64.
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
@@ -58,7 +58,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @intrinsic
 def load4(typingctx, array, index):
-    """array[index], …, array[index + 3] of floats; index is a multiple of 4, the array aligned to 16 bytes."""
+    """array[index], …, array[index + 3]: floats, aligned to 16 bytes; index is a multiple of 4."""
 
     def codegen(context, builder, signature, args):
         vector = builder.load(_pointer(context, builder, signature.args[0], *args), align=16)
@@ -70,7 +70,7 @@ def load4(typingctx, array, index):
 
 @intrinsic
 def store4(typingctx, array, index, values):
-    """array[index], …, array[index + 3] = values, on the same conditions."""
+    """array[index], …, array[index + 3] = values, under the same conditions."""
 
     def codegen(context, builder, signature, args):
         vector: Any = ir.Constant(ir.VectorType(args[2].type.element, 4), ir.Undefined)

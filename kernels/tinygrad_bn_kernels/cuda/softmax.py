@@ -1,6 +1,6 @@
-"""Softmax cross-entropy: a warp for each row of logits, which reads it twice; no (M, C) array in between.
+"""Softmax cross-entropy: one warp for each row of logits, which reads the row twice; no intermediate (M, C) array.
 
-A block also adds up the losses and weights of its rows, and a second launch those of all blocks.
+A block also sums the losses and weights of its rows, and a second launch sums over blocks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, device, int64, uint32
-from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, over_block, over_warp, plus
+from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus, warp_reduce
 
-LANES, GROUPS = 32, 8  # of a block: a warp, and how many there are
+LANES, GROUPS = 32, 8  # a block is 8 warps
 
 
 @program(
@@ -26,12 +26,13 @@ LANES, GROUPS = 32, 8  # of a block: a warp, and how many there are
     shared=8 * GROUPS,
 )  # fmt: skip
 def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
-    """Of each block the sum of losses and that of the targets' weights: (2, blocks); with `each`, the loss of each row.
+    """Sums of losses and of the targets' weights, (2, blocks); losses of rows if `each`; normalizers of rows.
 
-    And of each row the largest logit and the log of the sum of exponentials. A target that is no class gives NaN.
+    The normalizers of a row are its largest logit and the log of its sum of exponentials. A target that is not a class
+    gives NaN.
     """
     larger = device(maps.SAME["maximum"](T))
-    total, largest = over_warp(plus), over_warp(larger)
+    total, largest = warp_reduce(plus), warp_reduce(larger)
     nan, least = T(math.nan), T(-math.inf)
 
     def cross_entropy(x, target, weight, loss, sums, normalizer, rows, classes, each, ignored, smoothing):
@@ -86,8 +87,8 @@ def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
 
 @program("cross_entropy.total", "f4* f4* f4* u4 u4", block=THREADS, shuffles=16, shared=4 * WARPS)
 def TOTAL(T: Any) -> Callable[..., None]:
-    """The sum of all losses, divided by that of the weights for a `mean`; and the sum of the weights."""
-    total, last = over_block(plus), over_block(plus, again=False)
+    """The sum of losses, divided by the sum of weights if `mean`, and the sum of weights."""
+    total, last = block_reduce(plus), block_reduce(plus, reuse=False)
 
     def add_up(sums, loss, mass, count, mean):
         shared = cuda.shared.array(WARPS, T)
@@ -109,8 +110,8 @@ def TOTAL(T: Any) -> Callable[..., None]:
     "cross_entropy.vjp", "f4* f4* f4* i8* f4* f4* f4* u4 u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=5, registers=64
 )
 def CROSS_ENTROPY_VJP(T: Any) -> Callable[..., None]:
-    """gᵢ · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c), divided by `whole`; `each` is 0 if all rows have one g."""
-    total = over_warp(plus)
+    """gᵢ · (softmax(xᵢ)_c · Σ_k q_ik w_k − q_ic w_c) / `whole`; `each` is 0 if g is one number."""
+    total = warp_reduce(plus)
 
     def cross_entropy_vjp(g, whole, x, target, weight, normalizer, gx, rows, classes, each, ignored, smoothing):
         row = uint32(cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y)
@@ -145,20 +146,24 @@ def CROSS_ENTROPY_VJP(T: Any) -> Callable[..., None]:
     return cross_entropy_vjp
 
 
-def _prepared(x: DeviceArray, target: DeviceArray, weight: DeviceArray) -> tuple[DeviceArray, DeviceArray]:
-    maps.check(x, target, weight)
-    if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
-        raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
-    return target.astype(np.int64, copy=False), weight.astype(x.dtype, copy=False)
+def _prepared(x: DeviceArray, target: DeviceArray, weight: DeviceArray | None) -> tuple[DeviceArray, DeviceArray]:
+    """Targets as int64, and weights in the dtype of x; None is all ones."""
+    maps.check(x, target, *(() if weight is None else (weight,)))
+    shape = x.shape[1:] if weight is None else weight.shape
+    if target.shape != x.shape[:1] or shape != x.shape[1:] or not x.shape[1]:
+        raise ValueError(f"logits (M, C) {x.shape} need targets (M,) and weights (C,); got {target.shape} and {shape}")
+    return target.astype(np.int64, copy=False), maps.vector_or(1, weight, x.shape[1], x.dtype)
 
 
 @kernel("softmax_cross_entropy", "cuda")
 def softmax_cross_entropy(
-    x: DeviceArray, target: DeviceArray, weight: DeviceArray, *, smoothing: float, ignore_index: int, reduction: str
-) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
-    """x (M, C) logits, target (M,) classes, weight (C,): the loss, what backward needs again, and Σ weights of targets.
+    x: DeviceArray, target: DeviceArray, weight: DeviceArray | None, *, smoothing: float, ignore_index: int,
+    reduction: str,
+) -> tuple[DeviceArray, DeviceArray, DeviceArray]:  # fmt: skip
+    """x (M, C) logits, target (M,) classes, weight (C,) or None: the loss, saved values of rows, Σ weights of targets.
 
-    The loss is that of each row (M,) for the reduction "none", else one number; NaN where a target is no class.
+    The loss has shape (M,) for the reduction "none", else (). It is NaN where a target is not a class. Saved for the
+    gradient are the largest logit of each row, and the log of its sum of exponentials.
     """
     target, weight = _prepared(x, target, weight)
     (rows, classes), each = x.shape, reduction == "none"
@@ -174,10 +179,11 @@ def softmax_cross_entropy(
 
 @kernel("softmax_cross_entropy.vjp", "cuda")
 def softmax_cross_entropy_vjp(
-    g: DeviceArray, y: DeviceArray, x: DeviceArray, target: DeviceArray, weight: DeviceArray, *, needs: list[bool],
-    smoothing: float, ignore_index: int, reduction: str, normalizer: DeviceArray, total: DeviceArray,
+    g: DeviceArray, y: DeviceArray, x: DeviceArray, target: DeviceArray, weight: DeviceArray | None, *,
+    needs: list[bool], smoothing: float, ignore_index: int, reduction: str, normalizer: DeviceArray,
+    total: DeviceArray,
 ) -> Any:  # fmt: skip
-    """The gradient with respect to the logits; that of the weights is left to the composition."""
+    """The gradient with respect to the logits. The composition computes that of the weights."""
     if needs[2]:
         return NotImplemented
     target, weight = _prepared(x, target, weight)

@@ -1,4 +1,4 @@
-"""How programs walk arrays that are broadcast, permuted or sliced: four axes, and how far a step along each goes."""
+"""Loops over arrays that are broadcast, permuted or sliced: four axes, and a step along each for every array."""
 
 import itertools
 import math
@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
-AXES = 4  # of a walk; the rows of its last one are what the threads of a block take
+AXES = 4  # of a walk; the threads of a block take its rows, which lie along the last axis
 
-# A few long rows would keep a few warps busy: rows of LONG elements are cut into parts of PART, unless there are MANY.
+# Few long rows would occupy few warps: rows of LONG elements or more are split into parts of PART, unless there are
+# MANY rows.
 LONG, PART, MANY = 1024, 256, 4096
 
 
 class Walk(NamedTuple):
-    """One launch: lengths of the four axes, and for each array where it starts and how far a step goes."""
+    """One launch: lengths of the four axes, and the first element and the steps of each array."""
 
     shape: Shape
     starts: Shape
@@ -26,20 +27,20 @@ class Walk(NamedTuple):
 
 
 def contiguous(shape: Shape) -> Shape:
-    """The steps, in elements, of a C-contiguous array."""
+    """The steps of a C-contiguous array, in elements."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def broadcast(shape: Shape, to: Shape) -> Shape:
-    """The steps that make an array of `shape` one of shape `to`: none along axes that are repeated."""
+    """The steps of an array of `shape` that is broadcast to shape `to`: 0 along repeated axes."""
     lead = len(to) - len(shape)
     own = contiguous(shape)
     return tuple(0 if i < lead or shape[i - lead] == 1 else own[i - lead] for i in range(len(to)))
 
 
 def walks(shape: Shape, starts: Sequence[int], steps: Sequence[Shape]) -> Iterator[Walk]:
-    """All elements of `shape` in walks of four axes: nearly always one, as neighbouring axes are merged."""
-    axes: list[tuple[int, list[int]]] = []  # from the last one on: length, and the step of each array
+    """All elements of `shape` in walks of four axes. Adjacent axes are merged, so there is nearly always one walk."""
+    axes: list[tuple[int, list[int]]] = []  # last axis first: length, and the step of each array
     for i in reversed(range(len(shape))):
         if shape[i] == 1:
             continue
@@ -61,7 +62,7 @@ def walks(shape: Shape, starts: Sequence[int], steps: Sequence[Shape]) -> Iterat
 
 
 def _walks(axes: list[tuple[int, list[int]]], starts: Sequence[int]) -> Iterator[Walk]:
-    """The elements of these axes, in walks of four."""
+    """The elements of these axes in walks of four axes."""
     outer, inner = axes[: max(len(axes) - AXES, 0)], axes[max(len(axes) - AXES, 0) :]
     inner = [(1, [0] * len(starts))] * (AXES - len(inner)) + inner
     lengths = tuple(n for n, _ in inner)
@@ -72,7 +73,7 @@ def _walks(axes: list[tuple[int, list[int]]], starts: Sequence[int]) -> Iterator
 
 
 def row_block(inner: int, rows: int = MANY) -> tuple[int, int]:
-    """Threads of a block, along the last axis and across rows: 256, of which few are idle in short or few rows."""
+    """Shape of a block of 256 threads, along the last axis and across rows, with few idle threads."""
     along = 32 if rows >= MANY else 256
     while along > 1 and along // 2 >= inner:
         along //= 2

@@ -1,4 +1,4 @@
-"""How the threads of a warp, and of a block, put their values together: every thread gets the result."""
+"""Reductions over the threads of a warp and of a block; every thread gets the result."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from tinygrad_bn_kernels.cuda.shim import cuda, device
 
-ALL = 0xFFFFFFFF  # every lane of a warp takes part
+ALL = 0xFFFFFFFF  # mask of all lanes of a warp
 
-# Threads of a block that is put together, and its warps: the shared memory of `over_block` has a place for each.
+# Threads and warps of a block for `block_reduce`, whose shared memory has one element for each warp.
 THREADS = 256
 WARPS = THREADS // 32
 
 
-def over_warp(combine: Callable[..., Any]) -> Callable[..., Any]:
-    """A device function: the values of a warp's 32 lanes combined. Five shuffles."""
+def warp_reduce(combine: Callable[..., Any]) -> Callable[..., Any]:
+    """A device function that combines the values of a warp's 32 lanes, in five shuffles."""
 
     @device
     def combined(value):
@@ -28,13 +28,13 @@ def over_warp(combine: Callable[..., Any]) -> Callable[..., Any]:
     return combined
 
 
-def over_block(combine: Callable[..., Any], again: bool = True) -> Callable[..., Any]:
-    """A device function: the values of a block of 256 threads combined, by way of `shared`, of 8 elements.
+def block_reduce(combine: Callable[..., Any], reuse: bool = True) -> Callable[..., Any]:
+    """A device function that combines the values of a block of 256 threads, through `shared` of 8 elements.
 
-    Each warp leaves its result there, and then combines all 8 itself. Eight shuffles and a barrier; and another one,
-    if `shared` is to be used `again`.
+    Each warp writes its result there, then every warp combines all 8. This takes eight shuffles and one barrier, and a
+    second barrier if `shared` is used again later (`reuse`).
     """
-    warp = over_warp(combine)
+    warp = warp_reduce(combine)
 
     @device
     def combined(value, shared):
@@ -44,7 +44,7 @@ def over_block(combine: Callable[..., Any], again: bool = True) -> Callable[...,
             shared[thread >> 5] = value
         cuda.syncthreads()
         value = shared[thread & 7]
-        if again:
+        if reuse:
             cuda.syncthreads()
         value = combine(value, cuda.shfl_xor_sync(ALL, value, 4))
         value = combine(value, cuda.shfl_xor_sync(ALL, value, 2))
@@ -55,5 +55,5 @@ def over_block(combine: Callable[..., Any], again: bool = True) -> Callable[...,
 
 @device
 def plus(a, b):
-    """The sum: what `over_warp` and `over_block` combine with most often."""
+    """The sum of two values."""
     return a + b

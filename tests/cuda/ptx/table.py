@@ -1,6 +1,6 @@
-"""The table of programs for cuda: what the compiler and the interpreter say of each. `python -m tests.ptx.table`.
+"""`python -m tests.cuda.ptx.table` prints `kernels/cuda_programs.md`, a table of all CUDA programs.
 
-It prints `kernels/cuda_programs.md`; numba-cuda, the CUDA toolkit's compiler and nvdisasm are needed, and no GPU.
+It needs numba-cuda, the CUDA toolkit's compiler and nvdisasm, and no GPU.
 """
 
 from collections import Counter
@@ -8,26 +8,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.gpu_report import SIZES, cases
-from tests.ptx.compile import ARCHITECTURES, assemble
-from tests.ptx.programs import Interpreted, interpreted, programs, ptx_for
-from tests.ptx.test_accesses import BUSY
+from tests.cuda.gpu_report import SIZES, cases
+from tests.cuda.ptx.compile import ARCHITECTURES, assemble
+from tests.cuda.ptx.programs import Interpreted, interpreted, programs, ptx_for
+from tests.cuda.ptx.test_accesses import BUSY
 
-HEAD = """# The programs for cuda
+HEAD = """# The CUDA programs
 
-What `python -m tests.ptx.table` says of each program, for float32. A name ends in the layout of its operands: `a` an
-array, `n` a number, a `4` that 128 bits are moved at a time, `rows` that operands are broadcast.
+Printed by `python -m tests.cuda.ptx.table`, for float32. A name ends in the layout of its operands: `a` an array, `n` a
+number, `4` for 128-bit accesses, `rows` for operands that are broadcast.
 
-- *registers* of a thread, for {archs}, as `ptxas` gives them; no program spills any or has a
-  stack frame;
+- *registers*: of a thread, for {archs}, from `ptxas`; no program spills or has a stack frame;
 - *shared*: bytes of shared memory of a block;
-- *bytes*: what the threads ask memory for, for each element of the largest array, in the launches of
-  `tests/ptx/test_accesses.py`; *least*: the bytes that were touched at all, each counted once. A program that asks for
-  more reads something again, most often from a cache;
-- *sectors*: pieces of 32 bytes that a warp's request touches, for loads and stores of 32 and of 128 bits a thread; 4
-  and 16 are the least where all lanes take part;
-- *executed*: its PTX was run by the interpreter of `tests/ptx`, against float64, in the tests;
-- *in the report*: whether `make gpu-report`, on a machine with a GPU, launches it in what it times.
+- *bytes*: requested by the threads, for each element of the largest array, in the launches of
+  `tests/cuda/ptx/test_accesses.py`; *least*: distinct bytes touched. A program that requests more reads data again,
+  usually from a cache;
+- *sectors*: 32-byte pieces that a warp's request touches, for loads and stores of 32 and of 128 bits a thread; with all
+  lanes active at least 4 and 16;
+- *executed*: the tests run its PTX in the interpreter of `tests/cuda/ptx` and compare with float64;
+- *in the report*: `make gpu-report`, on a machine with a GPU, launches it in a timed case.
 
 | program | registers | shared | bytes | least | sectors, 32 bits | 128 bits | executed | in the report |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |
@@ -41,12 +40,12 @@ class Moved:
     elements: int = 0
     asked: int = 0
     least: int = 0
-    requests: Counter[int] = field(default_factory=Counter)  # by bits that a lane moves
+    requests: Counter[int] = field(default_factory=Counter)  # by bits of a lane
     sectors: Counter[int] = field(default_factory=Counter)
 
 
 class Measuring(Interpreted):
-    """A driver that adds up what programs move."""
+    """A driver that sums the traffic of programs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class Measuring(Interpreted):
 
 
 def measured() -> dict[str, Moved]:
-    """What each program moves in the launches of `test_accesses.py`."""
+    """The traffic of each program in the launches of `test_accesses.py`."""
     device = Measuring()
     with interpreted(device):
         for launch in BUSY.values():
@@ -76,8 +75,8 @@ def measured() -> dict[str, Moved]:
     return device.moved
 
 
-class Noting(Interpreted):
-    """A driver of a large GPU that does nothing but note what is launched."""
+class Recording(Interpreted):
+    """A driver of a large GPU that only records the names of launched programs."""
 
     processors = 132
 
@@ -99,8 +98,8 @@ class Noting(Interpreted):
 
 
 def reported() -> set[str]:
-    """The programs that the cases of the report launch."""
-    device = Noting()
+    """The programs that the cases of the GPU report launch."""
+    device = Recording()
     with interpreted(device):
         for images, flat in SIZES:
             for case in cases(images, flat):

@@ -1,13 +1,13 @@
-"""Planted bugs that the interpreter has to find, in kernels that Numba compiled and in PTX written by hand."""
+"""Planted bugs that the interpreter must detect, in kernels compiled by Numba and in handwritten PTX."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 
-from tests.ptx.barriers import barriers, without_barrier
-from tests.ptx.compile import compile_ptx, need_compiler
-from tests.ptx.interpreter import (
+from tests.cuda.ptx.barriers import barriers, without_barrier
+from tests.cuda.ptx.compile import compile_ptx, require_compiler
+from tests.cuda.ptx.interpreter import (
     DataRace,
     Device,
     DivergentBarrier,
@@ -24,12 +24,12 @@ THREADS = 64
 
 @pytest.fixture(scope="module")
 def numba():
-    need_compiler()
+    require_compiler()
     return pytest.importorskip("numba")
 
 
 def launch(numba, kernel, *arrays, grid=1, block=THREADS, dynamic_shared=0, edit=lambda ptx: ptx):
-    """Compile a kernel over arrays and run it; the report and the arrays afterwards."""
+    """Compile a kernel and run it on arrays; returns the report and the resulting arrays."""
     types = [numba.from_dtype(a.dtype)[(slice(None),) * (a.ndim - 1) + (slice(None, None, 1),)] for a in arrays]
     ptx = edit(compile_ptx(kernel, numba.void(*types)))
     device, args, addresses = Device(), [], []
@@ -42,7 +42,7 @@ def launch(numba, kernel, *arrays, grid=1, block=THREADS, dynamic_shared=0, edit
 
 
 def kernels(numba):
-    """The kernels of this file; made when Numba is known to be there."""
+    """The kernels of this file. They are built in a fixture because Numba is optional."""
     from numba import cuda, float32
 
     def scale(x, out):
@@ -199,7 +199,7 @@ def test_correct_kernels_pass(numba, kernel, name):
     [
         ("divergent", DivergentBarrier, r"waits for thread 0, which waits|waits for thread 0, which has ended"),
         ("early_exit", DivergentBarrier, "waits for thread 56, which has ended"),
-        ("shuffle_all", InactiveLane, "waits for lanes of its mask that never come"),
+        ("shuffle_all", InactiveLane, "waits for lanes of its mask that never arrive"),
         ("unwritten", Uninitialised, "never written"),
         ("neighbour", DataRace, "overwrites what thread"),
         ("total", DataRace, "thread"),
@@ -226,7 +226,7 @@ def test_a_block_larger_than_its_shared_array_is_found(numba, kernel):
 
 
 def test_blocks_race_also_if_they_are_executed_one_after_the_other(monkeypatch, numba, kernel):
-    monkeypatch.setattr("tests.ptx.interpreter.LANES", 32)
+    monkeypatch.setattr("tests.cuda.ptx.interpreter.LANES", 32)
     with pytest.raises(DataRace, match=r"block \(1, 0, 0\).*what thread 0 of block 0 wrote"):
         launch(numba, kernel["total"], numbers(), zeros(), grid=2, block=1)
     _, (_, out) = launch(numba, kernel["scale"], numbers(), zeros(), grid=4, block=16)
@@ -263,11 +263,11 @@ def test_strided_loads_are_counted_in_sectors(numba, kernel):
 
 def test_walking_a_column_of_a_tile_conflicts(numba, kernel):
     bad, (_, out) = launch(numba, kernel["column"], numbers(32), zeros(32), block=32)
-    assert out[0] == numbers(32).sum()  # right, and slow: of 32 reads each asks one bank for 32 words
+    assert out[0] == numbers(32).sum()  # correct but slow: each of 32 reads accesses 32 words of one bank
     assert bad.bank_conflicts == 32 * 31
 
 
-# What Numba does not write, in PTX
+# Handwritten PTX
 
 HEAD = """.version 9.0
 .target sm_75
@@ -288,8 +288,8 @@ def execute(code: str, nbytes: int = 1024, threads: int = 32, grid: int = 1):
 @pytest.mark.parametrize(
     ("code", "error", "message"),
     [
-        ("add.u64 a, a, 4; ld.global.v4.u32 {r, r, r, r}, [a];", Misaligned, "no multiple of the 16 bytes"),
-        ("ld.global.u64 b, [a+4];", Misaligned, "no multiple of the 8 bytes"),
+        ("add.u64 a, a, 4; ld.global.v4.u32 {r, r, r, r}, [a];", Misaligned, "not a multiple of the 16 bytes"),
+        ("ld.global.u64 b, [a+4];", Misaligned, "not a multiple of the 8 bytes"),
         ("ld.global.v2.u32 {r, s}, [a+1024];", OutOfBounds, "byte 1024 of the allocation of 1024 bytes"),
         ("ld.global.u32 r, [a-4];", OutOfBounds, "before every allocation"),
         ("mov.u64 b, 0; st.u32 [b], t;", OutOfBounds, "0x0, before"),
@@ -306,11 +306,11 @@ def execute(code: str, nbytes: int = 1024, threads: int = 32, grid: int = 1):
             "overwrites what thread 9",
         ),
         ("red.global.add.u32 [a], 1; ld.global.u32 r, [a];", DataRace, "reads what thread 31"),
-        ("setp.gt.u32 p, t, 4; @p shfl.sync.bfly.b32 r, t, 1, 31, 0xf;", InactiveLane, "not in the mask"),
+        ("setp.gt.u32 p, t, 4; @p shfl.sync.bfly.b32 r, t, 1, 31, 0xf;", InactiveLane, "not in its own mask"),
         ("shfl.sync.down.b32 r, t, 1, 31, -1;", InactiveLane, "waits for lanes|reads lane 24"),
         ("setp.gt.u32 p, t, 4; @p bra end; bar.sync 0; bra end; end: bar.sync 0;", DivergentBarrier, "waits at line"),
         ("setp.gt.u32 p, t, 4; @p ret; bar.sync 0;", DivergentBarrier, "which has ended"),
-        ("bar.warp.sync 0xffff;", InactiveLane, "not in the mask"),
+        ("bar.warp.sync 0xffff;", InactiveLane, "not in its own mask"),
     ],
 )
 def test_planted_bugs_in_ptx_are_found(code, error, message):
@@ -326,16 +326,16 @@ def test_the_race_detector_knows_what_orders_accesses():
     execute(near + "bar.sync 0;" + load, threads=64)
     execute(near + "bar.warp.sync -1;" + load, threads=64)
     execute(far + "bar.sync 0;" + load, threads=64)
-    with pytest.raises(DataRace):  # a warp's lanes are not in step unless they are told to be
+    with pytest.raises(DataRace):  # lanes of a warp do not run in lockstep
         execute(near + load, threads=64)
-    with pytest.raises(DataRace):  # nor does a shuffle order memory
+    with pytest.raises(DataRace):  # a shuffle does not order memory
         execute(near + "shfl.sync.bfly.b32 r, t, 1, 31, -1;" + load, threads=64)
-    with pytest.raises(DataRace):  # what orders a warp does not order two
+    with pytest.raises(DataRace):  # a warp barrier does not order two warps
         execute(far + "bar.warp.sync -1;" + load, threads=64)
 
 
 def test_reads_are_remembered_until_a_barrier():
-    """A write races with any read since the last barrier, however many threads have read after it."""
+    """A write races with every read since the last barrier, however many threads have read since."""
     read = "ld.global.u32 r, [a];"
     write = "setp.eq.u32 p, t, {thread}; @p st.global.u32 [a], 7;"
     for thread in (0, 31, 40):
@@ -347,7 +347,7 @@ def test_reads_are_remembered_until_a_barrier():
     with pytest.raises(DataRace):
         execute(two_readers + write.format(thread=33), threads=64)
     execute(one.format(thread=33) + write.format(thread=33), threads=64)
-    with pytest.raises(DataRace):  # a block that reads what another writes
+    with pytest.raises(DataRace):  # one block reads, another writes
         execute("mov.u32 s, %ctaid.x; setp.eq.u32 p, s, 1;" + read + "@p st.global.u32 [a], 1;", threads=1, grid=2)
 
 
@@ -362,7 +362,7 @@ def test_bytes_of_a_word_do_not_race():
     [("u32", 4, 0), ("u32", 8, 1), ("u32", 0, 0), ("u64", 8, 0), ("u64", 16, 2), ("v4.u32", 16, 0), ("u32", 32, 7)],
 )
 def test_bank_conflicts_are_counted(width, stride, conflicts):
-    """A warp that reads two words of a bank is served twice; 64 bits a lane take two turns anyway, 128 bits four."""
+    """Two words of one bank take two cycles; 64 bits a lane always take two cycles, 128 bits four."""
     into = {"u32": "r", "u64": "b", "v4.u32": "{r, r, r, r}"}[width]
     fill = "mov.u64 b, tile; mad.wide.u32 b, t, 4, b;" + "".join(f"st.shared.u32 [b+{128 * k}], t;" for k in range(8))
     code = fill + f"bar.sync 0; mov.u64 b, tile; mad.wide.u32 b, t, {stride}, b; ld.shared.{width} {into}, [b];"
@@ -395,7 +395,7 @@ def test_memory_that_nobody_wrote_is_not_read():
 
 
 def test_allocations_are_reused_only_when_many_bytes_wait(monkeypatch):
-    monkeypatch.setattr("tests.ptx.interpreter.QUARANTINE", 2000)
+    monkeypatch.setattr("tests.cuda.ptx.interpreter.QUARANTINE", 2000)
     device = Device(4096)
     addresses = [device.alloc(100) for _ in range(20)]
     assert len(set(addresses)) == 20

@@ -1,4 +1,4 @@
-"""The programs for cuda that the project ships: compiled, and run by the interpreter in place of a GPU."""
+"""The CUDA programs of the project: compiled, and run by the interpreter instead of a GPU."""
 
 import re
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.compile import offline
-from tests.ptx.interpreter import Device, Report
+from tests.cuda.ptx.compile import offline
+from tests.cuda.ptx.interpreter import Device, Report
 
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, -1.0, 1.0], np.float32)
-Edit = Callable[[str, str], str]  # of a program's name and its PTX
+Edit = Callable[[str, str], str]  # (name of a program, its PTX) to PTX
 
 
 @cache
 def programs() -> dict[str, Any]:
-    """Every declared program, by name."""
+    """Every program, by name."""
     from tinygrad_bn_kernels import cuda
 
     for module in iter_modules(cuda.__path__, "tinygrad_bn_kernels.cuda."):
@@ -29,9 +29,9 @@ def programs() -> dict[str, Any]:
 
 @cache
 def ptx_for(program: Any, cc: tuple[int, int], kind: str = "f4") -> str:
-    """A program's PTX for its first signature, with float64 for float32 if `kind` is "f8".
+    """A program's PTX for its first signature; `kind` "f8" replaces float32 by float64.
 
-    For sm_80 and sm_90 it is that for sm_75, but for the target's name.
+    sm_80 and sm_90 have the PTX of sm_75 with another target.
     """
     generation = (7, 5) if cc < (10, 0) else (10, 0)
     signature = tuple(word.replace("f4", kind) for word in program.signatures[0])
@@ -41,7 +41,7 @@ def ptx_for(program: Any, cc: tuple[int, int], kind: str = "f4") -> str:
 
 
 class Interpreted(Device):
-    """The interpreter as the driver that programs are launched with. `launches` tells which ran, and what they did."""
+    """The interpreter as a driver. `launches` has the name and the report of each launch."""
 
     cc, processors, name = (7, 5), 2, "PTX interpreter"
 
@@ -63,7 +63,7 @@ class Interpreted(Device):
         self.launches.append((program, super().launch(text, grid, block, args, name=name)))
 
     def order(self, first: int, then: int) -> None:
-        pass  # all is done at once
+        pass  # launches are synchronous
 
     def synchronize(self) -> None:
         pass
@@ -77,7 +77,7 @@ class Interpreted(Device):
 
 @contextmanager
 def interpreted(device: Interpreted | None = None):
-    """In this block what is launched runs on the device that is given, or on a new one."""
+    """In this block programs run on `device`, or on a new interpreter."""
     from tinygrad_bn_kernels.cuda import launch
 
     with offline(Interpreted.cc), launch.using(device or Interpreted()) as used:
@@ -85,28 +85,28 @@ def interpreted(device: Interpreted | None = None):
 
 
 def run(name: str, *operands: Any, **params: Any) -> Any:
-    """What the kernel `name` of cuda gives for NumPy arrays and numbers, as NumPy arrays."""
+    """Run the CUDA kernel `name` on NumPy arrays and numbers; the results are NumPy arrays."""
     from tinygrad_bn_kernels import lookup
 
     return to_host(lookup(name, "cuda")(*map(to_device, operands), **{k: to_device(v) for k, v in params.items()}))
 
 
 def to_device(value: Any) -> Any:
-    """A NumPy array on the device; anything else as it is."""
+    """A NumPy array as a device array; other values unchanged."""
     from tinygrad_bn_kernels.cuda.array import DeviceArray
 
     return DeviceArray.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def to_host(value: Any) -> Any:
-    """Arrays of the device, also in tuples, as NumPy arrays."""
+    """Device arrays, also in tuples, as NumPy arrays."""
     if isinstance(value, tuple | list):
         return tuple(map(to_host, value))
     return value.numpy() if hasattr(value, "numpy") else value
 
 
 def computed(name: str, *operands: Any) -> np.ndarray:
-    """An elementwise function on the device."""
+    """Apply an elementwise function on the device."""
     from tinygrad_bn_kernels.cuda import maps
 
     result = bool if name in maps.TRUTH else np.float32
@@ -114,13 +114,13 @@ def computed(name: str, *operands: Any) -> np.ndarray:
 
 
 def unaligned(x: np.ndarray) -> Any:
-    """An array of the device whose address is no multiple of 16 bytes."""
+    """A device array whose address is not a multiple of 16 bytes."""
     held = to_device(np.concatenate([x[:1], x]))
     return held.view(x.shape, 1)
 
 
 def numbers(shape: Any, kind: str = "plain", seed: int = 0) -> np.ndarray:
-    """float32: N(0, 1); the same around 1000; or with special values in a quarter of the places."""
+    """Random float32: N(0, 1), N(1000, 1) for "offset", or a quarter special values for "special"."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape).astype(np.float32)
     if kind == "offset":

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tinygrad_bn_kernels.cuda import launch
 
-from tests.cuda_bindings import OURS, Bindings
-from tests.ptx.compile import need_compiler, offline
+from tests.cuda.cuda_bindings import OURS, Bindings
+from tests.cuda.ptx.compile import offline, require_compiler
 
 # ---- without a device ------------------------------------------------------------------------------------
 
@@ -22,10 +22,11 @@ MISSING = """
 import importlib.util, sys
 import tinygrad_bn
 from tinygrad_bn import Tensor, cuda
+from tinygrad_bn_kernels.cuda import available
 loaded = {m.split(".")[0] for m in sys.modules} & {"numba", "cuda", "numba_cuda", "cupy"}
 assert not loaded, loaded
 find = importlib.util.find_spec
-cuda.find_spec = lambda name: None if name == "numba_cuda" else find(name)
+available.find_spec = lambda name: None if name == "numba_cuda" else find(name)
 try:
     Tensor([1.0]).to("cuda")
 except RuntimeError as error:
@@ -48,7 +49,7 @@ def test_without_the_extra_the_error_says_what_to_install():
 
 
 def test_without_a_device_the_error_says_so():
-    need_compiler()
+    require_compiler()
     from tinygrad_bn import Tensor, cuda
 
     if cuda.is_available():
@@ -63,7 +64,7 @@ def test_without_a_device_the_error_says_so():
 
 @pytest.fixture
 def bindings(monkeypatch):
-    need_compiler()
+    require_compiler()
     from tinygrad_bn_kernels.cuda import driver
 
     fake = Bindings()
@@ -144,14 +145,14 @@ def test_work_goes_to_the_stream_of_the_block_in_the_order_of_the_program(bindin
 
 
 def test_a_network_trains_on_a_stream(bindings):
-    from tests import test_cuda
+    from tests.cuda.training import network, three_steps
     from tinygrad_bn import cuda
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
-    want = test_cuda.three_steps(test_cuda.network, "adam", x, y, "cpu")[0]
+    want = three_steps(network, "adam", x, y, "cpu")[0]
     with cuda.stream(5):
-        losses = test_cuda.three_steps(test_cuda.network, "adam", x, y, "cuda")[0]
+        losses = three_steps(network, "adam", x, y, "cuda")[0]
     np.testing.assert_allclose(losses, want, rtol=1e-5)
 
 
@@ -233,7 +234,7 @@ class Other:
 
 
 def test_dlpack_lets_the_consumers_stream_wait(bindings):
-    from tinygrad_bn_kernels.cuda.dlpack import borrow
+    from tinygrad_bn_kernels.cuda.array import DeviceArray
 
     from tinygrad_bn import Tensor
 
@@ -241,7 +242,9 @@ def test_dlpack_lets_the_consumers_stream_wait(bindings):
     orders = {None: [], 1: [], -1: [], 2: [(0, 2)], 77: [(0, 77)]}
     for stream, order in orders.items():
         bindings.calls.clear()
-        borrowed = borrow(Other(lambda _, to=stream: a.__dlpack__(stream=to, max_version=(1, 0), dl_device=(2, 0))))
+        borrowed = DeviceArray.from_dlpack(
+            Other(lambda _, to=stream: a.__dlpack__(stream=to, max_version=(1, 0), dl_device=(2, 0)))
+        )
         assert [call for call in bindings.calls if isinstance(call, tuple)] == order
         del borrowed
         assert bindings.calls.count("cuCtxSynchronize") == (stream not in (None, 1)), "theirs is waited for"
@@ -275,10 +278,10 @@ def test_borrowed_memory_goes_back_when_ours_is_done(bindings):
 
     def theirs(managed):
         waits.append(bindings.calls.count("cuCtxSynchronize"))
-        dlpack._give_back(managed)
+        dlpack._release(managed)
 
     managed = kept.data.buffer._managed.contents
-    managed.deleter = type(dlpack._done)(theirs)
+    managed.deleter = type(dlpack._deleter)(theirs)
     del managed
     bindings.calls.clear()
     del kept  # on the default stream, what was borrowed on another
@@ -294,7 +297,7 @@ def test_what_is_borrowed_lies_where_its_capsule_says(bindings):
 
     def changed(**fields):
         capsule = t.data.__dlpack__()
-        tensor = dlpack._lent[max(dlpack._lent)][0].tensor
+        tensor = dlpack._exports[max(dlpack._exports)][0].tensor
         for name, value in fields.items():
             setattr(tensor, name, value)
         return Other(lambda stream: capsule)
@@ -316,14 +319,14 @@ def test_a_capsule_that_nobody_takes_loses_no_error_and_comes_back(bindings):
     with pytest.raises((BufferError, RuntimeError), match="device"):
         np.from_dlpack(t.data)
     kept = t.data.__dlpack__()
-    assert len(dlpack._lent) == 1, "the first came back"
+    assert len(dlpack._exports) == 1, "the first came back"
     t.data.__dlpack__()
-    assert len(dlpack._lent) == 2, "somebody has the second"
+    assert len(dlpack._exports) == 2, "somebody has the second"
     del kept
     t.data.__dlpack__()
-    assert len(dlpack._lent) == 1
-    dlpack._take_back()
-    assert not dlpack._lent
+    assert len(dlpack._exports) == 1
+    dlpack._release_unclaimed()
+    assert not dlpack._exports
 
 
 def test_another_librarys_context_is_left_as_it_is(bindings):
@@ -447,7 +450,7 @@ def test_large_products_are_cublas_on_our_memory_and_stream(cupy, dtype, toleran
 
 
 def test_products_are_ours_where_they_are_small_or_there_is_no_cublas_or_no_gpu(cupy):
-    from tests.ptx.programs import interpreted
+    from tests.cuda.ptx.programs import interpreted
 
     _products("cuda", np.float32, 1)
     assert not cupy.calls

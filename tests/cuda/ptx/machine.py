@@ -1,13 +1,13 @@
-"""A SIMT machine: one lane per thread, all lanes of the lowest program counter step together.
+"""A SIMT machine: one lane for each thread; all lanes at the lowest program counter step together.
 
-A group of lanes at one instruction is a slice or an index array; groups meet again where their program counters do.
+Lanes at one instruction are a slice or an index array. Groups merge again when they reach the same program counter.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.memory import (
+from tests.cuda.ptx.memory import (
     ALLOCATED,
     INITIALISED,
     SECTOR,
@@ -18,22 +18,22 @@ from tests.ptx.memory import (
     bank_conflicts,
     sectors,
 )
-from tests.ptx.opcodes import InactiveLane, Lanes, decode, source
-from tests.ptx.parse import GUARD, PTXError, UnknownInstruction
+from tests.cuda.ptx.opcodes import InactiveLane, Lanes, decode, source
+from tests.cuda.ptx.parse import GUARD, PTXError, UnknownInstruction
 
 BASE = 1 << 44  # of global memory
-# A generic address is that within a space plus:
+# Offsets from an address within a space to a generic address.
 WINDOWS = {"global": 0, "const": 0, "shared": 1 << 40, "local": 1 << 41}
-STEPS = 2_000_000  # a kernel that executes more instructions than this does not end
+STEPS = 2_000_000  # most instructions of a launch: beyond it, the kernel does not terminate
 
 
 class DivergentBarrier(PTXError):
-    """Threads of a block wait at a barrier that others wait elsewhere for, or will never reach."""
+    """Threads of a block wait at a barrier, and others wait at another one or have ended."""
 
 
 @dataclass
 class Traffic:
-    """What the accesses of one kind cost: requests of warps, sectors of 32 bytes or bank conflicts, bytes asked for."""
+    """Costs of accesses: requests of warps, 32-byte sectors or bank conflicts, and bytes requested."""
 
     requests: int = 0
     sectors: int = 0
@@ -43,23 +43,23 @@ class Traffic:
 
 @dataclass
 class Report:
-    """What a launch did. traffic is keyed by space, "load", "store" or "atomic", and bits per lane."""
+    """Counts of a launch. Keys of traffic are the space, "load", "store" or "atomic", and bits of a lane."""
 
     steps: int = 0
-    barriers: int = 0  # of a block
-    shuffles: int = 0  # of a warp
-    atomics: int = 0  # of a lane
+    barriers: int = 0  # counted for each block
+    shuffles: int = 0  # counted for each warp
+    atomics: int = 0  # counted for each lane
     traffic: dict[tuple[str, str, int], Traffic] = field(default_factory=dict)
 
     def sectors_per_request(self, bits: int) -> float:
-        """Of the loads and stores of global memory with that many bits a lane; a warp of 32 bits needs 4 at least."""
+        """Sectors of a global load or store of so many bits a lane; a full warp of 32-bit lanes needs at least 4."""
         found = [
             t for (space, kind, b), t in self.traffic.items() if space == "global" and kind != "atomic" and b == bits
         ]
         return sum(t.sectors for t in found) / max(1, sum(t.requests for t in found))
 
     def moved(self, kind: str = "load") -> int:
-        """Bytes that "load" or "store" instructions of global memory asked for."""
+        """Bytes requested by "load" or "store" instructions of global memory."""
         return sum(t.nbytes for (space, k, _), t in self.traffic.items() if space == "global" and k == kind)
 
     @property
@@ -68,7 +68,7 @@ class Report:
 
 
 class Machine:
-    """Executes some blocks of a launch to their end."""
+    """Executes some blocks of a launch."""
 
     WINDOWS = WINDOWS
 
@@ -81,7 +81,7 @@ class Machine:
         self.lanes = blocks * self.padded
         self.ids = np.arange(self.lanes)
         self.thread, self.block = self.ids % self.padded, self.ids // self.padded + first_block
-        self.number = (self.block << launch.shift) + self.thread  # as the race detector counts
+        self.number = (self.block << launch.shift) + self.thread  # the race detector's number of a thread
         self.clock = np.zeros(self.lanes, np.int64)
         self.registers = [_register(kind, self.lanes) for kind in kernel.registers]
         self.carry = np.zeros(self.lanes, np.bool_)
@@ -97,13 +97,13 @@ class Machine:
         self.live = self.thread < self.threads
         self.ready: dict[int, Lanes] = {0: self.compact(np.flatnonzero(self.live))}
         self.waiting: dict[int, Lanes] = {}  # at a barrier
-        self.stalled: dict[int, Lanes] = {}  # at an instruction of the warp, for the other lanes of its mask
+        self.stalled: dict[int, Lanes] = {}  # at a warp-wide instruction, waiting for other lanes of its mask
         self.pc = self.steps = 0
 
     # Lanes
 
     def compact(self, ids: np.ndarray) -> Lanes:
-        """Sorted lanes as a slice, if they are neighbours."""
+        """Sorted lanes, as a slice if they are consecutive."""
         if ids.size and ids[-1] - ids[0] == ids.size - 1:
             return slice(int(ids[0]), int(ids[-1]) + 1)
         return ids
@@ -132,7 +132,7 @@ class Machine:
                         lanes = self.merge(lanes, self.ready.pop(pc))
 
     def step(self, pc: int, lanes: Lanes) -> tuple[int, Lanes | None]:
-        """Execute the instruction at pc; the next pc with the lanes that go on there, or None to choose anew."""
+        """Execute the instruction at pc. Returns the next pc and its lanes, or None for lanes to select again."""
         self.pc = pc
         if pc >= len(self.program):
             self.live[lanes] = False
@@ -171,20 +171,20 @@ class Machine:
         return pc + 1, self.merge(passive, active)
 
     def onward(self, pc: int, lanes: Lanes | None) -> tuple[int, Lanes | None]:
-        """Go on with lanes at pc, unless others stand at a lower one."""
+        """Continue with lanes at pc, unless other lanes are at a lower one."""
         if lanes is None or not self.ready or pc <= min(self.ready):
             return pc, lanes
         self.ready[pc] = self.merge(self.ready.get(pc), lanes)
         return pc, None
 
     def converge(self, pc: int, lanes: Lanes) -> Lanes | None:
-        """The lanes whose warp is complete for a warp-wide instruction; the others wait for the rest of their mask."""
+        """The lanes whose masks are complete for a warp-wide instruction; the others wait."""
         lanes = self.merge(self.stalled.pop(pc, None), lanes)
         ids = self.ids[lanes]
         lane = ids & 31
         mask = np.broadcast_to(self.masks[pc](self, lanes), ids.shape).astype(np.int64)
         if (outside := mask >> lane & 1 == 0).any():
-            self.fail(InactiveLane, ids[outside.argmax()], "is not in the mask that it names itself")
+            self.fail(InactiveLane, ids[outside.argmax()], "is not in its own mask")
         here = np.zeros(self.lanes, np.bool_)
         here[ids] = True
         missing = _bits(self.live & ~here)[ids >> 5] & mask
@@ -197,7 +197,7 @@ class Machine:
         return complete if self.number_of(complete) else None
 
     def synchronise_warps(self, lanes: Lanes) -> None:
-        """Order the memory accesses of warps that came completely; a part of a warp gets no credit."""
+        """Order memory accesses within complete warps; a partial warp is not ordered."""
         ids = self.ids[lanes]
         here = np.zeros(self.lanes, np.bool_)
         here[ids] = True
@@ -205,10 +205,10 @@ class Machine:
         self.clock[ids[whole]] += 1
 
     def release(self) -> bool:
-        """Let the blocks pass whose threads all wait at one barrier; False at the end of the launch."""
+        """Release blocks whose threads all wait at one barrier. Returns False at the end of the launch."""
         if self.stalled:
             self.pc, lanes = next(iter(self.stalled.items()))
-            self.fail(InactiveLane, self.ids[lanes][0], "waits for lanes of its mask that never come")
+            self.fail(InactiveLane, self.ids[lanes][0], "waits for lanes of its mask that never arrive")
         if not self.waiting:
             return False
         at = np.full(self.lanes, -1)
@@ -232,7 +232,7 @@ class Machine:
         return True
 
     def _reduce_at_barrier(self, pc: int, lanes: Lanes) -> None:
-        """bar.red: the number of a block's threads for which a predicate is true, or whether it is for all or any."""
+        """bar.red: the number of threads of a block for which a predicate is true, or whether all or any are."""
         instruction = self.kernel.instructions[pc]
         modifiers = [m for m in instruction.modifiers if m not in ("cta", "aligned")]
         if modifiers[0] == "sync":
@@ -243,10 +243,10 @@ class Machine:
         register = self.registers[into.index]
         register[lanes] = np.repeat(result.astype(register.dtype), self.threads)
 
-    # What the steps ask for
+    # Used by decoded instructions
 
     def special(self, name: str) -> np.ndarray:
-        """The values of a register that the hardware fills."""
+        """The values of a special register."""
         if name not in self.specials:
             self.specials[name] = np.broadcast_to(self._special(name), self.lanes).astype(np.uint32)
         return self.specials[name]
@@ -293,7 +293,7 @@ class Machine:
     def access(
         self, space: str, address: np.ndarray, lanes: Lanes, width: int, store: bool, atomic: bool, load: bool = False
     ) -> tuple[Memory, np.ndarray]:
-        """Check an access, note it, and give the memory that it goes to with the indices of its bytes."""
+        """Check and count an access. Returns its memory, and the index of its first byte in every lane."""
         address = np.broadcast_to(address, self.number_of(lanes))
         ids = self.ids[lanes]
         if not space:
@@ -325,7 +325,7 @@ class Machine:
         return space, inside
 
     def _locate(self, space: str, address: np.ndarray, ids: np.ndarray) -> tuple[Memory, np.ndarray]:
-        """Index of an address's first byte within the memory of its space; blocks and threads have their own parts."""
+        """The memory of a space, and indices in it; each block or thread has its own part of it."""
         if space in ("global", "const"):
             return self.launch.memory, address - BASE
         size, part = (self.shared_size, ids // self.padded) if space == "shared" else (self.kernel.local_bytes, ids)
@@ -346,7 +346,7 @@ def _register(kind: str, lanes: int) -> np.ndarray:
 
 
 def _bits(flags: np.ndarray) -> np.ndarray:
-    """For each warp, the bits of the lanes that have a flag."""
+    """For each warp, a mask of the lanes whose flag is set."""
     return np.packbits(flags.reshape(-1, 32), axis=1, bitorder="little").view(np.uint32).ravel().astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""A CUDA device in NumPy: memory that knows every misuse, and launches that execute PTX.
+"""A CUDA device in NumPy: launches execute PTX, and memory detects every misuse.
 
     device = Device()
     address = device.alloc(x.nbytes)
@@ -6,10 +6,10 @@
     report = device.launch(ptx, grid=4, block=128, args=[*array_argument(address, x.shape, x.dtype)])
     device.read(address, x.shape, x.dtype)
 
-Every access out of bounds, misaligned or to memory that nobody has written, every data race, divergent barrier and
-shuffle from an absent lane raises a `PTXError` that names the kernel, the line of its PTX and the thread. What the
-interpreter cannot show: time, reorderings that the memory model allows, the exact bits of `.approx` instructions, the
-order of float atomics, mistakes of ptxas and the driver.
+Accesses that are out of bounds, misaligned or read uninitialised memory, data races, divergent barriers and shuffles
+from inactive lanes raise a `PTXError` that names the kernel, the line of its PTX and the thread. The interpreter does
+not show time, reorderings that the memory model allows, the exact bits of `.approx` instructions, the order of float
+atomics, or bugs of ptxas and the driver.
 """
 
 from collections import deque
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.arithmetic import DTYPES
-from tests.ptx.machine import BASE, DivergentBarrier, Machine, Report, Traffic
-from tests.ptx.memory import ALLOCATED, DataRace, Memory, Misaligned, OutOfBounds, Shadow, Uninitialised
-from tests.ptx.opcodes import InactiveLane, warp_mask
-from tests.ptx.parse import Kernel, PTXError, UnknownInstruction, Variable, demangle, parse
+from tests.cuda.ptx.arithmetic import DTYPES
+from tests.cuda.ptx.machine import BASE, DivergentBarrier, Machine, Report, Traffic
+from tests.cuda.ptx.memory import ALLOCATED, DataRace, Memory, Misaligned, OutOfBounds, Shadow, Uninitialised
+from tests.cuda.ptx.opcodes import InactiveLane, warp_mask
+from tests.cuda.ptx.parse import Kernel, PTXError, UnknownInstruction, Variable, demangle, parse
 
 __all__ = [
     "DataRace",
@@ -39,17 +39,17 @@ __all__ = [
     "array_argument",
 ]
 
-ALIGNMENT = 256  # of allocations, and the least distance between two: nobody may touch what lies between
-QUARANTINE = 1 << 25  # freed bytes that are kept, to find who still uses them
-LANES = 1 << 14  # that are executed at once: more makes caches overflow, fewer makes NumPy's overhead count
-SHARED_LIMIT = 48 << 10  # bytes of shared memory that every device has for a block
+ALIGNMENT = 256  # of allocations, and the size of the guard zone behind each
+QUARANTINE = 1 << 25  # freed bytes that are not reused, to detect use after free
+LANES = 1 << 14  # executed at a time: more overflow the caches, fewer make NumPy's overhead dominate
+SHARED_LIMIT = 48 << 10  # bytes of shared memory that a block can use on every device
 Watch = Callable[[Machine, int, np.ndarray], None]
 
 
 def array_argument(address: int, shape: Sequence[int], dtype: np.dtype | type | str) -> list[int]:
-    """The parameters that a kernel of numba-cuda has for a C-contiguous array:
+    """The parameters of a numba-cuda kernel for a C-contiguous array.
 
-    meminfo, parent, number of elements, size of one, address, shape, strides in bytes.
+    They are meminfo, parent, number of elements, itemsize, address, shape, strides in bytes.
     """
     itemsize = np.dtype(dtype).itemsize
     strides = [itemsize * int(np.prod(shape[k + 1 :], dtype=int)) for k in range(len(shape))]
@@ -57,19 +57,19 @@ def array_argument(address: int, shape: Sequence[int], dtype: np.dtype | type | 
 
 
 class Device:
-    """Global memory and the means to launch kernels on it."""
+    """Global memory, and launches of kernels on it."""
 
     def __init__(self, nbytes: int = 1 << 20):
         self.memory = Memory(nbytes)
         self.sizes: dict[int, int] = {}  # of allocations, by address
-        self.freed: dict[int, int] = {}  # the same of those that were freed and not used again
+        self.freed: dict[int, int] = {}  # sizes of freed allocations that were not reused
         self.quarantine: deque[int] = deque()
         self.end = BASE + ALIGNMENT
         self.variables: dict[str, int] = {}
-        self.last: Launch | None = None  # the launch before, which knows what it touched
+        self.last: Launch | None = None  # the latest launch
 
     def alloc(self, nbytes: int) -> int:
-        """Address of nbytes of new memory, which may be written but not read before."""
+        """The address of new memory, which must be written before it is read."""
         room = _room(nbytes)
         if sum(_room(self.freed[a]) for a in self.quarantine) > QUARANTINE:
             address = next((a for a in self.quarantine if _room(self.freed[a]) == room), None)
@@ -91,7 +91,7 @@ class Device:
         return address
 
     def free(self, address: int) -> None:
-        """Give an allocation back; its memory may no longer be used."""
+        """Free an allocation; later accesses are errors."""
         if address not in self.sizes:
             again = " a second time" if address in self.freed else ""
             raise PTXError(f"address {self.describe(address)} is freed{again}, but no allocation begins there")
@@ -108,7 +108,7 @@ class Device:
         self.memory.store(np.arange(first, first + raw.size), raw)
 
     def read(self, address: int, shape: Sequence[int], dtype: np.dtype | type | str) -> np.ndarray:
-        """Copy from the device; bytes that nobody has written are all ones."""
+        """Copy from the device; bytes that were never written are 0xFF."""
         dtype = np.dtype(dtype)
         nbytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
         first = self._inside(address, nbytes)
@@ -121,7 +121,7 @@ class Device:
         return first
 
     def describe(self, address: int) -> str:
-        """An address with the allocation that it belongs or is next to."""
+        """An address, and the allocation at or before it."""
         known = [(a, n, "the") for a, n in self.sizes.items()] + [(a, n, "the freed") for a, n in self.freed.items()]
         start, nbytes, which = max((k for k in known if k[0] <= address), default=(0, 0, ""))
         if not which:
@@ -138,10 +138,11 @@ class Device:
         name: str | None = None,
         watch: Watch | None = None,
     ) -> Report:
-        """Execute a kernel of a PTX module (name is needed if it has several) on a grid of blocks of threads.
+        """Execute a kernel of a PTX module on a grid of blocks of threads.
 
-        args are scalars in the order of the kernel's parameters, arrays spelt out by `array_argument`. watch is called
-        before every instruction with the machine, the instruction's number and the lanes that execute it.
+        args are scalars in the order of the kernel's parameters, arrays expanded by `array_argument`. name is required
+        if the module has several kernels. watch is called before every instruction with the machine, the number of the
+        instruction and the lanes that execute it.
         """
         kernels = parse(ptx)
         if name is None and len(kernels) != 1:
@@ -205,7 +206,7 @@ class Launch:
         return self.report
 
     def touched(self) -> dict[int, tuple[int, int]]:
-        """Of each allocation, by address, how many of its bytes were read and how many written, each byte once."""
+        """Numbers of distinct bytes read and written, for each allocation by address."""
         found = {}
         for address, nbytes in self.device.sizes.items():
             part = slice((address - BASE) // self.shadow.granule, (address - BASE + nbytes) // self.shadow.granule)
@@ -216,7 +217,7 @@ class Launch:
         return found
 
     def describe(self, space: str, address: int, kernel: Kernel) -> str:
-        """An address with the allocation or variable that it belongs or is next to."""
+        """An address, and the allocation or variable at or before it."""
         if space in ("global", "const"):
             return self.device.describe(address)
         if space == "shared":
@@ -228,7 +229,7 @@ class Launch:
 
 
 def _room(nbytes: int) -> int:
-    """Bytes that an allocation takes, with what keeps it from the next."""
+    """The bytes of an allocation with its guard zone."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 
 
@@ -237,7 +238,7 @@ def _triple(n: int | Sequence[int]) -> tuple[int, int, int]:
 
 
 def _parameter(value: object, kind: str) -> np.generic:
-    """An argument as the bits of its parameter's type."""
+    """An argument as the bits of the parameter's type."""
     dtype = DTYPES[kind]
     if isinstance(value, np.generic) and value.dtype.itemsize == dtype.itemsize and value.dtype != bool:
         return value.view(f"u{dtype.itemsize}")
@@ -247,7 +248,7 @@ def _parameter(value: object, kind: str) -> np.generic:
 
 
 def _granule(kernel: Kernel, space: str) -> int:
-    """Bytes of the smallest access to a space: two threads that race on less than that touch the same granule."""
+    """Bytes of the smallest access to a space: the resolution of the race detector."""
     widths = [16]
     for i in kernel.instructions:
         if i.opcode in ("ld", "st", "atom", "red", "ldu") and {space} & set(i.modifiers) | {space} - set(i.modifiers):

@@ -1,39 +1,39 @@
-"""State spaces: bytes, what is known about each of them, and who touched them since the last barrier."""
+"""State spaces: their bytes, the state of each byte, and a race detector."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from tests.ptx.parse import PTXError
+from tests.cuda.ptx.parse import PTXError
 
 ALLOCATED, INITIALISED = 0x01, 0x02  # bits of a byte's state
-SECTOR = 32  # bytes that global memory moves at least
+SECTOR = 32  # bytes, the smallest transfer of global memory
 BANKS = 32  # of 4 bytes, in shared memory
-SAME_WARP, SAME_BLOCK, ANY_BLOCK = 1, 2, 3  # how far the readers of a granule are apart
+SAME_WARP, SAME_BLOCK, ANY_BLOCK = 1, 2, 3  # scopes: which threads the readers of a granule are in
 
 Ints = np.ndarray
 
 
 class OutOfBounds(PTXError):
-    """An access outside of what was allocated, or to memory that was freed."""
+    """An access outside of all allocations, or to freed memory."""
 
 
 class Misaligned(PTXError):
-    """An access whose address is no multiple of its size."""
+    """An access whose address is not a multiple of its size."""
 
 
 class Uninitialised(PTXError):
-    """A read of memory that nobody has written."""
+    """A read of memory that was never written."""
 
 
 class DataRace(PTXError):
-    """Two threads touch the same memory, one of them writing, with no barrier between."""
+    """Two threads access the same memory, at least one writes, and no barrier orders them."""
 
 
 @dataclass
 class Fault(Exception):
-    """Lane `at` of an access, counted among the accessing ones, did something wrong; the machine says where."""
+    """An error in lane `at` of an access, numbered among its active lanes; the machine adds the location."""
 
     error: type[PTXError]
     at: int
@@ -43,25 +43,25 @@ class Fault(Exception):
 class Memory:
     """The bytes of one state space.
 
-    state holds a byte for each byte of data: whether it is allocated and whether somebody has written it.
+    state has a byte for each byte of data: whether it is allocated, and whether it was written.
     """
 
     def __init__(self, nbytes: int, state: int = 0):
         size = -(-nbytes // 16) * 16
-        self.data = np.full(size, 0xFF, np.uint8)  # NaN, and indices far outside
+        self.data = np.full(size, 0xFF, np.uint8)  # NaN, or an index out of range
         self.state = np.full(size, state, np.uint8)
 
     def check(self, index: Ints, width: int, bit: int) -> None:
-        """Raise unless every access of width bytes at index is aligned and has the bit in all its bytes' states."""
+        """Raise unless every access of width bytes at index is aligned, and all its bytes have the state bit set."""
         if (bad := index % width != 0).any():
-            raise Fault(Misaligned, int(bad.argmax()), f"no multiple of the {width} bytes that it accesses")
+            raise Fault(Misaligned, int(bad.argmax()), f"not a multiple of the {width} bytes that it accesses")
         if (bad := (index < 0) | (index > self.state.size - width)).any():
             raise Fault(OutOfBounds, int(bad.argmax()), "outside of what was allocated")
         part = min(width, 8)
-        wanted = int.from_bytes(bytes([bit]) * part, "little")
+        required = int.from_bytes(bytes([bit]) * part, "little")
         states = self.state.view(f"u{part}")
         for k in range(width // part):
-            if (bad := states[index // part + k] & wanted != wanted).any():
+            if (bad := states[index // part + k] & required != required).any():
                 at = int(bad.argmax())
                 first = int(index[at])
                 allocated = (self.state[first : first + width] & ALLOCATED).all()
@@ -79,24 +79,24 @@ class Memory:
 
 
 class Shadow:
-    """Who wrote and who read each granule of a space last: the race detector.
+    """The race detector: the last writer and reader of each granule of a space.
 
-    A thread has a number (its block's shifted left by `shift`, plus its own in the block) and a clock: barriers of its
-    block in the upper half, warp-wide synchronisations since then in the lower. Two accesses of different threads are
-    ordered only if the block passed a barrier between them, or, within a warp, a `bar.warp.sync`; that the lanes of a
-    warp run in step is no excuse.
+    A thread has a number, (block << shift) + thread in the block, and a clock: the count of block barriers in the upper
+    half, and of warp-wide synchronisations since the last barrier in the lower half. Two accesses of different threads
+    are ordered only by a block barrier between them or, within a warp, by a `bar.warp.sync`. Lanes of a warp are not
+    assumed to run in lockstep.
     """
 
     def __init__(self, nbytes: int, granule: int, shift: int):
         n = nbytes // granule + 1
         self.granule, self.shift = granule, shift
-        self.writer, self.reader = np.zeros(n, np.int64), np.zeros(n, np.int64)  # 1 + thread, 0: nobody
+        self.writer, self.reader = np.zeros(n, np.int64), np.zeros(n, np.int64)  # 1 + thread; 0: none
         self.written, self.read = np.zeros(n, np.int64), np.zeros(n, np.int64)  # their clocks
-        self.atomic = np.zeros(n, np.bool_)  # whether the last write was an atomic one
-        self.scope = np.zeros(n, np.int8)  # how far the readers are apart, 0: one thread
+        self.atomic = np.zeros(n, np.bool_)  # whether the last write was atomic
+        self.scope = np.zeros(n, np.int8)  # scope of the readers; 0: one thread
 
     def access(self, index: Ints, width: int, thread: Ints, clock: Ints, store: bool, atomic: bool) -> None:
-        """Note accesses of width bytes, and raise if one races with an earlier or a simultaneous one."""
+        """Record accesses of width bytes; raise if one races with an earlier or simultaneous one."""
         for granule in index // self.granule + np.arange(max(1, width // self.granule))[:, None]:
             if store:
                 self._store(granule, thread, clock, atomic)
@@ -104,54 +104,54 @@ class Shadow:
                 self._load(granule, thread, clock, atomic)
 
     def _load(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool) -> None:
-        self._against_writer(granule, thread, clock, atomic, "reads what {} wrote")
-        if not atomic:  # a strong read is no reader that an atomic write would have to spare
-            self._note_readers(granule, thread, clock)
+        self._check_writer(granule, thread, clock, atomic, "reads what {} wrote")
+        if not atomic:  # an atomic write does not race with a strong read
+            self._record_readers(granule, thread, clock)
 
     def _store(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool) -> None:
-        self._against_writer(granule, thread, clock, atomic, "overwrites what {} wrote")
-        self._against_readers(granule, thread, clock)
+        self._check_writer(granule, thread, clock, atomic, "overwrites what {} wrote")
+        self._check_readers(granule, thread, clock)
         self.writer[granule], self.written[granule] = thread + 1, clock
         self.atomic[granule] = atomic
         if not atomic:
-            winner = self.writer[granule]  # of the lanes that write the same granule at once
+            winner = self.writer[granule]  # differs from thread if two lanes write one granule at once
             self._raise(winner != thread + 1, winner, "overwrites what {} writes at the same time")
 
-    def _against_writer(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool, what: str) -> None:
+    def _check_writer(self, granule: Ints, thread: Ints, clock: Ints, atomic: bool, what: str) -> None:
         writer = self.writer[granule]
         if (foreign := (writer > 0) & (writer != thread + 1)).any():
-            racing = foreign & (self._distance(writer, self.written[granule], thread, clock) > 0)
+            racing = foreign & (self._scope_of(writer, self.written[granule], thread, clock) > 0)
             if atomic:
                 racing &= ~self.atomic[granule]
             self._raise(racing, writer, what)
 
-    def _against_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
+    def _check_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
         reader, scope = self.reader[granule], self.scope[granule]
         if ((reader > 0) & ((reader != thread + 1) | (scope > 0))).any():
             read = self.read[granule]
-            near = self._distance(reader, read, thread, clock) > 0
+            near = self._scope_of(reader, read, thread, clock) > 0
             self._raise(near, reader, "overwrites what {} read")
             self._raise(
-                self._still(reader, read, scope, thread, clock) > 0, reader, "overwrites what others and {} read"
+                self._unordered(reader, read, scope, thread, clock) > 0, reader, "overwrites what others and {} read"
             )
 
-    def _still(self, reader: Ints, read: Ints, scope: np.ndarray, thread: Ints, clock: Ints) -> np.ndarray:
-        """How far the readers are apart that a thread is not ordered with."""
+    def _unordered(self, reader: Ints, read: Ints, scope: np.ndarray, thread: Ints, clock: Ints) -> np.ndarray:
+        """The scope of those readers that are not ordered before a thread."""
         current = ((reader - 1) >> self.shift == thread >> self.shift) & (read >> 32 == clock >> 32)
         counts = (scope == ANY_BLOCK) | (current & ((scope == SAME_BLOCK) | (read == clock)))
         return np.where(counts, scope, 0)
 
-    def _note_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
+    def _record_readers(self, granule: Ints, thread: Ints, clock: Ints) -> None:
         reader = self.reader[granule]
         scope = None
         if reader.any():
             read, scope = self.read[granule], self.scope[granule]
-            scope = self._still(reader, read, scope, thread, clock)
-            scope = np.maximum(scope, self._distance(reader, read, thread, clock))
+            scope = self._unordered(reader, read, scope, thread, clock)
+            scope = np.maximum(scope, self._scope_of(reader, read, thread, clock))
         self.reader[granule], self.read[granule] = thread + 1, clock
-        winner = self.reader[granule]  # of the lanes that read the same granule at once
+        winner = self.reader[granule]  # differs from thread if two lanes read one granule at once
         if (winner != thread + 1).any():
-            together = self._distance(winner, self.read[granule], thread, clock)
+            together = self._scope_of(winner, self.read[granule], thread, clock)
             scope = together if scope is None else np.maximum(scope, together)
         if scope is not None:
             self.scope[granule] = 0
@@ -159,8 +159,8 @@ class Shadow:
                 if (these := scope == distance).any():
                     self.scope[granule[these]] = distance
 
-    def _distance(self, other: Ints, then: Ints, thread: Ints, clock: Ints) -> np.ndarray:
-        """How far apart two unordered threads are; 0 for the same thread or ordered accesses; other is 1 + a thread."""
+    def _scope_of(self, other: Ints, then: Ints, thread: Ints, clock: Ints) -> np.ndarray:
+        """The scope of two unordered threads; 0 for one thread or ordered accesses. `other` is 1 + a thread."""
         known, other = other > 0, other - 1
         distance = np.where((clock == then) & (other != thread), SAME_WARP, 0)
         distance = np.where((other >> 5 != thread >> 5) & (clock >> 32 == then >> 32), SAME_BLOCK, distance)
@@ -175,14 +175,14 @@ class Shadow:
 
 
 def sectors(index: Ints, warp: Ints) -> int:
-    """Sectors of 32 bytes that the requests of all warps touch together; no access crosses one."""
+    """The sum over warps of the 32-byte sectors that a request touches; no access crosses a sector."""
     return _distinct(warp * (1 << 40) + index // SECTOR).size
 
 
 def bank_conflicts(index: Ints, lane: Ints, width: int) -> int:
-    """How many times more than once shared memory has to be asked because lanes want different words of a bank.
+    """The number of extra shared-memory cycles because lanes access different words of one bank.
 
-    Accesses of 8 and 16 bytes a lane are served for half and quarter warps.
+    Accesses of 8 and 16 bytes a lane are processed by half and quarter warps.
     """
     words = max(1, width // 4)
     group = (lane >> 5) * words + (lane & 31) // (32 // words)
@@ -206,8 +206,8 @@ def _distinct(keys: Ints) -> Ints:
     return np.concatenate([keys[:1], keys[1:][steps > 0]])
 
 
-def take_turns(index: Ints, apply: Callable[[np.ndarray], None]) -> None:
-    """Call apply with groups of lanes so that no group has an address twice and lanes of an address come in order."""
+def in_turns(index: Ints, apply: Callable[[np.ndarray], None]) -> None:
+    """Call apply with groups of lanes: no address twice in a group, and lanes of one address in order."""
     left = np.arange(index.size)
     while left.size:
         _, first = np.unique(index[left], return_index=True)

@@ -1,4 +1,4 @@
-"""Compiling to PTX and machine code with no GPU, no driver and no NVRTC; and what the machine code is made of."""
+"""Compiling to PTX and machine code without GPU, driver or NVRTC, and properties of the machine code."""
 
 import contextlib
 import os
@@ -20,19 +20,19 @@ import pytest
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
 VERSION = re.compile(r"^\.version\s+(\S+)", re.M)
 DIRECTIVE = re.compile(r"^\.(version|target|address_size)\b.*$", re.M)
-DEFINED = re.compile(  # what a module defines: functions, and variables outside of them
+DEFINED = re.compile(  # functions and module-level variables that a module defines
     r"^(?:\.(?:visible|extern|common|weak)\s+)*\.(?:(?:entry|func)\s*(?:\([^)]*\)\s*)?"
     r"|(?:shared|global|const)\s+(?:\.align\s+\d+\s+)?\.\w+\s+)([\w$]+)",
     re.M,
 )
-REQUIRED = os.environ.get("TINYGRAD_BN_CUDA_TOOLS") == "required"  # as in continuous integration: nothing is skipped
+REQUIRED = os.environ.get("TINYGRAD_BN_CUDA_TOOLS") == "required"  # as in CI: missing tools fail the test
 
 
 @contextlib.contextmanager
 def offline(cc: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """In this block numba-cuda compiles for any compute capability without asking a device; cc is what it would answer.
+    """In this block numba-cuda compiles for any compute capability without a device; `cc` stands for the device's.
 
-    The three names are private to numba-cuda 0.30.
+    The three patched names are private to numba-cuda 0.30.
     """
     device = SimpleNamespace(compute_capability=cc)
     known = tuple((major, minor) for major in range(5, 13) for minor in range(10))
@@ -47,7 +47,7 @@ def offline(cc: tuple[int, int] = (9, 0)) -> Iterator[None]:
 
 
 def compile_ptx(function, signature, cc: tuple[int, int] = (9, 0), **options: object) -> str:
-    """The PTX of a function of Numba's for a signature such as `void(float32[::1])`."""
+    """The PTX of a Numba kernel for a signature such as `void(float32[::1])`."""
     from numba import cuda
 
     with offline(cc):
@@ -56,7 +56,7 @@ def compile_ptx(function, signature, cc: tuple[int, int] = (9, 0), **options: ob
 
 @lru_cache
 def tool(name: str) -> str | None:
-    """Where a program of the CUDA toolkit is: in the packages beside numba-cuda, in CUDA_HOME or on the path."""
+    """The path of a tool of the CUDA toolkit: from the pip packages, CUDA_HOME or PATH; None if not found."""
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
     for folder in (packages, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"):
         if os.access(folder / name, os.X_OK):
@@ -65,12 +65,12 @@ def tool(name: str) -> str | None:
 
 
 def unavailable(what: str) -> None:
-    """Skip the test, or fail where everything has to be there."""
+    """Skip the test; fail it if tools are required."""
     (pytest.fail if REQUIRED else pytest.skip)(f"needs {what}")
 
 
-def need_compiler() -> None:
-    """Skip or fail unless kernels can be compiled to PTX here."""
+def require_compiler() -> None:
+    """Skip the test, or fail it if tools are required, unless kernels compile to PTX here."""
     try:
         from numba import cuda
 
@@ -82,16 +82,16 @@ def need_compiler() -> None:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What ptxas made of a kernel for one architecture."""
+    """Properties of a kernel that ptxas assembled for one architecture."""
 
     registers: int  # of a thread
     shared: int  # bytes of static shared memory
     stack: int  # bytes of a thread's stack frame
     spills: int  # bytes of spilled registers, stored and loaded
-    sass: tuple[str, ...] = field(repr=False)  # the machine instructions' full opcodes, in order; empty if unknown
+    sass: tuple[str, ...] = field(repr=False)  # full opcodes of the machine instructions, in order
 
     def count(self, *stems: str) -> int:
-        """How many machine instructions there are of these opcodes, with any modifiers: "LDG" counts LDG.E.128 too."""
+        """The number of machine instructions of these opcodes, with any modifiers: "LDG" counts LDG.E.128 too."""
         return sum(op == s or op.startswith(s + ".") for op in self.sass for s in stems)
 
     @property
@@ -100,14 +100,14 @@ class Assembly:
 
     @property
     def float64(self) -> int:
-        """Machine instructions that compute in float64 or convert from or to it."""
+        """The number of machine instructions that compute in float64 or convert from or to it."""
         return sum(
             bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\..*F64|[IF]2[IF]\..*F64|MUFU\..*64", op)) for op in self.sass
         )
 
 
 def assemble(modules: dict[str, str], cc: tuple[int, int]) -> dict[str, Assembly]:
-    """Compile kernels, each a module with one entry, for an architecture: all at once, as that is quicker."""
+    """Assemble kernels, each a module with one entry, for an architecture, in one call of ptxas for speed."""
     for name, origin in (("ptxas", "of the CUDA toolkit"), ("nvdisasm", "pip install nvidia-cuda-nvdisasm")):
         if tool(name) is None:
             unavailable(f"{name}: {origin}")
@@ -129,7 +129,7 @@ def assemble(modules: dict[str, str], cc: tuple[int, int]) -> dict[str, Assembly
 
 
 def _renamed(ptx: str, suffix: str) -> str:
-    """A module without its head, its symbols made different from those of others."""
+    """A module without its directives, with a suffix on the symbols that it defines."""
     ptx = DIRECTIVE.sub("", re.sub(r"//[^\n]*", "", ptx))
     for symbol in set(DEFINED.findall(ptx)):
         ptx = re.sub(rf"(?<![\w$]){re.escape(symbol)}(?![\w$])", symbol + suffix, ptx)

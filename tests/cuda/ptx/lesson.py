@@ -1,4 +1,4 @@
-"""How a block of threads adds numbers up, shown by executing it: `python -m tests.ptx.lesson` prints the page.
+"""How a block of threads adds numbers up, shown by executing it: `python -m tests.cuda.ptx.lesson` prints the page.
 
 The page is `kernels/block_reduction.md`; it needs numba-cuda and the CUDA toolkit's compiler, and no GPU.
 """
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, void
 
-from tests.ptx.barriers import barriers, without_barrier
-from tests.ptx.compile import compile_ptx
-from tests.ptx.interpreter import Device, PTXError, Report, array_argument
-from tests.ptx.machine import Machine
-from tests.ptx.opcodes import source
+from tests.cuda.ptx.barriers import barriers, without_barrier
+from tests.cuda.ptx.compile import compile_ptx
+from tests.cuda.ptx.interpreter import Device, PTXError, Report, array_argument
+from tests.cuda.ptx.machine import Machine
+from tests.cuda.ptx.opcodes import source
 
 ALL = 0xFFFFFFFF
 SMALL, LARGE = 16, 256  # threads of a block: few enough to print, and as many as kernels use
@@ -185,8 +185,8 @@ def page() -> str:
     return f"""# How a block of threads adds numbers up
 
 A sum, a mean, the statistics of BatchNorm: all of them ask threads that run side by side to agree on one number. This
-page shows how they do it, by executing it: `python -m tests.ptx.lesson` prints it. Each kernel below is compiled to
-PTX, the assembly language of NVIDIA's GPUs, and that runs in the interpreter of `tests/ptx`. No GPU is needed.
+page shows how they do it, by executing it: `python -m tests.cuda.ptx.lesson` prints it. Each kernel below is compiled
+to PTX, the assembly language of NVIDIA's GPUs, and that runs in the interpreter of `tests/cuda/ptx`. No GPU is needed.
 
 Threads come in *blocks*, of up to 1024, that have a little *shared memory* together. 32 neighbours of a block are a
 *warp*; a thread's place in it is its *lane*.
@@ -248,7 +248,7 @@ Shared memory lies in 32 *banks*, word i in bank i mod 32, and a bank serves one
 neighbouring words, one from each bank. `neighbours` reads words 2, 4, 8, … apart: more and more of them lie in the same
 bank, and the warp waits for one after the other. A conflict in the table is one such turn more.
 
-The kernels of the project do as `shuffles` does: `over_warp` and `over_block` in
+The kernels of the project do as `shuffles` does: `warp_reduce` and `block_reduce` in
 [`cuda/warps.py`](tinygrad_bn_kernels/cuda/warps.py). All threads get the result, so that they can go on with it.
 A block that uses its shared memory again needs one barrier more, after the reading.
 

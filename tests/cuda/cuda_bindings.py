@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 
 import numpy as np
 
-from tests.ptx.interpreter import Device as Interpreter
+from tests.cuda.ptx.interpreter import Device as Interpreter
 
 OURS = 1000  # the handle of the device's primary context
 

@@ -1,4 +1,4 @@
-"""How every program for cuda moves memory, and that it needs each of its barriers."""
+"""Every CUDA program: its memory accesses are coalesced, and it needs each of its barriers."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -6,10 +6,10 @@ from functools import cache, partial
 import numpy as np
 import pytest
 
-from tests.ptx.barriers import barriers, without_barrier
-from tests.ptx.compile import need_compiler
-from tests.ptx.interpreter import PTXError, Report
-from tests.ptx.programs import Interpreted, computed, interpreted, numbers, programs, ptx_for, run, unaligned
+from tests.cuda.ptx.barriers import barriers, without_barrier
+from tests.cuda.ptx.compile import require_compiler
+from tests.cuda.ptx.interpreter import PTXError, Report
+from tests.cuda.ptx.programs import Interpreted, computed, interpreted, numbers, programs, ptx_for, run, unaligned
 
 ONE = [
     "neg",
@@ -28,18 +28,18 @@ ONE = [
     "identity",
 ]
 TWO = ["add", "sub", "mul", "div", "pow", "maximum", "minimum", "relu_vjp", "equal", "not_equal", "less", "less_equal"]
-FORWARD = ["sub", "div", "pow", "less", "less_equal"]  # with a number first
+REFLECTED = ["sub", "div", "pow", "less", "less_equal"]  # have programs with the number first
 
-SCATTERED = {  # programs whose accesses lie where their arguments say
-    "gather": "rows wherever the index points",
-    "scatter_add": "rows wherever the index points",
+SCATTERED = {  # programs whose access pattern depends on their arguments
+    "gather": "the index selects rows",
+    "scatter_add": "the index selects rows",
     "where.aa": "each element is read from one of two arrays, so a warp reads in both",
     "where.rows": "each element is read from one of two arrays, so a warp reads in both",
     "columns": "a stride in the convolution is one in memory",
-    "images": "columns that met an element are a row apart",
+    "images": "the columns of an element are a row apart",
     "max_pool": "a stride of the pooling is one in memory",
     "max_pool.places": "a stride of the pooling is one in memory",
-    "max_pool.vjp": "gradients go to where the largest elements lay",
+    "max_pool.vjp": "gradients go to the largest elements",
     "dropout": "four words of random bits belong to four neighbours, so a thread moves four elements one by one",
 }
 
@@ -55,7 +55,7 @@ def elementwise() -> None:
         computed(name, x, 1.5)
         computed(name, unaligned(x), 1.5)
         computed(name, numbers((70, 197)), numbers(197))
-        if name in FORWARD:
+        if name in REFLECTED:
             computed(name, 1.5, x)
             computed(name, 1.5, unaligned(x))
     run("clip", x, min=-1.0, max=1.0)
@@ -83,7 +83,7 @@ def indexed() -> None:
 
 
 def products() -> None:
-    a, b, g = numbers((1, 66, 40)), numbers((1, 40, 72)), numbers((1, 66, 72))  # whose rows begin on a sector
+    a, b, g = numbers((1, 66, 40)), numbers((1, 40, 72)), numbers((1, 66, 72))  # rows begin at a sector
     run("matmul", a, b)
     run("matmul.vjp", g, g, a, b, needs=[True, True])
     run("linear", a, numbers((72, 40)), numbers(72))
@@ -133,7 +133,7 @@ def updates() -> None:
     run("dropout_by_key", unaligned(p), p=0.5, key=1)
 
 
-# Each gives its programs more work than they have blocks, so that every loop is walked more than once.
+# Each gives its programs more work than blocks, so that every loop runs more than once.
 BUSY: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -158,8 +158,8 @@ for _relu in ("", "_relu"):
 
 @cache
 def launches(name: str) -> list[tuple[str, Report]]:
-    """What one of these launches: programs, and what the interpreter reports of them."""
-    need_compiler()
+    """The launches of one case: names of programs, and their reports."""
+    require_compiler()
     with interpreted() as device:
         BUSY[name]()
     return device.launches
@@ -172,7 +172,7 @@ def test_every_program_is_among_them():
 
 @pytest.mark.parametrize("name", BUSY)
 def test_memory_is_moved_in_whole_sectors_and_without_bank_conflicts(name):
-    """32 neighbours of 4 bytes lie in 4 sectors, in 5 if they begin in the middle of one; those of 16 bytes in 16."""
+    """32 adjacent elements of 4 bytes are in 4 sectors, or in 5 if unaligned; 32 of 16 bytes are in 16."""
     wrong = []
     for program, report in launches(name):
         found = report.sectors_per_request(32), report.sectors_per_request(128)
@@ -190,13 +190,13 @@ def test_no_program_can_do_without_one_of_its_barriers(name):
         for program in {program for program, _ in launches(name)}
         if (users := [n for n in BUSY if any(program == p for p, _ in launches(n))])[0] == name
         for k in range(len(barriers(ptx_for(programs()[program], Interpreted.cc))))
-        if not any(is_missed(user, program, k) for user in users)
+        if not any(is_detected(user, program, k) for user in users)
     ]
     assert not needless
 
 
-def is_missed(name: str, program: str, k: int) -> bool:
-    """Whether the interpreter notices that a program lacks its k-th barrier."""
+def is_detected(name: str, program: str, k: int) -> bool:
+    """Whether the interpreter detects that the k-th barrier of a program is missing."""
     try:
         with interpreted(Interpreted(lambda which, ptx: without_barrier(ptx, k) if which == program else ptx)):
             BUSY[name]()

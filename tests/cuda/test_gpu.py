@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests import test_cuda
-from tests.gpu_report import measure, table
+from tests.cuda.gpu_report import measure, table
+from tests.cuda.training import BUILT_IN, OPTIMISERS, network, three_steps
 from tinygrad_bn import Tensor, cuda, testing
 from tinygrad_bn.autograd import OPS
 
@@ -17,7 +17,7 @@ def gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", test_cuda.BUILT_IN)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_op_is_the_same_as_on_the_cpu(name, dtype, gpu):
     for example in range(10):
         xs, params = OPS[name].sample(testing.RandomDraw(example))
@@ -25,11 +25,11 @@ def test_every_op_is_the_same_as_on_the_cpu(name, dtype, gpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimiser", test_cuda.OPTIMISERS)
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_training_steps_are_those_of_the_cpu(optimiser, gpu):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(300, 6)).astype(np.float32), rng.integers(0, 3, 300)
-    losses, want = (test_cuda.three_steps(test_cuda.network, optimiser, x, y, where)[0] for where in ("cuda", "cpu"))
+    losses, want = (three_steps(network, optimiser, x, y, where)[0] for where in ("cuda", "cpu"))
     np.testing.assert_allclose(losses, want, rtol=1e-5)
 
 
@@ -67,10 +67,10 @@ def test_a_large_product_is_as_exact_by_cublas(dtype, tolerance, gpu):
 
 def test_the_report_measures_every_kernel_that_it_names():
     """On the interpreter, whose times mean nothing: that the report runs."""
-    from tests.ptx.compile import need_compiler
-    from tests.ptx.programs import interpreted
+    from tests.cuda.ptx.compile import require_compiler
+    from tests.cuda.ptx.programs import interpreted
 
-    need_compiler()
+    require_compiler()
     with interpreted():
         rows = list(measure((2, 2, 4, 4), (5, 7), repeats=1, calls=1))
     lines = list(table(rows))

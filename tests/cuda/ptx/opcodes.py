@@ -1,7 +1,7 @@
 """Instructions, decoded once into functions that execute them for a set of lanes.
 
-A function of `decode` takes the machine and the lanes (a slice or an index array) and reads and writes registers,
-which hold raw bits. What steers the lanes (branches, barriers, the end) is the machine's own work.
+A decoded function takes the machine and the lanes (a slice or an index array), and reads and writes registers, which
+hold raw bits. The machine itself executes control flow: branches, barriers and exits.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from tests.ptx import arithmetic
-from tests.ptx.arithmetic import DTYPES, bits, unsigned
-from tests.ptx.memory import take_turns
-from tests.ptx.parse import (
+from tests.cuda.ptx import arithmetic
+from tests.cuda.ptx.arithmetic import DTYPES, bits, unsigned
+from tests.cuda.ptx.memory import in_turns
+from tests.cuda.ptx.parse import (
     Address,
     Instruction,
     Kernel,
@@ -26,10 +26,24 @@ from tests.ptx.parse import (
 )
 
 CONTROL = {"bra", "ret", "exit", "bar", "barrier"}
-NOTHING = {"membar", "fence", "nanosleep", "prefetch", "discard", "applypriority"}
+NO_EFFECT = {"membar", "fence", "nanosleep", "prefetch", "discard", "applypriority"}
 SPACES = {"global", "shared", "local", "const", "param"}
 STRONG = {"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}
-HINTS = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "sys", "gpu", "cta", "cluster"}  # of caches, of scope
+HINTS = {
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "nc",
+    "weak",
+    "sys",
+    "gpu",
+    "cta",
+    "cluster",
+}  # cache hints and scopes
 
 Lanes = slice | np.ndarray
 Step = Callable[..., None]  # of the machine and the lanes
@@ -37,12 +51,12 @@ Read = Callable[..., np.ndarray]
 
 
 class InactiveLane(PTXError):
-    """A warp-wide instruction names a lane that does not take part in it."""
+    """A warp-wide instruction names a lane that does not execute it."""
 
 
 @lru_cache(maxsize=256)
 def decode(kernel: Kernel) -> list[Step | None]:
-    """A function for each instruction of a kernel; None for what the machine does itself."""
+    """A function for each instruction of a kernel; None for control flow, which the machine executes."""
     return [_decode(kernel, pc, instruction) for pc, instruction in enumerate(kernel.instructions)]
 
 
@@ -50,7 +64,7 @@ def _decode(kernel: Kernel, pc: int, instruction: Instruction) -> Step | None:
     try:
         if instruction.opcode in CONTROL:
             return _check_control(instruction)
-        if instruction.opcode in NOTHING:
+        if instruction.opcode in NO_EFFECT:
             return lambda m, lanes: None
         if "cc" in instruction.modifiers:
             return _carrying(instruction)
@@ -67,7 +81,7 @@ def _decode(kernel: Kernel, pc: int, instruction: Instruction) -> Step | None:
 
 
 def _apply(function: Callable, sources: list[Read], write: Step) -> Step:
-    """The step that computes a function of one, two or more operands (spelt out: it is most of what is executed)."""
+    """The step that applies a function to operands; one and two operands are special cases for speed."""
     if len(sources) == 1:
         (a,) = sources
         return lambda m, lanes: write(m, lanes, function(a(m, lanes)))
@@ -78,7 +92,7 @@ def _apply(function: Callable, sources: list[Read], write: Step) -> Step:
 
 
 def literal(text: str, dtype: np.dtype) -> np.generic:
-    """The value of a constant; 0f and 0d spell the bits of a float."""
+    """The value of a constant; 0f and 0d prefix the bits of a float."""
     if text[:2] in ("0f", "0F"):
         return np.uint32(int(text[2:], 16)).view(np.float32).astype(dtype)
     if text[:2] in ("0d", "0D"):
@@ -115,7 +129,7 @@ def source(operand: Operand, kind: str) -> Read:
 
 
 def target(operand: Operand, kind: str) -> Step:
-    """The function that writes values of a type into an operand; a wider register gets them extended."""
+    """The function that writes values of a type to an operand, extended if its register is wider."""
     if operand == Special("_"):
         return lambda m, lanes, values: None
     if not isinstance(operand, Register):
@@ -145,7 +159,7 @@ def address(operand: Address) -> Read:
 
 
 def _move(instruction: Instruction) -> Step:
-    """mov, which also packs a tuple of registers into a wider one, and unpacks it."""
+    """mov, which also packs a tuple of registers into a wider register, or unpacks one."""
     into, value = instruction.operands
     kind = instruction.type
     if isinstance(into, tuple):
@@ -184,7 +198,7 @@ def _convert_address(instruction: Instruction) -> Step:
 
 
 def _access_modifiers(instruction: Instruction) -> tuple[str, int, bool]:
-    """State space ("": generic), vector length and whether the access is a strong one."""
+    """State space ("": generic), vector length, and whether the access is strong."""
     modifiers = set(instruction.modifiers[:-1])
     unknown = {m for m in modifiers - SPACES - STRONG - HINTS if m not in ("v2", "v4", "v8") and m[0] != "L"}
     if unknown - {"shared_cta"}:
@@ -244,7 +258,7 @@ ATOMICS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _atomic(instruction: Instruction) -> Step:
-    """atom and red: lanes with the same address take turns, the lowest first."""
+    """atom and red: lanes with the same address are executed in order, the lowest first."""
     *modifiers, name, kind = instruction.modifiers
     if name == "noftz":
         name = modifiers.pop()
@@ -266,7 +280,7 @@ def _atomic(instruction: Instruction) -> Step:
             before[at] = old = memory.load(index[at], dtype)
             memory.store(index[at], function(old, *[x[at] for x in inputs]).astype(dtype))
 
-        take_turns(index, turn)
+        in_turns(index, turn)
         m.report.atomics += index.size
         if write:
             write(m, lanes, before)
@@ -278,7 +292,7 @@ def _carrying(instruction: Instruction) -> Step:
     """add, sub and mad of 32 bits that set (`.cc`) or use (addc, subc, madc) the carry flag."""
     opcode, modifiers = instruction.opcode, set(instruction.modifiers[:-1])
     if bits(instruction.type) != 32:
-        raise UnknownInstruction("carries are known of 32 bits alone")
+        raise UnknownInstruction("carries are supported for 32 bits only")
     signed = instruction.type[0] == "s" and "hi" in modifiers
     reads = [source(o, instruction.type) for o in instruction.operands[1:]]
     write = target(instruction.operands[0], "u32")
@@ -302,11 +316,11 @@ def _carrying(instruction: Instruction) -> Step:
     return compute
 
 
-# Instructions of a warp. The machine has made sure that all lanes that their masks name, and that live, are here.
+# Warp-wide instructions. The machine ensures that all live lanes of their masks are active.
 
 
 def warp_mask(instruction: Instruction) -> Read | None:
-    """The function that reads the mask of lanes that must come together, for an instruction that has one."""
+    """The function that reads the mask of a warp-wide instruction; None for other instructions."""
     if instruction.opcode in ("shfl", "vote", "match", "redux"):
         return source(instruction.operands[-1], "b32")
     if instruction.opcode in ("bar", "barrier") and instruction.modifiers[0] == "warp":
@@ -334,7 +348,7 @@ def _shuffle(instruction: Instruction) -> Step:
         here[ids] = True
         if (absent := ~here[(ids & ~31) + other] | (member >> other & 1 == 0)).any():
             at = int(absent.argmax())
-            m.fail(InactiveLane, ids[at], f"reads lane {other[at]}, which takes no part in it")
+            m.fail(InactiveLane, ids[at], f"reads lane {other[at]}, which is not active in it")
         values = np.zeros(m.lanes, np.uint32)
         values[ids] = x
         m.report.shuffles += np.unique(ids >> 5).size
@@ -345,7 +359,7 @@ def _shuffle(instruction: Instruction) -> Step:
 
 
 def _ballots(m, lanes: Lanes, true: np.ndarray) -> np.ndarray:
-    """For each lane, the bits of the lanes of its warp for which something is true."""
+    """For each lane, a mask of the lanes of its warp for which `true` holds."""
     ids = m.ids[lanes]
     flags = np.zeros(m.lanes, np.bool_)
     flags[ids] = true
@@ -359,16 +373,21 @@ def _vote(instruction: Instruction) -> Step:
     write = target(into, "b32" if mode == "ballot" else "pred")
 
     def vote(m, lanes: Lanes) -> None:
-        yes = _ballots(m, lanes, read(m, lanes)) & members(m, lanes)
-        everybody = _ballots(m, lanes, np.True_) & members(m, lanes)
-        answers = {"ballot": yes, "any": yes != 0, "all": yes == everybody, "uni": (yes == 0) | (yes == everybody)}
+        true_lanes = _ballots(m, lanes, read(m, lanes)) & members(m, lanes)
+        all_lanes = _ballots(m, lanes, np.True_) & members(m, lanes)
+        answers = {
+            "ballot": true_lanes,
+            "any": true_lanes != 0,
+            "all": true_lanes == all_lanes,
+            "uni": (true_lanes == 0) | (true_lanes == all_lanes),
+        }
         write(m, lanes, answers[mode])
 
     return vote
 
 
 def _match(instruction: Instruction) -> Step:
-    """match.any: for each lane, the lanes of its warp that have the same value."""
+    """match.any: for each lane, a mask of the lanes of its warp that have the same value."""
     if instruction.modifiers[0] != "any":
         raise UnknownInstruction("match.all")
     into, value, _ = instruction.operands
@@ -407,17 +426,17 @@ def _active_mask(instruction: Instruction) -> Step:
 
 
 def _check_control(instruction: Instruction) -> None:
-    """Raise for a kind of barrier that the machine does not know."""
+    """Raise for a barrier that the machine does not support."""
     if instruction.opcode not in ("bar", "barrier"):
         return
     kind = [m for m in instruction.modifiers if m not in ("cta", "aligned")]
     known = kind == ["sync"] and len(instruction.operands) == 1, kind == ["warp", "sync"], kind[:1] == ["red"]
     if not any(known):
-        raise UnknownInstruction("barriers are known of all threads of a block or warp")
+        raise UnknownInstruction("barriers are supported for all threads of a block or warp")
 
 
 def _trap(instruction: Instruction) -> Step:
-    return lambda m, lanes: m.fail(PTXError, m.ids[lanes][0], "the kernel stopped itself")
+    return lambda m, lanes: m.fail(PTXError, m.ids[lanes][0], "the kernel executed a trap")
 
 
 SPECIFIC: dict[str, Callable[[Instruction], Step]] = {

@@ -1,22 +1,22 @@
-"""What the compiler makes of every program for cuda, for four generations of GPUs; no GPU is needed for it."""
+"""Properties of the PTX and machine code of every CUDA program, for four GPU architectures; no GPU is needed."""
 
 import re
 from typing import Any
 
 import pytest
 
-from tests.ptx.compile import ARCHITECTURES, Assembly, assemble, compile_ptx, need_compiler
-from tests.ptx.parse import parse
-from tests.ptx.programs import programs, ptx_for
+from tests.cuda.ptx.compile import ARCHITECTURES, Assembly, assemble, compile_ptx, require_compiler
+from tests.cuda.ptx.parse import parse
+from tests.cuda.ptx.programs import programs, ptx_for
 
-CEILING = 64  # registers of a thread that no program may have more of in float32; most say 40 or less
-PARTS = 4  # of the programs, for processes that test side by side
+CEILING = 64  # the highest register limit that a program may declare
+PARTS = 4  # programs are tested in parts, for parallel test processes
 TARGETS = [(cc, "f4") for cc in ARCHITECTURES] + [((8, 0), "f8"), ((9, 0), "f8")]
-POWERS = re.compile(r"r?pow\.")  # which in float64 call a function of NVIDIA's that is compiled with them
+POWERS = re.compile(r"r?pow\.")  # in float64 these call a function of libdevice
 
 
 def inner_loops(ptx: str) -> list[list[str]]:
-    """The opcodes, with their modifiers, of the loops in a kernel's PTX that have no loop inside."""
+    """The opcodes, with modifiers, of each innermost loop of a kernel's PTX."""
     (kernel,) = parse(ptx).values()
     jumps = [
         (kernel.labels[i.operands[0]], pc)
@@ -28,13 +28,13 @@ def inner_loops(ptx: str) -> list[list[str]]:
 
 
 def wrong_in_machine_code(program: Any, code: Assembly, kind: str) -> list[str]:
-    """What of registers, spills, stack, shared memory, vector accesses and float64 is not as the program declares.
+    """Deviations from the declared registers, spills, stack, shared memory, vector accesses and float64.
 
-    It declares them for float32. In float64 half as many registers again are allowed, and shared memory is up to twice
-    as much: some of it holds indices.
+    Declarations are for float32. In float64 1.5 times the registers are allowed, and up to twice the shared memory, as
+    some of it holds indices.
     """
     wide = bool(code.count("LDG.E.128")), bool(code.count("STG.E.128"))
-    all_wide = program.vector, program.vector and not program.shared  # a reduction stores few numbers
+    all_wide = program.vector, program.vector and not program.shared  # reductions store few numbers
     most, shared = (
         (program.registers, {program.shared})
         if kind == "f4"
@@ -53,7 +53,7 @@ def wrong_in_machine_code(program: Any, code: Assembly, kind: str) -> list[str]:
 
 
 def wrong_in_ptx(program: Any, ptx: str, kind: str) -> list[str]:
-    """Whether anything is float64 or called, an inner loop divides integers, or the shuffles are not those declared."""
+    """Float64 in a float32 program, calls, integer divisions in inner loops, and wrong numbers of shuffles."""
     body = re.sub(r"(?m)^\s*\.(reg|param).*$", "", ptx)
     shuffles = body.count("shfl.sync")
     divisions = [op for loop in inner_loops(ptx) for op in loop if re.fullmatch(r"(div|rem)\.[us]\d+", op)]
@@ -61,7 +61,7 @@ def wrong_in_ptx(program: Any, ptx: str, kind: str) -> list[str]:
         "float64": kind == "f4" and re.search(r"\.f64\b", body),
         "a call": re.search(r"\bcall\b", body) and not (kind == "f8" and POWERS.match(program.name)),
         f"{divisions} in an inner loop": divisions,
-        f"{shuffles} shuffles, not {program.shuffles} or, of an unrolled loop, a multiple": (
+        f"{shuffles} shuffles, not {program.shuffles} or, in an unrolled loop, a multiple": (
             shuffles % program.shuffles if program.shuffles else shuffles
         ),
     }
@@ -71,7 +71,7 @@ def wrong_in_ptx(program: Any, ptx: str, kind: str) -> list[str]:
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize(("cc", "kind"), TARGETS, ids=[f"sm_{a}{b}-{kind}" for (a, b), kind in TARGETS])
 def test_every_program_is_compiled_to_what_it_declares(cc, kind, part):
-    need_compiler()
+    require_compiler()
     some = {name: programs()[name] for name in sorted(programs())[part::PARTS]}  # sorted: as in other processes
     modules = {name: ptx_for(program, cc, kind) for name, program in some.items()}
     codes = assemble(modules, cc)
@@ -80,8 +80,8 @@ def test_every_program_is_compiled_to_what_it_declares(cc, kind, part):
 
 
 def test_sm_80_and_90_get_the_ptx_of_sm_75():
-    """Why a program is compiled twice for four architectures: its PTX differs in the line that names the target."""
-    need_compiler()
+    """So two compilations serve four architectures."""
+    require_compiler()
     from numba import float32, uint32, void
 
     def add(a, b, out, n):
@@ -94,8 +94,8 @@ def test_sm_80_and_90_get_the_ptx_of_sm_75():
 
 
 def test_the_checks_see_what_they_are_for():
-    """A kernel with a local array, float64, a division in its loop and scalar loads has all of that found."""
-    need_compiler()
+    """They detect a local array, float64, a division in a loop and scalar loads."""
+    require_compiler()
     from numba import cuda, float32, int64, void
 
     def bad(x, n):

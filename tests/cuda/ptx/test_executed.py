@@ -1,7 +1,6 @@
-"""Every program for cuda, executed from its PTX: its numbers against float64, its memory accesses, its barriers.
+"""Every CUDA program, executed from its PTX and compared with float64.
 
-The interpreter raises for any access out of bounds, misaligned or to memory never written, and for any race, so each
-of these tests is one of that too.
+The interpreter raises for invalid accesses and data races, so each test checks those too.
 """
 
 import math
@@ -13,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.ptx.compile import need_compiler
-from tests.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
+from tests.cuda.ptx.compile import require_compiler
+from tests.cuda.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
 from tinygrad_bn.autograd import OPS
 from tinygrad_bn.functional.pooling import _places
 
@@ -26,20 +25,20 @@ SEEDS = st.integers(0, 2**32 - 1)
 EPS = 2.0**-23
 
 
-def drawn(*strategies: Any) -> Callable[[Any], Any]:
-    """`given`, with fewer examples than elsewhere, as each is many launches."""
+def given_few(*strategies: Any) -> Callable[[Any], Any]:
+    """`given` with fewer examples, as each example is many launches."""
     return lambda test: settings(max_examples=max(8, settings().max_examples // 5))(given(*strategies)(test))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
-    need_compiler()
+    require_compiler()
     with interpreted() as device:
         yield device
 
 
 def close(found: Any, expected: Any, ulps: float = 8, scale: Any = 0.0) -> None:
-    """Equal up to some float32 units in the last place of the result or of `scale`, what it is a difference of."""
+    """Assert equality within `ulps` float32 units in the last place of the result, or of `scale` if that is larger."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     if found.dtype != np.float32:
@@ -75,7 +74,7 @@ BINARY = [
     "less",
     "less_equal",
 ]
-OWN: dict[str, Callable[..., np.ndarray]] = {  # of functions that are no op by that name
+REFERENCES: dict[str, Callable[..., np.ndarray]] = {  # for functions that are not ops
     "identity": lambda x: x,
     "relu_vjp": lambda g, y: np.where(y > 0, g, 0),
     "equal": np.equal,
@@ -86,13 +85,13 @@ OWN: dict[str, Callable[..., np.ndarray]] = {  # of functions that are no op by 
 
 
 def reference(name: str, *operands: Any) -> np.ndarray:
-    """The same in float64."""
+    """The function in float64."""
     with np.errstate(all="ignore"):
-        return np.asarray((OWN.get(name) or OPS[name].forward)(*(np.asarray(o, np.float64) for o in operands)))
+        return np.asarray((REFERENCES.get(name) or OPS[name].forward)(*(np.asarray(o, np.float64) for o in operands)))
 
 
 @pytest.mark.parametrize("name", [*UNARY, "identity"])
-@drawn(SIZES, KINDS, SEEDS)
+@given_few(SIZES, KINDS, SEEDS)
 def test_a_function_of_one_array(name, n, kind, seed):
     x = numbers(n, kind, seed)
     expected = reference(name, x)
@@ -101,7 +100,7 @@ def test_a_function_of_one_array(name, n, kind, seed):
 
 
 @pytest.mark.parametrize("name", BINARY)
-@drawn(SIZES, KINDS, SEEDS)
+@given_few(SIZES, KINDS, SEEDS)
 def test_a_function_of_two_arrays(name, n, kind, seed):
     a, b = numbers(n, kind, seed), numbers(n, "plain", seed + 1)
     if name == "pow":
@@ -111,7 +110,7 @@ def test_a_function_of_two_arrays(name, n, kind, seed):
         expected = reference(name, *pair)
         for operands in (pair, tuple(unaligned(o) if o.ndim else o for o in pair)):
             if name == "relu_vjp" and not np.ndim(pair[0]):
-                continue  # its gradient is always an array
+                continue  # g is always an array
             close(
                 computed(name, *(o if np.ndim(o) or not isinstance(o, np.generic) else float(o) for o in operands)),
                 expected,
@@ -119,7 +118,7 @@ def test_a_function_of_two_arrays(name, n, kind, seed):
 
 
 @pytest.mark.parametrize("name", BINARY)
-@drawn(SIDES, SIDES, KINDS, SEEDS)
+@given_few(SIDES, SIDES, KINDS, SEEDS)
 def test_a_function_of_broadcast_arrays(name, n, m, kind, seed):
     a, b = numbers((3, n, 1), kind, seed), numbers((m,), "plain", seed + 1)
     close(computed(name, a, b), reference(name, a, b))
@@ -127,7 +126,7 @@ def test_a_function_of_broadcast_arrays(name, n, m, kind, seed):
     close(computed(name, column, a), reference(name, column, a))
 
 
-@drawn(SIDES, SIDES, KINDS, SEEDS)
+@given_few(SIDES, SIDES, KINDS, SEEDS)
 def test_where_clip_fill_and_conversions(n, m, kind, seed):
     a, b = numbers((n, m), kind, seed), numbers((m,), "plain", seed + 1)
     condition = numbers((n, 1), "plain", seed + 2) > 0
@@ -139,10 +138,10 @@ def test_where_clip_fill_and_conversions(n, m, kind, seed):
     close(run("astype", (a > 0), dtype=np.float32), (a > 0).astype(np.float32))
 
 
-# ---- moving ----------------------------------------------------------------------------------------------
+# ---- copies, gather and scatter --------------------------------------------------------------------------
 
 
-@drawn(SIDES, SIDES, st.integers(1, 3), SEEDS)
+@given_few(SIDES, SIDES, st.integers(1, 3), SEEDS)
 def test_copies_of_strided_elements(n, m, k, seed):
     x = numbers((k, n, m), "special", seed)
     close(run("transpose", x, axes=(0, 2, 1)), x.transpose(0, 2, 1))
@@ -152,13 +151,13 @@ def test_copies_of_strided_elements(n, m, k, seed):
     close(run("concatenate", x, x[:, :, :1], axis=2), np.concatenate([x, x[:, :, :1]], axis=2))
 
 
-@drawn(SIDES, SIDES, SIZES, SEEDS)
+@given_few(SIDES, SIDES, SIZES, SEEDS)
 def test_gathering_and_scattering(n, width, count, seed):
     x, count = numbers((n, width), "special", seed), min(count, 300)
     index = np.random.default_rng(seed).integers(-n, n, count)
     close(run("getitem", x, index=index), x[index])
     close(run("getitem", x, index=to_device(np.array([0, n]))), np.stack([x[0], np.full(width, np.nan, "f4")]))
-    values = np.round(numbers((count, width), "plain", seed) * 8)  # sums of few integers are exact in any order
+    values = np.round(numbers((count, width), "plain", seed) * 8)  # sums of small integers are exact in any order
     expected = np.zeros((n, width))
     np.add.at(expected, index, values)
     close(run("scatter_add", values, index=index, shape=(n, width)), expected)
@@ -180,10 +179,10 @@ def check_reductions(x: np.ndarray, axis: Any) -> None:
         close(run("min", x, axis=axis), x.min(axis))
 
 
-@drawn(st.integers(1, 40), LENGTHS, KINDS, SEEDS)
+@given_few(st.integers(1, 40), LENGTHS, KINDS, SEEDS)
 @example(9, SHORT, "plain", 0)
 @example(9, SHORT + 1, "plain", 0)
-@example(1, ROW_PART + 1, "plain", 0)  # from here on in parts, put together by a second launch
+@example(1, ROW_PART + 1, "plain", 0)  # from here on in parts, combined by a second launch
 @example(3, 9001, "plain", 0)
 @example(1, 20000, "plain", 0)
 def test_reductions_of_rows(rows, length, kind, seed):
@@ -193,7 +192,7 @@ def test_reductions_of_rows(rows, length, kind, seed):
         check_reductions(x[0], None)
 
 
-@drawn(st.integers(1, 3), LENGTHS, SIDES, KINDS, SEEDS)
+@given_few(st.integers(1, 3), LENGTHS, SIDES, KINDS, SEEDS)
 @example(2, COLUMN_PART, 33, "plain", 0)
 @example(2, COLUMN_PART + 1, 33, "plain", 0)
 @example(1, 3000, 7, "plain", 0)
@@ -201,7 +200,7 @@ def test_reductions_of_columns(outer, length, width, kind, seed):
     check_reductions(numbers((outer, min(length, 1 + 60000 // width), width), kind, seed), 1)
 
 
-@drawn(st.integers(1, 40), SIZES, KINDS, SEEDS)
+@given_few(st.integers(1, 40), SIZES, KINDS, SEEDS)
 def test_where_the_extremes_are(rows, length, kind, seed):
     x = numbers((min(rows, 1 + 20000 // length), length), kind, seed)
     x[:, length // 2] = x[:, 0]  # a tie
@@ -213,7 +212,7 @@ def test_where_the_extremes_are(rows, length, kind, seed):
 # ---- matrix products -------------------------------------------------------------------------------------
 
 
-@drawn(SIDES, st.sampled_from([1, 15, 16, 17, 33]) | st.integers(1, 40), SIDES, KINDS, SEEDS)
+@given_few(SIDES, st.sampled_from([1, 15, 16, 17, 33]) | st.integers(1, 40), SIDES, KINDS, SEEDS)
 def test_matrix_products(rows, depth, columns, kind, seed):
     a, b = numbers((2, rows, depth), kind, seed), numbers((depth, columns), "plain", seed + 1)
     g, bias = numbers((2, rows, columns), kind, seed + 2), numbers(columns, "plain", seed + 3)
@@ -240,7 +239,7 @@ SHAPES = st.tuples(
 
 
 def batch_norm(x, weight, bias, eps):
-    """Output, mean, variance and the normalised input in float64."""
+    """Output, mean, variance and normalised input, in float64."""
     x, weight, bias = double(x, weight, bias)
     mean, var = x.mean((0, 2)), x.var((0, 2))
     xhat = (x - mean[:, None]) / np.sqrt(var + eps)[:, None]
@@ -248,7 +247,7 @@ def batch_norm(x, weight, bias, eps):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@drawn(SHAPES, st.sampled_from(["plain", "offset"]), SEEDS)
+@given_few(SHAPES, st.sampled_from(["plain", "offset"]), SEEDS)
 def test_batch_norm(relu, shape, kind, seed):
     name, eps, channels = f"batch_norm{'_relu' * relu}_fused", 1e-5, shape[1]
     x, g = numbers(shape, kind, seed), numbers(shape, "plain", seed + 1)
@@ -272,7 +271,7 @@ def test_batch_norm(relu, shape, kind, seed):
     close(y, expected, ulps=64, scale=scale + np.abs(weight[:, None] * ivar) * (0 if kind == "plain" else 1e3))
 
 
-@drawn(SHAPES, SEEDS)
+@given_few(SHAPES, SEEDS)
 def test_batch_norm_of_what_is_not_finite_stays_in_its_channel(shape, seed):
     x, channels = numbers(shape, "plain", seed), shape[1]
     x[0, 0, 0] = np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf])
@@ -284,7 +283,7 @@ def test_batch_norm_of_what_is_not_finite_stays_in_its_channel(shape, seed):
     assert np.isfinite(mean[1:]).all()
 
 
-@drawn(SIZES, st.booleans(), SEEDS)
+@given_few(SIZES, st.booleans(), SEEDS)
 def test_running_statistics(channels, finite, seed):
     old_mean, old_var, mean, var = (numbers(channels, "plain", seed + k) for k in range(4))
     if not finite:
@@ -296,7 +295,7 @@ def test_running_statistics(channels, finite, seed):
         close(f, e if finite else old, scale=np.abs(wide).max())
 
 
-@drawn(
+@given_few(
     st.integers(1, 20), st.integers(1, 3), st.sampled_from([1, 3, 40]), st.sampled_from([1, 7, 300]), KINDS,
     st.booleans(), SEEDS,
 )  # fmt: skip
@@ -327,10 +326,68 @@ def test_block_norm(n, groups, planes, size, kind, centered, seed):
     close(gbias, g.astype(np.float64).sum((0, 2)), ulps=64, scale=np.abs(g).sum((0, 2)))
 
 
+# ---- operands that are None ------------------------------------------------------------------------------
+
+
+def same_bits(name: str, operands: list[Any], spelt_out: list[Any], **params: Any) -> Any:
+    """The results of a kernel, which must not change if None is replaced by an array."""
+    found, expected = (run(name, *xs, **params) for xs in (operands, spelt_out))
+    for one, want in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True):
+        np.testing.assert_array_equal(one, want)
+    return found
+
+
+def same_gradients(name: str, g: Any, y: Any, operands: list[Any], spelt_out: list[Any], **params: Any) -> None:
+    """The same of a vector-Jacobian product; the gradient of an operand that is None is None."""
+    given = [x is not None for x in operands]
+    found = same_bits(f"{name}.vjp", [g, y, *operands], [g, y, *spelt_out], needs=given, **params)
+    assert [x is not None for x in found] == given
+
+
+@pytest.mark.parametrize(("with_weight", "with_bias"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("shape", [(5, 6, 1), (5, 6, 7)])
+def test_norms_without_weight_or_bias(shape, with_weight, with_bias):
+    x, g, vectors = numbers(shape), numbers(shape, seed=1), numbers((4, 6), seed=2)
+    weight, bias = (v if there else None for v, there in zip(vectors, (with_weight, with_bias), strict=False))
+    operands, spelt_out = [x, weight, bias], [x, np.ones(6, "f4"), np.zeros(6, "f4")]
+    spelt_out = [o if o is not None else s for o, s in zip(operands, spelt_out, strict=True)]
+    for name, options in (
+        ("batch_norm_fused", {}),
+        ("batch_norm_relu_fused", {}),
+        ("block_norm_fused", {"blocks": (5, 2, 3, shape[2]), "centered": True}),
+    ):
+        y, mean, var = same_bits(name, operands, spelt_out, eps=1e-5, **options)
+        same_gradients(name, g, y, operands, spelt_out, eps=1e-5, **options, mean=mean, var=var)
+    given = vectors[2], np.abs(vectors[3])
+    same_bits("batch_norm_inference", [x, *given, *operands[1:]], [x, *given, *spelt_out[1:]], eps=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy_without_weight(reduction, smoothing):
+    x, target = numbers((9, 40)), np.arange(9)
+    options = {"smoothing": smoothing, "ignore_index": 3, "reduction": reduction}
+    operands, spelt_out = [x, target, None], [x, target, np.ones(40, "f4")]
+    loss, normalizer, total = same_bits("softmax_cross_entropy", operands, spelt_out, **options)
+    g, saved = numbers(np.shape(loss)), {"normalizer": normalizer, "total": total}
+    gx, *others = run("softmax_cross_entropy.vjp", g, loss, *operands, needs=[True, False, False], **options, **saved)
+    want, *_ = run("softmax_cross_entropy.vjp", g, loss, *spelt_out, needs=[True, False, False], **options, **saved)
+    np.testing.assert_array_equal(gx, want)
+    assert others == [None, None]
+
+
+def test_linear_without_bias():
+    x, weight, g = numbers((2, 33, 20)), numbers((70, 20), seed=1), numbers((2, 33, 70), seed=2)
+    operands, spelt_out = [x, weight, None], [x, weight, np.zeros(70, "f4")]
+    y = same_bits("linear", operands, spelt_out)
+    same_gradients("linear", g, y, operands, spelt_out)
+    assert launched("linear", x, weight, None) == ["product.nt"]
+
+
 # ---- losses, convolution, pooling, dropout, optimisers ---------------------------------------------------
 
 
-@drawn(
+@given_few(
     st.integers(1, 60), st.sampled_from([1, 2, 10, 33, 100]), st.sampled_from(["plain", "offset"]),
     st.sampled_from([0.0, 0.1]), st.sampled_from(["mean", "sum", "none"]), SEEDS,
 )  # fmt: skip
@@ -370,7 +427,7 @@ CONVOLUTIONS = st.sampled_from([
 ])  # fmt: skip
 
 
-@drawn(st.integers(1, 5), CONVOLUTIONS, KINDS, SEEDS)
+@given_few(st.integers(1, 5), CONVOLUTIONS, KINDS, SEEDS)
 def test_convolution(n, case, kind, seed):
     kind = "plain" if kind == "special" else kind
     channels, outputs, groups, size, kernel, stride, padding, dilation = case
@@ -390,7 +447,7 @@ def test_convolution(n, case, kind, seed):
     check("conv_weight", x, g, kernel=kernel)
 
 
-@drawn(st.integers(1, 5), KINDS, SEEDS)
+@given_few(st.integers(1, 5), KINDS, SEEDS)
 def test_max_pooling(n, kind, seed):
     for size, kernel, stride, padding, dilation in (
         ((37,), (3,), (2,), (1,), (1,)),
@@ -405,14 +462,14 @@ def test_max_pooling(n, kind, seed):
         expected = np.take_along_axis(x.reshape(n, 3, -1), places.reshape(n, 3, -1), 2).reshape(places.shape)
         np.testing.assert_array_equal(run("nn.max_pool_places", x, **options), places)
         np.testing.assert_array_equal(run("max_pool_fused", x, **options), expected)
-        g = np.round(numbers(places.shape, "plain", seed + 1) * 8)  # sums of few integers are exact in any order
+        g = np.round(numbers(places.shape, "plain", seed + 1) * 8)  # sums of small integers are exact in any order
         gx = np.zeros((n * 3, math.prod(size)))
         np.add.at(gx, (np.arange(n * 3)[:, None], places.reshape(n * 3, -1)), g.reshape(n * 3, -1))
         (found,) = run("max_pool_fused.vjp", g, expected, x, needs=[True], **options)
         close(found, gx.reshape(x.shape))
 
 
-@drawn(SIZES, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 2**64 - 1))
+@given_few(SIZES, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 2**64 - 1))
 def test_dropout_takes_the_elements_that_the_cpu_takes(n, p, key):
     x = numbers(n, "plain", 1)
     expected = OPS["dropout_by_key"].forward(x, p=p, key=key)
@@ -420,7 +477,7 @@ def test_dropout_takes_the_elements_that_the_cpu_takes(n, p, key):
         np.testing.assert_array_equal(run("dropout_by_key", operand, p=p, key=key), expected)
 
 
-@drawn(SIZES, SEEDS)
+@given_few(SIZES, SEEDS)
 def test_optimisers(n, seed):
     p, g, m = (numbers(n, "plain", seed + k) for k in range(3))
     v = np.abs(numbers(n, "plain", seed + 3))
@@ -448,7 +505,7 @@ def test_optimisers(n, seed):
 # ---- float64 ---------------------------------------------------------------------------------------------
 
 
-@drawn(st.integers(1, 3), st.integers(1, 3), st.integers(1, 600), SEEDS)
+@given_few(st.integers(1, 3), st.integers(1, 3), st.integers(1, 600), SEEDS)
 def test_float64_is_moved_128_bits_at_a_time_too(n, channels, size, seed):
     x, weight = (numbers(shape, "offset", seed).astype(np.float64) for shape in ((n, channels, 4 * size), channels))
     with interpreted() as device:
@@ -468,19 +525,19 @@ def test_float64_is_moved_128_bits_at_a_time_too(n, channels, size, seed):
 
 
 def launched(name: str, *operands: Any, **params: Any) -> list[str]:
-    """The programs that a kernel launches, in their order."""
+    """The programs that a kernel launches, in order."""
     with interpreted() as device:
         run(name, *operands, **params)
     return [program for program, _ in device.launches]
 
 
 def test_how_few_launches_do():
-    """What a launch costs the host is more than many of these cost a GPU."""
+    """A launch costs the host more than many programs cost the GPU."""
     x, vectors = numbers((4, 3, 10, 12)), np.abs(numbers((4, 3)))
-    assert launched("sum", x, axis=(0, 2, 3)) == ["sum.short", "sum.columns"]  # no copy in another order
+    assert launched("sum", x, axis=(0, 2, 3)) == ["sum.short", "sum.columns"]  # no transposed copy
     assert launched("sum_of_squares", x, axis=(0, 2)) == ["sum_of_squares.columns", "sum.columns"]
     a, b = numbers((2, 3, 66, 40)), numbers((2, 3, 40, 9))
-    for left, right in ((a, b), (a, b[0, 0]), (a[:1, :1], b), (a[:1], b[0])):  # nothing to broadcast: no copy
+    for left, right in ((a, b), (a, b[0, 0]), (a[:1, :1], b), (a[:1], b[0])):  # no copy for broadcasting
         y = left @ right
         assert launched("matmul", left, right) == ["product.nn"]
         names = launched("matmul.vjp", y, y, left, right, needs=[True, True])

@@ -1,4 +1,4 @@
-"""Every instruction of the interpreter against values that were worked out by hand from the PTX manual."""
+"""Every instruction of the interpreter, compared with values derived by hand from the PTX manual."""
 
 import math
 import re
@@ -6,17 +6,17 @@ import re
 import numpy as np
 import pytest
 
-from tests.ptx import arithmetic, opcodes
-from tests.ptx.compile import assemble
-from tests.ptx.interpreter import Device, PTXError, UnknownInstruction
+from tests.cuda.ptx import arithmetic, opcodes
+from tests.cuda.ptx.compile import assemble
+from tests.cuda.ptx.interpreter import Device, PTXError, UnknownInstruction
 
 inf, nan = math.inf, math.nan
 ulp, half = 2.0**-23, 2.0**-24  # of float32 at 1
 LOW, HIGH = -(2**31), 2**31 - 1
 ALL = 2**32 - 1  # ones
 
-# instruction: {operands: result}. The type of the result and of the operands is the instruction's, if TYPES does not
-# say otherwise. Where operands are written out, d is the result and a, b, c the operands.
+# instruction: {operands: result}. Result and operands have the instruction's type unless TYPES has others. In
+# instructions with explicit operands, d is the result and a, b, c are the operands.
 VALUES = {
     "add.s32": {(HIGH, 1): LOW},
     "add.u16": {(65535, 2): 1},
@@ -261,7 +261,7 @@ def snippet(code: str, operands: tuple, name: str = "snippet") -> str:
 
 
 def run(ptx: str, dtype: str, *args: object, threads: int = 32, size: int | None = None) -> np.ndarray:
-    """What a kernel writes into its first argument, an array of zeros with an element for each thread."""
+    """The first argument after a launch: an array with an element for each thread, initially zeros."""
     device = Device()
     zeros = np.zeros(size or threads, dtype)
     out = device.alloc(zeros.nbytes)
@@ -275,7 +275,7 @@ def test_an_arithmetic_instruction(code):
     for operands, expected in VALUES[code].items():
         result, _ = types_of(code, len(operands))
         stored = "u4" if result == "pred" else arithmetic.DTYPES[result]
-        small = result != "pred" and arithmetic.bits(result) == 8  # is held by a register of 16 bits
+        small = result != "pred" and arithmetic.bits(result) == 8  # in a 16-bit register
         found = run(snippet(code, operands), f"{stored.kind}2" if small else stored)
         np.testing.assert_array_equal(found, np.full(32, expected, found.dtype), str(operands))
         if found.dtype.kind == "f" and expected == 0:
@@ -295,7 +295,7 @@ LANE = np.arange(32, dtype=np.uint32)
 EPILOGUE = "\nst.global.u32 [place], r; ret;\n}\n"
 EVEN = 0x55555555
 
-PROGRAMS = {  # each leaves r, which is compared with what the lanes should have
+PROGRAMS = {  # each sets r, which is compared with the expected value of every lane
     "st.shared, ld.shared": (
         "mov.u64 x, tile; mad.wide.u32 y, thread, 4, x; st.shared.u32 [y], thread; bar.sync 0;"
         "xor.b32 s, thread, 1; mad.wide.u32 y, s, 4, x; ld.shared.u32 r, [y];",
@@ -390,7 +390,7 @@ def test_a_program(name):
     np.testing.assert_array_equal(run(ptx, "u4"), expected)
 
 
-ATOMIC = {  # what is there before and after each lane has given its number, or the bound 10 of inc and dec
+ATOMIC = {  # values before and after every lane applied its number, or the bound 10 for inc and dec
     "add.u32": (5, 5 + 496),
     "add.f32": (0.5, 496.5),
     "add.f64": (0.5, 496.5),
@@ -401,7 +401,7 @@ ATOMIC = {  # what is there before and after each lane has given its number, or 
     "xor.b32": (1, 1),
     "exch.b32": (77, 31),
     "inc.u32": (0, 10),  # 32 steps in a circle of 11: 0, 1, … 10, 0, …
-    "dec.u32": (40, 1),  # too large, so the circle is entered at 10: 10, 9, … 0, 10, …
+    "dec.u32": (40, 1),  # above the bound, so the first step gives 10: 10, 9, … 0, 10, …
 }
 
 
@@ -409,7 +409,7 @@ ATOMIC = {  # what is there before and after each lane has given its number, or 
 @pytest.mark.parametrize("name", ATOMIC)
 def test_an_atomic_operation(opcode, name):
     operation, kind = name.split(".")
-    if operation == "exch":  # as its result says what was there, there is no red.exch
+    if operation == "exch":  # red has no exch, as it returns no result
         opcode = opcode.replace("red.", "atom.")
     dtype, size = arithmetic.DTYPES[kind], arithmetic.bits(kind)
     start, end = (int(np.array(n, dtype).view(arithmetic.unsigned(kind))) for n in ATOMIC[name])
@@ -483,8 +483,8 @@ def test_what_the_interpreter_lacks_is_named_with_its_line(code):
 
 
 def test_a_trap_and_an_endless_loop_are_errors(monkeypatch):
-    with pytest.raises(PTXError, match=r"line 10: trap\n.*the kernel stopped itself"):
+    with pytest.raises(PTXError, match=r"line 10: trap\n.*the kernel executed a trap"):
         run(PROLOGUE.format(parameters=".param .u64 to") + "trap;" + EPILOGUE, "u4")
-    monkeypatch.setattr("tests.ptx.machine.STEPS", 100)
+    monkeypatch.setattr("tests.cuda.ptx.machine.STEPS", 100)
     with pytest.raises(PTXError, match="has not ended"):
         run(PROLOGUE.format(parameters=".param .u64 to") + "again: bra again;" + EPILOGUE, "u4")

@@ -1,4 +1,4 @@
-"""Removing barriers from PTX, to show that a kernel cannot do without any of its own."""
+"""Removing barriers from PTX, to test that a kernel needs each of them."""
 
 import re
 
@@ -6,7 +6,7 @@ BARRIER = re.compile(r"^[ \t]*(?:@!?%?\w+\s+)?(?:bar|barrier)\.[\w.]+[^;\n]*;|\b
 
 
 def barriers(ptx: str) -> list[str]:
-    """The barriers of a block or a warp in a module, in order."""
+    """The barriers of blocks and warps in a module, in order."""
     return [m[0].strip() for m in BARRIER.finditer(ptx)]
 
 

@@ -1,8 +1,8 @@
-"""What the arithmetic instructions of PTX compute, as functions of NumPy arrays.
+"""Arithmetic instructions of PTX as functions of NumPy arrays.
 
-`operation(instruction)` gives the function, the types of its operands and the type of its result. Results are the
-correctly rounded ones; the approximate instructions of the hardware (`.approx`) may be off by a few units in the last
-place, so tests of what uses them need that tolerance. NaNs keep NumPy's payload.
+`operation(instruction)` returns the function, the types of its operands and the type of its result. Results are
+correctly rounded. On hardware `.approx` instructions may be off by a few units in the last place, so tests of programs
+that use them need that tolerance. NaNs keep NumPy's payload.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from numba import vectorize
 from numba.extending import intrinsic
 
-from tests.ptx.parse import Instruction, UnknownInstruction
+from tests.cuda.ptx.parse import Instruction, UnknownInstruction
 
 DTYPES = {f"{k}{n}": np.dtype(f"{d}{n // 8}") for k, d in (("b", "u"), ("u", "u"), ("s", "i")) for n in (8, 16, 32, 64)}
 DTYPES |= {f"f{n}": np.dtype(f"f{n // 8}") for n in (16, 32, 64)} | {"pred": np.dtype(bool)}
@@ -27,7 +27,7 @@ Operation = tuple[Function, list[str], str]
 
 
 @intrinsic
-def _llvm_fma(_, a, b, c):  # a fused multiply-add is the one thing that NumPy lacks
+def _llvm_fma(_, a, b, c):  # NumPy has no fused multiply-add
     return a(a, b, c), lambda _context, builder, _signature, arguments: builder.fma(*arguments)
 
 
@@ -41,7 +41,7 @@ def bits(kind: str) -> int:
 
 
 def unsigned(kind: str) -> np.dtype:
-    """The dtype that holds a register's bits."""
+    """The dtype of a register's bits."""
     return DTYPES[kind] if kind == "pred" else np.dtype(f"u{DTYPES[kind].itemsize}")
 
 
@@ -50,7 +50,7 @@ def operation(instruction: Instruction) -> Operation:
     return OPERATIONS[instruction.opcode](instruction, instruction.type, set(instruction.modifiers[:-1]))
 
 
-def _only(instruction: Instruction, modifiers: set[str], known: set[str]) -> None:
+def _check_modifiers(instruction: Instruction, modifiers: set[str], known: set[str]) -> None:
     if modifiers - known:
         raise UnknownInstruction(f"modifiers {sorted(modifiers - known)} of {instruction.opcode}")
 
@@ -59,14 +59,14 @@ def _only(instruction: Instruction, modifiers: set[str], known: set[str]) -> Non
 
 
 def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a + b and what its rounding lost (Knuth)."""
+    """a + b, and its rounding error (Knuth)."""
     high = a + b
     virtual = high - a
     return high, (a - (high - virtual)) + (b - virtual)
 
 
 def round_to_float32(high: np.ndarray, low: np.ndarray, mode: str) -> np.ndarray:
-    """The real number high + low, low being tiny, rounded to float32 downwards, upwards or towards zero."""
+    """high + low, with tiny low, rounded to float32 in a directed mode: rm down, rp up, rz towards zero."""
     nearest = high.astype(np.float32)
     above = (nearest.astype(np.float64) - high) - low
     down = (above > 0) & ((mode == "rm") | ((mode == "rz") & (high > 0)))
@@ -76,7 +76,7 @@ def round_to_float32(high: np.ndarray, low: np.ndarray, mode: str) -> np.ndarray
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """Subnormal float32 numbers become zeros of their sign."""
+    """Replace subnormal float32 numbers by zeros of the same sign."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
@@ -84,8 +84,8 @@ def saturate(x: np.ndarray) -> np.ndarray:
     return np.where(x > 0, np.minimum(x, x.dtype.type(1)), x.dtype.type(0))  # NaN and −0 become +0
 
 
-def _finish(function: Function, kind: str, modifiers: set[str]) -> Function:
-    """The function with `.ftz` and `.sat` around it."""
+def _with_modifiers(function: Function, kind: str, modifiers: set[str]) -> Function:
+    """The function with the modifiers `.ftz` and `.sat` applied."""
     if "ftz" in modifiers and kind == "f32":
         inner = function
         function = lambda *operands: flush(inner(*map(flush, operands)))  # noqa: E731
@@ -96,7 +96,7 @@ def _finish(function: Function, kind: str, modifiers: set[str]) -> Function:
 
 
 def _exactly(opcode: str, mode: str) -> Function:
-    """add, sub, mul or fma of float32 in a directed rounding, through sums of two float64."""
+    """add, sub, mul or fma of float32 in a directed rounding mode, by sums of two float64."""
 
     def compute(*operands: np.ndarray) -> np.ndarray:
         a, b, *c = (np.asarray(x, np.float64) for x in operands)
@@ -116,7 +116,7 @@ def _signed(kind: str) -> bool:
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Division of integers towards zero; by zero it gives all ones, as the hardware does."""
+    """Integer division towards zero; division by zero gives all ones, as on hardware."""
     quotient = np.where(b == 0, a, a - np.fmod(a, b)) // np.where(b == 0, a.dtype.type(1), b)
     return np.where(b == 0, ~a.dtype.type(0), quotient).astype(a.dtype)
 
@@ -167,20 +167,20 @@ def reverse_bits(x: np.ndarray) -> np.ndarray:
 
 
 def _low_mask(length: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """As many low bits set as length says."""
+    """A mask of the `length` lowest bits."""
     one, width = dtype.type(1), 8 * dtype.itemsize
     return np.where(length >= width, ~dtype.type(0), (one << np.minimum(length, width - 1).astype(dtype)) - one)
 
 
 def extract_bits(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """bfe: the field of `length` bits at `position`, with its sign spread if the type is signed."""
+    """bfe: the field of `length` bits at `position`, sign-extended if the type is signed."""
     position, length = position & 0xFF, length & 0xFF
     raw = np.dtype(f"u{a.dtype.itemsize}")
     width = 8 * raw.itemsize
     mask = _low_mask(length, raw)
     field = _shift(False)(a.view(raw), position) & mask
     if a.dtype.kind == "i":
-        sign_at = np.minimum(position + length - 1, width - 1).astype(raw)  # meaningless, and unused, at length 0
+        sign_at = np.minimum(position + length - 1, width - 1).astype(raw)  # unused at length 0
         negative = (a.view(raw) >> sign_at & raw.type(1)).astype(bool) & (length > 0)
         inside = mask & _low_mask(np.maximum(width - position.astype(np.int64), 0), raw)
         field = np.where(negative, field | ~inside, field)
@@ -195,7 +195,7 @@ def insert_bits(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.n
 
 
 def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """prmt: four bytes picked from the eight of b:a; bit 3 of a pick asks for its sign, spread."""
+    """prmt: four bytes selected from the eight of b:a; bit 3 of a selector replicates the sign of the byte."""
     pair = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     result = np.uint64(0)
     for k in range(4):
@@ -207,7 +207,7 @@ def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndar
 
 
 def logic3(table: int) -> Function:
-    """lop3: the bitwise function of three operands that a truth table of 8 bits defines."""
+    """lop3: the bitwise function of three operands with an 8-bit truth table."""
 
     def compute(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         result = np.uint32(0)
@@ -224,7 +224,7 @@ def logic3(table: int) -> Function:
 
 
 def extremum(pick: Function, merge: Function) -> Function:
-    """min or max of floats; −0 is less than +0, which decides where the operands are equal."""
+    """min or max of floats; −0 is less than +0."""
 
     def compute(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         result = pick(a, b)
@@ -241,7 +241,7 @@ def _in_double(function: Function) -> Function:
 
 
 def to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An integral float as an integer, kept inside the type's range; NaN gives 0, or the lowest of 64 bits."""
+    """An integral float as an integer, clamped to the type's range; NaN gives 0, or the sign bit for 64 bits."""
     info = np.iinfo(dtype)
     x = x.astype(np.float64)
     large, small = x >= float(info.max), x <= float(info.min)
@@ -259,14 +259,14 @@ def _arithmetic(plain: Function) -> Callable[..., Operation]:
         opcode = instruction.opcode
         if kind[0] != "f":
             known = {"lo"} if opcode in ("mul", "mad") else set()
-            _only(instruction, modifiers, known)
+            _check_modifiers(instruction, modifiers, known)
             return plain, [kind, kind], kind
-        _only(instruction, modifiers, ROUNDINGS | {"ftz", "sat"})
+        _check_modifiers(instruction, modifiers, ROUNDINGS | {"ftz", "sat"})
         mode = next(iter(modifiers & ROUNDINGS), "rn")
         if mode != "rn" and kind != "f32":
-            raise UnknownInstruction("only float32 is rounded in other directions")
+            raise UnknownInstruction("directed rounding is supported for float32 only")
         function = plain if mode == "rn" else _exactly(opcode, mode)
-        return _finish(function, kind, modifiers), [kind, kind], kind
+        return _with_modifiers(function, kind, modifiers), [kind, kind], kind
 
     return build
 
@@ -282,7 +282,7 @@ def _multiply(instruction: Instruction, kind: str, modifiers: set[str]) -> Opera
 
 def _multiply_add(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
     if kind[0] == "f":
-        _only(instruction, modifiers, ROUNDINGS | {"ftz", "sat"})
+        _check_modifiers(instruction, modifiers, ROUNDINGS | {"ftz", "sat"})
         mode = next(iter(modifiers & ROUNDINGS), "rn")
         if mode != "rn" and kind == "f32":
             function = _exactly("fma", mode)
@@ -291,59 +291,59 @@ def _multiply_add(instruction: Instruction, kind: str, modifiers: set[str]) -> O
         elif mode == "rn":
             function = fma
         else:
-            raise UnknownInstruction("only float32 is rounded in other directions")
-        return _finish(function, kind, modifiers), [kind] * 3, kind
-    _only(instruction, modifiers, {"lo", "hi", "wide"})
+            raise UnknownInstruction("directed rounding is supported for float32 only")
+        return _with_modifiers(function, kind, modifiers), [kind] * 3, kind
+    _check_modifiers(instruction, modifiers, {"lo", "hi", "wide"})
     product, _, result = _multiply(instruction, kind, modifiers)
     return (lambda a, b, c: product(a, b) + c), [kind, kind, result], result
 
 
 def _divide(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-    _only(instruction, modifiers, {"rn", "approx", "full", "ftz"} if kind[0] == "f" else set())
+    _check_modifiers(instruction, modifiers, {"rn", "approx", "full", "ftz"} if kind[0] == "f" else set())
     if kind[0] == "f":
-        return _finish(np.divide, kind, modifiers), [kind, kind], kind
+        return _with_modifiers(np.divide, kind, modifiers), [kind, kind], kind
     return divide, [kind, kind], kind
 
 
 def _extremum(pick: Function, propagating: Function, merge: Function) -> Callable[..., Operation]:
     def build(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-        _only(instruction, modifiers, {"ftz", "NaN"} if kind[0] == "f" else set())
+        _check_modifiers(instruction, modifiers, {"ftz", "NaN"} if kind[0] == "f" else set())
         if kind[0] != "f":
             return propagating, [kind, kind], kind
         function = extremum(propagating if "NaN" in modifiers else pick, merge)
-        return _finish(function, kind, modifiers), [kind, kind], kind
+        return _with_modifiers(function, kind, modifiers), [kind, kind], kind
 
     return build
 
 
 def _unary(function: Function, known: set[str]) -> Callable[..., Operation]:
     def build(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-        _only(instruction, modifiers, known)
-        return _finish(function, kind, modifiers), [kind], kind
+        _check_modifiers(instruction, modifiers, known)
+        return _with_modifiers(function, kind, modifiers), [kind], kind
 
     return build
 
 
 def _reciprocal(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-    _only(instruction, modifiers, {"rn", "approx", "ftz"})
-    if kind == "f64" and "approx" in modifiers:  # the upper half of the result alone
+    _check_modifiers(instruction, modifiers, {"rn", "approx", "ftz"})
+    if kind == "f64" and "approx" in modifiers:  # only the upper half of the bits
         high = lambda x: ((1 / x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)  # noqa: E731
         return high, [kind], kind
-    return _finish(lambda x: x.dtype.type(1) / x, kind, modifiers), [kind], kind
+    return _with_modifiers(lambda x: x.dtype.type(1) / x, kind, modifiers), [kind], kind
 
 
 def _fixed(function: Function, operands: list[str | None], result: str | None = None) -> Callable[..., Operation]:
-    """An instruction without modifiers; None stands for the instruction's own type."""
+    """An instruction without modifiers; a type None is the instruction's own type."""
 
     def build(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-        _only(instruction, modifiers, set())
+        _check_modifiers(instruction, modifiers, set())
         return function, [t or kind for t in operands], result or kind
 
     return build
 
 
 def comparison(name: str, is_float: bool) -> Function:
-    """The relation of `setp`: of floats, an ordered one (false with a NaN) or, with a u, an unordered one."""
+    """The relation of `setp`. For floats it is ordered (false for NaN), or unordered (true for NaN) with suffix u."""
     if not is_float:
         return COMPARE[name]
     if name == "num":
@@ -360,14 +360,14 @@ def comparison(name: str, is_float: bool) -> Function:
 
 def _compare(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
     name, *logic = [m for m in instruction.modifiers[:-1] if m != "ftz"]
-    relation = _finish_inputs(comparison(name, kind[0] == "f"), kind, modifiers)
+    relation = _with_input_flush(comparison(name, kind[0] == "f"), kind, modifiers)
     if not logic:
         return relation, [kind, kind], "pred"
     join = LOGIC[logic[0]]
     return (lambda a, b, c: join(relation(a, b), c)), [kind, kind, "pred"], "pred"
 
 
-def _finish_inputs(function: Function, kind: str, modifiers: set[str]) -> Function:
+def _with_input_flush(function: Function, kind: str, modifiers: set[str]) -> Function:
     if "ftz" in modifiers and kind == "f32":
         return lambda a, b: function(flush(a), flush(b))
     return function
@@ -376,7 +376,7 @@ def _finish_inputs(function: Function, kind: str, modifiers: set[str]) -> Functi
 def _convert(instruction: Instruction, source: str, modifiers: set[str]) -> Operation:
     target = instruction.modifiers[-2]
     modifiers = modifiers - {target}
-    _only(instruction, modifiers, ROUNDINGS | set(TO_INTEGER) | {"ftz", "sat"})
+    _check_modifiers(instruction, modifiers, ROUNDINGS | set(TO_INTEGER) | {"ftz", "sat"})
     dtype = DTYPES[target]
     mode = next(iter(modifiers & (ROUNDINGS | set(TO_INTEGER))), None)
     if source[0] == "f" and target[0] == "f":
@@ -384,15 +384,15 @@ def _convert(instruction: Instruction, source: str, modifiers: set[str]) -> Oper
         if "ftz" in modifiers:
             inner = function
             function = lambda x: _flush_if_float32(inner(_flush_if_float32(x)))  # noqa: E731
-        return _finish(function, target, modifiers - {"ftz"}), [source], target
+        return _with_modifiers(function, target, modifiers - {"ftz"}), [source], target
     if source[0] == "f":
         if mode not in TO_INTEGER:
-            raise UnknownInstruction("a conversion to integer needs a rounding")
+            raise UnknownInstruction("a conversion to integer needs a rounding mode")
         start = _flush_if_float32 if "ftz" in modifiers else np.asarray
         return (lambda x: to_integer(TO_INTEGER[mode](start(x).astype(np.float64)), dtype)), [source], target
     if target[0] == "f":
         if mode == "rn":
-            return _finish(lambda x: x.astype(dtype), target, modifiers), [source], target
+            return _with_modifiers(lambda x: x.astype(dtype), target, modifiers), [source], target
         if target == "f32" and bits(source) <= 32 and mode in ROUNDINGS:
             return (lambda x: round_to_float32(x.astype(np.float64), np.float64(0), mode)), [source], target
         raise UnknownInstruction(f"rounding {mode}")
@@ -418,8 +418,8 @@ def _between_floats(instruction: Instruction, source: str, dtype: np.dtype, mode
 
 
 def _funnel_shift(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-    """shf: one word of a pair of words, shifted together."""
-    _only(instruction, modifiers, {"l", "r", "wrap", "clamp"})
+    """shf: one word of a shifted pair of words."""
+    _check_modifiers(instruction, modifiers, {"l", "r", "wrap", "clamp"})
 
     def compute(low: np.ndarray, high: np.ndarray, amount: np.ndarray) -> np.ndarray:
         pair = low.astype(np.uint64) | (high.astype(np.uint64) << np.uint64(32))
@@ -433,8 +433,8 @@ def _funnel_shift(instruction: Instruction, kind: str, modifiers: set[str]) -> O
 
 
 def _find_bit(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-    """bfind: where the highest bit is that differs from the sign; all ones if there is none."""
-    _only(instruction, modifiers, {"shiftamt"})
+    """bfind: the position of the highest bit that differs from the sign; all ones if no bit does."""
+    _check_modifiers(instruction, modifiers, {"shiftamt"})
     top = np.uint32(bits(kind) - 1)
 
     def compute(x: np.ndarray) -> np.ndarray:
@@ -446,7 +446,7 @@ def _find_bit(instruction: Instruction, kind: str, modifiers: set[str]) -> Opera
 
 
 def _logic3(instruction: Instruction, kind: str, modifiers: set[str]) -> Operation:
-    _only(instruction, modifiers, set())
+    _check_modifiers(instruction, modifiers, set())
     return logic3(int(instruction.operands[4].text, 0)), [kind] * 3, kind
 
 

@@ -1,7 +1,7 @@
-"""The text of a PTX module, parsed into what the machine executes.
+"""A parser of PTX modules.
 
-Written from NVIDIA's "Parallel Thread Execution ISA", for the part of it that compilers emit for kernels: device
-functions are inlined where they are called, scoped registers get numbers, variables get addresses in their space.
+It follows NVIDIA's "Parallel Thread Execution ISA" and supports the part that compilers emit for kernels. Device
+functions are inlined, scoped registers get numbers, and variables get addresses in their space.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 
-GUARD = 128  # bytes that nobody may touch behind every shared variable; a multiple of 32 banks of 4 bytes
+GUARD = 128  # bytes of the guard zone behind every shared variable; a multiple of 32 banks of 4 bytes
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 IGNORED = re.compile(r"^[ \t]*\.(version|target|address_size|file|loc)\b.*$", re.M)
 HEADER = re.compile(r"\.(entry|func)\b")
@@ -21,11 +21,11 @@ OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,\s][^,]*")
 
 
 class PTXError(Exception):
-    """A program that the machine will not run on, or that did what no correct program does."""
+    """A program that cannot be executed, or that performed an invalid operation."""
 
 
 class UnknownInstruction(PTXError):
-    """The machine does not know an instruction, or one of its modifiers."""
+    """An instruction, or one of its modifiers, is not supported."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Special:
-    """A register that the hardware fills, such as %tid.x."""
+    """A special register, such as %tid.x."""
 
     name: str
 
@@ -66,7 +66,7 @@ Operand = Register | Literal | Special | Symbol | Address | str | tuple  # str: 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: `@guard opcode.modifiers operands`, from a line of the module's text."""
+    """One instruction, `@guard opcode.modifiers operands`, and its line in the module."""
 
     line: int
     text: str
@@ -83,7 +83,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of the module; data holds its initial values, if it has any."""
+    """A variable of the module, and its initial values if it has any."""
 
     space: str
     name: str
@@ -107,13 +107,13 @@ class Kernel:
     registers: list[str] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # name: offset and size
-    dynamic: int = 0  # where dynamic shared memory begins
+    dynamic: int = 0  # offset of dynamic shared memory
     shared_bytes: int = 0  # of static shared memory, as ptxas counts it
     local_bytes: int = 0  # of one thread
     variables: tuple[Variable, ...] = ()  # global and constant ones
 
     def label(self, pc: int) -> str:
-        """Where the instruction stands, for messages."""
+        """The location of an instruction, for messages."""
         instruction = self.instructions[pc]
         text = re.sub(r"_ZN\w+", lambda m: demangle(m[0]), instruction.text)
         return f"kernel {demangle(self.name)}, line {instruction.line}: {text}"
@@ -124,7 +124,7 @@ def align(offset: int, alignment: int) -> int:
 
 
 def _statements(text: str) -> list[tuple[int, str]]:
-    """Lines and texts of instructions, declarations, headers, braces of scopes, and labels (with their colon)."""
+    """(line, text) of instructions, declarations, headers, scope braces, and labels with their colon."""
     text = COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
     text = re.split(r"\n\s*\.section", IGNORED.sub("", text))[0]
     newlines = [m.start() for m in re.finditer("\n", text)]
@@ -165,15 +165,15 @@ def _parameters(text: str | None) -> list[tuple[str, str]]:
 
 
 class _Body:
-    """Collects the instructions of one entry, with the functions that it calls inlined."""
+    """Builds the instructions of one entry, with called functions inlined."""
 
     def __init__(self, kernel: Kernel, functions: dict):
         self.kernel, self.functions = kernel, functions
-        self.symbols: dict[str, Symbol] = {}  # that every function may name
+        self.symbols: dict[str, Symbol] = {}  # visible in every function
         self.fresh = count()
 
     def add(self, statements: list[tuple[int, str]], names: dict, end: str) -> None:
-        """Append a function's body; names map its parameters, `ret` becomes a jump to end (if there is one)."""
+        """Append the body of a function. `names` maps its parameters; `ret` becomes a jump to `end`, if it is given."""
         inlining = next(self.fresh)
         scopes = [self.symbols | names]
         for line, text in statements:
@@ -204,7 +204,7 @@ class _Body:
                 self.kernel.registers.append(kind)
 
     def share(self, variable: Variable, scope: dict) -> None:
-        """Place a shared variable; all of unknown length are the launch's dynamic shared memory."""
+        """Place a shared variable; a variable of unknown length is the dynamic shared memory."""
         kernel = self.kernel
         kernel.shared_bytes = align(kernel.shared_bytes, variable.align) + variable.nbytes
         offset = align(kernel.dynamic, max(variable.align, GUARD))
@@ -236,7 +236,9 @@ class _Body:
         lists = OPERAND.findall(rest)
         name = next(o.strip() for o in lists if not o.startswith("("))
         if guard is not None or not self.functions.get(name, (None,))[-1]:
-            raise UnknownInstruction(f"kernel {demangle(self.kernel.name)}, line {line}: {text}: no body to call")
+            raise UnknownInstruction(
+                f"kernel {demangle(self.kernel.name)}, line {line}: {text}: the called function has no body"
+            )
         results, parameters, body = self.functions[name]
         groups = [[n.strip() for n in o.strip("()").split(",")] for o in lists if o.startswith("(")]
         given = [n for group in groups for n in group if n]
@@ -302,7 +304,7 @@ def _kernel(name: str, parameters: list, body: list, functions: dict, variables:
 
 
 def demangle(name: str) -> str:
-    """The dotted name in a mangled one of Numba's (_ZN6module6kernel…), else the name itself."""
+    """The dotted name in Numba's mangled name (_ZN6module6kernel…), or the name itself if it is not mangled."""
     parts, rest = [], name.removeprefix("_ZN")
     while rest != name and (m := re.match(r"\d+", rest)):
         parts.append(rest[m.end() : m.end() + int(m[0])])
