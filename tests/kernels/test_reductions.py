@@ -5,10 +5,10 @@ Small shapes never reach the loops as they are, so that most tests lower the thr
 
 import math
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tinygrad_bn_kernels.cpu import reduce_loops, threads
 
 from tinygrad_bn import Tensor, autograd, functional, ops

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tinygrad_bn_kernels as kernels_module
 from hypothesis import given
+from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
 from tinygrad_bn_kernels.cpu import norm, threads
 

@@ -4,10 +4,10 @@ import gc
 import threading
 import weakref
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tinygrad_bn import Tensor, debug, functional, grad, is_recording, no_grad
 

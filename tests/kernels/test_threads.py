@@ -7,9 +7,9 @@ import time
 import numba
 import numpy as np
 import pytest
-from processes import output, python
 from tinygrad_bn_kernels.cpu import helpers, threads
 
+from tests.tools.processes import output, python
 from tinygrad_bn import functional, ops
 
 compiled_only = pytest.mark.skipif(

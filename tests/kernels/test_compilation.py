@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numba
 import pytest
-from processes import output, python
 from tinygrad_bn_kernels.cpu import jit
+
+from tests.tools.processes import output, python
 
 resource = pytest.importorskip("resource", reason="a limit for files is POSIX's")
 
