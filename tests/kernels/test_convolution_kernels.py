@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tinygrad_bn_kernels.cpu import conv, pool, threads
+from tinygrad_bn_kernels.cpu import conv, pool
 
 from tinygrad_bn import Tensor, functional, grad
 from tinygrad_bn.autograd import OPS
@@ -102,25 +102,6 @@ def test_max_pooling_and_its_gradient_equal_the_reference(case):
     want = np.zeros(flat.shape)
     np.add.at(want, (np.arange(4)[:, None], places), g.reshape(4, -1))
     np.testing.assert_allclose(got.reshape(4, -1), want, rtol=0, atol=16 * np.finfo(dtype).eps * 9)
-
-
-def test_bitwise_the_same_for_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
-    x, weight, bias = operands(((33, 4, 12, 13), (10, 2, 3, 2), (10,)), np.float32, 0)
-    options = plain() | {"groups": 2}
-    before, results = threads.num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            threads.set_num_threads(count)
-            y = conv.conv_fused(x, weight, bias, **options)
-            window = {"kernel": (2, 2), "out": (5, 6), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
-            pooled = pool.max_pool_fused(y, **window)
-            (gy,) = pool.max_pool_fused_vjp(pooled * pooled, pooled, y, needs=[True], **window)
-            gradients = conv.conv_fused_vjp(gy, y, x, weight, bias, needs=[True] * 3, **options)
-            results.append([a.tobytes() for a in (y, pooled, gy, *gradients)])
-    finally:
-        threads.set_num_threads(before)
-    assert results[0] == results[1] == results[2]
 
 
 @settings(max_examples=10)

@@ -11,30 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinygrad_bn_kernels.cpu import reduce_loops, threads
 
+from tests.tools.thresholds import thresholds
+from tests.tools.work import PLACES, REDUCTIONS
 from tinygrad_bn import Tensor, autograd, functional, ops
 from tinygrad_bn.device import find_kernel, kernels_disabled
-from tinygrad_bn.testing import thresholds
-
-REFERENCES = {
-    "sum": np.sum,
-    "mean_fused": np.mean,
-    "var_fused": np.var,
-    "mean_and_var_fused": lambda x, **o: np.stack([np.mean(x, **o), np.var(x, **o)]),
-    "sum_of_squares": lambda x, **o: np.sum(x * x, **o),
-    "max": np.max,
-    "min": np.min,
-    "argmax": np.argmax,
-    "argmin": np.argmin,
-    "logsumexp_fused": np.logaddexp.reduce,
-}
-PLACES = ("argmax", "argmin")
 
 
 def compare(name, x, axis, keepdims=False):
     """The kernel's result equals that of NumPy in float64; gives whether the kernel did not decline."""
     with np.errstate(all="ignore"):
         got = find_kernel(name, "cpu")(x, axis=axis, keepdims=keepdims)
-        want = REFERENCES[name](x.astype(np.float64), axis=axis, keepdims=keepdims)
+        want = REDUCTIONS[name](x.astype(np.float64), axis=axis, keepdims=keepdims)
     if got is NotImplemented:
         return False
     assert got.shape == want.shape
@@ -74,7 +61,7 @@ def axes(draw, ndim, tuples=True):
     return signed if tuples and draw(st.booleans()) else signed[0]
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", REDUCTIONS)
 @settings(max_examples=6 * settings.default.max_examples)  # there are many paths, and each example is quick
 @given(st.data(), strided(), st.booleans(), st.sampled_from([1, 1 << 60]))
 def test_equals_numpy(name, data, x, keepdims, parallel_from):
@@ -136,7 +123,7 @@ def test_columns_of_few_terms_are_left_to_numpy_where_it_is_faster(shape, axis, 
 def test_large_common_cases_equal_numpy_and_are_not_declined(shape, axis, dtype):
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(dtype)
-    for name in REFERENCES:
+    for name in REDUCTIONS:
         if name not in PLACES:
             assert compare(name, x, axis), name
         elif not isinstance(axis, tuple):  # rows that are not worth threads are left to NumPy
@@ -219,21 +206,6 @@ def test_variance_is_right_at_an_offset(shape, first, axis):
         for exact, rtol in ((x.astype(np.float32), 1e-6), (x - 1e6, 1e-13)):
             got, want = find_kernel(name, "cpu")(exact, axis=axis)[number], np.var(exact, axis=axis, dtype=np.float64)
             np.testing.assert_allclose(got, want, rtol=rtol)
-
-
-@pytest.mark.parametrize(("shape", "axis"), [((41, 37), 0), ((41, 37), 1), ((4, 5, 6, 7), (0, 2, 3)), ((999, 3), 0)])
-def test_the_number_of_threads_changes_no_bit(shape, axis):
-    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    kernels = [find_kernel(name, "cpu") for name in REFERENCES if name not in PLACES or axis in (0, 1)]
-    results, before = set(), threads.num_threads()
-    try:
-        for count in (1, 2, 3):
-            threads.set_num_threads(count)
-            with thresholds(piece=64):
-                results.add(b"".join(kernel(x, axis=axis).tobytes() for kernel in kernels))
-    finally:
-        threads.set_num_threads(before)
-    assert len(results) == 1
 
 
 # ---- what the kernels decline, through the public functions ------------------------------------------------

@@ -1,8 +1,9 @@
-"""Programs that tests run in a process of their own."""
+"""Programs in processes of their own, and functions on several Python threads."""
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 
 def python(program, **environment):
@@ -15,7 +16,16 @@ def python(program, **environment):
 
 
 def output(process):
-    """What it has written, once it has ended well."""
+    """The output of a process that ends with status 0."""
     written, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     return written.strip()
+
+
+def on_threads(function, count, meanwhile=lambda: None):
+    """Run `function(i)` on `count` Python threads at once, and `meanwhile()` here; raise an error of any of them."""
+    with ThreadPoolExecutor(count) as pool:
+        running = [pool.submit(function, i) for i in range(count)]
+        meanwhile()
+        for each in running:
+            each.result()
