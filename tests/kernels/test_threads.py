@@ -305,9 +305,9 @@ want = work()
 inside, go_on = threading.Event(), threading.Event()
 
 def hold():
-    with threads._busy, memory.reserve._lock, global_compiler_lock:
+    with LOCK:
         inside.set()
-        go_on.wait(0.3)
+        go_on.wait(SECONDS)
 
 threading.Thread(target=hold).start()
 inside.wait()
@@ -315,9 +315,10 @@ child = os.fork()
 if child == 0:  # the thread that holds the locks does not exist here
     signal.alarm(30)
     threads.set_num_threads(2)
-    memory.empty((1 << 20,), "f4")
+    kept = memory.reserve.kept
+    memory.empty((12_345_678,), "f4")
     right = work() == want and numba.njit(lambda x: x - 1)(1) == 0
-    os._exit(0 if right and started() and memory.reserve.kept else 1)
+    os._exit(0 if right and started() and memory.reserve.kept > kept else 1)
 go_on.set()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
@@ -325,8 +326,13 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @compiled_only
 @forks
-def test_a_fork_while_another_thread_computes_allocates_and_compiles():
-    output(python(HELD, TINYGRAD_BN_PARALLEL_FROM=1, TINYGRAD_BN_NUM_THREADS=3))
+@pytest.mark.parametrize(
+    ("lock", "seconds"),
+    [("threads._busy", None), ("memory.reserve._lock", None), ("global_compiler_lock", 0.3)],  # a fork waits for this
+)
+def test_a_fork_while_another_thread_computes_allocates_or_compiles(lock, seconds):
+    program = HELD.replace("LOCK", lock).replace("SECONDS", str(seconds))
+    output(python(program, TINYGRAD_BN_PARALLEL_FROM=1, TINYGRAD_BN_NUM_THREADS=3))
 
 
 WARM = """
