@@ -30,13 +30,13 @@ gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op the
 	$(BIN)/python -m tests.cuda.gpu_report
 
 bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 10 minutes, a quiet machine)
-	$(BIN)/python tests/benchmarks/bench.py
+	$(BIN)/python -m tests.benchmarks.bench
 
 bench-quick: $(VENV)/.bench  ## the same in about a minute, less exactly, without compiled PyTorch
-	$(BIN)/python tests/benchmarks/bench.py --quick --seconds 0.7
+	$(BIN)/python -m tests.benchmarks.bench --quick --seconds 0.7
 
 exactness: $(VENV)/.bench  ## how many digits BatchNorm keeps at any mean, here and in the peers (installs them)
-	$(BIN)/python tests/benchmarks/exactness.py
+	$(BIN)/python -m tests.benchmarks.exactness
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

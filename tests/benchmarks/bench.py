@@ -22,7 +22,6 @@ from pathlib import Path
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
-import cnn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +29,9 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from steps import Work, jax_step, our_step, torch_step
 
+from tests.benchmarks import cnn
+from tests.benchmarks.steps import Work, jax_step, our_step, torch_step
 from tinygrad_bn import Tensor, functional, manual_seed, nn
 from tinygrad_bn.device import find_kernel
 
@@ -259,7 +259,7 @@ def reduction(name: str, shape: tuple[int, ...], axis: int | tuple[int, ...] | N
 
 def peak_memory(contender: str, *, relu: bool) -> int:
     """Megabytes that a training step of BatchNorm (and ReLU) of LARGE takes at its peak, in a fresh process."""
-    command = [sys.executable, __file__, "--peak", contender, *["--relu"] * relu]
+    command = [sys.executable, "-m", "tests.benchmarks.bench", "--peak", contender, *["--relu"] * relu]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

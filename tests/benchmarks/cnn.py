@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from steps import Work, jax_step, our_step, torch_step
 
+from tests.benchmarks.steps import Work, jax_step, our_step, torch_step
 from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim, train
 
 CONVOLUTIONS = [(32, 1, 28, 32), (256, 1, 28, 32), (32, 32, 13, 64), (256, 32, 13, 64)]  # N, C, H = W, O

@@ -5,11 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from compare import close, peer  # noqa: E402
-
-from tinygrad_bn import Tensor, grad, nn  # noqa: E402
+from tests.peers.compare import close, peer, torch
+from tinygrad_bn import Tensor, grad, nn
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 DTYPES = st.sampled_from(list(TOLERANCE))

@@ -1,9 +1,9 @@
 """Convolution and pooling, forwards and backwards, against PyTorch."""
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from tests.peers.compare import check, torch
 from tinygrad_bn import functional as F

@@ -6,11 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, mutually_broadcastable_shapes
 
-torch = pytest.importorskip("torch")
-
-from compare import check, peer  # noqa: E402
-
-from tinygrad_bn import functional as F  # noqa: E402
+from tests.peers.compare import check, peer, torch
+from tinygrad_bn import functional as F
 
 P = torch.nn.functional
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}

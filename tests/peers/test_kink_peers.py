@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-
-from compare import check  # noqa: E402
-
-from tinygrad_bn import functional as F  # noqa: E402
+from tests.peers.compare import check, torch
+from tinygrad_bn import functional as F
 
 P = torch.nn.functional
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}

@@ -5,12 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from compare import check, close, peer  # noqa: E402
-
-from tinygrad_bn import Tensor  # noqa: E402
-from tinygrad_bn import functional as F  # noqa: E402
+from tests.peers.compare import check, close, peer, torch
+from tinygrad_bn import Tensor
+from tinygrad_bn import functional as F
 
 P = torch.nn.functional
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}

@@ -7,12 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from compare import close, peer  # noqa: E402
-
-from tinygrad_bn import Tensor, nn, optim  # noqa: E402
-from tinygrad_bn import functional as F  # noqa: E402
+from tests.peers.compare import close, peer, torch
+from tinygrad_bn import Tensor, nn, optim
+from tinygrad_bn import functional as F
 
 T = torch.nn
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}

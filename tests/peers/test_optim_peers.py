@@ -5,11 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from compare import close  # noqa: E402
-
-from tinygrad_bn import Tensor, optim  # noqa: E402
+from tests.peers.compare import close, torch
+from tinygrad_bn import Tensor, optim
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 STEPS = 50

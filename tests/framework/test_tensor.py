@@ -4,10 +4,10 @@ import copy
 import pickle
 
 import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tinygrad_bn import Tensor, functional, nn, no_grad
 

@@ -4,10 +4,10 @@ import csv
 import json
 import math
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim
 from tinygrad_bn import functional as F

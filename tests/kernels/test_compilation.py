@@ -1,13 +1,13 @@
 """How loops are compiled: once, into a cache that other processes share, and all the same where there can be none."""
 
 import errno
-import os
 from pathlib import Path
 
 import numba
 import pytest
-from processes import output, python
 from tinygrad_bn_kernels.cpu import jit
+
+from tests.tools.processes import output, python
 
 resource = pytest.importorskip("resource", reason="a limit for files is POSIX's")
 
@@ -117,33 +117,6 @@ def test_a_damaged_file_is_compiled_anew(cache, kind, length):
     assert min(map(len, whole.values())) > 40
     compile_two()
     assert whole == {path: path.read_bytes() for path in damaged}
-
-
-FORK = """
-import os, signal, threading, numba
-from numba.core.compiler_lock import global_compiler_lock
-from tinygrad_bn_kernels.cpu import jit
-
-compiling = threading.Event()
-
-def compile_for_a_while():
-    with global_compiler_lock:
-        compiling.set()
-        threading.Event().wait(0.3)
-
-threading.Thread(target=compile_for_a_while).start()
-compiling.wait()
-child = os.fork()
-if child == 0:
-    signal.alarm(30)
-    os._exit(numba.njit(lambda x: x - 1)(1))
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_forked_while_another_thread_compiles_can_compile():
-    output(python(FORK))
 
 
 COMPILING = """

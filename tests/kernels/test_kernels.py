@@ -6,16 +6,16 @@ That each equals its op's reference and its composition's gradient is tested for
 import os
 import subprocess
 import sys
-import threading
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tinygrad_bn_kernels as kernels_module
 from hypothesis import given
+from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
 from tinygrad_bn_kernels.cpu import norm, threads
 
+from tests.tools.work import batch_norm_operands, batch_norm_step
 from tinygrad_bn import Tensor, functional, nn, ops, optim
 from tinygrad_bn.device import find_kernel, kernels_disabled
 from tinygrad_bn.functional.normalization import block_norm_fused
@@ -24,19 +24,10 @@ from tinygrad_bn.kernels import kernel_errors
 SHAPES = [(37, 5), (130, 70), (6, 5, 4), (8, 3, 5, 5)]
 
 
-def training_step(x, g, weight, bias, relu=False):
-    """Output, statistics and gradients of BatchNorm, through the kernels unless they are disabled."""
-    t = Tensor(x, requires_grad=True)
-    w, b = Tensor(weight, requires_grad=True), Tensor(bias, requires_grad=True)
-    y, mean, var = functional.batch_norm_with_statistics(t, w, b, relu=relu)
-    y.backward(g)
-    return [np.asarray(a) for a in (y, mean, var, t.grad, w.grad, b.grad)]
-
-
-def operands(shape, seed=0, dtype=np.float32, offset=0.0):
-    rng = np.random.default_rng(seed)
-    x = (rng.normal(size=shape) + offset).astype(dtype)
-    return x, rng.normal(size=shape).astype(dtype), *rng.normal(size=(2, shape[1])).astype(dtype)
+def exact_step(*arrays, relu=False):
+    """`batch_norm_step` in float64, without kernels."""
+    with kernels_disabled():
+        return batch_norm_step(*(a.astype(np.float64) for a in arrays), relu)
 
 
 @pytest.fixture(params=["serial", "parallel"])
@@ -48,10 +39,9 @@ def driver(request, monkeypatch):
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batch_norm_is_exact_at_any_mean(shape, offset, driver):
-    x, g, weight, bias = operands(shape, offset=offset)
-    got = training_step(x, g, weight, bias)
-    with kernels_disabled():
-        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)))
+    x, g, weight, bias = batch_norm_operands(shape, offset=offset)
+    got = batch_norm_step(x, g, weight, bias)
+    want = exact_step(x, g, weight, bias)
     scale = np.abs(weight).max() + np.abs(bias).max()
     assert np.abs(got[0] - want[0]).max() <= 1e-6 * scale
     assert np.abs(got[3] - want[3]).max() <= 1e-5 * np.abs(want[3]).max()
@@ -63,11 +53,10 @@ def test_batch_norm_is_exact_at_any_mean(shape, offset, driver):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_batch_norm_are_exact_at_any_mean_of_the_cotangent(shape, relu, offset, driver):
-    x, g, weight, bias = operands(shape)
+    x, g, weight, bias = batch_norm_operands(shape)
     g, bias = (g + offset).astype(np.float32), bias + np.float32(3 if relu else 0)  # most pass the ReLU
-    got = training_step(x, g, weight, bias, relu)
-    with kernels_disabled():
-        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)), relu)
+    got = batch_norm_step(x, g, weight, bias, relu)
+    want = exact_step(x, g, weight, bias, relu=relu)
     for a, b in zip(got[3:], want[3:], strict=True):
         assert np.abs(a - b).max() <= 1.5e-6 * np.abs(b).max()
     assert np.abs(got[3] - want[3]).max() <= 4e-7 * np.abs(want[3]).max()
@@ -75,30 +64,19 @@ def test_gradients_of_batch_norm_are_exact_at_any_mean_of_the_cotangent(shape, r
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_cotangent_that_is_constant_has_no_gradient_but_that_of_the_bias(shape):
-    x, g, weight, bias = operands(shape)
-    *_, gx, gweight, gbias = training_step(x, np.full_like(g, 1e5), weight, bias)
+    x, g, weight, bias = batch_norm_operands(shape)
+    *_, gx, gweight, gbias = batch_norm_step(x, np.full_like(g, 1e5), weight, bias)
     assert not gx.any()
     assert not gweight.any()
     np.testing.assert_array_equal(gbias, 1e5 * (x.size // shape[1]))
 
 
-@given(st.sampled_from(SHAPES), st.integers(0, 999), st.booleans(), st.sampled_from([np.float32, np.float64]))
-def test_kernels_equal_the_composition(shape, seed, relu, dtype):
-    args = operands(shape, seed, dtype)
-    got = training_step(*args, relu)
-    with kernels_disabled():
-        want = training_step(*args, relu)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 if dtype == np.float32 else 1e-9)
-
-
 @pytest.mark.parametrize("value", [1e-30, 1.0, -3.3, 1e10])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_constant_channel_gives_exactly_bias(shape, value, driver):
-    x, g, weight, bias = operands(shape)
+    x, g, weight, bias = batch_norm_operands(shape)
     x[:, 0] = value
-    y, _, var, gx, *_ = training_step(x, g, weight, bias)
+    y, _, var, gx, *_ = batch_norm_step(x, g, weight, bias)
     assert (y[:, 0] == bias[0]).all()
     assert var[0] == 0
     assert np.isfinite(gx).all()
@@ -107,11 +85,10 @@ def test_a_constant_channel_gives_exactly_bias(shape, value, driver):
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-10, 1e-3, 1e6, 1e12, 1e18, 1e24, 1e30])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_channels_of_any_scale(shape, scale):
-    x, g, weight, bias = operands(shape)
+    x, g, weight, bias = batch_norm_operands(shape)
     x = (x * scale).astype(np.float32)
-    got = training_step(x, g, weight, bias)
-    with kernels_disabled():
-        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)))
+    got = batch_norm_step(x, g, weight, bias)
+    want = exact_step(x, g, weight, bias)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
@@ -146,39 +123,20 @@ def test_every_kernel_is_as_exact_as_its_precision_allows():
 
 def test_a_first_element_far_from_the_others_does_not_spoil_the_statistics(driver):
     for shape in SHAPES:
-        x, g, weight, bias = operands(shape, offset=1e4)
+        x, g, weight, bias = batch_norm_operands(shape, offset=1e4)
         x[0, :] = -1e7
-        got = training_step(x, g, weight, bias)
-        with kernels_disabled():
-            want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)))
+        got = batch_norm_step(x, g, weight, bias)
+        want = exact_step(x, g, weight, bias)
         assert np.abs(got[0] - want[0]).max() < 1e-5
-
-
-@pytest.mark.parametrize("shape", [(300, 260), (16, 6, 40, 40)])
-def test_the_number_of_threads_changes_no_bit(shape, monkeypatch):
-    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
-    args, results = operands(shape), []
-    before = threads.num_threads()
-    try:
-        for count in (1, 2, 3):
-            threads.set_num_threads(count)
-            results += [training_step(*args), training_step(*args)]
-    finally:
-        threads.set_num_threads(before)
-    monkeypatch.setattr(threads, "PARALLEL_FROM", 1 << 60)
-    results.append(training_step(*args))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            np.testing.assert_array_equal(a, b)
 
 
 def test_nan_and_inf_stay_in_their_channel(driver):
     for shape in SHAPES:
-        x, g, weight, bias = operands(shape)
+        x, g, weight, bias = batch_norm_operands(shape)
         x[2, 1] = np.nan
         x[1, 2] = np.inf
         with np.errstate(invalid="ignore"):
-            y, mean, *_ = training_step(x, g, weight, bias)
+            y, mean, *_ = batch_norm_step(x, g, weight, bias)
         assert np.isnan(y[:, 1]).all()
         assert np.isnan(mean[1])
         assert not np.isfinite(mean[2])
@@ -186,44 +144,10 @@ def test_nan_and_inf_stay_in_their_channel(driver):
 
 
 def test_an_empty_batch_reads_nothing():
-    y, mean, _, gx, gw, gb = training_step(*operands((0, 3)))
+    y, mean, _, gx, gw, gb = batch_norm_step(*batch_norm_operands((0, 3)))
     assert y.shape == gx.shape == (0, 3)
     assert np.isnan(mean).all()
     assert gw.tolist() == gb.tolist() == [0, 0, 0]
-
-
-def test_two_python_threads(monkeypatch):
-    monkeypatch.setattr(threads, "PARALLEL_FROM", 1)
-    args = operands((300, 64))
-    want = training_step(*args)[3]
-    wrong = []
-
-    def work():
-        wrong.extend(1 for _ in range(20) if not np.array_equal(training_step(*args)[3], want))
-
-    pool = [threading.Thread(target=work) for _ in range(2)]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    assert not wrong
-
-
-FORK = """
-import os, numpy as np
-from tinygrad_bn import functional as F
-x = np.random.default_rng(0).normal(size=(600, 256)).astype("f4")
-want = F.batch_norm(x, training=True)
-child = os.fork()
-if child == 0:
-    os._exit(0 if np.array_equal(F.batch_norm(x, training=True), want) else 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_gets_the_right_answer():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=120)
 
 
 def test_sequential_fuses_batch_norm_and_relu_only_when_nobody_looks():
@@ -296,24 +220,6 @@ np.testing.assert_allclose(got, [0, np.inf, np.nan, np.exp(709.7), 1], rtol=1e-1
 def test_kernels_run_uncompiled_too():
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, check=True, timeout=120)
-
-
-LATE = """
-import threading, time, numpy as np
-from tinygrad_bn import functional as F
-x = np.random.default_rng(0).normal(size=(1200, 1024)).astype("f4")
-want = F.batch_norm(x, training=True)
-def late():
-    time.sleep(0.3)
-    assert np.array_equal(F.batch_norm(x, training=True), want)
-    print("right")
-threading.Thread(target=late).start()
-"""
-
-
-def test_a_thread_that_outlives_the_main_one_gets_the_right_answer():
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
-    assert (done.stdout.strip(), done.stderr) == ("right", "")
 
 
 @pytest.mark.parametrize("dtype", [">f4", "longdouble", "f2"])
@@ -410,7 +316,7 @@ def test_the_gradient_of_a_long_half_precision_mean():
 
 def test_a_gradient_that_nobody_needs_is_not_computed():
     for name, shape in [("batch_norm_fused", (6, 5)), ("batch_norm_relu_fused", (6, 5, 4))]:
-        x, g, weight, bias = operands(shape)
+        x, g, weight, bias = batch_norm_operands(shape)
         _, mean, var = find_kernel(name, "cpu")(x, weight, bias, eps=1e-5)
         saved = {"eps": 1e-5, "mean": mean, "var": var}
         pull = find_kernel(f"{name}.vjp", "cpu")
@@ -429,14 +335,13 @@ def looked_at(channels):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_behind_a_relu_only_what_it_passed_counts(shape, driver):
     """Not the gradients of outputs that are 0, however large, nor those that are looked at first."""
-    x, g, weight, bias = operands(shape)
+    x, g, weight, bias = batch_norm_operands(shape)
     channels, gradients = (np.moveaxis(a.reshape(*shape[:2], -1), 1, 0) for a in (x, g))
     for i, j in looked_at(channels):
         channels[:, i, j], gradients[:, i, j] = -3, 1e6
     weight, bias[0] = np.ones_like(weight), -50  # all of channel 0 is 0
-    got = training_step(x, g, weight, bias, relu=True)
-    with kernels_disabled():
-        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)), relu=True)
+    got = batch_norm_step(x, g, weight, bias, relu=True)
+    want = exact_step(x, g, weight, bias, relu=True)
     for a, b in zip(got[3:], want[3:], strict=True):
         assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
     assert not got[3][:, 0].any()
@@ -446,24 +351,23 @@ def test_behind_a_relu_only_what_it_passed_counts(shape, driver):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(50_000, 2), (50, 2, 1000)])
 def test_a_few_large_gradients_say_nothing_about_the_others(shape, relu, driver):
-    x, g, weight, bias = operands(shape)
+    x, g, weight, bias = batch_norm_operands(shape)
     gradients, large = np.moveaxis(g.reshape(*shape[:2], -1), 1, 0), np.zeros(shape, bool)
     marks = np.moveaxis(large.reshape(*shape[:2], -1), 1, 0)
     for i, j in looked_at(gradients):
         gradients[:, i, j], marks[:, i, j] = 1e6, True
-    got = training_step(x, g, weight, bias, relu)
-    with kernels_disabled():
-        want = training_step(*(a.astype(np.float64) for a in (x, g, weight, bias)), relu)
+    got = batch_norm_step(x, g, weight, bias, relu)
+    want = exact_step(x, g, weight, bias, relu=relu)
     for a, b in zip((got[3][~large], *got[4:]), (want[3][~large], *want[4:]), strict=True):
         assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_first_element_that_is_infinite_leaves_the_mean_infinite(shape, driver):
-    x, g, weight, bias = operands(shape)
+    x, g, weight, bias = batch_norm_operands(shape)
     x[0, 0], x[:, 1] = np.inf, x[:, 1] + 1e5
     x[0, 1] = 0  # so that its channel is summed again
     with np.errstate(invalid="ignore"):
-        mean = training_step(x, g, weight, bias)[1]
+        mean = batch_norm_step(x, g, weight, bias)[1]
     assert mean[0] == np.inf
     assert np.isfinite(mean[1:]).all()

@@ -9,10 +9,10 @@ import math
 import textwrap
 
 import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import assume, given
+from hypothesis import strategies as st
 from tinygrad_bn_kernels import names
 
 from tinygrad_bn import Tensor, autograd, functional, ops, testing

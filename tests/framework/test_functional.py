@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 
 import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tinygrad_bn import Tensor, grad, manual_seed, testing
 from tinygrad_bn import functional as F

@@ -3,10 +3,10 @@
 import itertools
 
 import hypothesis.extra.numpy as hnp
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from tinygrad_bn import Tensor, functional, grad, nn, testing
 from tinygrad_bn.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
