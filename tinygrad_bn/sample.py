@@ -201,9 +201,10 @@ def for_batch_norm_relu(d: Draw) -> Drawn:
 
 
 def for_batch_norm_inference(d: Draw) -> Drawn:
-    """The same with a mean and a variance."""
+    """The same with a mean and a variance; all vectors positive, as the tests pass one of them for each."""
     (x, weight, bias), options = for_batch_norm(d)
-    return (x, d.array(REAL, x.shape[1:2]), d.array(POSITIVE, x.shape[1:2]), weight, bias), options
+    mean, var = (d.array(POSITIVE, x.shape[1:2]) for _ in range(2))
+    return (x, mean, var, *(None if v is None else np.abs(v) + 0.3 for v in (weight, bias))), options
 
 
 def for_running_statistics(d: Draw) -> Drawn:

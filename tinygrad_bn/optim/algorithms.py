@@ -12,19 +12,23 @@ from typing import Any
 from tinygrad_bn.backend import Array
 from tinygrad_bn.optim.flat import Group, State
 from tinygrad_bn.optim.optimizer import Optimizer
-from tinygrad_bn.sample import POSITIVE, REAL, Draw, Drawn, Sample
+from tinygrad_bn.sample import POSITIVE, REAL, Domain, Draw, Drawn, Sample
 from tinygrad_bn.tensor import Operand, primitive
 
 
-def _sample(options: dict[str, Any], *state: bool) -> Sample:
-    """Parameters, gradients and state of one shape; True for state that cannot be negative."""
+def _sample(options: dict[str, Any], *state: Domain | list[Domain | None]) -> Sample:
+    """Parameters, gradients and state of one shape. From a list one is chosen; state may be None."""
 
     def sample(d: Draw) -> Drawn:
         shape = d.shape(min_dims=1, max_dims=1)
-        arrays = [d.array(POSITIVE if positive else REAL, shape) for positive in (False, False, *state)]
-        return tuple(arrays), {k: d.choice(v) if isinstance(v, list) else v for k, v in options.items()}
+        chosen = [d.choice(domain) if isinstance(domain, list) else domain for domain in (REAL, REAL, *state)]
+        arrays = tuple(None if domain is None else d.array(domain, shape) for domain in chosen)
+        return arrays, {k: d.choice(v) if isinstance(v, list) else v for k, v in options.items()}
 
     return sample
+
+
+SMALL = Domain(-0.5, 0.5)  # averages of gradients whose squares stay below those of the sample
 
 
 class SGD(Optimizer):
@@ -52,7 +56,7 @@ class SGD(Optimizer):
 @primitive(
     None, None, None, updates=("v",),
     formula="y = p − lr · v;  v = momentum · v + (1 − dampening) · (g + decay · p)",
-    sample=_sample({"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "nesterov": [False, True]}, False),
+    sample=_sample({"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "nesterov": [False, True]}, [REAL, None]),
 )  # fmt: skip
 def sgd(
     p: Operand, g: Operand, v: Operand, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
@@ -95,7 +99,7 @@ class Adam(Optimizer):
     formula="y = shrink · p − step_size · m / (root_scale · √v + eps);  m, v = averages of g and g²",
     sample=_sample(
         {"beta1": 0.9, "beta2": 0.99, "step_size": 0.1, "root_scale": 1.1, "eps": 1e-8, "shrink": [1.0, 0.9],
-         "decay": [0.0, 0.1]}, False, True,
+         "decay": [0.0, 0.1]}, REAL, POSITIVE,
     ),
 )  # fmt: skip
 def adam(
@@ -146,7 +150,7 @@ class RMSprop(Optimizer):
 @primitive(
     None, None, None, None, None, updates=("square_avg", "grad_avg", "buffer"),
     formula="y = p − lr · g / (√square_avg + eps);  square_avg = average of g²",
-    sample=_sample({"lr": 0.1, "alpha": 0.9, "eps": 0.1, "decay": [0.0, 0.1], "momentum": 0.9}, True, False, False),
+    sample=_sample({"lr": 0.1, "alpha": 0.9, "eps": 0.1, "decay": [0.0, 0.1], "momentum": 0.9}, POSITIVE, [SMALL, None], [REAL, None]),
 )  # fmt: skip
 def rmsprop(
     p: Operand, g: Operand, square_avg: Operand, grad_avg: Operand, buffer: Operand, *,
@@ -187,7 +191,7 @@ class Adagrad(Optimizer):
 @primitive(
     None, None, None, updates=("total",),
     formula="y = p − lr · g / (√total + eps);  total = total + g²",
-    sample=_sample({"lr": 0.1, "eps": 1e-10, "decay": [0.0, 0.1]}, True),
+    sample=_sample({"lr": 0.1, "eps": 1e-10, "decay": [0.0, 0.1]}, POSITIVE),
 )  # fmt: skip
 def adagrad(p: Operand, g: Operand, total: Operand, *, lr: float, eps: float, decay: float) -> Any:
     """Adagrad with the sum of squared gradients in total (Duchi et al. 2011)."""
