@@ -312,7 +312,7 @@ def _arrays(data: Data) -> tuple[Array, Array]:
     for a in (x, y):
         if device_of(a) != "cpu":
             raise TypeError(
-                f"data has to be on the CPU, as each batch is copied to the model's device; got arrays on "
+                "data has to be on the CPU, as each batch is copied to the model's device; got arrays on "
                 f"{device_of(a)}: copy them with .numpy()"
             )
     x, y = np.asarray(x), np.asarray(y)
