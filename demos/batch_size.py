@@ -29,7 +29,7 @@ def low_contrast(data: datasets.Dataset) -> datasets.Dataset:
 CASES: dict[str, dict[str, Any]] = {  # of running statistics that do not match the data
     "few steps, batch 500": {"batch_size": 500, "epochs": 1, "lr": 1e-2},
     "momentum 1, batch 8": {"batch_size": 8, "momentum": 1.0},
-    "small momentum, 0.001": {"momentum": 0.001},
+    "momentum 0.001": {"momentum": 0.001},
     "new data, less contrast": {"transform": low_contrast},
 }
 
@@ -73,11 +73,12 @@ def main(argv: list[str] | None = None) -> Run:
     data = training.take(np.arange(min(2000, len(training)))) if run.args.check else training, validation
     sizes = [3, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]
     plan: dict[str, dict[str, Any]] = {f"batches of {n}": {"batch_size": n} for n in sizes}
-    plan |= {f"ghost batches of {n} in 256": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | CASES
+    plan |= {f"ghost batches of {n}": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | CASES
     accuracy = {label: measure(run, *data, **options) for label, options in run.track(list(plan.items()), "networks")}
     plain = [measure(run, *data, batch_size=n, batch_norm=False)[1] for n in run.track(sizes, "without BatchNorm")]
 
-    table = Table("validation accuracy by statistics", *STYLES, "without BatchNorm", box=box.SIMPLE_HEAD)
+    caption = "validation accuracy by statistics; ghost batches are parts of batches of 256"
+    table = Table("", *STYLES, "without BatchNorm", box=box.SIMPLE_HEAD, caption=caption)
     for (label, scores), beside in zip_longest(accuracy.items(), plain):
         table.add_row(label, *(f"{score:.3f}" for score in scores), f"{beside:.3f}" if beside else "")
     run.console.print(table)

@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> Run:
     best = int(np.argmax(accuracy["without BatchNorm"]))
     for name in MODELS:
         print(
-            f"{name:17} largest rate that trains: {largest[name]:.3g}; accuracy at {rates[best]:.3g}, the best rate "
-            f"without BatchNorm: {accuracy[name][best]:.3f}; best accuracy: {max(accuracy[name]):.3f}"
+            f"{name:17} largest rate that trains {largest[name]:.3g}; accuracy {accuracy[name][best]:.3f} at rate "
+            f"{rates[best]:.3g} (best without BatchNorm), {max(accuracy[name]):.3f} at its best rate"
         )
     times = largest["with BatchNorm"] / (largest["without BatchNorm"] or math.nan)
     ahead = accuracy["with BatchNorm"][best] - accuracy["without BatchNorm"][best]

@@ -275,7 +275,7 @@ def _split(n: int, batch_size: int) -> list[Array]:
     if batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1; got {batch_size}")
     if not n:
-        raise ValueError("there are no samples to compute statistics from")
+        raise ValueError("no samples to compute statistics from")
     return np.array_split(np.random.default_rng(0).permutation(n), max(1, n // batch_size))
 
 
@@ -289,7 +289,7 @@ def _score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss)
             losses, hits = losses + value * len(x), hits + _accuracy(outputs, y) * len(x)
             seen += len(x)
     if not seen:
-        raise ValueError("there are no samples to evaluate on")
+        raise ValueError("no samples to evaluate on")
     return Score(losses / seen, hits / seen)
 
 
@@ -312,7 +312,7 @@ def _arrays(data: Data) -> tuple[Array, Array]:
     for a in (x, y):
         if device_of(a) != "cpu":
             raise TypeError(
-                f"data has to be on the CPU, as each batch is copied to the model's device; got arrays on "
+                "data has to be on the CPU, as each batch is copied to the model's device; got arrays on "
                 f"{device_of(a)}: copy them with .numpy()"
             )
     x, y = np.asarray(x), np.asarray(y)

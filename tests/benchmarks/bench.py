@@ -33,7 +33,7 @@ from rich.table import Table
 from tests.benchmarks import cnn
 from tests.benchmarks.steps import Work, jax_step, our_step, torch_step
 from tinygrad_bn import Tensor, functional, manual_seed, nn
-from tinygrad_bn.device import find_kernel
+from tinygrad_bn.backend import find_kernel
 
 torch.set_num_threads(2)
 
@@ -291,7 +291,7 @@ def stall() -> tuple[float, float]:
     """A matrix product by BLAS and a kernel on threads, in ms: the sum of both alone, and in turn in one loop."""
     a, b = np.ones((500, 784), np.float32), np.ones((784, 256), np.float32)
     x, vector = np.ones((4096, 512), np.float32), np.ones(512, np.float32)
-    kernel = find_kernel("batch_norm_fused", "cpu")
+    kernel = find_kernel("batch_norm_training", "cpu")
     assert kernel is not None
 
     def product() -> object:

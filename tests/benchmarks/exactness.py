@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tinygrad_bn import Tensor
 from tinygrad_bn import functional as F
-from tinygrad_bn.device import kernels_disabled
+from tinygrad_bn.backend import kernels_disabled
 
 SHAPES = [(500, 64), (32, 16, 26, 26)]
 OFFSETS = [*((offset, 0.0) for offset in (0.0, 1e2, 1e3, 1e4, 1e5, 1e6)), (0.0, 1e2), (0.0, 1e4), (0.0, 1e6)]

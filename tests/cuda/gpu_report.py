@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn import Tensor, cuda, functional, grad, ops, optim
-from tinygrad_bn.functional.normalization import batch_norm_relu_fused
+from tinygrad_bn.functional.normalization import batch_norm_relu
 
 Run = Callable[[], Any]
 
@@ -148,13 +148,13 @@ def norms(o: Operands) -> Iterator[Case]:
         "batch_norm training", 2 * size, lambda: trained(x, w, b),
         lambda p: p.module.nn.functional.batch_norm(p(x), None, None, p(w), p(b), training=True),
     )  # fmt: skip
-    yield Case("batch_norm + relu training", 2 * size, lambda: batch_norm_relu_fused(x, w, b, eps=1e-5))
+    yield Case("batch_norm + relu training", 2 * size, lambda: batch_norm_relu(x, w, b, eps=1e-5))
     yield Case(
         "batch_norm inference", 2 * size, lambda: functional.batch_norm(x, b, var, w, b),
         lambda p: p.module.nn.functional.batch_norm(p(x), p(b), p(var), p(w), p(b)),
     )  # fmt: skip
     yield Case("batch_norm backward", 3 * size, backward(trained(*xs), xs, g))
-    yield Case("batch_norm + relu backward", 4 * size, backward(batch_norm_relu_fused(*xs, eps=1e-5), xs, g))
+    yield Case("batch_norm + relu backward", 4 * size, backward(batch_norm_relu(*xs, eps=1e-5), xs, g))
     yield Case("batch_norm of rows", 2 * small, lambda: trained(flat, *columns))
     yield Case("batch_norm of rows backward", 3 * small, backward(trained(*rows), rows, flat))
     yield Case("layer_norm", 2 * small, lambda: functional.layer_norm(flat, flat.shape[1]))

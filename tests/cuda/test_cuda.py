@@ -10,7 +10,7 @@ from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import interpreted
 from tests.cuda.training import BUILT_IN, OPTIMISERS, images_network, network, three_steps
 from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
-from tinygrad_bn.autograd import OPS
+from tinygrad_bn.tensor import OPS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ import pytest
 from tests.cuda.gpu_report import measure, table
 from tests.cuda.training import BUILT_IN, OPTIMISERS, network, three_steps
 from tinygrad_bn import Tensor, cuda, testing
-from tinygrad_bn.autograd import OPS
+from tinygrad_bn.tensor import OPS
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinygrad_bn import Tensor, functional, nn, optim
-from tinygrad_bn.autograd import OPS
+from tinygrad_bn.tensor import OPS
 
 BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tinygrad_bn_kernels import names
 
 from tinygrad_bn import Tensor, autograd, functional, ops, testing
-from tinygrad_bn.autograd import OPS
+from tinygrad_bn.tensor import OPS
 
 
 class HypothesisDraw:

@@ -12,7 +12,7 @@ import pytest
 
 from tinygrad_bn import Tensor
 from tinygrad_bn import functional as F
-from tinygrad_bn.device import kernels_disabled
+from tinygrad_bn.backend import kernels_disabled
 
 MODULES = [
     f"tinygrad_bn{name}"

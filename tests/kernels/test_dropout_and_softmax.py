@@ -9,7 +9,7 @@ from tinygrad_bn_kernels.cpu.softmax import _exp
 
 from tinygrad_bn import Tensor, nn, testing
 from tinygrad_bn import functional as F
-from tinygrad_bn.device import find_kernel, kernels_disabled
+from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.functional.basics import dropout_by_key
 from tinygrad_bn.random import philox
 

@@ -17,8 +17,8 @@ from tinygrad_bn_kernels.cpu import norm, threads
 
 from tests.tools.work import batch_norm_operands, batch_norm_step
 from tinygrad_bn import Tensor, functional, nn, ops, optim
-from tinygrad_bn.device import find_kernel, kernels_disabled
-from tinygrad_bn.functional.normalization import block_norm_fused
+from tinygrad_bn.backend import find_kernel, kernels_disabled
+from tinygrad_bn.functional.normalization import block_norm
 from tinygrad_bn.kernels import kernel_errors
 
 SHAPES = [(37, 5), (130, 70), (6, 5, 4), (8, 3, 5, 5)]
@@ -105,7 +105,7 @@ def test_blocks_are_normalised_exactly_at_any_mean(blocks, offset, offset_of_g, 
     g, results = (rng.normal(size=x.shape) + offset_of_g).astype(np.float32), []
     for dtype in (np.float32, np.float64):
         ts = [Tensor(a, requires_grad=True, dtype=dtype) for a in (x, weight, bias)]
-        y = block_norm_fused(*ts, blocks=blocks, eps=1e-5, centered=centered)
+        y = block_norm(*ts, blocks=blocks, eps=1e-5, centered=centered)
         y.backward(g.astype(dtype))
         results.append([y, *(t.grad for t in ts)])
     for got, want in zip(*results, strict=True):
@@ -200,8 +200,8 @@ def test_every_name_of_the_table_is_found_and_a_place_is_taken_once():
         with pytest.raises(ValueError, match="already"):
             kernel(name, device)(lambda: None)
     with kernels_disabled():
-        assert find_kernel("batch_norm_fused", "cpu") is None
-    assert find_kernel("batch_norm_fused", "gpu") is None
+        assert find_kernel("batch_norm_training", "cpu") is None
+    assert find_kernel("batch_norm_training", "gpu") is None
 
 
 INTERPRETED = """
@@ -256,9 +256,9 @@ def test_kernels_that_are_called_by_themselves_check_shapes():
     adam = {"beta1": 0.9, "beta2": 0.9, "step_size": 0.1, "root_scale": 1.0, "eps": 1e-8, "shrink": 1.0, "decay": 0.0}
     sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "decay": 0.0, "nesterov": False}
     for name, operands, options in (
-        ("optim.adam", (p, p, short, p.copy()), adam),
-        ("optim.adam", (p, short, p.copy(), p.copy()), adam),
-        ("optim.sgd", (p, p, short), sgd),
+        ("adam", (p, p, short, p.copy()), adam),
+        ("adam", (p, short, p.copy(), p.copy()), adam),
+        ("sgd", (p, p, short), sgd),
         ("relu.vjp", (p, short, short), {"needs": [True]}),
     ):
         with pytest.raises(ValueError, match=r"one shape; got .*\(10,\)"):
@@ -289,7 +289,7 @@ def test_read_only_operands_and_other_kinds_of_numbers_are_not_compiled_for():
     assert signatures() == before
 
 
-@pytest.mark.parametrize("name", ["optim.adam", "optim.sgd", "nn.running_statistics", "batch_norm_fused"])
+@pytest.mark.parametrize("name", ["adam", "sgd", "running_statistics", "batch_norm_training"])
 @pytest.mark.parametrize("what", ["last element", "last array"])
 def test_the_table_of_kernels_notices_a_mistake_in_any_of_their_results(name, what, monkeypatch):
     right = find_kernel(name, "cpu")
@@ -297,7 +297,7 @@ def test_the_table_of_kernels_notices_a_mistake_in_any_of_their_results(name, wh
     def wrong(*operands, **options):
         result = right(*operands, **options)
         results = [*(result if isinstance(result, tuple) else [result]), *operands]
-        arrays = [r for r in results[: -1 if name == "batch_norm_fused" else None] if np.size(r) > 1]
+        arrays = [r for r in results[: -1 if name == "batch_norm_training" else None] if np.size(r) > 1]
         if name.startswith(("nn", "batch")):
             arrays = [r for r in arrays if not any(r is o for o in operands)]
         (arrays[0] if what == "last element" else arrays[-1])[..., -1] *= 1.001
@@ -315,7 +315,7 @@ def test_the_gradient_of_a_long_half_precision_mean():
 
 
 def test_a_gradient_that_nobody_needs_is_not_computed():
-    for name, shape in [("batch_norm_fused", (6, 5)), ("batch_norm_relu_fused", (6, 5, 4))]:
+    for name, shape in [("batch_norm_training", (6, 5)), ("batch_norm_relu", (6, 5, 4))]:
         x, g, weight, bias = batch_norm_operands(shape)
         _, mean, var = find_kernel(name, "cpu")(x, weight, bias, eps=1e-5)
         saved = {"eps": 1e-5, "mean": mean, "var": var}

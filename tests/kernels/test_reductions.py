@@ -14,14 +14,14 @@ from tinygrad_bn_kernels.cpu import reduce, reduce_loops, threads
 from tests.tools.thresholds import thresholds
 from tests.tools.work import PLACES, REDUCTIONS
 from tinygrad_bn import Tensor, autograd, functional, ops
-from tinygrad_bn.device import find_kernel, kernels_disabled
+from tinygrad_bn.backend import find_kernel, kernels_disabled
 
 
 def may_decline(name, x, axis, terms):
     """Whether a kernel may leave x to NumPy: there is nothing to add up, or NumPy is as fast."""
     along_rows = axis is None or x.ndim - 1 in np.atleast_1d(axis) % x.ndim
     too_small = x.size <= reduce.SMALL or (along_rows and x.size * threads.READING_COST < threads.PARALLEL_FROM)
-    few = x.size > reduce.SMALL and terms < reduce.FEW and name not in ("sum", "mean_fused", "logsumexp_fused")
+    few = x.size > reduce.SMALL and terms < reduce.FEW and name not in ("sum", "mean", "logsumexp")
     return terms == 1 or few or (name in PLACES and too_small)
 
 
@@ -30,7 +30,7 @@ def compare(name, x, axis, keepdims=False):
     with np.errstate(all="ignore"):
         got = find_kernel(name, "cpu")(x, axis=axis, keepdims=keepdims)
         want = REDUCTIONS[name](x.astype(np.float64), axis=axis, keepdims=keepdims)
-    terms = x.size * (2 if name == "mean_and_var_fused" else 1) // want.size
+    terms = x.size * (2 if name == "mean_and_var" else 1) // want.size
     if got is NotImplemented:
         assert may_decline(name, x, axis, terms), f"{name} declines {x.shape} over {axis}"
         return False
@@ -90,7 +90,7 @@ def test_sum_to_and_the_sum_of_all_squares_equal_numpy(data, x):
     repeated = tuple(i for i, n in enumerate(shape, start=lead) if n == 1)
     wide = x.astype(np.float64)
     with np.errstate(all="ignore"), thresholds():
-        got, norm = find_kernel("sum_to", "cpu")(x, shape=shape), find_kernel("optim.sum_of_squares", "cpu")(x)
+        got, norm = find_kernel("sum_to", "cpu")(x, shape=shape), find_kernel("squared_norm", "cpu")(x)
         want, squares = wide.sum(axis=(*range(lead), *repeated)).reshape(shape), (wide * wide).sum()
     assert (got is NotImplemented) == (want.size == x.size)
     if got is not NotImplemented:
@@ -123,7 +123,7 @@ LARGE = [
 )
 def test_columns_of_few_terms_are_left_to_numpy_where_it_is_faster(shape, axis, declines):
     x = np.random.default_rng(0).normal(size=shape)
-    for name in ("var_fused", "mean_and_var_fused", "sum_of_squares"):
+    for name in ("var", "mean_and_var", "sum_of_squares"):
         assert compare(name, x, axis) != declines
         if x.ndim == 2:  # transposed in memory, where columns are rows, and rows columns
             assert compare(name, np.asfortranarray(x), axis) == declines
@@ -178,8 +178,8 @@ def test_what_is_small_beside_what_cancels_is_kept(shape):
     axis = None if shape[-1] != 3 else 1
     for layout in (x, np.asfortranarray(x)):
         assert np.all(find_kernel("sum", "cpu")(layout, axis=axis) == 4096)
-        assert np.all(find_kernel("mean_fused", "cpu")(layout, axis=axis) == 0.5)
-        assert np.all(find_kernel("mean_and_var_fused", "cpu")(layout, axis=axis)[0] == 0.5)
+        assert np.all(find_kernel("mean", "cpu")(layout, axis=axis) == 0.5)
+        assert np.all(find_kernel("mean_and_var", "cpu")(layout, axis=axis)[0] == 0.5)
 
 
 @pytest.mark.parametrize("shape", [(4, 2000), (8000,), (200, 40)])
@@ -189,10 +189,10 @@ def test_float32_does_not_overflow_where_float64_does_not(shape):
     if x.ndim == 1:
         x = x.reshape(4, -1).T.ravel()  # neighbours of one sign
     for axis in (None, 0):
-        for name in ("sum", "mean_fused"):
+        for name in ("sum", "mean"):
             got = find_kernel(name, "cpu")(x, axis=axis)
             np.testing.assert_array_equal(got, np.zeros(got.shape))
-    assert find_kernel("optim.sum_of_squares", "cpu")(x) == pytest.approx(9e76 * x.size, rel=1e-6)
+    assert find_kernel("squared_norm", "cpu")(x) == pytest.approx(9e76 * x.size, rel=1e-6)
 
 
 @given(strided(), st.sampled_from([0.1, -3.3, 1e-30, 3e38, 1e6]), st.data())
@@ -201,7 +201,7 @@ def test_equal_numbers_have_exactly_that_mean_and_the_variance_0(x, value, data)
     axis = axes(data.draw, x.ndim)
     assume(x.size > np.max(x, axis=axis).size)  # or there is nothing to reduce, which the kernels decline
     with thresholds():
-        for name, want in (("mean_fused", [value]), ("var_fused", [0]), ("mean_and_var_fused", [value, 0])):
+        for name, want in (("mean", [value]), ("var", [0]), ("mean_and_var", [value, 0])):
             got = find_kernel(name, "cpu")(x, axis=axis)
             for part, number in zip(got if len(want) == 2 else [got], want, strict=True):
                 assert np.all(part == np.float32(number))
@@ -213,7 +213,7 @@ def test_equal_numbers_have_exactly_that_mean_and_the_variance_0(x, value, data)
 def test_variance_is_right_at_an_offset(shape, first, axis):
     x = np.random.default_rng(0).normal(size=shape) + 1e6
     x[0, 0, 0] = first
-    for name, number in (("var_fused", ...), ("mean_and_var_fused", 1)):
+    for name, number in (("var", ...), ("mean_and_var", 1)):
         for exact, rtol in ((x.astype(np.float32), 1e-6), (x - 1e6, 1e-13)):
             got, want = find_kernel(name, "cpu")(exact, axis=axis)[number], np.var(exact, axis=axis, dtype=np.float64)
             np.testing.assert_allclose(got, want, rtol=rtol)
@@ -299,7 +299,7 @@ def test_what_is_infinite_leaves_the_others_alone(shape):
         x[0, -1] = 0
         for axis in (0, 1, None, tuple(range(x.ndim))[2:] or None, (0, *range(2, x.ndim))):
             for layout in (x, np.asfortranarray(x)):
-                done = [compare(name, layout, axis) for name in ("sum", "max", "var_fused", "mean_and_var_fused")]
+                done = [compare(name, layout, axis) for name in ("sum", "max", "var", "mean_and_var")]
                 assert any(done)  # columns of few terms are NumPy's in some
 
 

@@ -7,19 +7,19 @@ import numpy as np
 from tinygrad_bn_kernels.cpu import conv, pool, products, threads
 
 from tinygrad_bn import Tensor, functional, optim
-from tinygrad_bn.device import find_kernel
+from tinygrad_bn.backend import find_kernel
 
 REDUCTIONS = {
     "sum": np.sum,
-    "mean_fused": np.mean,
-    "var_fused": np.var,
-    "mean_and_var_fused": lambda x, **o: np.stack([np.mean(x, **o), np.var(x, **o)]),
+    "mean": np.mean,
+    "var": np.var,
+    "mean_and_var": lambda x, **o: np.stack([np.mean(x, **o), np.var(x, **o)]),
     "sum_of_squares": lambda x, **o: np.sum(x * x, **o),
     "max": np.max,
     "min": np.min,
     "argmax": np.argmax,
     "argmin": np.argmin,
-    "logsumexp_fused": np.logaddexp.reduce,
+    "logsumexp": np.logaddexp.reduce,
 }
 PLACES = ("argmax", "argmin")
 LAYOUTS = [np.ascontiguousarray, np.asfortranarray, lambda x: np.repeat(x, 2, axis=1)[:, ::2]]
@@ -77,11 +77,11 @@ def _convolution():
     rng = np.random.default_rng(0)
     x, weight, bias = (rng.normal(size=s).astype(np.float32) for s in ((33, 4, 12, 13), (10, 2, 3, 2), (10,)))
     options = {"stride": (1, 1), "padding": ((0, 0),) * 2, "dilation": (1, 1), "groups": 2}
-    y = conv.conv_fused(x, weight, bias, **options)
+    y = conv.conv_with_bias(x, weight, bias, **options)
     window = {"kernel": (2, 2), "out": (5, 6), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
-    pooled = pool.max_pool_fused(y, **window)
-    (gy,) = pool.max_pool_fused_vjp(pooled * pooled, pooled, y, needs=[True], **window)
-    return _bytes([y, pooled, gy, *conv.conv_fused_vjp(gy, y, x, weight, bias, needs=[True] * 3, **options)])
+    pooled = pool.max_pool(y, **window)
+    (gy,) = pool.max_pool_vjp(pooled * pooled, pooled, y, needs=[True], **window)
+    return _bytes([y, pooled, gy, *conv.conv_with_bias_vjp(gy, y, x, weight, bias, needs=[True] * 3, **options)])
 
 
 def _adam():

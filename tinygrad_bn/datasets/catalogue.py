@@ -60,8 +60,8 @@ KNOWN = {
         ("died", "survived"),
     ),
     # The archives' hashes are those of TensorFlow Datasets 4.9.10 (url_checksums/mnist.txt), which uses the first
-    # mirror; the second is torchvision 0.29.1's. Many projects publish the same hashes of the contents, for example
-    # zml's build that of t10k-images.
+    # mirror; the second is torchvision 0.29.1's. Many projects publish these hashes of the contents, for
+    # example zml's build the one of t10k-images.
     "mnist": Known(
         {
             "train": (

@@ -78,5 +78,5 @@ class BatchNormReLU(Module):
 
 
 def is_plain(layer: Module, *types: type) -> bool:
-    """Whether `layer` has exactly one of these types and their `forward`: a subclass may compute something else."""
+    """Whether `layer` is exactly of one of these types, with its `forward`: a subclass may compute something else."""
     return type(layer) in types and "forward" not in vars(layer)

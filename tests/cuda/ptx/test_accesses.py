@@ -97,13 +97,13 @@ def batch_norm(shape: tuple[int, ...], relu: str) -> None:
 
 
 def running_statistics() -> None:
-    run("nn.running_statistics", *(numbers(600, seed=k) for k in range(4)), momentum=0.1, unbias=1.1)
+    run("running_statistics", *(numbers(600, seed=k) for k in range(4)), momentum=0.1, unbias=1.1)
 
 
 def block_norm() -> None:
     x, weight, options = numbers((40, 6, 197)), numbers(6), {"blocks": (40, 2, 3, 197), "eps": 1e-5, "centered": True}
-    y, mean, var = run("block_norm_fused", x, weight, weight, **options)
-    run("block_norm_fused.vjp", x, y, x, weight, weight, needs=[True] * 3, **options, mean=mean, var=var)
+    y, mean, var = run("block_norm", x, weight, weight, **options)
+    run("block_norm.vjp", x, y, x, weight, weight, needs=[True] * 3, **options, mean=mean, var=var)
 
 
 def cross_entropy() -> None:
@@ -120,15 +120,15 @@ def convolution() -> None:
     y = run("conv", x, weight, **options)
     run("conv_input", y, weight, size=(9, 40), **options)
     pooling = {"kernel": (2, 2), "out": (4, 20), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
-    pooled = run("max_pool_fused", x, **pooling)
-    run("max_pool_fused.vjp", pooled, pooled, x, needs=[True], **pooling)
+    pooled = run("max_pool", x, **pooling)
+    run("max_pool.vjp", pooled, pooled, x, needs=[True], **pooling)
 
 
 def updates() -> None:
     p, g, m, v = (np.abs(numbers(4099, seed=k)) for k in range(4))
     adam = {"beta1": 0.9, "beta2": 0.99, "step_size": 0.1, "root_scale": 1.0, "eps": 1e-8, "shrink": 1.0, "decay": 0.0}
-    run("optim.adam", p, g, m, v, **adam)
-    run("optim.sgd", p, g, v, lr=0.1, momentum=0.9, dampening=0.0, decay=0.0, nesterov=True)
+    run("adam", p, g, m, v, **adam)
+    run("sgd", p, g, v, lr=0.1, momentum=0.9, dampening=0.0, decay=0.0, nesterov=True)
     run("dropout_by_key", p, p=0.5, key=1)
     run("dropout_by_key", unaligned(p), p=0.5, key=1)
 

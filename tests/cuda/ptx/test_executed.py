@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
-from tinygrad_bn.autograd import OPS
+from tinygrad_bn.tensor import OPS
 from tinygrad_bn.functional.pooling import _places
 
 BLOCK = 256
@@ -276,7 +276,7 @@ def test_batch_norm_of_what_is_not_finite_stays_in_its_channel(shape, seed):
     x, channels = numbers(shape, "plain", seed), shape[1]
     x[0, 0, 0] = np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf])
     weight, bias = numbers(channels, "plain", seed + 2), numbers(channels, "plain", seed + 3)
-    y, mean, var = run("batch_norm_fused", x, weight, bias, eps=1e-5)
+    y, mean, var = run("batch_norm_training", x, weight, bias, eps=1e-5)
     assert np.isnan(y[:, 0]).all()
     assert np.isnan(var[0])
     assert np.isfinite(y[:, 1:]).all()
@@ -288,7 +288,7 @@ def test_running_statistics(channels, finite, seed):
     old_mean, old_var, mean, var = (numbers(channels, "plain", seed + k) for k in range(4))
     if not finite:
         var[seed % channels] = np.nan
-    found = run("nn.running_statistics", old_mean, old_var, mean, var, momentum=0.1, unbias=1.25)
+    found = run("running_statistics", old_mean, old_var, mean, var, momentum=0.1, unbias=1.25)
     wide = double(old_mean, old_var, mean, var)
     expected = 0.9 * wide[0] + 0.1 * wide[2], 0.9 * wide[1] + 0.1 * 1.25 * wide[3]
     for f, e, old in zip(found, expected, (old_mean, old_var), strict=False):
@@ -305,7 +305,7 @@ def test_block_norm(n, groups, planes, size, kind, centered, seed):
     x, g = numbers(shape, kind, seed), numbers(shape, "plain", seed + 1)
     weight, bias = (numbers(groups * planes, "plain", seed + k) for k in (2, 3))
     options = {"blocks": blocks, "eps": 1e-5, "centered": centered}
-    y, mean, var = run("block_norm_fused", x, weight, bias, **options)
+    y, mean, var = run("block_norm", x, weight, bias, **options)
     wide = x.astype(np.float64).reshape(n * groups, -1)
     expected_mean = wide.mean(1) if centered else np.zeros(n * groups)
     expected_var = ((wide - expected_mean[:, None]) ** 2).mean(1)
@@ -315,7 +315,7 @@ def test_block_norm(n, groups, planes, size, kind, centered, seed):
     close(y, xhat * weight[:, None] + bias[:, None].astype(np.float64), ulps=64, scale=scale)
     close(var, expected_var, ulps=32)
     gx, gweight, gbias = run(
-        "block_norm_fused.vjp", g, y, x, weight, bias, needs=[True] * 3, **options, mean=mean, var=var
+        "block_norm.vjp", g, y, x, weight, bias, needs=[True] * 3, **options, mean=mean, var=var
     )
     gw, h = (a.reshape(n * groups, -1) for a in (g * weight[:, None].astype(np.float64), xhat))
     center = gw.mean(1, keepdims=True) if centered else 0
@@ -352,9 +352,9 @@ def test_norms_without_weight_or_bias(shape, with_weight, with_bias):
     operands, spelt_out = [x, weight, bias], [x, np.ones(6, "f4"), np.zeros(6, "f4")]
     spelt_out = [o if o is not None else s for o, s in zip(operands, spelt_out, strict=True)]
     for name, options in (
-        ("batch_norm_fused", {}),
-        ("batch_norm_relu_fused", {}),
-        ("block_norm_fused", {"blocks": (5, 2, 3, shape[2]), "centered": True}),
+        ("batch_norm_training", {}),
+        ("batch_norm_relu", {}),
+        ("block_norm", {"blocks": (5, 2, 3, shape[2]), "centered": True}),
     ):
         y, mean, var = same_bits(name, operands, spelt_out, eps=1e-5, **options)
         same_gradients(name, g, y, operands, spelt_out, eps=1e-5, **options, mean=mean, var=var)
@@ -460,12 +460,12 @@ def test_max_pooling(n, kind, seed):
         options = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
         places = _places(x, **options)
         expected = np.take_along_axis(x.reshape(n, 3, -1), places.reshape(n, 3, -1), 2).reshape(places.shape)
-        np.testing.assert_array_equal(run("nn.max_pool_places", x, **options), places)
-        np.testing.assert_array_equal(run("max_pool_fused", x, **options), expected)
+        np.testing.assert_array_equal(run("max_pool_places", x, **options), places)
+        np.testing.assert_array_equal(run("max_pool", x, **options), expected)
         g = np.round(numbers(places.shape, "plain", seed + 1) * 8)  # sums of small integers are exact in any order
         gx = np.zeros((n * 3, math.prod(size)))
         np.add.at(gx, (np.arange(n * 3)[:, None], places.reshape(n * 3, -1)), g.reshape(n * 3, -1))
-        (found,) = run("max_pool_fused.vjp", g, expected, x, needs=[True], **options)
+        (found,) = run("max_pool.vjp", g, expected, x, needs=[True], **options)
         close(found, gx.reshape(x.shape))
 
 
@@ -485,7 +485,7 @@ def test_optimisers(n, seed):
     beta1, beta2, step, root, eps, shrink, decay = 0.9, 0.999, 1e-3, 1.5, 1e-8, 0.99, 0.01
     device_m, device_v = to_device(m), to_device(v)
     found = run(
-        "optim.adam", p, g, device_m, device_v, beta1=beta1, beta2=beta2, step_size=step, root_scale=root, eps=eps,
+        "adam", p, g, device_m, device_v, beta1=beta1, beta2=beta2, step_size=step, root_scale=root, eps=eps,
         shrink=shrink, decay=decay,
     )  # fmt: skip
     d = wide_g + decay * wide_p
@@ -496,7 +496,7 @@ def test_optimisers(n, seed):
     for nesterov in (False, True):
         device_v = to_device(v)
         options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": decay, "nesterov": nesterov}
-        found = run("optim.sgd", p, g, device_v, **options)
+        found = run("sgd", p, g, device_v, **options)
         new = 0.9 * v.astype(np.float64) + 0.8 * d
         close(device_v.numpy(), new, scale=2.0)
         close(found, wide_p - 0.1 * (d + 0.9 * new if nesterov else new), scale=1 + np.abs(wide_p))
@@ -509,7 +509,7 @@ def test_optimisers(n, seed):
 def test_float64_is_moved_128_bits_at_a_time_too(n, channels, size, seed):
     x, weight = (numbers(shape, "offset", seed).astype(np.float64) for shape in ((n, channels, 4 * size), channels))
     with interpreted() as device:
-        found = [*run("batch_norm_fused", x, weight, weight, eps=1e-5), run("exp", -x)]
+        found = [*run("batch_norm_training", x, weight, weight, eps=1e-5), run("exp", -x)]
     assert {name for name, _ in device.launches} >= {
         "batch_norm.plane4_moments",
         "batch_norm.normalize_planes4",
