@@ -175,10 +175,12 @@ def test_check_sets_what_the_command_line_does_not_and_fails_with_a_claim(tmp_pa
         assert (saved["title"], saved["text"], saved["results"]) == ("Title", "Text.", {"found": 1})
 
 
-def test_the_network_of_the_first_article():
-    model = mnist_cnn.build(0)
-    counts = [sum(p.size for _, p in layer.named_tensors() if p.dtype.kind == "f") for layer in model]
-    assert [n for n in counts if n] == [320, 128, 18496, 256, 409856, 2570]
+def test_the_network_of_the_first_article(capsys):
+    mnist_cnn.build(0).summary((1, 28, 28))
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    counts = [row[-1] for row in rows if row[-1][0].isdigit()]
+    assert [n for n in counts if n != "0"] == ["320", "128", "18,496", "256", "409,856", "2,570"]
+    assert any("(N, 64, 5, 5)" in " ".join(row) for row in rows)
 
 
 def test_the_log_of_the_third_article(tmp_path, capsys):

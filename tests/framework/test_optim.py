@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tinygrad_bn import Tensor, nn, optim
-from tinygrad_bn import functional as F
 
 START = (1.0, 2.0, -3.0)
 G = np.array([0.5, -2.0, 0.125])
@@ -34,14 +33,6 @@ def step(optimizer: optim.Optimizer, p: Tensor, g: np.ndarray) -> np.ndarray:
     p.grad = Tensor(g)
     optimizer.step()
     return np.array(p) - before
-
-
-def train(model: nn.Module, optimizer: optim.Optimizer, steps: range) -> None:
-    for i in steps:
-        x = np.random.default_rng(i).normal(size=(6, 3)).astype(np.float32)
-        optimizer.zero_grad()
-        F.mse_loss(model(Tensor(x)), x[:, :2] ** 2).backward()
-        optimizer.step()
 
 
 def test_sgd_momentum_by_hand():
@@ -132,36 +123,10 @@ def test_what_has_no_gradient_or_wants_none_is_left_alone():
     assert frozen.grad is ungraded.grad is trained.grad is None
 
 
-@pytest.mark.parametrize(("kind", "options"), ALL)
-def test_resuming_is_exact(kind, options):
-    models = [nn.Linear(3, 2, rng=np.random.default_rng(0)) for _ in range(2)]
-    optimizer = kind(models[0].parameters(), lr=0.05, **options)
-    train(models[0], optimizer, range(10))
-
-    first = kind(models[1].parameters(), lr=0.05, **options)
-    train(models[1], first, range(5))
-    saved = first.state_dict()
-    copy = nn.Linear(3, 2)
-    copy.load_state_dict(models[1].state_dict())
-    train(models[1], first, range(5, 7))  # what goes on afterwards changes nothing that was saved
-    resumed = kind(copy.parameters(), lr=123.0)
-    resumed.load_state_dict(saved)
-    train(copy, resumed, range(5, 10))
-    for a, b in zip(models[0].parameters(), copy.parameters(), strict=True):
-        assert a.numpy().tobytes() == b.numpy().tobytes()
-
-
-def test_state_that_does_not_fit():
-    optimizer = optim.SGD([parameter()], momentum=0.9)
-    step(optimizer, optimizer.param_groups[0]["params"][0], G)
-    saved = optimizer.state_dict()
-    with pytest.raises(ValueError, match=r"momentum_buffer of a parameter of shape \(2,\) has the shape"):
-        optim.SGD([parameter((1.0, 2.0))], momentum=0.9).load_state_dict(saved)
-    with pytest.raises(ValueError, match="state of parameter 5, for 1 parameters"):
-        optimizer.load_state_dict({**saved, "state": {5: {}}})
+def test_a_state_with_other_parameter_groups_does_not_fit():
     two = optim.SGD([{"params": [parameter()]}, {"params": [parameter()]}])
     with pytest.raises(ValueError, match="1 parameter groups for 2"):
-        two.load_state_dict(saved)
+        two.load_state_dict(optim.SGD([parameter()]).state_dict())
 
 
 def test_errors():
@@ -242,12 +207,8 @@ def test_clip_grad_norm(g, h):
     assert ungraded.grad is None
 
 
-def test_clipping_leaves_what_is_not_finite_and_keeps_the_dtype():
-    for wrong in (np.inf, np.nan):
-        p, q = parameter(), parameter()
-        p.grad, q.grad = Tensor([wrong, 1.0, 2.0]), Tensor(G)
-        assert not math.isfinite(optim.clip_grad_norm_([p, q], 0.1))
-        np.testing.assert_array_equal(q.grad.numpy(), G)
+def test_clipping_keeps_the_dtype():
+    q = parameter()
     q.grad = Tensor(G.astype(np.float32))
     optim.clip_grad_value_([q, parameter()], 0.25)
     assert q.grad.numpy().tolist() == [0.25, -0.25, 0.125]

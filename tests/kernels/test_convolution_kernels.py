@@ -148,18 +148,6 @@ def test_adaptive_averages_of_other_windows_stay_finite(value):
     assert np.isfinite(y).ravel().tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize(("arguments", "error", "words"), [
-    (((1, 2, 4, 4), (3, 2, 0, 2), {}), ValueError, "at least one element"),
-    (((1, 2, 4, 4), (3, 2, 2, 2), {"stride": 0}), ValueError, "stride is a number of 1 or more"),
-    (((1, 2, 4, 4), (3, 2, 2, 2), {"padding": ((1, 0), 2)}), ValueError, "pair"),
-    (((1, 2, 4, 4), (3, 2, 2, 2), {"padding": ((1.5, 0), (0, 0))}), ValueError, "pair"),
-])  # fmt: skip
-def test_options_that_cannot_be(arguments, error, words):
-    x, weight, options = arguments
-    with pytest.raises(error, match=words):
-        functional.conv2d(np.ones(x), np.ones(weight), **options)
-
-
 def test_other_kinds_of_numbers_and_sizes():
     two = np.int64(2)
     y = functional.conv2d(np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2)), stride=two, padding=two, dilation=two)

@@ -6,6 +6,8 @@ That each equals its op's reference and its composition's gradient is tested for
 import os
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
 from tinygrad_bn_kernels.cpu import norm, threads
 
+from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
-from tinygrad_bn import Tensor, functional, nn, ops, optim
+from tinygrad_bn import Tensor, functional, nn, ops, optim, testing
+from tinygrad_bn.tensor import OPS
 from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.functional.normalization import block_norm
 from tinygrad_bn.kernels import kernel_errors
@@ -44,7 +48,7 @@ def test_batch_norm_is_exact_at_any_mean(shape, offset, driver):
     want = exact_step(x, g, weight, bias)
     scale = np.abs(weight).max() + np.abs(bias).max()
     assert np.abs(got[0] - want[0]).max() <= 1e-6 * scale
-    assert np.abs(got[3] - want[3]).max() <= 1e-5 * np.abs(want[3]).max()
+    assert np.abs(got[3] - want[3]).max() <= 1e-6 * np.abs(want[3]).max()
     for a, b in zip(got[1:3], want[1:3], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
@@ -119,6 +123,35 @@ def test_every_kernel_is_as_exact_as_its_precision_allows():
     assert {(row.name, row.device) for row in rows} == set(MODULES)
     assert [row for row in rows if not row.error <= limits[row.dtype]] == []
     assert sum(row.error > 0 for row in rows if row.dtype == "float32") > len(MODULES) / 2  # something was measured
+
+
+# Calls that kernels leave to NumPy, in the property's checks of 50 seeded samples of their own op.
+EMPTY_OR_ONE_TERM = {"sum": 34, "sum_to": 20, "mean": 58, "sum_of_squares": 56, "mean_and_var": 16}
+EMPTY_OR_ONE_TERM |= {"var": 16, "max": 8, "min": 8, "conv_with_bias.vjp": 4}
+TOO_SMALL_ROWS = {"argmax": 42, "argmin": 42}
+NOT_TWO_MATRICES = {"matmul": 92, "linear": 100}
+GRADIENT_OF_WEIGHTS = {"softmax_cross_entropy.vjp": 200}
+DECLINED = Counter(EMPTY_OR_ONE_TERM | TOO_SMALL_ROWS | NOT_TWO_MATRICES | GRADIENT_OF_WEIGHTS)
+
+
+@pytest.mark.parametrize("name", sorted({name.removesuffix(".vjp") for name, _ in MODULES} & OPS.keys()))
+def test_a_kernel_computes_its_samples_but_these(name, monkeypatch):
+    kernels = {own: find_kernel(own, "cpu") for own in (name, f"{name}.vjp") if (own, "cpu") in MODULES}
+    computed, declined = Counter(), Counter()
+
+    def counting(own, /, *operands, **options):
+        result = kernels[own](*operands, **options)
+        (declined if result is NotImplemented else computed)[own] += 1
+        return result
+
+    for own in kernels:
+        monkeypatch.setitem(kernels_module._kernels, (own, "cpu"), partial(counting, own))
+    with thresholds():
+        for seed in range(50):
+            xs, params = OPS[name].sample(testing.RandomDraw(seed))
+            testing.kernels_match_reference(OPS[name], xs, params, seed)
+    assert computed.keys() == kernels.keys()
+    assert declined <= DECLINED
 
 
 def test_a_first_element_far_from_the_others_does_not_spoil_the_statistics(driver):
@@ -284,6 +317,7 @@ def test_read_only_operands_and_other_kinds_of_numbers_are_not_compiled_for():
     everything(x, float, int)
     x.flags.writeable = False
     before = signatures()
+    assert any(before.values())
     for number, integer in ((int, np.int32), (np.float32, np.int64)):
         everything(x, number, integer)
     assert signatures() == before
@@ -305,7 +339,7 @@ def test_the_table_of_kernels_notices_a_mistake_in_any_of_their_results(name, wh
 
     monkeypatch.setitem(kernels_module._kernels, (name, "cpu"), wrong)
     monkeypatch.setattr("tinygrad_bn.kernels.MODULES", {(name, "cpu"): ""})
-    assert all(row.error > 1e-5 for row in kernel_errors())
+    assert [row.dtype for row in kernel_errors() if row.error > 1e-5] == ["float32", "float64"]
 
 
 def test_the_gradient_of_a_long_half_precision_mean():

@@ -1,7 +1,6 @@
 """Memory that is given out again: only when nobody looks at it, and never more than the limit."""
 
 import gc
-import threading
 import weakref
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from tinygrad_bn_kernels.cpu import memory
 from tinygrad_bn_kernels.cpu.memory import ALIGNMENT, KEEP_FROM, Reserve
 
+from tests.tools.processes import on_threads
 from tinygrad_bn import Tensor, functional
 
 MEGABYTE = 1 << 20
@@ -74,21 +74,15 @@ def test_it_does_without_where_another_thread_is_at_it():
 
 
 def test_threads_never_share_an_array():
-    reserve, wrong = Reserve(64 * MEGABYTE), []
+    reserve = Reserve(64 * MEGABYTE)
 
     def work(number):
         for _ in range(200):
             x = reserve.empty((64, 1024), np.float32)
             x[:] = number
-            if not (x == number).all():
-                wrong.append(number)
+            assert (x == number).all()
 
-    pool = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    assert not wrong
+    on_threads(work, 4)
 
 
 def test_gradients_are_not_copied_and_share_nothing():
