@@ -461,7 +461,7 @@ def test_parameters_constants_and_the_grid():
 
 
 def test_every_opcode_is_tested():
-    known = {*arithmetic.OPERATIONS, *opcodes.SPECIFIC, *opcodes.CONTROL, *opcodes.NOTHING}
+    known = {*arithmetic.OPERATIONS, *opcodes.SPECIFIC, *opcodes.CONTROL, *opcodes.NO_EFFECT}
     code = " ".join([*VALUES, *(p for p, _ in PROGRAMS.values()), *(f"atom.{a} red.{a}" for a in ATOMIC)])
     words = set(re.findall(r"\b([a-z][a-z0-9]*)(?=[.; ])", code))
     assert known - words == {"trap", "discard", "applypriority"}
