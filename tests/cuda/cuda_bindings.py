@@ -1,4 +1,4 @@
-"""A stand-in for the driver's interface: it writes down what it is asked, and lets streams do it late."""
+"""A stand-in for `cuda.bindings.driver` that records calls and executes streams late."""
 
 import ctypes
 import threading
@@ -9,14 +9,14 @@ import numpy as np
 
 from tests.cuda.ptx.interpreter import Device as Interpreter
 
-OURS = 1000  # the handle of the device's primary context
+OURS = 1000  # handle of the device's primary context
 
 
 class Bindings(types.ModuleType):
-    """The functions of `cuda.bindings.driver` that are called, over the interpreter's memory and launches.
+    """The functions of `cuda.bindings.driver` that the project calls, on the interpreter's memory and launches.
 
-    A stream does nothing before it is waited for, and then in its order: so what relies on an order that nobody asked
-    for goes wrong.
+    A stream executes its work only when it is synchronised, so code that relies on an order that it did not request
+    fails.
     """
 
     def __init__(self):
@@ -35,10 +35,10 @@ class Bindings(types.ModuleType):
         self.CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
         self.cuuint64_t = int
         self.modules = {}
-        self.events = 0  # that were made and not destroyed
-        self.made_on = {}  # the stream that each allocation was made on
-        self.streams = defaultdict(deque)  # what is still to be done on each
-        self.contexts = threading.local()  # a stack of them for each thread
+        self.events = 0  # events that were created and not destroyed
+        self.made_on = {}  # the stream of each allocation
+        self.streams = defaultdict(deque)  # pending work of each stream
+        self.contexts = threading.local()  # a stack of contexts for each thread
 
     def __getattr__(self, name):
         simple = {
@@ -56,7 +56,7 @@ class Bindings(types.ModuleType):
     def cuDeviceGetAttribute(self, which, device):
         return 0, {"major": 7, "minor": 5, "processors": 3}[which]
 
-    # Contexts: each thread has a stack of them.
+    # Contexts.
 
     def cuCtxGetCurrent(self):
         return 0, (getattr(self.contexts, "stack", None) or [0])[-1]

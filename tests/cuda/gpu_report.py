@@ -1,7 +1,7 @@
-"""Bandwidth of each kernel as a share of the copy rate, on a machine with an NVIDIA GPU: `make gpu-report`.
+"""`make gpu-report`: the bandwidth of each kernel relative to a copy, on a machine with an NVIDIA GPU.
 
-Bytes are those that a kernel cannot do without: every operand read once, every result written once. Beside it, if they
-are installed, what PyTorch and CuPy take for the same. `kernels/cuda_programs.md` says which programs the cases launch.
+Bytes are the least possible: every operand read once, every result written once. Times of PyTorch and CuPy for the same
+operations are added if they are installed. `kernels/cuda_programs.md` lists the programs that the cases launch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tinygrad_bn.functional.normalization import batch_norm_relu
 
 Run = Callable[[], Any]
 
-# Images (N, C, H, W) and rows (M, C): larger than the cache, and as small as in teaching.
+# Images (N, C, H, W) and rows (M, C): larger than the cache, and of the size of small demos.
 SIZES = (((128, 64, 56, 56), (1 << 15, 1024)), ((32, 32, 13, 13), (32, 100)))
 
 
 class Peer:
-    """PyTorch or CuPy; called with a tensor it gives a copy of it, always the same one."""
+    """PyTorch or CuPy. A call with a tensor returns its copy, which is made once."""
 
     def __init__(self, name: str) -> None:
         if name == "torch":
@@ -35,7 +35,7 @@ class Peer:
             import cupy
 
             self.module, self.wait, self._copy = cupy, cupy.cuda.runtime.deviceSynchronize, cupy.array
-        self.wait()  # an error without a device
+        self.wait()  # raises without a device
         self._copies: dict[Tensor, Any] = {}
 
     def __call__(self, t: Tensor) -> Any:
@@ -45,7 +45,7 @@ class Peer:
 
 
 class Case(NamedTuple):
-    """What is timed, the bytes that it moves at least, and the same by PyTorch and CuPy."""
+    """An operation to time, the least bytes that it moves, and the same operation in PyTorch and CuPy."""
 
     name: str
     nbytes: int
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A case's best time of a call, here and by the peers."""
+    """The best time of a call, here and in the peers."""
 
     name: str
     nbytes: int
@@ -69,22 +69,22 @@ class Operands:
 
     def __init__(self, images: tuple[int, ...], rows: tuple[int, int]) -> None:
         self._rng = np.random.default_rng(0)
-        self.x, self.g, self.flat = self.made(*images), self.made(*images), self.made(*rows)
-        self.weight, self.bias = self.made(images[1]), self.made(images[1])
+        self.x, self.g, self.flat = self.random(*images), self.random(*images), self.random(*rows)
+        self.weight, self.bias = self.random(images[1]), self.random(images[1])
         self.target = Tensor(self._rng.integers(0, rows[1], rows[0])).to("cuda")
         self.size, self.small = 4 * self.x.size, 4 * self.flat.size
 
-    def made(self, *shape: int) -> Tensor:
+    def random(self, *shape: int) -> Tensor:
         return Tensor(self._rng.standard_normal(shape, np.float32)).to("cuda")
 
 
 def backward(y: Tensor, xs: list[Tensor], g: Tensor | None = None) -> Run:
-    """The gradients of y with respect to xs, again and again."""
+    """A function that computes the gradients of y with respect to xs."""
     return lambda: grad(y, xs, g)
 
 
 def sources(*ts: Tensor) -> list[Tensor]:
-    """The same tensors, with gradients."""
+    """The same tensors as leaves that require gradients."""
     detached = [t.detach() for t in ts]
     for t in detached:
         t.requires_grad = True
@@ -92,7 +92,7 @@ def sources(*ts: Tensor) -> list[Tensor]:
 
 
 def elementwise(o: Operands) -> Iterator[Case]:
-    """One pass over images."""
+    """Elementwise passes over images."""
     x, g, size = o.x, o.g, o.size
     yield Case("copy", 2 * size, lambda: Tensor(x), lambda p: p(x).clone(), lambda p: p(x).copy())
     yield Case("add", 3 * size, lambda: x + g, lambda p: p(x) + p(g), lambda p: p(x) + p(g))
@@ -107,7 +107,7 @@ def elementwise(o: Operands) -> Iterator[Case]:
 
 
 def reductions(o: Operands) -> Iterator[Case]:
-    """Of all, of channels, of rows and of columns."""
+    """Reductions over all elements, channels, rows and columns."""
     x, flat, size, small = o.x, o.flat, o.size, o.small
     yield Case("sum of all", size, lambda: x.sum(), lambda p: p(x).sum(), lambda p: p(x).sum())
     channels = (0, 2, 3)
@@ -123,7 +123,7 @@ def reductions(o: Operands) -> Iterator[Case]:
 
 
 def moving(o: Operands) -> Iterator[Case]:
-    """Copies in another order."""
+    """Transposes, gather and scatter."""
     flat, small = o.flat, o.small
     index = np.random.default_rng(0).permutation(len(flat))
     there = Tensor(index).to("cuda")
@@ -135,10 +135,10 @@ def moving(o: Operands) -> Iterator[Case]:
 
 
 def norms(o: Operands) -> Iterator[Case]:
-    """BatchNorm of images and of rows, and layer norm."""
+    """BatchNorm of images and rows, and layer norm."""
     x, g, w, b, flat, size, small = o.x, o.g, o.weight, o.bias, o.flat, o.size, o.small
     xs, var = sources(x, w, b), w * w
-    columns = [o.made(flat.shape[1]) for _ in range(2)]
+    columns = [o.random(flat.shape[1]) for _ in range(2)]
     rows, layer = sources(flat, *columns), sources(flat)
 
     def trained(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def norms(o: Operands) -> Iterator[Case]:
 
 
 def layers(o: Operands) -> Iterator[Case]:
-    """Losses, products, convolution and pooling; of products the time counts, as arithmetic binds them."""
+    """Losses, products, convolution and pooling. Products are compute-bound: compare times, not bandwidth."""
     x, flat, target, size, small = o.x, o.flat, o.target, o.size, o.small
     (logits,), (image,) = sources(flat), sources(x)
     yield Case(
@@ -170,15 +170,15 @@ def layers(o: Operands) -> Iterator[Case]:
         lambda p: p.module.nn.functional.cross_entropy(p(flat), p(target)),
     )  # fmt: skip
     yield Case("cross_entropy backward", 2 * small, backward(functional.cross_entropy(logits, target), [logits]))
-    square = o.made(flat.shape[1], flat.shape[1])
+    square = o.random(flat.shape[1], flat.shape[1])
     product = 2 * small + 4 * square.size
     yield Case("matmul", product, lambda: flat @ square, lambda p: p(flat) @ p(square), lambda p: p(flat) @ p(square))
-    bias = o.made(flat.shape[1])
+    bias = o.random(flat.shape[1])
     yield Case(
         "linear", product, lambda: functional.linear(flat, square, bias),
         lambda p: p.module.nn.functional.linear(p(flat), p(square), p(bias)),
     )  # fmt: skip
-    kernel = o.made(x.shape[1], x.shape[1], 3, 3)
+    kernel = o.random(x.shape[1], x.shape[1], 3, 3)
     yield Case(
         "conv2d 3 x 3", 2 * size, lambda: functional.conv2d(x, kernel, padding=1),
         lambda p: p.module.nn.functional.conv2d(p(x), p(kernel), padding=1),
@@ -194,7 +194,7 @@ def layers(o: Operands) -> Iterator[Case]:
 
 
 def updates(o: Operands) -> Iterator[Case]:
-    """Steps of the optimisers, on a parameter as large as the images."""
+    """Optimiser steps on a parameter of the size of the images."""
     for name, make, count in (
         ("SGD step", lambda ps: optim.SGD(ps, lr=0.1, momentum=0.9), 5),
         ("Adam step", optim.Adam, 7),
@@ -205,14 +205,14 @@ def updates(o: Operands) -> Iterator[Case]:
 
 
 def cases(images: tuple[int, ...], rows: tuple[int, int]) -> Iterator[Case]:
-    """All cases, the copy first."""
+    """All cases; the first is the copy."""
     o = Operands(images, rows)
     for group in (elementwise, reductions, moving, norms, layers, updates):
         yield from group(o)
 
 
 def best(run: Run, wait: Run, repeats: int, calls: int = 10) -> float:
-    """Seconds of a call: the best of `repeats` means over some calls, launched one after the other."""
+    """Seconds of a call: the best of `repeats` means over `calls` calls."""
     run()
     times = []
     for _ in range(repeats):
@@ -228,12 +228,12 @@ def best(run: Run, wait: Run, repeats: int, calls: int = 10) -> float:
 def _peer(name: str) -> Peer | None:
     try:
         return Peer(name)
-    except (ImportError, RuntimeError, AssertionError):  # the last from a PyTorch without CUDA
+    except (ImportError, RuntimeError, AssertionError):  # AssertionError: PyTorch without CUDA
         return None
 
 
 def measure(images: tuple[int, ...], rows: tuple[int, int], repeats: int = 20, calls: int = 10) -> Iterator[Row]:
-    """Every case, timed here and by the peers that are installed."""
+    """Time every case here and in the installed peers."""
     peers = {name: _peer(name) for name in ("torch", "cupy")}
     for case in cases(images, rows):
         theirs = {
@@ -244,7 +244,7 @@ def measure(images: tuple[int, ...], rows: tuple[int, int], repeats: int = 20, c
 
 
 def table(measured: list[Row]) -> Iterator[str]:
-    """The rows in words; the first is the copy that the others are compared with."""
+    """The report's lines. The first row is the copy that the others are compared with."""
     rate = measured[0].nbytes / measured[0].seconds
     yield f"{'kernel':<28}{'MB':>9}{'µs':>10}{'GB/s':>9}{'of copy':>9}{'PyTorch µs':>12}{'CuPy µs':>12}"
     for r in measured:
@@ -254,7 +254,7 @@ def table(measured: list[Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print the report, or why there is none."""
+    """Print the report, or the reason why there is no device."""
     info = cuda.info()
     if not info["available"]:
         raise SystemExit(info["reason"])

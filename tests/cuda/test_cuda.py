@@ -45,7 +45,7 @@ def test_three_training_steps_are_those_of_the_cpu(make, optimiser, shape):
         np.testing.assert_allclose(state[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_fit_and_evaluate_on_cuda_and_a_checkpoint_that_goes_on_on_the_cpu():
+def test_fit_and_evaluate_on_cuda_and_load_the_checkpoint_on_the_cpu():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 6)).astype(np.float32)
     data = x, (x[:, 0] > 0).astype(np.int64)
@@ -66,7 +66,7 @@ def test_fit_and_evaluate_on_cuda_and_a_checkpoint_that_goes_on_on_the_cpu():
         train.fit(copy, (Tensor(x).to("cuda"), data[1]), device="cuda", progress=False)
 
 
-def test_an_optimiser_goes_on_from_a_checkpoint_of_another_device():
+def test_an_optimiser_resumes_from_a_checkpoint_of_another_device():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 6)).astype(np.float32), rng.integers(0, 3, 16)
     _, state, optimizer_state = three_steps(network, "adam", x, y, "cuda")
@@ -120,7 +120,7 @@ def test_mixing_devices_is_an_error_that_names_both():
             mix()
 
 
-def test_numpy_arrays_and_lists_have_no_device_as_an_index_or_as_what_is_assigned():
+def test_numpy_arrays_and_lists_index_and_assign_on_any_device():
     t = Tensor([[1.0, 2.0], [3.0, 4.0]]).to("cuda")
     for index in (1, [1, 0], np.array([1, 0]), np.array([False, True]), (slice(None), np.int32(1)), (..., [[0]])):
         np.testing.assert_array_equal(t[index].numpy(), t.numpy()[index])
@@ -152,7 +152,7 @@ def test_an_optimiser_whose_model_moved_says_so():
         optimizer.step()
 
 
-def test_nothing_is_copied_to_the_host_unasked():
+def test_nothing_is_copied_to_the_host_implicitly():
     t = Tensor([1.0, 2.0]).to("cuda")
     with pytest.raises(TypeError, match=r"lives on cuda.*\.numpy\(\)"):
         np.asarray(t)
@@ -174,7 +174,7 @@ def test_the_gradient_comes_back_to_the_device_that_a_tensor_came_from():
     assert x.grad.numpy().tolist() == [3, 3]
 
 
-def test_what_cuda_does_not_take():
+def test_unsupported_dtypes_devices_and_indices():
     with pytest.raises(TypeError, match=r"cannot have dtype float16; it can have .*float32, float64"):
         Tensor([1.0], dtype=np.float16).to("cuda")
     with pytest.raises(ValueError, match=r"no device 'cuda:0'.* \"cuda\" is one GPU, the first"):
@@ -280,7 +280,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_that_are_no_ops(name):
+def test_compositions_are_the_same_as_on_the_cpu(name):
     x = np.random.default_rng(0).normal(size=(2, 4, 5, 5)).astype(np.float32)
     results = []
     for where in ("cuda", "cpu"):
@@ -293,7 +293,7 @@ def test_functions_that_are_no_ops(name):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_copies_and_pickles_have_memory_of_their_own():
+def test_copies_and_pickles_do_not_share_memory():
     layer = nn.Linear(2, 3).to("cuda")
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         np.testing.assert_array_equal(other.weight.numpy(), layer.weight.numpy())

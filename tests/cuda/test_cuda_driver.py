@@ -1,4 +1,4 @@
-"""What surrounds the launches: the driver's interface, what is said where something is missing, and the cache."""
+"""The driver API, streams, shared memory and cuBLAS, with stand-ins for the driver and CuPy."""
 
 import ctypes
 import gc
@@ -59,7 +59,7 @@ def test_without_a_device_the_error_says_so():
         Tensor([1.0]).to("cuda")
 
 
-# ---- with a driver that writes down what it is asked -----------------------------------------------------
+# ---- with a stand-in for the driver ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_driver_is_asked_for_memory_copies_and_launches(bindings):
     live = len(bindings.device.sizes)
     del t
     cuda.synchronize()
-    assert len(bindings.device.sizes) == live - 1, "memory goes back with its last array"
+    assert len(bindings.device.sizes) == live - 1, "memory is freed with its last array"
 
 
 def test_memory_that_is_full_is_a_memory_error(bindings):
@@ -156,7 +156,7 @@ def test_a_network_trains_on_a_stream(bindings):
     np.testing.assert_allclose(losses, want, rtol=1e-5)
 
 
-def test_memory_that_another_stream_may_still_use_is_freed_when_that_is_done(bindings):
+def test_memory_of_another_stream_is_freed_after_its_work(bindings):
     from tinygrad_bn import Tensor, cuda
 
     results = []
@@ -177,7 +177,7 @@ def test_memory_that_another_stream_may_still_use_is_freed_when_that_is_done(bin
     assert results[0].numpy().tolist() == [3, 6]
 
 
-def test_what_a_collection_frees_at_the_end_of_a_block_waits_for_the_block(bindings, monkeypatch):
+def test_memory_collected_at_the_end_of_a_stream_block_waits_for_the_block(bindings, monkeypatch):
     from tinygrad_bn import Tensor, cuda
 
     x = Tensor([1.0, 2.0]).to("cuda")  # made on the default stream
@@ -197,7 +197,7 @@ def test_what_a_collection_frees_at_the_end_of_a_block_waits_for_the_block(bindi
     assert y.numpy().tolist() == [3, 6]
 
 
-def test_memory_whose_user_is_not_known_is_freed_when_all_is_done(bindings):
+def test_memory_with_an_unknown_user_is_freed_after_all_work(bindings):
     from tinygrad_bn import Tensor
 
     a = (Tensor([1.0, 2.0]).to("cuda") * 3.0).data
@@ -206,7 +206,7 @@ def test_memory_whose_user_is_not_known_is_freed_when_all_is_done(bindings):
     bindings.cuCtxPushCurrent(OURS)
     bindings.later(44, lambda: got.append(bindings.device.read(pointer, (2,), np.float32).tolist()))
     del a
-    Tensor([9.0]).to("cuda")  # waits for the default stream, and so for the free
+    Tensor([9.0]).to("cuda")  # synchronises the default stream, which frees
     assert got == [[3, 6]]
 
 
@@ -220,7 +220,7 @@ def test_a_stream_needs_a_device():
 
 
 class Other:
-    """An array of another library, and on which streams it was asked for."""
+    """An array of another library that records the streams it is exported to."""
 
     def __init__(self, capsule_of):
         self.capsule_of, self.asked = capsule_of, []
@@ -247,7 +247,7 @@ def test_dlpack_lets_the_consumers_stream_wait(bindings):
         )
         assert [call for call in bindings.calls if isinstance(call, tuple)] == order
         del borrowed
-        assert bindings.calls.count("cuCtxSynchronize") == (stream not in (None, 1)), "theirs is waited for"
+        assert bindings.calls.count("cuCtxSynchronize") == (stream not in (None, 1)), "freeing waits for the consumer"
     with pytest.raises(ValueError, match="stream 0 is ambiguous"):
         a.__dlpack__(stream=0)
     with pytest.raises(BufferError, match=r"cannot be shared with DLPack device \(1, 0\)"):
@@ -257,7 +257,7 @@ def test_dlpack_lets_the_consumers_stream_wait(bindings):
     np.testing.assert_array_equal(np.from_dlpack(a, device="cpu"), [3, 6])
 
 
-def test_borrowed_memory_goes_back_when_ours_is_done(bindings):
+def test_imported_memory_is_released_after_our_work(bindings):
     from tinygrad_bn_kernels.cuda import dlpack
 
     from tinygrad_bn import Tensor, cuda
@@ -284,11 +284,11 @@ def test_borrowed_memory_goes_back_when_ours_is_done(bindings):
     managed.deleter = type(dlpack._deleter)(theirs)
     del managed
     bindings.calls.clear()
-    del kept  # on the default stream, what was borrowed on another
+    del kept  # on the default stream, imported on another
     assert waits == [1]
 
 
-def test_what_is_borrowed_lies_where_its_capsule_says(bindings):
+def test_an_imported_array_has_the_address_and_strides_of_its_capsule(bindings):
     from tinygrad_bn_kernels.cuda import dlpack
 
     from tinygrad_bn import Tensor, cuda
@@ -310,7 +310,7 @@ def test_what_is_borrowed_lies_where_its_capsule_says(bindings):
     assert second.numpy().tolist() == [[3, 4, 5]]
 
 
-def test_a_capsule_that_nobody_takes_loses_no_error_and_comes_back(bindings):
+def test_an_unclaimed_capsule_is_released_and_keeps_the_consumers_error(bindings):
     from tinygrad_bn_kernels.cuda import dlpack
 
     from tinygrad_bn import Tensor
@@ -319,9 +319,9 @@ def test_a_capsule_that_nobody_takes_loses_no_error_and_comes_back(bindings):
     with pytest.raises((BufferError, RuntimeError), match="device"):
         np.from_dlpack(t.data)
     kept = t.data.__dlpack__()
-    assert len(dlpack._exports) == 1, "the first came back"
+    assert len(dlpack._exports) == 1, "the first is released"
     t.data.__dlpack__()
-    assert len(dlpack._exports) == 2, "somebody has the second"
+    assert len(dlpack._exports) == 2, "the second is alive"
     del kept
     t.data.__dlpack__()
     assert len(dlpack._exports) == 1
@@ -329,7 +329,7 @@ def test_a_capsule_that_nobody_takes_loses_no_error_and_comes_back(bindings):
     assert not dlpack._exports
 
 
-def test_another_librarys_context_is_left_as_it_is(bindings):
+def test_another_librarys_context_is_restored(bindings):
     from tinygrad_bn import Tensor
 
     theirs = 2000
@@ -349,7 +349,7 @@ def test_another_librarys_context_is_left_as_it_is(bindings):
 
 
 class Shared:
-    """What stands for CuPy's array: a view of the device's memory."""
+    """A stand-in for CuPy's array: a view of device memory."""
 
     def __init__(self, bindings, shape, dtype, pointer, is_swapped=False):
         self.made = bindings, shape, dtype, pointer
@@ -366,7 +366,7 @@ class Shared:
 
 
 class CuPy(types.ModuleType):
-    """What of CuPy is called, computed by NumPy, when the stream that it is asked on gets to it."""
+    """A stand-in for CuPy: NumPy computes when the stream executes."""
 
     def __init__(self, bindings):
         super().__init__("cupy")
@@ -422,7 +422,7 @@ def cupy(bindings, monkeypatch):
 
 
 def _products(where, dtype, size):
-    """Products of every kind and their gradients, as NumPy arrays."""
+    """Products of all layouts and their gradients, as NumPy arrays."""
     from tinygrad_bn import Tensor, functional, grad
 
     rng = np.random.default_rng(0)
@@ -443,13 +443,13 @@ def test_large_products_are_cublas_on_our_memory_and_stream(cupy, dtype, toleran
 
     with cuda.stream(5):
         got = _products("cuda", dtype, 11)
-    ours = 4  # batches in which a factor lies transposed, of which CuPy would make copies
+    ours = 4  # batches with a transposed factor, which CuPy would copy
     assert cupy.calls == [("matmul", 5)] * (10 - ours) + [("add", 5)]
     for one, want in zip(got, _products("cpu", dtype, 11), strict=True):
         np.testing.assert_allclose(one, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
-def test_products_are_ours_where_they_are_small_or_there_is_no_cublas_or_no_gpu(cupy):
+def test_small_products_and_products_without_cublas_or_gpu_are_ours(cupy):
     from tests.cuda.ptx.programs import interpreted
 
     _products("cuda", np.float32, 1)

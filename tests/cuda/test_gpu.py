@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: every op, training, and memory that is shared with others. Skipped where there is none."""
+"""Ops, training and shared memory on an NVIDIA GPU; skipped without one."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_work_follows_another_library_to_its_stream(gpu):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-13)])
-def test_a_large_product_is_as_exact_by_cublas(dtype, tolerance, gpu):
+def test_a_large_product_by_cublas_is_as_exact(dtype, tolerance, gpu):
     a, b = (np.random.default_rng(0).normal(size=shape) for shape in ((512, 300), (300, 256)))
     a, b = a.astype(dtype), b.astype(dtype)
     want = a.astype(np.float64) @ b.astype(np.float64)
@@ -65,8 +65,8 @@ def test_a_large_product_is_as_exact_by_cublas(dtype, tolerance, gpu):
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
-def test_the_report_measures_every_kernel_that_it_names():
-    """On the interpreter, whose times mean nothing: that the report runs."""
+def test_the_report_runs_on_the_interpreter():
+    """The report runs, here on the interpreter; its times mean nothing."""
     from tests.cuda.ptx.compile import require_compiler
     from tests.cuda.ptx.programs import interpreted
 

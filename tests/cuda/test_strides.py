@@ -1,4 +1,4 @@
-"""Walks for CUDA programs visit every element once, where it lies; long rows are cut for many threads."""
+"""Walks of CUDA programs visit every element once, and split long rows."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Networks, optimisers and training steps that the tests run on cuda and on the CPU."""
+"""Networks and training steps that tests run on cuda and on the CPU."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith
 
 
 def network():
-    """Without biases before a BatchNorm: their gradient is 0 but for rounding, which Adam would blow up."""
+    """No biases before BatchNorm: their gradients are rounding errors, which Adam would amplify."""
     rng = np.random.default_rng(3)
     return nn.Sequential(
         nn.Linear(6, 20, bias=False, rng=rng), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.2, rng=rng),
@@ -33,7 +33,7 @@ OPTIMISERS = {
 
 
 def three_steps(make, optimiser, x, y, where):
-    """The losses of three full training steps, and the state after them."""
+    """Losses of three training steps, and the states of model and optimiser."""
     model = make().to(where)
     optimizer = OPTIMISERS[optimiser](model.parameters())
     x, y, losses = Tensor(x).to(where), Tensor(y).to(where), []

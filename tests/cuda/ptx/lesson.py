@@ -1,6 +1,6 @@
-"""How a block of threads adds numbers up, shown by executing it: `python -m tests.cuda.ptx.lesson` prints the page.
+"""`python -m tests.cuda.ptx.lesson` prints `kernels/block_reduction.md`: how a block of threads sums numbers.
 
-The page is `kernels/block_reduction.md`; it needs numba-cuda and the CUDA toolkit's compiler, and no GPU.
+It needs numba-cuda and the CUDA toolkit's compiler, and no GPU.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from tests.cuda.ptx.machine import Machine
 from tests.cuda.ptx.opcodes import source
 
 ALL = 0xFFFFFFFF
-SMALL, LARGE = 16, 256  # threads of a block: few enough to print, and as many as kernels use
+SMALL, LARGE = 16, 256  # threads of a block: few enough to print, and as in the kernels
 
 
 def tree(x, out):
@@ -99,7 +99,7 @@ def shuffles(x, out):
 
 
 def execute(kernel: Callable[..., None], threads: int, watch: Any = None, edit: Any = str) -> tuple[np.ndarray, Report]:
-    """The result of a kernel for x = 1, 2, …, and what the interpreter reports."""
+    """The result of a kernel for x = 1, 2, …, and the interpreter's report."""
     ptx = edit(compile_ptx(kernel, void(float32[::1], float32[::1]), cc=(7, 5)))
     device, arguments = Device(), []
     for values in (np.arange(1, threads + 1), np.zeros(threads)):
@@ -119,7 +119,7 @@ def text(lines: list[str]) -> str:
 
 
 def show_tree() -> str:
-    """Shared memory at each barrier, and which threads had written since the one before."""
+    """Shared memory at each barrier, and the threads that wrote since the previous one."""
     lines, wrote = [], np.zeros(SMALL, bool)
 
     def watch(machine: Machine, pc: int, lanes: np.ndarray) -> None:
@@ -137,7 +137,7 @@ def show_tree() -> str:
 
 
 def show_race(k: int) -> str:
-    """What the interpreter says when the k-th barrier is missing."""
+    """The interpreter's error when the k-th barrier is missing."""
     try:
         execute(tree, SMALL, edit=lambda ptx: without_barrier(ptx, k))
     except PTXError as error:
@@ -147,7 +147,7 @@ def show_race(k: int) -> str:
 
 
 def show_warp() -> str:
-    """The values of a warp's lanes after each of its five shuffles."""
+    """The values of a warp's lanes before each of its five shuffles, and at the end."""
     lines = []
 
     def watch(machine: Machine, pc: int, lanes: np.ndarray) -> None:
@@ -165,7 +165,7 @@ def show_warp() -> str:
 
 
 def show_costs() -> str:
-    """What three ways to add 256 numbers cost."""
+    """Costs of three ways to sum 256 numbers."""
     rows = [
         "| | barriers | shuffles | shared words moved | bank conflicts | instructions |",
         "| --- |" + " ---: |" * 5,
@@ -182,61 +182,62 @@ def show_costs() -> str:
 def page() -> str:
     """The page, in Markdown."""
     count = len(barriers(compile_ptx(tree, void(float32[::1], float32[::1]), cc=(7, 5))))
-    return f"""# How a block of threads adds numbers up
+    return f"""# How a block of threads sums numbers
 
-A sum, a mean, the statistics of BatchNorm: all of them ask threads that run side by side to agree on one number. This
-page shows how they do it, by executing it: `python -m tests.cuda.ptx.lesson` prints it. Each kernel below is compiled
-to PTX, the assembly language of NVIDIA's GPUs, and that runs in the interpreter of `tests/cuda/ptx`. No GPU is needed.
+A sum, a mean and the statistics of BatchNorm all need many threads to compute one number together. This page shows how
+they do it. `python -m tests.cuda.ptx.lesson` prints it: each kernel below is compiled to PTX, the assembly language of
+NVIDIA's GPUs, and executed by the interpreter of `tests/cuda/ptx`. No GPU is needed.
 
-Threads come in *blocks*, of up to 1024, that have a little *shared memory* together. 32 neighbours of a block are a
-*warp*; a thread's place in it is its *lane*.
+Threads run in *blocks* of up to 1024, and the threads of a block have *shared memory*. 32 adjacent threads are a
+*warp*; the index of a thread in its warp is its *lane*.
 
 ## A tree
 
-The first half of the threads adds the values of the second half to its own, then the first quarter those of the second
-quarter, and so on: log₂ n steps in place of n.
+The first half of the threads adds the values of the second half to its own, then the first quarter adds those of the
+second quarter, and so on: log₂ n steps instead of n.
 
 {code(tree)}
 
-Here are {SMALL} threads with x = 1, 2, … {SMALL}. Each row is a barrier, `cuda.syncthreads()`, where all wait for
-all; `#` is a thread that has written since the one before.
+Here are {SMALL} threads with x = 1, 2, … {SMALL}. Each row is a barrier, `cuda.syncthreads()`, where every
+thread waits for all others; `#` marks a thread that has written since the previous barrier.
 
 {show_tree()}
 
-In each step the writing threads read places that nobody else changes in that step. What is read was written before the
-last barrier; what is written will be read after the next.
+In each step the active threads read elements that no other thread writes in that step. Threads read values written
+before the last barrier, and write values that are read after the next one.
 
-## A barrier less
+## Without a barrier
 
-The kernel has {count} barriers. Without the first, a thread would read another's value before it is there, or after, as
-it happens: a *data race*. The sum would often be right, and sometimes not. The interpreter does not wait for a wrong
-sum. It knows of each word who touched it since the last barrier, and says so:
+The kernel has {count} barriers. Without the first, a thread may read another thread's value before or after it is
+written: a *data race*. The sum is often right, and sometimes wrong. The interpreter does not rely on a wrong sum. It
+records which threads accessed each word since the last barrier, and reports the race:
 
 {show_race(0)}
 
-That the threads of a warp usually run in step is no excuse, as the hardware has not promised it since 2017. In the same
-way it finds each of the others missing; here the second:
+The threads of a warp often run in lockstep, but the hardware has not guaranteed it since 2017. The other barriers are
+needed too; without the second:
 
 {show_race(1)}
 
-The tests do this to every kernel of the project: they take out one barrier after the other, and each has to be missed.
+The tests check every kernel of the project this way: they remove each barrier in turn, and the interpreter must detect
+it.
 
 ## Within a warp: shuffles
 
-The lanes of a warp can read each other's registers, without shared memory and without a barrier. In the step "xor 16"
-lane i reads lane i ^ 16, which is the other half; then comes the other half of the half.
+The lanes of a warp can read each other's registers, without shared memory and without a barrier. In step "xor 16" lane
+i reads lane i ^ 16, in the other half of the warp; in step "xor 8" it reads lane i ^ 8; and so on.
 
 {code(warp)}
 
-A row shows the values before a step, of a warp that holds 1, 2, … 32; after the last, every lane has the sum.
+A row shows the values of the lanes before a step; they start as 1, 2, … 32. After the last step every lane has the sum.
 
 {show_warp()}
 
-## Put together
+## In a block
 
-`shuffles` does that in each of 8 warps, leaves 8 numbers in shared memory, and adds those the same way. `halves` is the
-tree from above for 256 threads. `neighbours` is a tree too, which adds the nearest number first, then the one two
-places on, then four.
+`shuffles` does this in each of 8 warps, writes 8 numbers to shared memory, and sums those the same way. `halves` is the
+tree from above for 256 threads. `neighbours` is another tree: it adds the adjacent number first, then the one two
+elements away, then four.
 
 {code(neighbours)}
 
@@ -244,15 +245,15 @@ places on, then four.
 
 {show_costs()}
 
-Shared memory lies in 32 *banks*, word i in bank i mod 32, and a bank serves one word at a time. `halves` always reads
-neighbouring words, one from each bank. `neighbours` reads words 2, 4, 8, … apart: more and more of them lie in the same
-bank, and the warp waits for one after the other. A conflict in the table is one such turn more.
+Shared memory has 32 *banks*; word i is in bank i mod 32, and a bank serves one word at a time. `halves` always reads
+adjacent words, one from each bank. `neighbours` reads words that are 2, 4, 8, … apart: more and more of them are in the
+same bank, which serves them one after the other. Each extra turn is a conflict in the table.
 
-The kernels of the project do as `shuffles` does: `warp_reduce` and `block_reduce` in
-[`cuda/warps.py`](tinygrad_bn_kernels/cuda/warps.py). All threads get the result, so that they can go on with it.
-A block that uses its shared memory again needs one barrier more, after the reading.
+The kernels of the project work like `shuffles`: see `warp_reduce` and `block_reduce` in
+[`cuda/warps.py`](tinygrad_bn_kernels/cuda/warps.py). All threads get the result. A block that uses its shared memory
+again needs one more barrier, after the reads.
 
-How fast any of this is, only a GPU can tell: the interpreter counts, and does not time.
+The interpreter counts operations; it does not measure time. That needs a GPU.
 """
 
 

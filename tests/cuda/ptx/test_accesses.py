@@ -165,7 +165,7 @@ def launches(name: str) -> list[tuple[str, Report]]:
     return device.launches
 
 
-def test_every_program_is_among_them():
+def test_every_program_is_launched():
     launched = {program for name in BUSY for program, _ in launches(name)}
     assert programs().keys() == launched
 
@@ -184,7 +184,7 @@ def test_memory_is_moved_in_whole_sectors_and_without_bank_conflicts(name):
 
 
 @pytest.mark.parametrize("name", BUSY)
-def test_no_program_can_do_without_one_of_its_barriers(name):
+def test_every_barrier_is_needed(name):
     needless = [
         f"{program}: barrier {k + 1}"
         for program in {program for program, _ in launches(name)}

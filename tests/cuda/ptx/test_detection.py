@@ -319,7 +319,7 @@ def test_planted_bugs_in_ptx_are_found(code, error, message):
         execute(code, threads=threads)
 
 
-def test_the_race_detector_knows_what_orders_accesses():
+def test_the_race_detector_knows_which_barriers_order_accesses():
     store = "mov.u64 b, tile; mad.wide.u32 b, t, 4, b; st.shared.u32 [b], t; xor.b32 s, t, {other};"
     load = "mov.u64 b, tile; mad.wide.u32 b, s, 4, b; ld.shared.u32 r, [b];"
     near, far = store.format(other=1), store.format(other=32)  # of the same warp, of the next one
@@ -383,7 +383,7 @@ def test_memory_that_was_freed_is_out_of_bounds():
         device.read(device.alloc(4), (2,), np.float32)
 
 
-def test_memory_that_nobody_wrote_is_not_read():
+def test_uninitialised_memory_is_not_read():
     device = Device()
     address = device.alloc(128)
     with pytest.raises(Uninitialised, match="byte 0 of the allocation"):
@@ -394,7 +394,7 @@ def test_memory_that_nobody_wrote_is_not_read():
         device.launch(HEAD + "ld.global.u64 b, [a+128]; ret;\n}", 1, 1, [device.alloc(8) - 128])
 
 
-def test_allocations_are_reused_only_when_many_bytes_wait(monkeypatch):
+def test_freed_memory_is_reused_only_after_quarantine(monkeypatch):
     monkeypatch.setattr("tests.cuda.ptx.interpreter.QUARANTINE", 2000)
     device = Device(4096)
     addresses = [device.alloc(100) for _ in range(20)]

@@ -201,7 +201,7 @@ def test_reductions_of_columns(outer, length, width, kind, seed):
 
 
 @given_few(st.integers(1, 40), SIZES, KINDS, SEEDS)
-def test_where_the_extremes_are(rows, length, kind, seed):
+def test_argmax_and_argmin(rows, length, kind, seed):
     x = numbers((min(rows, 1 + 20000 // length), length), kind, seed)
     x[:, length // 2] = x[:, 0]  # a tie
     for name in ("argmax", "argmin"):
@@ -272,7 +272,7 @@ def test_batch_norm(relu, shape, kind, seed):
 
 
 @given_few(SHAPES, SEEDS)
-def test_batch_norm_of_what_is_not_finite_stays_in_its_channel(shape, seed):
+def test_batch_norm_of_non_finite_input_stays_in_its_channel(shape, seed):
     x, channels = numbers(shape, "plain", seed), shape[1]
     x[0, 0, 0] = np.random.default_rng(seed).choice([np.nan, np.inf, -np.inf])
     weight, bias = numbers(channels, "plain", seed + 2), numbers(channels, "plain", seed + 3)
@@ -470,7 +470,7 @@ def test_max_pooling(n, kind, seed):
 
 
 @given_few(SIZES, st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 2**64 - 1))
-def test_dropout_takes_the_elements_that_the_cpu_takes(n, p, key):
+def test_dropout_keeps_the_same_elements_as_on_the_cpu(n, p, key):
     x = numbers(n, "plain", 1)
     expected = OPS["dropout_by_key"].forward(x, p=p, key=key)
     for operand in (x, unaligned(x)):
@@ -506,7 +506,7 @@ def test_optimisers(n, seed):
 
 
 @given_few(st.integers(1, 3), st.integers(1, 3), st.integers(1, 600), SEEDS)
-def test_float64_is_moved_128_bits_at_a_time_too(n, channels, size, seed):
+def test_float64_uses_128_bit_accesses_too(n, channels, size, seed):
     x, weight = (numbers(shape, "offset", seed).astype(np.float64) for shape in ((n, channels, 4 * size), channels))
     with interpreted() as device:
         found = [*run("batch_norm_training", x, weight, weight, eps=1e-5), run("exp", -x)]
@@ -531,7 +531,7 @@ def launched(name: str, *operands: Any, **params: Any) -> list[str]:
     return [program for program, _ in device.launches]
 
 
-def test_how_few_launches_do():
+def test_number_of_launches():
     """A launch costs the host more than many programs cost the GPU."""
     x, vectors = numbers((4, 3, 10, 12)), np.abs(numbers((4, 3)))
     assert launched("sum", x, axis=(0, 2, 3)) == ["sum.short", "sum.columns"]  # no transposed copy

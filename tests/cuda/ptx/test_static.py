@@ -93,7 +93,7 @@ def test_sm_80_and_90_get_the_ptx_of_sm_75():
     assert len({re.sub(r"\.target sm_\d+|_ZN\w+", "", text) for text in texts}) == 1
 
 
-def test_the_checks_see_what_they_are_for():
+def test_the_checks_detect_a_bad_kernel():
     """They detect a local array, float64, a division in a loop and scalar loads."""
     require_compiler()
     from numba import cuda, float32, int64, void
