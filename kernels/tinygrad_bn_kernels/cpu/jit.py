@@ -109,7 +109,7 @@ def njit(**options: Any) -> Callable[[F], F]:
     Where no folder for the cache can be written to, the loops are compiled anew in every process, and a warning
     says so once.
     """
-    options = {"error_model": "numpy", "nogil": True, **options}
+    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, **options}
 
     def compile_lazily(function: F) -> F:
         config: Any = numba.config

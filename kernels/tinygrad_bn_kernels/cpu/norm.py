@@ -146,10 +146,17 @@ def _planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbia
 # checks for overlap that it gives up on vector registers.
 
 
+@njit()
+def _clear(sums):
+    for j in range(sums.shape[1]):
+        sums[0, j] = sums[1, j] = 0.0
+
+
 @njit(fastmath=SUMS)
 def _rows_sums(x, shift, sums, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each column, for every chunk from start to stop: sums is (chunks, 2, C)."""
     for t in range(start, stop):
+        _clear(sums[t])
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             r0, r1, r2, r3 = x[i], x[i + 1], x[i + 2], x[i + 3]
@@ -216,18 +223,10 @@ def _rows_normalize(x, k, relu, y, start, stop):
 
 
 @njit(fastmath=SUMS)
-def _rows_shift(x):
-    shift = x[0].astype(np.float64)
-    make_finite(shift)
-    return shift
-
-
-@njit(fastmath=SUMS)
-def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
+def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var, shift, sums):
     """What `_rows_forward` does, by one thread in one call."""
-    chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
+    chunks = len(sums)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         _rows_sums(x, shift, sums, 0, chunks)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
@@ -236,12 +235,13 @@ def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
 
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
     y, mean, var = out
+    chunks, shift = -(-len(x) // CHUNK), x[0].astype(np.float64)
+    make_finite(shift)
+    sums = np.empty((chunks, 2, x.shape[1]))
     if x.size < threads.PARALLEL_FROM:
-        _few_rows_forward(x, weight, bias, eps, relu, y, mean, var)
+        _few_rows_forward(x, weight, bias, eps, relu, y, mean, var, shift, sums)
         return
-    chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
@@ -257,6 +257,7 @@ def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
     """Σ d and Σ d (x − m) · ivar of each column, for every chunk from start to stop."""
     for t in range(start, stop):
+        _clear(sums[t])
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
@@ -309,13 +310,12 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
 
 
 @njit(fastmath=SUMS)
-def _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
+def _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums):
     """What `_rows_backward` does, by one thread in one call."""
-    chunks = -(-len(x) // CHUNK)
+    chunks = len(sums)
     k = _rows_constants(x, weight, bias, mean, var, eps)
     _rows_shifts(g, x, relu, k)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
         if _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias):
             break
@@ -327,14 +327,14 @@ def _rows_backward(
     g: Array, x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, *out: Array
 ) -> None:
     gx, gweight, gbias = out
-    if x.size < threads.PARALLEL_FROM:
-        _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
-        return
     chunks = -(-len(x) // CHUNK)
+    sums = np.empty((chunks, 2, x.shape[1]))
+    if x.size < threads.PARALLEL_FROM:
+        _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums)
+        return
     k = _rows_constants(x, weight, bias, mean, var, eps)
     _rows_shifts(g, x, relu, k)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
         if _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias):
             break

@@ -81,8 +81,9 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
             for j in range(width * min(fold, last - i)):
                 sums[j] += np.float64(r0[j])
             i += fold
-        out = partial[a, t, first : first + width]
-        out[:] = sums[:width]
+        out = partial[a, t, first:]
+        for j in range(width):
+            out[j] = sums[j]
         for f in range(1, fold):
             for j in range(width):
                 out[j] += sums[f * width + j]
