@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 from processes import output, python
-from tinygrad_bn_kernels.cpu import helpers, threads
+from tinygrad_bn_kernels.cpu import thread_pool, threads
 
 from tinygrad_bn import functional, ops
 
@@ -35,11 +35,11 @@ def mark(done, start, stop):
 @numba.njit(nogil=True)
 def meet(arrived, count, met, start, stop):
     """Wait in the first parts until `count` of them have begun, for some seconds at most."""
-    helpers._add(arrived, 0, 1)
+    thread_pool._atomic_add(arrived, 0, 1)
     for _ in range(1 << 32):
-        if helpers._read(arrived, 0) >= count:
+        if thread_pool._atomic_load(arrived, 0) >= count:
             break
-    met[start] = helpers._read(arrived, 0) >= count
+    met[start] = thread_pool._atomic_load(arrived, 0) >= count
 
 
 @numba.njit(nogil=True)
@@ -50,10 +50,10 @@ def fail(wrong, start, stop):
 
 @numba.njit(nogil=True)
 def linger(begun, ended, slow, start, stop):
-    helpers._add(begun, 0, 1)
+    thread_pool._atomic_add(begun, 0, 1)
     for i in range(slow if start else 0):
-        helpers._read(begun, i % 1)
-    helpers._add(ended, 0, 1)
+        thread_pool._atomic_load(begun, i % 1)
+    thread_pool._atomic_add(ended, 0, 1)
 
 
 @numba.njit(nogil=True)
@@ -120,7 +120,7 @@ def test_when_split_ends_nothing_is_at_work_any_more(monkeypatch, interrupted):
             raise KeyboardInterrupt
         time.sleep(seconds)
 
-    monkeypatch.setattr(helpers, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
+    monkeypatch.setattr(thread_pool, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
     for _ in range(10):
         try:
             threads.split(linger, 12, 1, begun, ended, 1 << 20)
@@ -214,10 +214,10 @@ def results():
     return [np.asarray(a).tobytes() for a in (p, ops.sum(x, axis=0), F.var(x, axis=1), ops.max(x, axis=0), F.mean(x))]
 
 want = results()
-assert threads._team is not None, "the parent has threads, which a fork leaves behind"
+assert threads._pool is not None, "the parent has threads, which a fork leaves behind"
 child = os.fork()
 if child == 0:
-    os._exit(0 if results() == want and threads._team is not None else 1)  # the child has threads of its own
+    os._exit(0 if results() == want and threads._pool is not None else 1)  # the child has threads of its own
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert results() == want
 """
@@ -250,7 +250,7 @@ def test_a_wrong_setting_is_an_error_that_names_it(name, value):
 @numba.njit(nogil=True)
 def count(done, start, stop):
     for i in range(start, stop):
-        helpers._add(done, i, 1)
+        thread_pool._atomic_add(done, i, 1)
 
 
 @numba.njit(nogil=True)
@@ -261,7 +261,7 @@ def total(x, out, start, stop):
 
 @compiled_only
 def test_no_part_is_taken_twice():
-    """Many parts of hardly any work: whoever takes one races with the others."""
+    """Many parts of hardly any work: the threads race for them."""
     threads.set_num_threads(3)
     for _ in range(3000):
         done = np.zeros(12, np.int64)
@@ -289,7 +289,7 @@ want = np.asarray(ops.sum(x, axis=0)).tobytes()
 inside, go_on = threading.Event(), threading.Event()
 
 def hold():
-    with threads._busy, memory.reserve._lock:
+    with threads._busy, memory.cache._lock:
         inside.set()
         go_on.wait()
 
@@ -300,7 +300,7 @@ if child == 0:  # which has not the thread that holds the locks
     threads.set_num_threads(2)
     memory.empty((1 << 20,), "f4")
     right = np.asarray(ops.sum(x, axis=0)).tobytes() == want
-    os._exit(0 if right and threads._team is not None and memory.reserve.kept else 1)
+    os._exit(0 if right and threads._pool is not None and memory.cache.kept else 1)
 go_on.set()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
@@ -324,7 +324,7 @@ def count(library, *args, optimize=codegen.CPUCodeLibrary._optimize_final_module
 codegen.CPUCodeLibrary._optimize_final_module = count
 x = Tensor(np.ones((4, 8, 16, 16), "f4"), requires_grad=True)
 F.max_pool2d(F.batch_norm(x, training=True), 2).sum().backward()
-assert threads._team is not None, "loops ran on several threads"
+assert threads._pool is not None, "loops ran on several threads"
 print(len([name for name in compiled if name not in ("entry", "nrt")]))  # nrt: what Numba needs itself
 """
 
