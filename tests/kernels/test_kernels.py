@@ -20,10 +20,10 @@ from tinygrad_bn_kernels.cpu import norm, threads
 from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
 from tinygrad_bn import Tensor, functional, nn, ops, optim, testing
-from tinygrad_bn.tensor import OPS
 from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.functional.normalization import block_norm
 from tinygrad_bn.kernels import kernel_errors
+from tinygrad_bn.tensor import OPS
 
 SHAPES = [(37, 5), (130, 70), (6, 5, 4), (8, 3, 5, 5)]
 

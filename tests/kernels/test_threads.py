@@ -9,7 +9,7 @@ import time
 import numba
 import numpy as np
 import pytest
-from tinygrad_bn_kernels.cpu import helpers, threads
+from tinygrad_bn_kernels.cpu import thread_pool, threads
 
 from tests.tools.processes import on_threads, output, python
 from tests.tools.thresholds import thresholds
@@ -37,11 +37,11 @@ def mark(done, start, stop):
 @numba.njit(nogil=True)
 def meet(arrived, count, met, start, stop):
     """Wait, for some seconds at most, until `count` parts have begun."""
-    helpers._add(arrived, 0, 1)
+    thread_pool._atomic_add(arrived, 0, 1)
     for _ in range(1 << 32):
-        if helpers._read(arrived, 0) >= count:
+        if thread_pool._atomic_load(arrived, 0) >= count:
             break
-    met[start] = helpers._read(arrived, 0) >= count
+    met[start] = thread_pool._atomic_load(arrived, 0) >= count
 
 
 @numba.njit(nogil=True)
@@ -52,10 +52,10 @@ def fail(wrong, start, stop):
 
 @numba.njit(nogil=True)
 def linger(begun, ended, slow, start, stop):
-    helpers._add(begun, 0, 1)
+    thread_pool._atomic_add(begun, 0, 1)
     for i in range(slow if start else 0):
-        helpers._read(begun, i % 1)
-    helpers._add(ended, 0, 1)
+        thread_pool._atomic_load(begun, i % 1)
+    thread_pool._atomic_add(ended, 0, 1)
 
 
 @numba.njit(nogil=True)
@@ -122,7 +122,7 @@ def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
             raise KeyboardInterrupt
         time.sleep(seconds)
 
-    monkeypatch.setattr(helpers, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
+    monkeypatch.setattr(thread_pool, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
     for _ in range(10):
         try:
             threads.split(linger, 12, 1, begun, ended, 1 << 20)
@@ -265,7 +265,7 @@ def test_a_wrong_setting_is_an_error_that_names_it(name, value):
 @numba.njit(nogil=True)
 def count(done, start, stop):
     for i in range(start, stop):
-        helpers._add(done, i, 1)
+        thread_pool._atomic_add(done, i, 1)
 
 
 @numba.njit(nogil=True)
@@ -315,10 +315,10 @@ child = os.fork()
 if child == 0:  # the thread that holds the locks does not exist here
     signal.alarm(30)
     threads.set_num_threads(2)
-    kept = memory.reserve.kept
+    kept = memory.cache.kept
     memory.empty((12_345_678,), "f4")
     right = work() == want and numba.njit(lambda x: x - 1)(1) == 0
-    os._exit(0 if right and started() and memory.reserve.kept > kept else 1)
+    os._exit(0 if right and started() and memory.cache.kept > kept else 1)
 go_on.set()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
@@ -328,7 +328,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 @forks
 @pytest.mark.parametrize(
     ("lock", "seconds"),
-    [("threads._busy", None), ("memory.reserve._lock", None), ("global_compiler_lock", 0.3)],  # a fork waits for this
+    [("threads._busy", None), ("memory.cache._lock", None), ("global_compiler_lock", 0.3)],  # a fork waits for this
 )
 def test_a_fork_while_another_thread_computes_allocates_or_compiles(lock, seconds):
     program = HELD.replace("LOCK", lock).replace("SECONDS", str(seconds))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tinygrad_bn.tensor import OPS
 from tinygrad_bn.backend import kernels_disabled
+from tinygrad_bn.tensor import OPS
 
 
 def reference(name, *arrays, **params):

@@ -28,7 +28,7 @@ MATRICES = [(150, 300, 130), (67, 500, 10), (10, 500, 270), (300, 7, 64), (66, 2
 
 def started():
     """Whether this process has worker threads."""
-    return threads._team is not None
+    return threads._pool is not None
 
 
 def matrices(seed, m, k, n, dtype, layouts=(0, 0)):

@@ -1,4 +1,4 @@
-"""Arrays as compiled loops want them: one signature for each precision, so one compilation."""
+"""Arrays as compiled loops take them: one layout for each dtype, so that each loop compiles once for it."""
 
 from typing import Any
 
@@ -9,28 +9,29 @@ Array = NDArray[Any]
 
 
 class _Writable:
-    """The memory of `x`, as if it could be written to: a loop that only reads has one signature, without a copy."""
+    """The memory of a read-only `x` declared writable: read-only arrays would compile a loop anew."""
 
     def __init__(self, x: Array) -> None:
-        self.x = x  # which keeps the memory
+        self.x = x  # keeps the memory alive
         self.__array_interface__ = {**x.__array_interface__, "data": (x.__array_interface__["data"][0], False)}
 
 
 def compiled(x: Array, dtype: DTypeLike | None = None) -> Array:
-    """`x` to be read by a loop: C-contiguous, writable as to its type, and in native `dtype`; copied if need be.
+    """`x` for a loop that reads it: C-contiguous, of a writable type, in native `dtype`; a copy only if necessary.
 
-    By default it keeps its own precision, but half becomes single.
+    By default float32 and float64 keep their dtype, and half precision becomes float32.
     """
+    own = x.dtype
     if dtype is None:
-        dtype = np.dtype(x.dtype.char) if x.dtype.char in "fd" else np.result_type(x, np.float32)
-    if x.flags.carray and x.dtype == dtype:
-        return x  # as nearly always, after one look at all of the flags
-    if x.dtype != dtype or not (x.flags.c_contiguous and x.flags.aligned):
+        dtype = (own if own.isnative else own.newbyteorder()) if own.char in "fd" else np.result_type(x, np.float32)
+    if x.flags.carray and own == dtype:
+        return x  # the usual case
+    if own != dtype or not (x.flags.c_contiguous and x.flags.aligned):
         return np.array(x, dtype, order="C")
     return x if x.flags.writeable else np.asarray(_Writable(x))
 
 
 def expect_one_shape(first: Array, *others: Array) -> None:
-    """Raise ValueError unless all have the same shape: a loop would read, or write, beyond the shortest."""
+    """Raise ValueError unless all have the same shape: a loop would access memory out of bounds."""
     if any(other.shape != first.shape for other in others):
-        raise ValueError(f"arrays have to be of one shape; got {', '.join(str(a.shape) for a in (first, *others))}")
+        raise ValueError(f"expected arrays of one shape; got {', '.join(str(a.shape) for a in (first, *others))}")

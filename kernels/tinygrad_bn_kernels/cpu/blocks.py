@@ -1,8 +1,8 @@
-"""Layer, group, instance and RMS normalisation: each block of neighbouring elements by its own statistics.
+"""Layer, group, instance and RMS normalisation: each block of neighbouring elements has its own statistics.
 
 A block is P planes of S elements: all features of a sample for layer and RMS norm (S = 1), the channels of a group for
-group norm, one channel for instance norm (P = 1). Weight and bias have one number for each plane, and are the same for
-every sample. Statistics and sums of gradients are taken about an element of the block, in float64: exact at any mean.
+group norm, one channel for instance norm (P = 1). Weight and bias have one number for each plane. As in BatchNorm,
+statistics and sums of gradients are shifted and summed in float64, so they are accurate at any mean.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm import plane_statistics
-from tinygrad_bn_kernels.cpu.norm_terms import in_common, rounded
+from tinygrad_bn_kernels.cpu.norm_terms import common_shift, normalizer
 from tinygrad_bn_kernels.cpu.threads import split
 
 Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S: x has N · G · P · S elements
 
-# Into how many parts the samples are cut at most, each with its own sums of the gradients of weight and bias.
+# Most parts of a batch; each has its own sums for the gradients of weight and bias.
 PARTS = 16
 
 
@@ -37,7 +37,7 @@ def _forward(x, weight, bias, eps, centered, y, mean, var, start, stop):
     for i in range(start, stop):
         block, out, g = x[i], y[i], i % groups
         mean[i], var[i] = plane_statistics(channels, i) if centered else (0.0, _mean_square(block))
-        m, ivar, shift = rounded(x, mean[i], var[i], eps)
+        m, ivar, shift = normalizer(x, mean[i], var[i], eps)
         a, r = x.dtype.type(ivar), x.dtype.type(shift)
         if size == 1:
             w, b = weight[g], bias[g]
@@ -58,28 +58,28 @@ def _xhat(x, m, a, r):
 
 @njit(fastmath={"contract"})
 def _shifted(g, shift, w, extra):
-    """g · w less the same for all of the block: (g − shift) · w + extra, where extra is shift · (w − its first w)."""
+    """g · w − shift · w₀, where w₀ is the block's first weight and extra = shift · (w − w₀)."""
     return (g - shift) * w + extra
 
 
 @njit(fastmath=SUMS)
 def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
-    """`sums` is (parts, 2, G, P): of g · x̂ and of g, over the samples of each part.
+    """gx, and sums (parts, 2, G, P) of g · x̂ and of g over the samples of each part.
 
-    gx = ivar · (d − mean d − x̂ · mean(d x̂)), where d is g · w less a number, since what all have in common is taken off
-    with the mean; not centered, d = g · w, and there is no mean.
+    gx = ivar · (d − mean d − x̂ · mean(d x̂)) with d = g · w − constant: the mean removes the constant.
+    Not centered, d = g · w and no mean is subtracted.
     """
     groups, planes = weight.shape
     count, parts, samples = x.shape[1], sums.shape[0], x.shape[0] // groups
     size = count // planes
-    kind = x.dtype.type
+    cast = x.dtype.type
     for part in range(start, stop):
         for i in range(part * samples // parts * groups, (part + 1) * samples // parts * groups):
             gs, block, out, group = g[i], x[i], gx[i], i % groups
-            m, ivar, rest = rounded(x, mean[i], var[i], eps)
-            a, r, w, w0 = kind(ivar), kind(rest), weight[group], weight[group, 0]
+            m, ivar, rest = normalizer(x, mean[i], var[i], eps)
+            a, r, w, w0 = cast(ivar), cast(rest), weight[group], weight[group, 0]
             first, second, third = gs[0], gs[count // 2], gs[count - 1]
-            shift = in_common(min(first, second, third), max(first, second, third)) if centered else kind(0)
+            shift = common_shift(min(first, second, third), max(first, second, third)) if centered else cast(0)
             to_weight, to_bias = sums[part, 0, group], sums[part, 1, group]
             s1 = 0.0
             s2 = 0.0
@@ -102,11 +102,11 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
                         t1 += d
                         t2 += d * xhat
                         t3 += xhat
-                    to_weight[p] += t2 + np.float64(shift) * t3 if planes > 1 else t2  # of a whole block Σ x̂ is 0
+                    to_weight[p] += t2 + np.float64(shift) * t3 if planes > 1 else t2  # Σ x̂ = 0 over a block
                     to_bias[p] += t1 + size * np.float64(shift)
                     s1 += t1 * w[p] + size * np.float64(extra)
                     s2 += t2 * w[p] + extra * t3
-            mean_d, slope = kind(s1 / count if centered else 0.0), kind(s2 / count)
+            mean_d, slope = cast(s1 / count if centered else 0.0), cast(s2 / count)
             if size == 1:
                 for j in range(planes):
                     d, xhat = _shifted(gs[j], shift, w[j], shift * (w[j] - w0)), _xhat(block[j], m, a, r)
@@ -120,35 +120,42 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
                         o0[j] = a * (d - (xhat * slope + mean_d))
 
 
-def _as_blocks(x: Array, weight: Array, blocks: Blocks) -> tuple[Array, Array]:
-    """x as (N · G, P · S) and weight as (G, P), checked, since the loops would read beyond them."""
+def _as_blocks(x: Array, weight: Array | None, blocks: Blocks) -> tuple[Array, Array]:
+    """x as (N · G, P · S) and weight as (G, P) in x's dtype; None is 1.
+
+    Raises ValueError if they do not have so many elements: the loops would read out of bounds.
+    """
     n, groups, planes, size = blocks
-    if x.size != n * groups * planes * size or weight.size != groups * planes:
-        raise ValueError(f"x {x.shape} and weight {weight.shape} do not make blocks (N, G, P, S) of {blocks}")
-    return x.reshape(n * groups, planes * size), weight.reshape(groups, planes)
+    w = np.ones((groups, planes), x.dtype) if weight is None else compiled(weight, x.dtype)
+    if x.size != n * groups * planes * size or w.size != groups * planes:
+        raise ValueError(f"x {x.shape} and weight {w.shape} do not have the size of blocks (N, G, P, S) = {blocks}")
+    return x.reshape(n * groups, planes * size), w.reshape(groups, planes)
 
 
-@kernel("block_norm_fused", "cpu")
-def block_norm_fused(
-    x: Array, weight: Array, bias: Array, *, blocks: Blocks, eps: float, centered: bool
+@kernel("block_norm", "cpu")
+def block_norm(
+    x: Array, weight: Array | None, bias: Array | None, *, blocks: Blocks, eps: float, centered: bool
 ) -> tuple[Array, Array, Array]:
     """The output, in x's shape, and mean and variance of each block in float64, (N · G,)."""
-    eps, centered, source = float(eps), bool(centered), compiled(x)
-    rows, w = _as_blocks(source, compiled(weight, source.dtype), blocks)
-    b = compiled(bias, source.dtype).reshape(w.shape)
+    source = compiled(x)
+    rows, w = _as_blocks(source, weight, blocks)
+    b = np.zeros(w.shape, source.dtype) if bias is None else compiled(bias, source.dtype).reshape(w.shape)
     y, mean, var = empty_like(source), np.empty(len(rows)), np.empty(len(rows))
     if x.size:
-        split(_forward, len(rows), x.size, rows, w, b, eps, centered, y.reshape(rows.shape), mean, var)
+        numbers = float(eps), bool(centered)  # other types would be compiled for
+        split(_forward, len(rows), x.size, rows, w, b, *numbers, y.reshape(rows.shape), mean, var)
+    else:
+        mean[:] = var[:] = np.nan
     return y.astype(x.dtype, copy=False), mean, var
 
 
-@kernel("block_norm_fused.vjp", "cpu")
-def block_norm_fused_vjp(
+@kernel("block_norm.vjp", "cpu")
+def block_norm_vjp(
     g: Array,
     y: Array,
     x: Array,
-    weight: Array,
-    bias: Array,
+    weight: Array | None,
+    bias: Array | None,
     *,
     needs: list[bool],
     blocks: Blocks,
@@ -156,14 +163,16 @@ def block_norm_fused_vjp(
     centered: bool,
     mean: Array,
     var: Array,
-) -> tuple[Array, Array, Array]:
-    """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
-    eps, centered, source = float(eps), bool(centered), compiled(x)
-    rows, w = _as_blocks(source, compiled(weight, source.dtype), blocks)
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of x, weight and bias, from the saved statistics."""
+    source = compiled(x)
+    rows, w = _as_blocks(source, weight, blocks)
     gx, parts = empty_like(source), max(1, min(PARTS, blocks[0]))
     sums = np.zeros((parts, 2, *w.shape))
     if x.size:
         gs, out = compiled(g, source.dtype).reshape(rows.shape), gx.reshape(rows.shape)
-        split(_backward, parts, x.size, gs, rows, w, eps, centered, mean, var, out, sums)
-    gweight, gbias = sums.sum(axis=0)
-    return gx, gweight.reshape(weight.shape), gbias.reshape(bias.shape)
+        split(_backward, parts, x.size, gs, rows, w, float(eps), bool(centered), mean, var, out, sums)
+    total = np.add.reduce(sums)
+    gweight = None if weight is None else total[0].reshape(weight.shape)
+    gbias = None if bias is None else total[1].reshape(bias.shape)
+    return gx, gweight, gbias

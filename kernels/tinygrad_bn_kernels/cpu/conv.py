@@ -1,16 +1,15 @@
-"""Convolution in one or two dimensions: tiles of the output stay in registers while the kernel slides over an image.
+"""Convolution in one or two dimensions, as a matrix product without im2col ("implicit GEMM").
 
-The images of a batch are taken one by one. An image is copied into a buffer with its padding around it; there, what
-one place of the kernel meets at all places of the output is one contiguous run, which starts at that place's offset.
-So convolution is a matrix product of the weight with rows that overlap, and no columns need to be written down: of four
-rows of the output, three vectors each are summed in twelve registers over all places of the kernel ("implicit GEMM").
+Each image is copied into a buffer with its padding. There the elements that one position (c, i, j) of the kernel is
+multiplied by, for all positions of the output, are one contiguous run that starts at the position's offset. So the
+output is the product of the weight and a matrix whose rows are overlapping runs of the buffer; tiles of it, 4 channels
+by 3 vectors, are summed in registers.
 
-With stride s every s-th element meets a place: the buffer then holds s × s images, each of the elements whose
-coordinates leave the same rest when divided by s, and in each the runs are contiguous again.
+With stride s the buffer holds s × s sub-images, one for each remainder of the coordinates divided by s, so that runs
+are contiguous again.
 
-A run goes on past the end of each row of the output, up to the width of the buffer. What it computes there is dropped,
-and of a gradient, what comes from there is 0. As 0 times infinity is NaN, weights that are not finite, and gradients of
-the weight that are not, are left to the reference.
+The rows of the output are as wide as the buffer: the elements past their end are dropped in the output, and 0 in its
+gradient. As 0 · ∞ is NaN, the reference handles weights, and gradients of weights, that are not finite.
 """
 
 from typing import Any, NamedTuple
@@ -33,8 +32,8 @@ Ints = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
 
 
-# The weight's gradient is a sum over the batch. It is made of so many parts, whatever the number of threads, so that
-# the result does not depend on it; and in a part runs of about so many elements are summed in registers.
+# The weight's gradient is the sum over PARTS parts of the batch, for any number of threads, so that its bits do not
+# depend on it. Runs of about RUN elements are summed in registers.
 PARTS = 8
 RUN = 1024
 
@@ -43,17 +42,19 @@ RUN = 1024
 
 
 @njit()
-def _inside(rest, before, stride, count, width):
-    """Which elements of a row of the buffer come from the input: from the first, to before the second."""
-    start = rest - before
+def _inside(remainder, before, stride, count, width):
+    """The range of a buffer row that is inside the image; the remainder is that of the sub-image."""
+    start = remainder - before
     first = min(max((stride - 1 - start) // stride, 0), width)
     return first, max(min((count - 1 - start) // stride + 1, width), first)
 
 
 @njit()
 def _fill(image, at, size, frame, buffer, to):
-    """Copy a channel of `size` (H, W), from `at` on, into the buffer from `to` on, flat (stride_h, stride_w, height,
-    width), with 0 around it; it gives where that ends."""
+    """Copy a channel of `size` (H, W), from `at`, into the buffer (stride_h, stride_w, height, width), from `to`.
+
+    Elements outside the image are 0. Returns the end of the buffer.
+    """
     (rows, columns), (before_h, before_w, stride_h, stride_w, height, width) = size, frame
     for a in range(stride_h):
         for b in range(stride_w):
@@ -78,8 +79,8 @@ def _fill(image, at, size, frame, buffer, to):
 
 
 @njit()
-def _take(buffer, at, size, frame, image, to):
-    """The adjoint of `_fill`: a channel back from the buffer; each element stands in one place, or in none."""
+def _unfill(buffer, at, size, frame, image, to):
+    """The adjoint of `_fill`: copy a channel from the buffer, and 0 for elements that it lacks."""
     (rows, columns), (before_h, before_w, stride_h, stride_w, height, width) = size, frame
     image[to : to + rows * columns] = 0
     for a in range(stride_h):
@@ -100,8 +101,8 @@ def _take(buffer, at, size, frame, image, to):
 
 
 @njit()
-def _framed_already(size, frame):
-    """Whether an image is what the buffer would be, so that it can be read itself."""
+def _needs_no_buffer(size, frame):
+    """Whether the buffer would equal the image."""
     before_h, before_w, stride_h, stride_w, height, width = frame
     plain = before_h == 0 and before_w == 0 and stride_h == 1 and stride_w == 1
     return plain and height == size[0] and width == size[1]
@@ -116,14 +117,16 @@ def _extent(frame):
 
 @njit()
 def _slack(frame, images):
-    """What a tile may read after the last element."""
+    """Elements that a tile may read past the end."""
     return frame[-1] + VECTORS * lanes(images)
 
 
 @njit()
 def _correlate(images, frame, offsets, weights, bias, out, start, stop):
-    """Each image (C, H, W), framed, by weights (groups, O / groups / 4, R · 4), to out (items, O / groups, OH, OW);
-    an item is a group of an image."""
+    """out (items, O / groups, OH, OW) from images (items, C / groups, H, W) and packed weights (groups, tiles, R · 4).
+
+    An item is one group of one image; R is the number of positions in the kernel.
+    """
     _, inputs, height, width = images.shape
     _, channels, rows, columns = out.shape
     groups, tiles, length = weights.shape
@@ -133,7 +136,7 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
     size, image, slack = (height, width), inputs * height * width, _slack(frame, images)
     buffer = np.zeros(inputs * _extent(frame) + slack, images.dtype)
     flat, numbers = np.zeros(ROWS * tiles * pitch, images.dtype), weights.reshape(weights.size)
-    direct = _framed_already(size, frame)
+    direct = _needs_no_buffer(size, frame)
     for item in range(start, stop):
         group = item % groups
         read, base = source, item * image
@@ -143,7 +146,7 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
                 to = _fill(source, item * image + c * height * width, size, frame, buffer, to)
         for o in range(channels):
             flat[o * pitch : (o + 1) * pitch] = bias[group * channels + o]
-        for at in range(0, pitch, block):  # what the tiles of one run read stays in the first cache
+        for at in range(0, pitch, block):  # the block of each run stays in the L1 cache
             for tile in range(tiles):
                 a, weight = tile * ROWS * pitch + at, (group * tiles + tile) * length
                 add_products(read, offsets, base + at, numbers, weight, (1, ROWS), flat, four(a, pitch))
@@ -154,8 +157,10 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
 
 @njit()
 def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
-    """The adjoint: gradients (items, O / groups, OH, OW) by weights (groups, R / 4, O / groups · 4) to out (items, C,
-    H, W). What comes to each place of the kernel is added to the buffer at its offset."""
+    """The adjoint: out (items, C / groups, H, W) from gradients (items, O / groups, OH, OW) and packed weights.
+
+    The weights are (groups, R / 4, O / groups · 4). The run of each position is added to the buffer at its offset.
+    """
     _, channels, rows, columns = gradients.shape
     _, outputs, height, width = out.shape
     groups, tiles, length = weights.shape
@@ -166,8 +171,8 @@ def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
     extent = outputs * _extent(frame) + _slack(frame, gradients)
     buffer = np.zeros(extent + pitch, gradients.dtype)
     numbers = weights.reshape(weights.size)
-    places = np.full(ROWS * tiles, extent)  # rows of 0 after the last go where nobody looks
-    places[: len(offsets)] = offsets
+    targets = np.full(ROWS * tiles, extent)  # the zero rows of the last tile are written past the end
+    targets[: len(offsets)] = offsets
     for item in range(start, stop):
         for o in range(channels):
             _fill(source, (item * channels + o) * rows * columns, (rows, columns), plain, framed, o * pitch)
@@ -175,18 +180,18 @@ def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
         for at in range(0, pitch, block):
             for tile in range(tiles):
                 weight, row = (item % groups * tiles + tile) * length, ROWS * tile
-                to = places[row] + at, places[row + 1] + at, places[row + 2] + at, places[row + 3] + at
+                to = targets[row] + at, targets[row + 1] + at, targets[row + 2] + at, targets[row + 3] + at
                 add_products(framed, runs, at, numbers, weight, (1, ROWS), buffer, to)
         at = 0
         for c in range(outputs):
-            at = _take(buffer, at, (height, width), frame, target, (item * outputs + c) * height * width)
+            at = _unfill(buffer, at, (height, width), frame, target, (item * outputs + c) * height * width)
 
 
 @njit()
 def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, stop):
-    """Σ over images of what each place of the kernel meets, times the output's gradient (items, O / groups, OH, OW).
+    """Σ over images of each position's run times the output's gradient (items, O / groups, OH, OW).
 
-    Part p of the images and group g go to sums[p, g] (O / groups, R), both rounded up to whole tiles.
+    sums (PARTS, groups, O / groups, R) has its last axes rounded up to whole tiles.
     """
     items, inputs, height, width = images.shape
     _, channels, rows, columns = gradients.shape
@@ -200,16 +205,16 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
     pitch = inputs * _extent(frame) + slack
     buffer = np.zeros(together * pitch, images.dtype)
     framed = np.zeros(together * sums.shape[2] * length, images.dtype)
-    direct = _framed_already(size, frame)
+    direct = _needs_no_buffer(size, frame)
     for item in range(start, stop):
         part, group = item // groups, item % groups
         last = (part + 1) * batch // parts
         for n in range(part * batch // parts, last, together):
             count = min(together, last - n)
-            read, base, apart = source, (n * groups + group) * image, groups * image
-            copied = not direct or base + (count - 1) * apart + image + slack > len(source)
+            read, base, stride = source, (n * groups + group) * image, groups * image
+            copied = not direct or base + (count - 1) * stride + image + slack > len(source)
             if copied:
-                read, base, apart = buffer, 0, pitch
+                read, base, stride = buffer, 0, pitch
             for k in range(count):
                 i = (n + k) * groups + group
                 if copied:
@@ -224,7 +229,7 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
                 for first in range(0, sums.shape[2], ROWS):
                     for r in range(0, sums.shape[3], VECTORS):
                         add_inner_products(
-                            read, base, apart, offsets, r, framed, first, count, length, begin, end, sums[part, group]
+                            read, base, stride, offsets, r, framed, first, count, length, begin, end, sums[part, group]
                         )  # fmt: skip
 
 
@@ -232,7 +237,7 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
 
 
 class _Axis(NamedTuple):
-    """One axis of a convolution: places of the kernel, elements of the output, stride, padding before, dilation."""
+    """One axis of a convolution: sizes of kernel and output, stride, padding before, dilation."""
 
     kernel: int
     out: int
@@ -241,32 +246,34 @@ class _Axis(NamedTuple):
     dilation: int
 
     @property
-    def places(self) -> Array:
-        """Where the places of the kernel are."""
+    def positions(self) -> Array:
+        """The kernel's positions in the padded image."""
         return np.arange(self.kernel) * self.dilation
 
     @property
     def extent(self) -> int:
-        """How many elements of one rest the buffer needs."""
+        """Elements of a sub-image."""
         return (self.kernel - 1) * self.dilation // self.stride + self.out
 
 
 def _packed(weight: Array) -> Array:
-    """(groups, O, R) as tiles want it: (groups, O / 4, R · 4), with rows of 0 after the last."""
-    groups, channels, places = weight.shape
-    padded = np.zeros((groups, -(-channels // ROWS) * ROWS, places), weight.dtype)
+    """The weight (groups, O, R) packed for tiles: (groups, O / 4, R · 4), with O rounded up by rows of 0."""
+    groups, channels, positions = weight.shape
+    padded = np.zeros((groups, -(-channels // ROWS) * ROWS, positions), weight.dtype)
     padded[:, :channels] = weight
-    tiles = padded.reshape(groups, -1, ROWS, places).transpose(0, 1, 3, 2)
-    return np.ascontiguousarray(tiles).reshape(groups, -1, ROWS * places)
+    tiles = padded.reshape(groups, -1, ROWS, positions).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(tiles).reshape(groups, -1, ROWS * positions)
 
 
 def _frame(kernel: Ints, out: Ints, stride: Ints, padding: Pairs, dilation: Ints, channels: int) -> tuple[Ints, Array]:
-    """How an image is framed: what is before it, strides, extents; and where in its buffer the run of each channel and
-    place of the kernel starts, (channels · KH · KW,). Of a single axis, the first is one element high."""
+    """The layout of the buffer (padding before, strides, extents), and the offsets of the runs, (channels · KH · KW,).
+
+    With one axis, the height is 1.
+    """
     before = (b for b, _ in padding)
     given = [_Axis(*each) for each in zip(kernel, out, stride, before, dilation, strict=True)]
     rows, columns = [_Axis(1, 1, 1, 0, 1)] * (2 - len(given)) + given
-    i, j = rows.places[:, None], columns.places
+    i, j = rows.positions[:, None], columns.positions
     c = np.arange(channels)[:, None, None]
     plane = (c * rows.stride + i % rows.stride) * columns.stride + j % columns.stride
     offsets = (plane * rows.extent + i // rows.stride) * columns.extent + j // columns.stride
@@ -274,8 +281,8 @@ def _frame(kernel: Ints, out: Ints, stride: Ints, padding: Pairs, dilation: Ints
     return frame, np.ascontiguousarray(offsets, np.intp).ravel()
 
 
-def _fits(groups: int, *arrays: Array) -> bool:
-    """Whether this is work for the loops here: three axes are left to the reference."""
+def _is_supported(*arrays: Array) -> bool:
+    """Whether the loops here take these arrays: not of three axes, empty, or of half precision."""
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return False
     return arrays[0].ndim in (3, 4) and all(a.dtype.char in "fd" and a.size for a in arrays)
@@ -293,17 +300,17 @@ def _planes(x: Array, groups: int) -> Array:
 
 @kernel("conv", "cpu")
 def conv(x: Array, weight: Array, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int) -> Any:
-    """x (N, C, *size) by weight (O, C / groups, *kernel): (N, O, *out)."""
+    """x (N, C, *size) and weight (O, C / groups, *kernel) to (N, O, *out)."""
     zero = np.zeros(len(weight), np.result_type(x, weight))
-    return conv_fused(x, weight, zero, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return conv_with_bias(x, weight, zero, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
-@kernel("conv_fused", "cpu")
-def conv_fused(
+@kernel("conv_with_bias", "cpu")
+def conv_with_bias(
     x: Array, weight: Array, bias: Array, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Any:
-    """`conv`, and the bias (O,) added."""
-    if not _fits(groups, x, weight, bias) or x.shape[1] != weight.shape[1] * groups or bias.shape != weight.shape[:1]:
+    """`conv` plus the bias (O,)."""
+    if not _is_supported(x, weight, bias) or x.shape[1] != weight.shape[1] * groups or bias.shape != weight.shape[:1]:
         return NotImplemented
     dtype = np.result_type(x, weight, bias)
     out = _out(x.shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -320,7 +327,7 @@ def conv_input(
     g: Array, weight: Array, *, size: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Any:
     """g (N, O, *out) and weight (O, C / groups, *kernel) to (N, C, *size)."""
-    if not _fits(groups, g, weight) or g.shape[1] != len(weight) or not np.isfinite(weight).all():
+    if not _is_supported(g, weight) or g.shape[1] != len(weight) or not np.isfinite(weight).all():
         return NotImplemented
     dtype = np.result_type(g, weight)
     frame, offsets = _frame(weight.shape[2:], g.shape[2:], stride, padding, dilation, weight.shape[1])
@@ -334,29 +341,29 @@ def conv_input(
 @kernel("conv_weight", "cpu")
 def conv_weight(x: Array, g: Array, *, kernel: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int) -> Any:
     """x (N, C, *size) and g (N, O, *out) to (O, C / groups, *kernel)."""
-    if not _fits(groups, x, g) or len(x) != len(g):
+    if not _is_supported(x, g) or len(x) != len(g):
         return NotImplemented
     dtype = np.result_type(x, g)
     images, gs = _planes(compiled(x, dtype), groups), _planes(compiled(g, dtype), groups)
     frame, offsets = _frame(kernel, g.shape[2:], stride, padding, dilation, images.shape[1])
-    places = len(offsets)
-    offsets = np.pad(offsets, (0, -places % VECTORS))
+    positions = len(offsets)
+    offsets = np.pad(offsets, (0, -positions % VECTORS))
     parts = min(PARTS, len(x))
     sums = np.zeros((parts, groups, -(-gs.shape[1] // ROWS) * ROWS, len(offsets)), dtype)
-    work = g.size * places / MULTIPLICATIONS
+    work = g.size * positions / MULTIPLICATIONS
     split(_correlate_weight, parts * groups, work, images, frame, offsets, gs, groups, sums)
-    gweight = np.ascontiguousarray(sums.sum(axis=0)[:, : gs.shape[1], :places])
+    gweight = np.ascontiguousarray(sums.sum(axis=0)[:, : gs.shape[1], :positions])
     if not np.isfinite(gweight).all():
         return NotImplemented
     return gweight.reshape(g.shape[1], images.shape[1], *kernel)
 
 
-@kernel("conv_fused.vjp", "cpu")
-def conv_fused_vjp(
+@kernel("conv_with_bias.vjp", "cpu")
+def conv_with_bias_vjp(
     g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], **options: Any
 ) -> Any:
-    """The gradients of x, weight and bias, each where it is needed."""
-    if not _fits(options["groups"], g, x, weight):
+    """The gradients of x, weight and bias, or None if not needed."""
+    if not _is_supported(g, x, weight):
         return NotImplemented
     gx = conv_input(g, weight, size=x.shape[2:], **options) if needs[0] else None
     gweight = conv_weight(x, g, kernel=weight.shape[2:], **options) if needs[1] else None

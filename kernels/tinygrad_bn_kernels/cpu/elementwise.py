@@ -1,4 +1,4 @@
-"""Elementwise functions that NumPy has not, or has only in several passes over memory."""
+"""Elementwise functions that NumPy lacks, or computes in several passes over memory."""
 
 import math
 
@@ -20,7 +20,7 @@ def _relu_vjp(g, y, out, start, stop):
 
 @kernel("relu.vjp", "cpu")
 def relu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
-    """g where the output was positive, 0 elsewhere."""
+    """g where the output is positive, 0 elsewhere."""
     expect_one_shape(g, y)
     g, y = compiled(g), compiled(y)
     out = empty_like(g)

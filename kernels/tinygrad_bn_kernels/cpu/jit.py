@@ -1,4 +1,4 @@
-"""How loops are compiled: the options of all of them, and a cache on disk where there can be one."""
+"""`njit` with the options of all loops, and a cache of compiled loops on disk."""
 
 import hashlib
 import os
@@ -21,32 +21,32 @@ except ImportError:  # not a POSIX system
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# reassoc lets sums use vector registers; nnan and ninf are left out, as they would break NaN and Inf.
+# reassoc lets LLVM vectorise sums; nnan and ninf are left out, as they would break NaN and Inf.
 SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
 if hasattr(os, "register_at_fork"):
-    # A fork waits for a thread that compiles: the child would inherit its lock, and nobody to release it.
+    # A fork waits for compilation to end: the child would inherit a lock that no thread releases.
     release = global_compiler_lock.release
     os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=release, after_in_child=release)
 
 
 def _bases() -> Iterator[Path]:
-    """Where a cache may be, best first: in NUMBA_CACHE_DIR, or the user's cache; beside the source."""
+    """Candidate folders for the cache, best first: NUMBA_CACHE_DIR or the user's cache, then beside the source."""
     given = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     if given:
         yield Path(given)
     else:
-        with suppress(RuntimeError):  # a user who has no home
+        with suppress(RuntimeError):  # the user has no home
             yield Path.home() / (".cache" if os.name == "posix" else "AppData/Local")
     yield Path(__file__).parent / "__pycache__"
 
 
 @cache
 def cache_folder() -> str:
-    """Where compiled loops are kept, under a name that their source gives, and what changes the code made of it.
+    """The folder of compiled loops, named by a hash of all sources here, of Numba's version and of its options.
 
-    So a change of any of these files, of Numba or of its options starts an empty folder: Numba itself notices a change
-    only in the file of the loop. Raises RuntimeError where nothing can be written.
+    So a change in any of them starts an empty folder; Numba itself only notices changes in the file of the loop.
+    Raises RuntimeError if no folder is writable.
     """
     config: Any = numba.config
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -58,26 +58,24 @@ def cache_folder() -> str:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             return str(folder)
-    raise RuntimeError("no folder for compiled loops can be written to")
+    raise RuntimeError("no folder for compiled loops is writable")
 
 
 @cache
 def _warn_once() -> None:
     warnings.warn(
-        "kernels cannot be cached and are compiled in every process; set NUMBA_CACHE_DIR to a folder that can be "
-        "written to",
+        "kernels cannot be cached and are compiled in every process; set NUMBA_CACHE_DIR to a writable folder",
         RuntimeWarning,
         stacklevel=4,
     )
 
 
 def _save_safely(dispatcher: Any) -> None:
-    """Let one process at a time write to a loop's cache: two that save different dtypes would mix them up.
+    """Lock a loop's cache while writing: two processes that save different dtypes would corrupt it.
 
-    What cannot be written, to a full disk or for want of locks, is compiled all the same; so is what cannot be read,
-    as its file is damaged, and is written anew.
+    If writing fails (full disk, no locks) the loop is only compiled. A damaged file is compiled and written again.
     """
-    cache = getattr(dispatcher, "_cache", None)  # there is none with NUMBA_DISABLE_JIT
+    cache = getattr(dispatcher, "_cache", None)  # None with NUMBA_DISABLE_JIT
     if cache is None:
         return
     load, save = cache.load_overload, cache.save_overload
@@ -85,7 +83,7 @@ def _save_safely(dispatcher: Any) -> None:
     def load_if_whole(signature: Any, context: Any) -> Any:
         try:
             return load(signature, context)
-        except Exception:  # unpickling what is damaged may raise anything
+        except Exception:  # unpickling a damaged file may raise anything
             with suppress(OSError):
                 cache.flush()
             return None
@@ -104,21 +102,20 @@ def _save_safely(dispatcher: Any) -> None:
 
 
 def njit(**options: Any) -> Callable[[F], F]:
-    """`numba.njit` with division by zero as in NumPy, without the GIL, and cached on disk in a folder of our own.
+    """`numba.njit` with NumPy's division by zero, without the GIL, cached in `cache_folder()`.
 
-    Where no folder for the cache can be written to, the loops are compiled anew in every process, and a warning
-    says so once.
+    If no folder is writable, every process compiles the loops and warns once.
     """
-    options = {"error_model": "numpy", "nogil": True, **options}
+    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, **options}
 
     def compile_lazily(function: F) -> F:
         config: Any = numba.config
         before = config.CACHE_DIR
         try:
-            config.CACHE_DIR = cache_folder()  # read while the dispatcher is made
+            config.CACHE_DIR = cache_folder()  # numba.njit reads it
             compiled: F = numba.njit(cache=True, **options)(function)
             _save_safely(compiled)
-        except RuntimeError:  # nowhere to write, or no source file that a cache could go by
+        except RuntimeError:  # no writable folder, or no source file for Numba's cache
             _warn_once()
             compiled = numba.njit(**options)(function)
         finally:

@@ -1,7 +1,7 @@
-"""Memory for large results, kept when they are gone and given out again.
+"""An allocator for large results that reuses freed memory.
 
-The system hands out fresh pages full of zeros, one by one: a large result costs as much in pages as in arithmetic, and
-a training step asks for the same sizes again and again.
+The system zeroes fresh pages one by one, which costs as much as the arithmetic of a large result; and a training step
+allocates the same sizes again and again.
 """
 
 import _thread
@@ -16,18 +16,18 @@ from numpy.typing import DTypeLike
 from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.threads import setting
 
-# Bytes from which a result comes from here. The C library keeps what is smaller itself.
+# Bytes from which memory is reused here. The C library reuses smaller blocks itself.
 KEEP_FROM = 1 << 18
 ALIGNMENT = 64
 
 
-class _Loan:
-    """Some memory as an array's base: it goes back when nothing looks at it any more."""
+class _Buffer:
+    """The base of an array: its memory returns to the cache when no array refers to it."""
 
-    memory: Array | None = None  # until it is whole: it may be interrupted before
+    memory: Array | None = None  # set in __init__, which may be interrupted
 
-    def __init__(self, reserve: "Reserve", memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.reserve, self.memory = reserve, memory
+    def __init__(self, cache: "MemoryCache", memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.cache, self.memory = cache, memory
         start = memory.ctypes.data
         data = start + -start % ALIGNMENT, False
         self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": data}
@@ -35,15 +35,16 @@ class _Loan:
     def __del__(self) -> None:
         try:
             if self.memory is not None:
-                self.reserve.give_back(self.memory)
+                self.cache.free(self.memory)
         except KeyboardInterrupt:
-            _thread.interrupt_main()  # what is raised in here would be lost
+            _thread.interrupt_main()  # Python ignores exceptions in __del__
 
 
-class Reserve:
-    """Memory that was given back, up to `limit` bytes; beyond it the sizes that were not asked for longest go first.
+class MemoryCache:
+    """Freed memory by size, at most `limit` bytes; the least recently allocated sizes are dropped first.
 
-    Whoever finds another thread at it, or is called by the garbage collector amidst it, does without: nobody waits.
+    If the lock is held (by another thread, or by this one when the garbage collector runs), memory is allocated and
+    freed normally; it never blocks.
     """
 
     def __init__(self, limit: int) -> None:
@@ -53,21 +54,21 @@ class Reserve:
         self._lock = Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        """An array as of `np.empty`."""
+        """`np.empty`, from cached memory if possible."""
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize + ALIGNMENT
         memory = None
         if not self._lock.locked():
             with self._lock:
-                of_size = self._sizes[size] = self._sizes.pop(size, [])
-                if of_size:
+                free = self._sizes[size] = self._sizes.pop(size, [])
+                if free:
                     self.kept -= size
-                    memory = of_size.pop()
+                    memory = free.pop()
         if memory is None:
             memory = np.empty(size, np.uint8)
-        return np.asarray(_Loan(self, memory, shape, dtype))
+        return np.asarray(_Buffer(self, memory, shape, dtype))
 
-    def give_back(self, memory: Array) -> None:
+    def free(self, memory: Array) -> None:
         """Keep `memory` for another array."""
         if memory.size > self.limit or self._lock.locked():
             return
@@ -75,36 +76,36 @@ class Reserve:
             self._sizes.setdefault(memory.size, []).append(memory)
             self.kept += memory.size
             while self.kept > self.limit:
-                size, of_size = next(iter(self._sizes.items()))
-                if of_size:
+                size, free = next(iter(self._sizes.items()))
+                if free:
                     self.kept -= size
-                    of_size.pop()
+                    free.pop()
                 else:
                     del self._sizes[size]
 
-    def forget(self) -> None:
-        """After a fork: the lock may be held by a thread that the child does not have."""
+    def reset_after_fork(self) -> None:
+        """A new lock: the old one may be held by a thread that the child does not have."""
         self._lock = Lock()
 
 
-reserve = Reserve(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)
+cache = MemoryCache(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=reserve.forget)
+    os.register_at_fork(after_in_child=cache.reset_after_fork)
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """`np.empty`, for results."""
+    """`np.empty` for results."""
     small = math.prod(shape) * np.dtype(dtype).itemsize < KEEP_FROM
-    return np.empty(shape, dtype) if small else reserve.empty(shape, dtype)
+    return np.empty(shape, dtype) if small else cache.empty(shape, dtype)
 
 
 def empty_like(x: Array) -> Array:
-    """An array in the shape and dtype of `x`, for results."""
-    return np.empty(x.shape, x.dtype) if x.nbytes < KEEP_FROM else reserve.empty(x.shape, x.dtype)
+    """`np.empty` for results, of the shape and dtype of `x`."""
+    return np.empty(x.shape, x.dtype) if x.nbytes < KEEP_FROM else cache.empty(x.shape, x.dtype)
 
 
 def is_owner(x: Array) -> bool:
-    """Whether the memory of `x` is its own, or from here, and not another array's."""
-    return x.base is None or isinstance(x.base, _Loan)
+    """Whether `x` owns its memory, and is not a view of another array."""
+    return x.base is None or isinstance(x.base, _Buffer)

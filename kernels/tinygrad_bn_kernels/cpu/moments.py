@@ -1,16 +1,16 @@
-"""Mean and variance from the sums of x − shift and of its square."""
+"""Mean and variance from sums of x − shift and (x − shift)²."""
 
 import numpy as np
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 
-# A shift that is further from the mean than this many deviations has cost digits.
+# A shift further from the mean than this many standard deviations loses digits.
 FAR = 16.0
 
 
 @njit(fastmath=SUMS)
 def moments(shift, s1, s2, n):
-    """Mean and biased variance from Σ (x − shift) and Σ (x − shift)², and whether to sum again, with it as shift."""
+    """Mean and biased variance from Σ (x − shift) and Σ (x − shift)²; and whether the shift is too far off."""
     off = s1 / n
     var = np.maximum(s2 / n - off * off, 0.0)
     return shift + off, var, off * off > FAR * FAR * var

@@ -1,9 +1,9 @@
-"""BatchNorm over (N, C, S): statistics, output and gradients, a channel or a block of channels at a time.
+"""BatchNorm over (N, C, S): statistics, output and gradients.
 
-S = 1 is a batch of vectors (`_rows_…`), of which a part is a chunk of rows; otherwise the planes of images
-(`_planes_…`), of which a part is a range of channels, so that a channel is read again while it is in cache. Statistics
-are taken of x − shift, with the channel's first element as shift, and summed in float64: exact at any mean, and 0 for a
-constant channel. Gradients far from 0 are computed from g − shift likewise: Σ x̂ is 0, so only the bias feels a shift.
+With S = 1 (`_rows_…`) a loop works on chunks of rows. Otherwise (`_planes_…`) it works on whole channels, and reads a
+channel again while it is in cache. Statistics are sums of x − shift in float64; the shift is the channel's first
+element. So they are accurate at any mean, and the variance of a constant channel is 0. Gradients far from 0 are shifted
+likewise: Σ x̂ is 0, so the shift only changes the gradient of the bias, where it is added again.
 """
 
 from typing import Any
@@ -16,15 +16,23 @@ from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.moments import moments
-from tinygrad_bn_kernels.cpu.norm_terms import floor_of, four_terms, gradient, in_common, passed, rounded, term, too_far
-from tinygrad_bn_kernels.cpu.reduce_loops import make_finite
+from tinygrad_bn_kernels.cpu.norm_terms import (
+    common_shift,
+    four_terms,
+    gradient,
+    is_bad_shift,
+    lower_bound,
+    normalizer,
+    relu_gradient,
+    term,
+)
 from tinygrad_bn_kernels.cpu.threads import split
 
-# Rows of a batch of vectors whose sums are added up before those of the next.
+# Rows of a chunk. Each chunk has its own sums, so results do not depend on the number of threads.
 CHUNK = 256
 
-# Gradients of a channel that are looked at for what they have in common. With three of them one channel in a hundred
-# would have something by chance, and all the sums would be taken again.
+# Gradients of a channel that are sampled to choose a shift. With three samples, one channel in a hundred gets a useless
+# shift by chance, and all sums are computed twice.
 PROBES = 8
 
 
@@ -35,7 +43,7 @@ PROBES = 8
 def plane_statistics(x, c):
     """Mean and biased variance of channel c."""
     n, _, size = x.shape
-    mean = np.float64(x[0, c, 0] if np.isfinite(x[0, c, 0]) else 0)  # or an infinite mean would be NaN
+    mean = np.float64(x[0, c, 0] if np.isfinite(x[0, c, 0]) else 0)  # an infinite shift would make the mean NaN
     var = 0.0
     for _ in range(2):
         s1 = 0.0
@@ -55,14 +63,14 @@ def plane_statistics(x, c):
 @njit(fastmath=SUMS)
 def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
-    floor = floor_of(x, relu)
-    m, ivar, r = rounded(x, mean, var, eps)
+    lowest = lower_bound(x, relu)
+    m, ivar, r = normalizer(x, mean, var, eps)
     a, b = x.dtype.type(ivar * weight), x.dtype.type(r * weight + bias)
     for i in range(n):
         source, target = x[i, c], y[i, c]
         for j in range(size):
             v = (source[j] - m) * a + b
-            target[j] = floor if v < floor else v
+            target[j] = lowest if v < lowest else v
 
 
 @njit(fastmath=SUMS)
@@ -107,26 +115,26 @@ def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
 
 @njit(fastmath=SUMS)
 def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    """gx = ivar w · (d − mean d − x̂ · mean(d x̂)), where d = g − shift, if gx is there to be written."""
+    """gx = ivar w · (d − mean d − x̂ · mean(d x̂)), where d = g − shift. An empty gx is not computed."""
     n, _, size = x.shape
-    kind = x.dtype.type
-    m, ivar, r = rounded(x, mean[c], var[c], eps)
-    a, b = kind(ivar * weight[c]), kind(r * weight[c] + bias[c])
-    low = high = passed(g[0, c, 0], x[0, c, 0] - m, a, b, relu)
+    cast = x.dtype.type
+    m, ivar, r = normalizer(x, mean[c], var[c], eps)
+    a, b = cast(ivar * weight[c]), cast(r * weight[c] + bias[c])
+    low = high = relu_gradient(g[0, c, 0], x[0, c, 0] - m, a, b, relu)
     for t in range(1, PROBES):
         place = t * (n * size - 1) // (PROBES - 1)
         i, j = place // size, place % size
-        v = passed(g[i, c, j], x[i, c, j] - m, a, b, relu)
+        v = relu_gradient(g[i, c, j], x[i, c, j] - m, a, b, relu)
         low, high = min(low, v), max(high, v)
-    shift = in_common(low, high)
-    s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
-    if too_far(shift, s1, n * size):
-        shift = kind(0)
-        s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, kind(ivar), shift, relu)
+    shift = common_shift(low, high)
+    s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, cast(ivar), shift, relu)
+    if is_bad_shift(shift, s1, n * size):
+        shift = cast(0)
+        s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, cast(ivar), shift, relu)
     s2 += r * s1
     gbias[c], gweight[c] = s1 + n * size * np.float64(shift), s2
     slope = s2 / (n * size)
-    p, q = kind(ivar * slope), kind(r * slope + s1 / (n * size))  # x̂ · mean(d x̂) + mean d = (x − m) · p + q
+    p, q = cast(ivar * slope), cast(r * slope + s1 / (n * size))  # (x − m) · p + q = x̂ · mean(d x̂) + mean d
     for i in range(gx.shape[0]):
         gs, xs, out = g[i, c], x[i, c], gx[i, c]
         for j in range(size):
@@ -140,16 +148,28 @@ def _planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbia
 
 
 # ---- rows: (N, C) ---------------------------------------------------------------------------------------
-# A chunk of rows at a time, with the sums of each chunk added up in one order: chunks follow from the shape alone. Rows
-# are taken four at a time, so that the sums of a column are loaded and stored once for four of its elements. What is
-# kept for each column lies in the rows of one small array: with an array for each, the compiler would need so many
-# checks for overlap that it gives up on vector registers.
+# Four rows at a time: the sums of a column are loaded and stored once for four elements. The values of a column lie in
+# the rows of one small array k: with an array for each, LLVM needs too many overlap checks and does not vectorise.
+
+
+@njit()
+def _clear(sums):
+    for j in range(sums.shape[1]):
+        sums[0, j] = sums[1, j] = 0.0
+
+
+@njit(fastmath=SUMS)
+def _first_row_shift(x, shift):
+    """The first row, and 0 where it is not finite."""
+    for j in range(shift.size):
+        shift[j] = np.float64(x[0, j]) if np.isfinite(x[0, j]) else 0.0
 
 
 @njit(fastmath=SUMS)
 def _rows_sums(x, shift, sums, start, stop):
-    """Σ (x − shift) and Σ (x − shift)² of each column, for every chunk from start to stop: sums is (chunks, 2, C)."""
+    """Σ (x − shift) and Σ (x − shift)² of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
+        _clear(sums[t])
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             r0, r1, r2, r3 = x[i], x[i + 1], x[i + 2], x[i + 3]
@@ -169,7 +189,7 @@ def _rows_sums(x, shift, sums, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_statistics(sums, n, shift, mean, var):
-    """Mean and variance from the chunks' sums, and whether the shifts were good enough; each becomes the mean, or 0."""
+    """Mean and variance from the chunks' sums; False if a shift was too far from its mean. Shifts become the means."""
     good = True
     for j in range(shift.size):
         s1 = 0.0
@@ -185,49 +205,42 @@ def _rows_statistics(sums, n, shift, mean, var):
 
 @njit(fastmath=SUMS)
 def _rows_constants(x, weight, bias, mean, var, eps):
-    """Rows m, a, b, of which y = (x − m) · a + b, and ivar; and room for the shift of g, p and q."""
+    """k (7, C): m, a and b with y = (x − m) · a + b, ivar, and space for the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
     for j in range(mean.size):
-        m, ivar, r = rounded(x, mean[j], var[j], eps)
+        m, ivar, r = normalizer(x, mean[j], var[j], eps)
         k[0, j], k[1, j], k[2, j], k[3, j] = m, ivar * weight[j], r * weight[j] + bias[j], ivar
     return k
 
 
 @njit(fastmath={"contract"})
-def _rows_shifts(g, x, relu, k):
-    """The shift of g, into k."""
+def _gradient_shift(g, x, relu, k):
+    """Choose the shift of g for each column, into k[4]."""
     for j in range(k.shape[1]):
-        low = high = passed(g[0, j], x[0, j] - k[0, j], k[1, j], k[2, j], relu)
+        low = high = relu_gradient(g[0, j], x[0, j] - k[0, j], k[1, j], k[2, j], relu)
         for t in range(1, PROBES):
             i = t * (len(g) - 1) // (PROBES - 1)
-            v = passed(g[i, j], x[i, j] - k[0, j], k[1, j], k[2, j], relu)
+            v = relu_gradient(g[i, j], x[i, j] - k[0, j], k[1, j], k[2, j], relu)
             low, high = min(low, v), max(high, v)
-        k[4, j] = in_common(low, high)
+        k[4, j] = common_shift(low, high)
 
 
 @njit(fastmath=SUMS)
 def _rows_normalize(x, k, relu, y, start, stop):
-    floor = floor_of(x, relu)
+    lowest = lower_bound(x, relu)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         row, out = x[i], y[i]
         for j in range(row.size):
             v = (row[j] - k[0, j]) * k[1, j] + k[2, j]
-            out[j] = floor if v < floor else v
+            out[j] = lowest if v < lowest else v
 
 
 @njit(fastmath=SUMS)
-def _rows_shift(x):
-    shift = x[0].astype(np.float64)
-    make_finite(shift)
-    return shift
-
-
-@njit(fastmath=SUMS)
-def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
-    """What `_rows_forward` does, by one thread in one call."""
-    chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
+def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums):
+    """`_rows_forward` on one thread, in one compiled call."""
+    chunks = len(sums)
+    _first_row_shift(x, shift)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         _rows_sums(x, shift, sums, 0, chunks)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
@@ -236,14 +249,16 @@ def _few_rows_forward(x, weight, bias, eps, relu, y, mean, var):
 
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
     y, mean, var = out
+    n, channels = x.shape
+    chunks = -(-n // CHUNK)
+    shift, sums = np.empty(channels), np.empty((chunks, 2, channels))
     if x.size < threads.PARALLEL_FROM:
-        _few_rows_forward(x, weight, bias, eps, relu, y, mean, var)
+        _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums)
         return
-    chunks, shift = -(-len(x) // CHUNK), _rows_shift(x)
+    _first_row_shift(x, shift)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_sums, chunks, x.size, x, shift, sums)
-        if _rows_statistics(sums, len(x), shift, mean, var):
+        if _rows_statistics(sums, n, shift, mean, var):
             break
     split(_rows_normalize, chunks, x.size, x, _rows_constants(x, weight, bias, mean, var, eps), relu, y)
 
@@ -255,8 +270,9 @@ def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
-    """Σ d and Σ d (x − m) · ivar of each column, for every chunk from start to stop."""
+    """Σ d and Σ d (x − m) · ivar of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
+        _clear(sums[t])
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
@@ -280,10 +296,7 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
 
 @njit(fastmath=SUMS)
 def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
-    """Those of weight and bias from the chunks' sums, and p and q into k, as for planes.
-
-    And whether the shifts were good; one that was not becomes 0.
-    """
+    """Gradients of weight and bias from the chunks' sums; p and q into k. False if a shift was bad; it becomes 0."""
     good = True
     for j in range(gweight.size):
         s1 = 0.0
@@ -291,11 +304,11 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-        _, ivar, r = rounded(k, mean[j], var[j], eps)
+        _, ivar, r = normalizer(k, mean[j], var[j], eps)
         s2 += r * s1
         gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
         k[5, j], k[6, j] = ivar * s2 / n, r * s2 / n + s1 / n
-        if too_far(k[4, j], s1, n):
+        if is_bad_shift(k[4, j], s1, n):
             k[4, j], good = 0.0, False
     return good
 
@@ -309,13 +322,12 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
 
 
 @njit(fastmath=SUMS)
-def _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
-    """What `_rows_backward` does, by one thread in one call."""
-    chunks = -(-len(x) // CHUNK)
+def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums):
+    """`_rows_backward` on one thread, in one compiled call."""
+    chunks = len(sums)
     k = _rows_constants(x, weight, bias, mean, var, eps)
-    _rows_shifts(g, x, relu, k)
+    _gradient_shift(g, x, relu, k)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
         if _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias):
             break
@@ -327,14 +339,14 @@ def _rows_backward(
     g: Array, x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, *out: Array
 ) -> None:
     gx, gweight, gbias = out
-    if x.size < threads.PARALLEL_FROM:
-        _few_rows_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias)
-        return
     chunks = -(-len(x) // CHUNK)
+    sums = np.empty((chunks, 2, x.shape[1]))
+    if x.size < threads.PARALLEL_FROM:
+        _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums)
+        return
     k = _rows_constants(x, weight, bias, mean, var, eps)
-    _rows_shifts(g, x, relu, k)
+    _gradient_shift(g, x, relu, k)
     for _ in range(2):
-        sums = np.zeros((chunks, 2, x.shape[1]))
         split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
         if _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias):
             break
@@ -355,113 +367,154 @@ def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new
     return finite
 
 
-# ---- the ops --------------------------------------------------------------------------------------------
+# ---- kernels --------------------------------------------------------------------------------------------
 
 
 def _channels(x: Array) -> Array:
-    """As (N, C, S), or (N, C) where S is 1."""
+    """x as (N, C, S), or as (N, C) if S is 1."""
     if x.ndim == 2:
         return x
     return x.reshape(x.shape[:2]) if x.size == x.shape[0] * x.shape[1] else x.reshape(*x.shape[:2], -1)
 
 
 def _expect_channels(x: Array, *vectors: Array) -> None:
-    """Raise ValueError unless each vector is (C,): the loops would read beyond it."""
+    """Raise ValueError unless each vector is (C,): the loops would read out of bounds."""
+    shape = x.shape[1:2]
     for v in vectors:
-        if v.shape != x.shape[1:2]:
-            raise ValueError(f"vectors of shape {v.shape} do not fit the channels of x {x.shape}")
+        if v.shape != shape:
+            raise ValueError(f"expected vectors of shape {shape} for x {x.shape}; got {v.shape}")
 
 
-def _forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool) -> tuple[Array, Array, Array]:
-    eps = float(eps)  # not 0, nor a float32: each would be compiled for
-    _expect_channels(x, weight, bias)
-    source = compiled(x)
-    y, (mean, var) = empty_like(source), np.empty((2, x.shape[1])) if x.size else np.full((2, x.shape[1]), np.nan)
-    if x.size:
-        xs, ys = _channels(source), _channels(y)
-        arrays = xs, compiled(weight, source.dtype), compiled(bias, source.dtype)
-        if xs.ndim == 2:
-            _rows_forward(*arrays, eps, relu, ys, mean, var)
-        else:
-            split(_planes_forward, x.shape[1], x.size, *arrays, eps, relu, ys, mean, var)
+def _affine(x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
+    """weight and bias (C,) in x's dtype; None is 1 and 0."""
+    shape, dtype = x.shape[1:2], x.dtype
+    weight = np.ones(shape, dtype) if weight is None else compiled(weight, dtype)
+    bias = np.zeros(shape, dtype) if bias is None else compiled(bias, dtype)
+    if weight.shape != shape or bias.shape != shape:
+        _expect_channels(x, weight, bias)
+    return weight, bias
+
+
+def _forward(x: Array, weight: Array | None, bias: Array | None, eps: float, relu: bool) -> tuple[Array, Array, Array]:
+    source, channels = compiled(x), x.shape[1]
+    affine = _affine(source, weight, bias)
+    y = empty_like(source)
+    if not x.size:
+        return y.astype(x.dtype, copy=False), np.full(channels, np.nan), np.full(channels, np.nan)
+    mean, var = np.empty(channels), np.empty(channels)
+    eps = float(eps)  # another type would be compiled for
+    xs, ys = _channels(source), _channels(y)
+    if xs.ndim == 2:
+        _rows_forward(xs, *affine, eps, relu, ys, mean, var)
+    else:
+        split(_planes_forward, channels, x.size, xs, *affine, eps, relu, ys, mean, var)
     return y.astype(x.dtype, copy=False), mean, var
 
 
 def _backward(
     g: Array,
     x: Array,
-    weight: Array,
-    bias: Array,
+    weight: Array | None,
+    bias: Array | None,
     needs: list[bool],
     eps: float,
     mean: Array,
     var: Array,
     relu: bool,
-) -> tuple[Array | None, Array, Array]:
-    eps = float(eps)
-    source = compiled(x)
+) -> tuple[Array | None, Array | None, Array | None]:
+    source, channels = compiled(x), x.shape[1]
+    affine = _affine(source, weight, bias)
     gx = empty_like(source) if needs[0] else None
-    gweight, gbias = np.empty((2, x.shape[1])) if x.size else np.zeros((2, x.shape[1]))
+    gweight, gbias = np.zeros(channels), np.zeros(channels)
     if x.size:
+        eps = float(eps)
         gs, xs = _channels(compiled(g, source.dtype)), _channels(source)
         out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else _channels(gx)
-        arrays = gs, xs, compiled(weight, source.dtype), compiled(bias, source.dtype), mean, var
+        arguments = gs, xs, *affine, mean, var, eps, relu, out, gweight, gbias
         if xs.ndim == 2:
-            _rows_backward(*arrays, eps, relu, out, gweight, gbias)
+            _rows_backward(*arguments)
         else:
-            split(_planes_backward, x.shape[1], x.size, *arrays, eps, relu, out, gweight, gbias)
-    return gx, gweight, gbias
+            split(_planes_backward, channels, x.size, *arguments)
+    return gx, gweight if needs[1] else None, gbias if needs[2] else None
 
 
-@kernel("batch_norm_fused", "cpu")
-def batch_norm_fused(x: Array, weight: Array, bias: Array, *, eps: float) -> tuple[Array, Array, Array]:
-    """x (N, C, ...), weight and bias (C,): the output, and mean and biased variance in float64 (C,)."""
+@kernel("batch_norm_training", "cpu")
+def batch_norm_training(
+    x: Array, weight: Array | None, bias: Array | None, *, eps: float
+) -> tuple[Array, Array, Array]:
+    """x (N, C, ...), weight and bias (C,) or None: the output, and mean and biased variance in float64 (C,)."""
     return _forward(x, weight, bias, eps, False)
 
 
-@kernel("batch_norm_relu_fused", "cpu")
-def batch_norm_relu_fused(x: Array, weight: Array, bias: Array, *, eps: float) -> tuple[Array, Array, Array]:
-    """`batch_norm_fused`, and the ReLU of its output."""
+@kernel("batch_norm_relu", "cpu")
+def batch_norm_relu(x: Array, weight: Array | None, bias: Array | None, *, eps: float) -> tuple[Array, Array, Array]:
+    """`batch_norm_training` with the ReLU of its output."""
     return _forward(x, weight, bias, eps, True)
 
 
 @kernel("batch_norm_inference", "cpu")
-def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Array, bias: Array, *, eps: float) -> Array:
-    """x (N, C, ...) normalised by a mean and variance that are given, (C,) like weight and bias."""
-    _expect_channels(x, mean, var, weight, bias)
-    eps, source = float(eps), compiled(x)
-    y, statistics = empty_like(source), (compiled(mean, np.float64), compiled(var, np.float64))
+def batch_norm_inference(
+    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, *, eps: float
+) -> Array:
+    """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
+    source = compiled(x)
+    affine = _affine(source, weight, bias)
+    statistics = compiled(mean, np.float64), compiled(var, np.float64)
+    _expect_channels(x, *statistics)
+    y = empty_like(source)
     if x.size:
         xs, ys = _channels(source), _channels(y)
         loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
-        vectors = compiled(weight, source.dtype), compiled(bias, source.dtype)
-        split(loop, items, x.size, xs, *vectors, eps, False, ys, *statistics)
+        split(loop, items, x.size, xs, *affine, float(eps), False, ys, *statistics)
     return y.astype(x.dtype, copy=False)
 
 
-@kernel("batch_norm_fused.vjp", "cpu")
-def batch_norm_fused_vjp(
-    g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], eps: float, mean: Array, var: Array
-) -> tuple[Array | None, Array, Array]:
-    """Gradients with respect to x, weight and bias, from the statistics that the forward pass saved."""
+@kernel("batch_norm_training.vjp", "cpu")
+def batch_norm_training_vjp(
+    g: Array,
+    y: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    *,
+    needs: list[bool],
+    eps: float,
+    mean: Array,
+    var: Array,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of x, weight and bias, from the saved statistics."""
     return _backward(g, x, weight, bias, needs, eps, mean, var, False)
 
 
-@kernel("batch_norm_relu_fused.vjp", "cpu")
-def batch_norm_relu_fused_vjp(
-    g: Array, y: Array, x: Array, weight: Array, bias: Array, *, needs: list[bool], eps: float, mean: Array, var: Array
-) -> tuple[Array | None, Array, Array]:
-    """The same behind a ReLU; which outputs were positive is computed again, which is cheaper than reading them."""
+@kernel("batch_norm_relu.vjp", "cpu")
+def batch_norm_relu_vjp(
+    g: Array,
+    y: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    *,
+    needs: list[bool],
+    eps: float,
+    mean: Array,
+    var: Array,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """`batch_norm_training.vjp` behind a ReLU. Recomputing the sign of the output is cheaper than reading y."""
     return _backward(g, x, weight, bias, needs, eps, mean, var, True)
 
 
-@kernel("nn.running_statistics", "cpu")
+@kernel("running_statistics", "cpu")
 def running_statistics(
     running_mean: Array, running_var: Array, mean: Array, var: Array, *, momentum: float, unbias: float
 ) -> Any:
-    """(1 − momentum) · running + momentum · batch of mean and unbias · variance, (C,); and whether all are finite."""
+    """New (C,) mean and variance, (1 − momentum) · running + momentum · batch, and whether all are finite.
+
+    The batch's variance is multiplied by `unbias`.
+    """
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
-        raise ValueError(f"running statistics {running_mean.shape}, {running_var.shape} are not those of {mean.shape}")
+        raise ValueError(
+            f"running statistics have shapes {running_mean.shape} and {running_var.shape}, the batch's {mean.shape}"
+        )
     if running_mean.dtype.char not in "fd" or running_var.dtype.char not in "fd":
         return NotImplemented
     new_mean, new_var = np.empty_like(running_mean), np.empty_like(running_var)

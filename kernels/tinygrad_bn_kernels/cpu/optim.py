@@ -1,8 +1,10 @@
-"""Optimisers' updates in one pass over memory. They are not ops: no gradient flows through them.
+"""Updates of the optimisers in one pass over memory. They are not differentiable.
 
-Each takes flat arrays, gives the new parameter as a new array (a graph may still hold the old one) and writes its
-state in place.
+Each takes arrays of one shape (N,), returns the new parameter as a new array, since a graph may hold the old one, and
+updates its state in place.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,8 @@ from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import split
 
-# Elements that a loop takes at a time, in two passes: with five arrays in one pass the compiler would need so many
-# checks for overlap that it gives up on vector registers.
+# Elements of a block, which a loop processes in two passes: with five arrays in one pass LLVM needs too many overlap
+# checks and does not vectorise.
 BLOCK = 1024
 
 
@@ -30,7 +32,7 @@ def _adam(p, g, m, v, beta1, one_beta1, beta2, one_beta2, step_size, root_scale,
             outs[i] = shrink * ps[i] - step_size * ms[i] / (np.sqrt(vs[i]) * root_scale + eps)
 
 
-@kernel("optim.adam", "cpu")
+@kernel("adam", "cpu")
 def adam(
     p: Array,
     g: Array,
@@ -45,7 +47,7 @@ def adam(
     shrink: float,
     decay: float,
 ) -> Array:
-    """The new p = shrink · p − step_size · m / (root_scale · √v + eps), after m and v have taken in g + decay · p."""
+    """The new p = shrink · p − step_size · m / (root_scale · √v + eps), after updating m and v by g + decay · p."""
     if p.dtype.char not in "fd":
         return NotImplemented
     expect_one_shape(p, g, m, v)
@@ -57,7 +59,7 @@ def adam(
 
 @njit(fastmath={"contract"})
 def _sgd(p, g, v, lr, momentum, one_dampening, decay, nesterov, out, start, stop):
-    # What is subtracted is a · (g + decay · p) + b · v: Nesterov looks one step of the momentum ahead.
+    # p decreases by a · (g + decay · p) + b · v.
     a, b = (lr, lr * momentum) if nesterov else (lr - lr, lr)
     for i in range(start, stop):
         gi = g[i] + decay * p[i]
@@ -65,16 +67,16 @@ def _sgd(p, g, v, lr, momentum, one_dampening, decay, nesterov, out, start, stop
         out[i] = p[i] - (a * gi + b * v[i])
 
 
-@kernel("optim.sgd", "cpu")
+@kernel("sgd", "cpu")
 def sgd(
-    p: Array, g: Array, v: Array, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
-) -> Array:
-    """The new p = p − lr · v, or p − lr · (g + momentum · v), after v has taken in g + decay · p."""
-    if p.dtype.char not in "fd":
+    p: Array, g: Array, v: Array | None, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
+) -> Any:
+    """The new p = p − lr · v, or with Nesterov p − lr · (g + momentum · v), after updating v by g + decay · p."""
+    if v is None or p.dtype.char not in "fd":
         return NotImplemented
     expect_one_shape(p, g, v)
     out = empty_like(p)
-    kind = p.dtype.type
-    numbers = kind(lr), kind(momentum), kind(1 - dampening), kind(decay), bool(nesterov)
+    cast = p.dtype.type
+    numbers = cast(lr), cast(momentum), cast(1 - dampening), cast(decay), bool(nesterov)
     split(_sgd, p.size, p.size, p, g, v, *numbers, out)
     return out

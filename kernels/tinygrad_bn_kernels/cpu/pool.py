@@ -1,8 +1,7 @@
 """Max pooling in one or two dimensions, a plane at a time, and its gradient.
 
-Where the largest of a window lies is not kept: the gradient looks for it again, which reads x once more instead of
-writing and reading eight bytes for each window. Windows of 2 × 2 that do not overlap, the usual ones, are taken as
-many at a time as a vector has lanes.
+The index of a maximum is not saved: the gradient searches x again, which is cheaper than writing and reading eight
+bytes per window. The usual windows, 2 × 2 without overlap, are processed by vectors.
 """
 
 from typing import Any
@@ -17,22 +16,33 @@ from tinygrad_bn_kernels.cpu.memory import empty, empty_like
 from tinygrad_bn_kernels.cpu.threads import split
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
-    from tinygrad_bn_kernels.cpu.simd import evens, lanes, larger, left, load, odds, store, taken, zip_first, zip_last
+    from tinygrad_bn_kernels.cpu.simd import (
+        evens,
+        lanes,
+        larger,
+        load,
+        odds,
+        store,
+        where_different,
+        where_equal,
+        zip_first,
+        zip_last,
+    )
 
 Ints = tuple[int, ...]
 
 
 @njit()
 def _larger(a, b):
-    """The larger: a if they are equal, NaN if one of them is."""
+    """The maximum: a if they are equal, NaN if either is NaN."""
     return b if (b > a) | (b != b) else a
 
 
 @njit()
 def _max_pool(x, kernel, stride, padding, dilation, y, start, stop):
-    """The largest of each window of planes x (planes, H, W) to y (planes, OH, OW), and −∞ for a window without any.
+    """The maximum of each window of x (planes, H, W), into y (planes, OH, OW); −∞ for a window in the padding.
 
-    A row of the output at a time, and of each window one place: the loop along the row then asks for no bounds.
+    The inner loop goes along a row of the output for one position in the windows, so it checks no bounds.
     """
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, padding, dilation
     _, height, width = x.shape
@@ -53,7 +63,7 @@ def _max_pool(x, kernel, stride, padding, dilation, y, start, stop):
 
 @njit()
 def _max_pool_vjp(g, y, x, kernel, stride, padding, dilation, gx, start, stop):
-    """g to the first element of each window that is the largest, which is y."""
+    """Add g to the first element of each window that equals y, its maximum."""
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, padding, dilation
     _, height, width = x.shape
     for n in range(start, stop):
@@ -75,7 +85,7 @@ def _max_pool_vjp(g, y, x, kernel, stride, padding, dilation, gx, start, stop):
 
 @njit()
 def _max_pool_2x2(x, y, start, stop):
-    """`_max_pool` of windows of 2 × 2 that do not overlap, stick out or lie in padding."""
+    """`_max_pool` for windows of 2 × 2 without overlap and padding."""
     step = lanes(x)
     _, rows, columns = y.shape
     whole = columns if columns >= step else 0  # the last vector may overlap the one before
@@ -92,10 +102,10 @@ def _max_pool_2x2(x, y, start, stop):
 
 
 @njit()
-def _divided(x, y, g):
-    """g if x is y, or NaN, and what is then left for others: one of the two is 0."""
-    here, zero = (x == y) | (x != x), type(g)(0)
-    return g if here else zero, zero if here else g
+def _split_gradient(x, y, g):
+    """(g, 0) if x == y or x is NaN, else (0, g): the gradient of x, and the rest for the window's other elements."""
+    is_largest, zero = (x == y) | (x != x), type(g)(0)
+    return g if is_largest else zero, zero if is_largest else g
 
 
 @njit()
@@ -112,19 +122,19 @@ def _max_pool_2x2_vjp(g, y, x, gx, start, stop):
                 a, b = load(upper, 2 * q), load(upper, 2 * q + step)
                 c, d = load(lower, 2 * q), load(lower, 2 * q + step)
                 m, rest = load(largest, q), load(gs, q)
-                g0, rest = taken(evens(a, b), m, rest), left(evens(a, b), m, rest)
-                g1, rest = taken(odds(a, b), m, rest), left(odds(a, b), m, rest)
-                g2, rest = taken(evens(c, d), m, rest), left(evens(c, d), m, rest)
-                g3 = taken(odds(c, d), m, rest)
+                g0, rest = where_equal(evens(a, b), m, rest), where_different(evens(a, b), m, rest)
+                g1, rest = where_equal(odds(a, b), m, rest), where_different(odds(a, b), m, rest)
+                g2, rest = where_equal(evens(c, d), m, rest), where_different(evens(c, d), m, rest)
+                g3 = where_equal(odds(c, d), m, rest)
                 store(above, 2 * q, zip_first(g0, g1)), store(above, 2 * q + step, zip_last(g0, g1))
                 store(below, 2 * q, zip_first(g2, g3)), store(below, 2 * q + step, zip_last(g2, g3))
             for q in range(whole, columns):
                 m, w = largest[q], 2 * q
-                above[w], rest = _divided(upper[w], m, gs[q])
-                above[w + 1], rest = _divided(upper[w + 1], m, rest)
-                below[w], rest = _divided(lower[w], m, rest)
-                below[w + 1], rest = _divided(lower[w + 1], m, rest)
-            for w in range(2 * columns, len(above)):  # a last column, or row, that no window has
+                above[w], rest = _split_gradient(upper[w], m, gs[q])
+                above[w + 1], rest = _split_gradient(upper[w + 1], m, rest)
+                below[w], rest = _split_gradient(lower[w], m, rest)
+                below[w + 1], rest = _split_gradient(lower[w + 1], m, rest)
+            for w in range(2 * columns, len(above)):  # a last column that no window covers
                 above[w] = below[w] = 0
         for h in range(2 * rows, gx.shape[1]):
             gx[n, h] = 0
@@ -136,8 +146,8 @@ def _planes(x: Array) -> Array:
 
 
 def _pairs(x: Array, *each: tuple[Ints, int]) -> list[Ints]:
-    """Each option for two axes; what a first axis of one element has stands beside it."""
-    return [(one,) * (4 - x.ndim) + tuple(option) for option, one in each]
+    """Each (option, default) for two axes: the default is for the first axis of one-dimensional pooling."""
+    return [(default,) * (4 - x.ndim) + tuple(option) for option, default in each]
 
 
 def _is_2x2(x: Array, out: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> bool:
@@ -145,9 +155,9 @@ def _is_2x2(x: Array, out: Ints, kernel: Ints, stride: Ints, padding: Ints, dila
     return plain and all(2 * m <= n for m, n in zip(out, x.shape[2:], strict=True))
 
 
-@kernel("max_pool_fused", "cpu")
-def max_pool_fused(x: Array, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Any:
-    """x (N, C, *size) to (N, C, *out)."""
+@kernel("max_pool", "cpu")
+def max_pool(x: Array, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Any:
+    """The maximum of each window: x (N, C, *size) to (N, C, *out)."""
     if x.ndim not in (3, 4) or not x.size or config.DISABLE_JIT:  # type: ignore[attr-defined]
         return NotImplemented
     source = compiled(x)
@@ -160,8 +170,8 @@ def max_pool_fused(x: Array, *, kernel: Ints, out: Ints, stride: Ints, padding: 
     return y.astype(x.dtype, copy=False)
 
 
-@kernel("max_pool_fused.vjp", "cpu")
-def max_pool_fused_vjp(
+@kernel("max_pool.vjp", "cpu")
+def max_pool_vjp(
     g: Array,
     y: Array,
     x: Array,
@@ -173,7 +183,7 @@ def max_pool_fused_vjp(
     padding: Ints,
     dilation: Ints,
 ) -> Any:
-    """g where the largest lies, the first of a tie."""
+    """g at the maximum of each window, the first of a tie."""
     if x.ndim not in (3, 4) or not x.size or config.DISABLE_JIT:  # type: ignore[attr-defined]
         return NotImplemented
     source = compiled(x)

@@ -1,12 +1,11 @@
 """Products of large matrices.
 
-BLAS is not used for them: its threads spin for a tenth of a second after one, in case of another, and take a core away
-from the loops that come next. And its results change, in the last bits, with the number of threads.
+BLAS is not used: its threads spin for a tenth of a second after a product and take a core from the next loops; and the
+last bits of its results change with the number of threads.
 
-Some columns of the right matrix are copied side by side, as many as a tile is wide, and as many terms of them as leave
-room in the first cache; then rows of the left matrix, which are read where they are, meet them four at a time (after
-Goto & van de Geijn, "Anatomy of high-performance matrix multiplication", 2008). Whoever multiplies makes its own copy:
-to share one would be work of its own, which has to be announced to threads and waited for.
+A panel of the right matrix, as wide as a tile and small enough for the L1 cache, is packed; then four rows of the left
+matrix at a time are multiplied by it, in place (Goto & van de Geijn, "Anatomy of high-performance matrix
+multiplication", 2008). Each thread packs its own panels: sharing them would need another job and a wait.
 """
 
 import numpy as np
@@ -21,41 +20,41 @@ from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_products, copy, fou
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import BITS, lanes, transpose
 
-TERMS = 256  # of the sums, at a time: a multiple of the lanes
-ITEMS = 16  # or more, if they have rows enough
-LEAST, MOST = 64, 256  # rows of an item: they have to be worth the copy, and to stay in the second cache
+TERMS = 256  # rows of a panel: a multiple of the lanes
+ITEMS = 16  # items of a product, or more if it has enough rows
+LEAST, MOST = 64, 256  # rows of an item: enough to be worth the packing, few enough for the L2 cache
 
 
 @njit()
-def _gather_columns(b, at, strides, terms, count, panel):
-    """Copy `terms` terms of `count` columns, from `at` on, to the rows of the panel, (terms, width) and flat."""
-    (down, across), step = strides, lanes(b)
+def _pack_columns(b, at, strides, terms, count, panel):
+    """Copy a block of `terms` rows and `count` columns, from `at` in flat b, into the flat panel (terms, width)."""
+    (row_stride, column_stride), step = strides, lanes(b)
     width = VECTORS * step
-    if across == 1:
+    if column_stride == 1:
         for k in range(terms):
-            copy(b, at + k * down, panel, k * width, count)
+            copy(b, at + k * row_stride, panel, k * width, count)
     else:
         whole = terms // step * step
         for j in range(0, count // step * step, step):
             for k in range(0, whole, step):
-                transpose(b, at + j * across + k, across, panel, k * width + j, width)
+                transpose(b, at + j * column_stride + k, column_stride, panel, k * width + j, width)
         for j in range(count):
             for k in range(whole if j < count // step * step else 0, terms):
-                panel[k * width + j] = b[at + j * across + k]
+                panel[k * width + j] = b[at + j * column_stride + k]
 
 
 @njit()
 def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop):
-    """a (M, K) times b (K, N), plus bias, to out (M, N), for M from ROWS on. Of a and b either stride is 1.
+    """out (M, N) = a (M, K) times b (K, N) plus bias, for M ≥ ROWS. One of the strides of a, and of b, is 1.
 
-    An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's width. Tiles at the end of
-    either axis are summed elsewhere, with rows that are summed already, or columns that are not there.
+    An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's width. Tiles that reach
+    over the end of an axis are summed in a buffer; only their new elements are added to out.
     """
-    (rows, columns), (down, apart), (below, beside), step = out.shape, a_strides, b_strides, lanes(a)
+    (rows, columns), (a_row, a_column), (b_row, b_column), step = out.shape, a_strides, b_strides, lanes(a)
     terms, width = a.size // rows, VECTORS * step
-    numbers, others, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
-    stretches, across = -(-terms // TERMS), -(-columns // spread)
-    length = -(-terms // (stretches * step)) * step
+    left, right, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
+    panels, across = -(-terms // TERMS), -(-columns // spread)
+    length = -(-terms // (panels * step)) * step
     panel, offsets = np.zeros(length * width, a.dtype), np.arange(length) * width
     tile = np.empty(ROWS * width, a.dtype)
     for item in range(start, stop):
@@ -64,32 +63,32 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop
         for row in range(top, bottom):
             copy(bias, edge, target, row * columns + edge, end - edge)
         for begin in range(0, terms, length):
-            some = offsets[: terms - begin]
-            for left in range(edge, end, width):
-                count = min(width, end - left)
-                _gather_columns(others, begin * below + left * beside, b_strides, len(some), count, panel)
+            used = offsets[: terms - begin]
+            for j in range(edge, end, width):
+                count = min(width, end - j)
+                _pack_columns(right, begin * b_row + j * b_column, b_strides, len(used), count, panel)
                 for row in range(top, bottom, ROWS):
                     upper = min(row, bottom - ROWS)
-                    first, place = upper * down + begin * apart, upper * columns + left
+                    first, to = upper * a_row + begin * a_column, upper * columns + j
                     if upper == row and count == width:
-                        add_products(panel, some, 0, numbers, first, a_strides, target, four(place, columns))
+                        add_products(panel, used, 0, left, first, a_strides, target, four(to, columns))
                     else:
                         tile[:] = 0
-                        add_products(panel, some, 0, numbers, first, a_strides, tile, four(0, width))
-                        for i in range(row - upper, ROWS):
-                            for j in range(count):
-                                target[place + i * columns + j] += tile[i * width + j]
+                        add_products(panel, used, 0, left, first, a_strides, tile, four(0, width))
+                        for r in range(row - upper, ROWS):
+                            for c in range(count):
+                                target[to + r * columns + c] += tile[r * width + c]
 
 
-def _plain(x: Array) -> tuple[Array, tuple[int, int]]:
-    """A matrix as it lies in memory, row by row or column by column, and the strides of both, in elements."""
+def _with_strides(x: Array) -> tuple[Array, tuple[int, int]]:
+    """A matrix, or its transpose, as a C-contiguous array, and the matrix's strides in it, in elements."""
     if x.flags.f_contiguous and not x.flags.c_contiguous:
         return compiled(x.T), (1, len(x))
     return compiled(x), (x.shape[1], 1)
 
 
 def product(a: Array, b: Array, bias: Array) -> Array:
-    """a (M, K) times b (K, N), plus bias (N,), all of one precision."""
+    """a (M, K) times b (K, N) plus bias (N,), all of one dtype."""
     rows, columns = len(a), b.shape[1]
     if config.DISABLE_JIT or rows < ROWS:  # type: ignore[attr-defined]
         return np.matmul(a, b) + bias
@@ -99,5 +98,5 @@ def product(a: Array, b: Array, bias: Array) -> Array:
     height, spread = -(-rows // groups // ROWS) * ROWS, max(groups * blocks // ITEMS, 1) * width
     items, work = -(-rows // height) * -(-columns // spread), a.size * columns / MULTIPLICATIONS
     out = empty((rows, columns), a.dtype)
-    split(_multiply, items, work, *_plain(a), *_plain(b), compiled(bias), height, spread, out)
+    split(_multiply, items, work, *_with_strides(a), *_with_strides(b), compiled(bias), height, spread, out)
     return out

@@ -1,12 +1,11 @@
-"""Reductions over any axes: sums, moments, extremes and their places.
+"""Reductions over any axes: sums, moments, extremes and their indices.
 
-Neighbouring axes that are all reduced, or all kept, are one axis to a loop. What is left is either *rows*, when the
-last axis is reduced (each of M rows of D elements), or *columns*, when it is kept (B rows of C columns, A times).
-A loop takes its work in pieces whose bounds follow from the shape alone, and leaves a partial result for each; the
-partial results, which are few, are put together in one order. So the number of threads changes nothing.
+Adjacent axes that are all reduced, or all kept, are merged. If the last axis is reduced, a loop reduces *rows*: x is
+(M, D), and D is reduced. If it is kept, a loop reduces *columns*: x is (A, B, C), and B is reduced. A loop computes a
+partial result for each piece of the data; pieces depend on the shape only, and the few partial results are combined in
+a fixed order. So results have the same bits for any number of threads.
 
-Everything is added up in float64. What NumPy does as well is declined (`NotImplemented`): other dtypes, empty arrays,
-and axes that are wrong.
+Sums are in float64. Other dtypes, empty arrays and wrong axes give `NotImplemented`: NumPy handles them.
 """
 
 import math
@@ -27,93 +26,91 @@ Axis = int | tuple[int, ...] | None
 # Elements of a piece.
 PIECE = 1 << 18
 
-# Columns of a piece at most, and at least: of narrower arrays several rows lie side by side, to fill vector registers.
+# Most and fewest columns of a piece. Narrower arrays are folded: several rows side by side fill the vector registers.
 WIDE = 2048
 NARROW = 64
 
-# Up to so many elements a call of NumPy's own sum or extreme costs less than the planning here. A variance is several
-# calls, and is left to loops: the first one, however small, imports Numba.
+# Up to so many elements NumPy's own sum or extreme is faster. A variance takes several NumPy calls, so even a small one
+# uses the loops, and imports Numba.
 SMALL = 1 << 12
 
-# Columns of fewer terms than this have moments and extremes for which, in large arrays, NumPy's passes are faster.
-# Measured: the variance of (20000, 2, 10) over axis 1 takes 17 ms here and 7 ms there, of (5000, 8, 40) 7 and 9 ms.
+# Columns of fewer terms, in large arrays, have moments and extremes faster in NumPy. Measured: the variance of
+# (20000, 2, 10) over axis 1 takes 17 ms here and 7 ms in NumPy; that of (5000, 8, 40) takes 7 and 9 ms.
 FEW = 8
 
-# NumPy's reductions, without the keyword handling of np.sum and its kin.
+# NumPy's reductions without the keyword handling of np.sum, np.max and np.min.
 ADD: Any = np.add.reduce
 MAXIMUM: Any = np.maximum.reduce
 MINIMUM: Any = np.minimum.reduce
 
-# ---- which elements make up a result ---------------------------------------------------------------------
+# ---- plans -----------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
     """How arrays of one shape are reduced over some axes."""
 
-    rows: bool  # whether rows are reduced, or columns
-    view: tuple[int, ...]  # of x: (M, D), of which D goes; or (A, B, C), of which B goes
-    outer: tuple[int, ...]  # the M rows, as (A, B, C), of which B goes too
-    copied: tuple[int, ...]  # the permutation of the axes in which x has to be copied first; empty for none
+    rows: bool  # rows are reduced, not columns
+    view: tuple[int, ...]  # shape of x for the loop: (M, D) or (A, B, C)
+    outer: tuple[int, ...]  # rows: the M rows as (A, B, C), where B is reduced too
+    transposed: tuple[int, ...]  # permutation of x's axes before the view, which copies x; empty for none
     shape: tuple[int, ...]  # of the result
-    terms: int  # elements that make up one number of the result
-    # How a loop cuts it up: (elements of a piece of a row,), or (rows, columns, fold) of a piece of columns, of which
-    # `fold` rows lie side by side.
-    cut: tuple[int, ...]
-    items: int  # how many pieces there are
-    partial: tuple[int, ...]  # their results: (M, pieces), or (A, pieces of B, C)
-    apart: tuple[int, ...]  # the same, but of rows (A, B, C, pieces)
-    over: tuple[int, ...]  # axes of that over which they have to be put together; empty for none
+    terms: int  # elements per element of the result
+    cut: tuple[int, ...]  # rows: (elements of a piece,); columns: (rows, columns, folded rows) of a piece
+    items: int  # number of pieces
+    partial: tuple[int, ...]  # shape of the partial results: (M, pieces) or (A, pieces of B, C)
+    pieces: tuple[int, ...]  # the same; for rows (A, B, C, pieces)
+    over: tuple[int, ...]  # axes of `pieces` to combine; empty for none
 
 
 @lru_cache(maxsize=4096)
 def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
-    """How to reduce C-contiguous arrays of `shape`; None for what is left to NumPy."""
+    """How to reduce C-contiguous arrays of `shape`; None if NumPy has to do it."""
     given = tuple(range(len(shape))) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     if 0 in shape or not given or not all(isinstance(a, int) and -len(shape) <= a < len(shape) for a in given):
         return None
     axes = {a % len(shape) for a in given}
     if len(axes) < len(given):
         return None
-    merged: list[tuple[str, int]] = []
+    merged: list[tuple[str, int]] = []  # R for reduced, K for kept
     for i, n in enumerate(shape):
-        kind = "R" if i in axes else "K"
-        if n > 1 and merged and merged[-1][0] == kind:
-            merged[-1] = kind, merged[-1][1] * n
+        letter = "R" if i in axes else "K"
+        if n > 1 and merged and merged[-1][0] == letter:
+            merged[-1] = letter, merged[-1][1] * n
         elif n > 1:
-            merged.append((kind, n))
-    pattern, sides = "".join(kind for kind, _ in merged), [n for _, n in merged]
+            merged.append((letter, n))
+    pattern, sides = "".join(letter for letter, _ in merged), [n for _, n in merged]
     result = tuple(1 if i in axes else n for i, n in enumerate(shape) if keepdims or i not in axes)
     count = math.prod(shape[i] for i in axes)
     if pattern in ("", "K"):
         return None
     if pattern in ("RK", "KRK"):
         a, b, c = (1, *sides)[-3:]
-        return _of_columns((a, b, c), result, count)
+        return _plan_columns((a, b, c), result, count)
     if pattern in ("R", "KR") or (pattern in ("RKR", "KRKR") and sides[-1] >= 16):
         outer = {"R": (1, 1, 1), "KR": (1, 1, *sides[:1]), "RKR": (1, *sides[:2]), "KRKR": tuple(sides[:3])}[pattern]
-        return _of_rows(outer, sides[-1], (), result, count)
+        return _plan_rows(outer, sides[-1], (), result, count)
     kept = [i for i in range(len(shape)) if i not in axes]
-    return _of_rows((1, 1, math.prod(shape) // count), count, (*kept, *sorted(axes)), result, count)
+    return _plan_rows((1, 1, math.prod(shape) // count), count, (*kept, *sorted(axes)), result, count)
 
 
-def _of_rows(outer: tuple[int, ...], d: int, copied: tuple[int, ...], shape: tuple[int, ...], terms: int) -> Plan:
+def _plan_rows(outer: tuple[int, ...], d: int, transposed: tuple[int, ...], shape: tuple[int, ...], terms: int) -> Plan:
     m, pieces = math.prod(outer), -(-d // PIECE)
     return Plan(
         rows=True,
         view=(m, d),
         outer=outer,
-        copied=copied,
+        transposed=transposed,
         shape=shape,
         terms=terms,
         cut=(PIECE,),
         items=m * pieces,
         partial=(m, pieces),
-        apart=(*outer, pieces),
+        pieces=(*outer, pieces),
         over=(1, 3) if outer[1] > 1 or pieces > 1 else (),
     )
 
 
-def _of_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) -> Plan:
+def _plan_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) -> Plan:
     a, b, c = view
     columns = min(c, WIDE)
     fold = max(1, min(NARROW // c, b))
@@ -123,13 +120,13 @@ def _of_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) 
         rows=False,
         view=view,
         outer=(),
-        copied=(),
+        transposed=(),
         shape=shape,
         terms=terms,
         cut=(rows, columns, fold),
         items=a * pieces * -(-c // columns),
         partial=(a, pieces, c),
-        apart=(a, pieces, c),
+        pieces=(a, pieces, c),
         over=(1,) if pieces > 1 else (),
     )
 
@@ -137,43 +134,43 @@ def _of_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int) 
 Reduce = Callable[[Array, Plan], Any]
 
 
-def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool, few_are_numpys: bool = False) -> Any:
-    """`reduce(x in the plan's view, the plan)`, which gives one or several results, in the result's shape."""
+def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool, decline_few: bool = False) -> Any:
+    """Call `reduce(x in the plan's view, plan)`; with `decline_few` NotImplemented for columns of FEW terms."""
     if x.dtype.char not in "fd" or not (axis is None or type(axis) is int or type(axis) is tuple):
         return NotImplemented
     found = plan(x.shape, axis, keepdims)
     if found is None:
         return NotImplemented
     if not x.flags.c_contiguous:
-        return _reduced_in_memory_order(reduce, x, axis, found, few_are_numpys)
-    if few_are_numpys and x.size > SMALL and not found.rows and found.view[1] < FEW:
+        return _reduced_in_memory_order(reduce, x, axis, found, decline_few)
+    if decline_few and x.size > SMALL and not found.rows and found.view[1] < FEW:
         return NotImplemented
-    return reduce(compiled(x.transpose(found.copied) if found.copied else x).reshape(found.view), found)
+    return reduce(compiled(x.transpose(found.transposed) if found.transposed else x).reshape(found.view), found)
 
 
-def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, few_are_numpys: bool) -> Any:
-    """A transposed array needs no copy: its axes are put in the order in which they lie in memory."""
+def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, decline_few: bool) -> Any:
+    """Reduce with the axes in memory order, so that a transposed array is not copied."""
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
     inner = tuple(sorted(order.index(int(a)) for a in axes))
-    result = _reduced(reduce, np.ascontiguousarray(x.transpose(order)), inner, True, few_are_numpys)
+    result = _reduced(reduce, np.ascontiguousarray(x.transpose(order)), inner, True, decline_few)
     if result is NotImplemented:
         return result
-    back = np.argsort(order)
+    inverse = np.argsort(order)
     if isinstance(result, tuple):
-        return tuple(r.transpose(back).reshape(found.shape) for r in result)
-    return result.transpose(back).reshape(found.shape)
+        return tuple(r.transpose(inverse).reshape(found.shape) for r in result)
+    return result.transpose(inverse).reshape(found.shape)
 
 
 @cache
 def _loop(name: str, rows: bool | None = None) -> Any:
-    """A loop of `reduce_loops`, of rows or columns; imported when first needed, as small sums do without Numba."""
-    kind = "" if rows is None else "row_" if rows else "column_"
-    return getattr(import_module("tinygrad_bn_kernels.cpu.reduce_loops"), kind + name)
+    """A loop of `reduce_loops`, for rows or columns. The import is late: small sums need no Numba."""
+    prefix = "" if rows is None else "row_" if rows else "column_"
+    return getattr(import_module("tinygrad_bn_kernels.cpu.reduce_loops"), prefix + name)
 
 
 def _run(loop: str, x: Array, found: Plan, *args: Any) -> None:
-    """Run a loop over all pieces of x, which leaves its results in the last of `args`."""
+    """Run a loop over all pieces of x; it writes into the last of `args`."""
     split(_loop(loop, found.rows), found.items, READING_COST * x.size, x, *found.cut, *args)
 
 
@@ -185,7 +182,7 @@ def _sums(x: Array, found: Plan) -> Array:
     partial = np.empty(found.partial)
     _run("sums", x, found, partial)
     if found.over:
-        partial = ADD(partial.reshape(found.apart), found.over)
+        partial = ADD(partial.reshape(found.pieces), found.over)
     return partial.reshape(found.shape)
 
 
@@ -198,22 +195,22 @@ def _summed(x: Array, axis: Axis, keepdims: bool) -> Any:
 
 @kernel("sum", "cpu")
 def sum_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Sum over `axis`, added up in float64, in x's dtype."""
+    """Sum over `axis`, computed in float64, in x's dtype."""
     total = _summed(x, axis, keepdims)
     return total if total is NotImplemented else total.astype(x.dtype)
 
 
 @kernel("sum_to", "cpu")
 def sum_to(x: Array, *, shape: tuple[int, ...]) -> Any:
-    """Sum x down to `shape`, over the axes along which broadcasting repeated it."""
+    """Sum x to `shape`, over the axes that broadcasting repeated."""
     lead = x.ndim - len(shape)
     repeated = (i for i, n in enumerate(shape, start=lead) if n == 1 and x.shape[i] != 1)
     total = sum_(x, axis=(*range(lead), *repeated), keepdims=True)
     return total if total is NotImplemented else total.reshape(shape)
 
 
-@kernel("mean_fused", "cpu")
-def mean_fused(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+@kernel("mean", "cpu")
+def mean(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Arithmetic mean over `axis`, from a sum in float64, in x's dtype."""
     total = _summed(x, axis, keepdims)
     if total is NotImplemented or not x.size:
@@ -221,45 +218,45 @@ def mean_fused(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     return (total / (x.size // total.size)).astype(x.dtype)
 
 
-def _kept(y: Array, axis: Axis, keepdims: bool) -> Array:
-    """A reduction's result in the shape that broadcasts against its operand."""
+def _with_axes(y: Array, axis: Axis, keepdims: bool) -> Array:
+    """A reduction's result with the reduced axes, so that it broadcasts against the operand."""
     if keepdims or axis is None:
         return y
     return np.expand_dims(y, tuple(int(a) for a in np.atleast_1d(axis)))
 
 
-@kernel("mean_fused.vjp", "cpu")
-def mean_fused_vjp(
+@kernel("mean.vjp", "cpu")
+def mean_vjp(
     g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False
 ) -> tuple[Array]:
-    """g / n, repeated."""
+    """g / n, broadcast to x's shape."""
     if not x.size:
         return NotImplemented
-    each = np.divide(g, x.size // g.size, dtype=np.result_type(g, np.float32))  # half precision may not hold n
-    return (np.broadcast_to(_kept(each, axis, keepdims), x.shape),)
+    each = np.divide(g, x.size // g.size, dtype=np.result_type(g, np.float32))  # n may overflow in half precision
+    return (np.broadcast_to(_with_axes(each, axis, keepdims), x.shape),)
 
 
 # ---- moments ---------------------------------------------------------------------------------------------
 
 
 def _moments(x: Array, found: Plan, shift: Array) -> Array:
-    """Σ (x − shift) and Σ (x − shift)² of each result; as flat as the shift, and like it in float64."""
+    """Σ (x − shift) and Σ (x − shift)² of each result, in float64 (2, results); the shift is (results,)."""
     partial = np.empty((2, *found.partial))
-    between = found.outer[1:] if found.rows else ()  # so that a row finds its shift
+    between = found.outer[1:] if found.rows else ()  # to find the shift of a row
     _run("moments", x, found, *between, shift, partial)
     if found.over:
-        partial = ADD(partial.reshape(2, *found.apart), tuple([i + 1 for i in found.over]))
+        partial = ADD(partial.reshape(2, *found.pieces), tuple([i + 1 for i in found.over]))
     return partial.reshape(2, -1)
 
 
 def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
     """Mean and biased variance in float64, in the result's shape."""
     if found.rows and not found.over:
-        shift = np.full(len(x), np.nan)  # the loop takes it from a row when it reads that anyway
+        shift = np.full(len(x), np.nan)  # the loop sets it to the row's first element
     else:
         first = x[:, 0].reshape(found.outer) if found.rows else x
         shift = first[:, 0].astype(np.float64).reshape(-1)
-        _loop("make_finite")(shift)  # or the mean would be NaN where it is infinite
+        _loop("make_finite")(shift)  # an infinite shift would make the mean NaN
     var = np.empty(shift.shape)
     if not _loop("settle")(_moments(x, found, shift), found.terms, shift, var):
         _loop("make_finite")(shift)
@@ -269,35 +266,42 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
 
 def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> Any:
     """Mean and variance in float64."""
-    found = _reduced(_shifted, x, axis, keepdims, few_are_numpys=True)
+    found = _reduced(_shifted, x, axis, keepdims, decline_few=True)
     if found is NotImplemented:
         return NotImplemented
     mu, var = found
     if correction:
         n = x.size // mu.size
         with np.errstate(divide="ignore", invalid="ignore"):
-            var *= np.divide(n, max(n - correction, 0))  # infinite, or NaN for 0, where nothing is left to divide by
+            var *= np.divide(n, max(n - correction, 0))  # division by 0 gives ∞ or NaN
     return mu, var
 
 
-@kernel("mean_and_var_fused", "cpu")
-def mean_and_var_fused(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
-    """Mean, and variance Σ(x − mean)² / (n − correction), both from float64 sums, stacked in x's dtype."""
+@kernel("mean_and_var", "cpu")
+def mean_and_var(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
+    """Mean, and variance Σ(x − mean)² / (n − correction), both from float64 sums, stacked, in x's dtype."""
     found = _mean_and_var(x, axis, keepdims, correction)
     return found if found is NotImplemented else np.stack(found).astype(x.dtype, copy=False)
 
 
-@kernel("var_fused", "cpu")
-def var_fused(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
+@kernel("var", "cpu")
+def var(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
     """Variance over `axis`, Σ(x − mean)² / (n − correction), from float64 sums, in x's dtype."""
     found = _mean_and_var(x, axis, keepdims, correction)
     return found if found is NotImplemented else found[1].astype(x.dtype, copy=False)
 
 
+@kernel("std", "cpu")
+def std(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
+    """Square root of the variance, taken in float64, in x's dtype."""
+    found = _mean_and_var(x, axis, keepdims, correction)
+    return found if found is NotImplemented else np.sqrt(found[1]).astype(x.dtype, copy=False)
+
+
 @kernel("sum_of_squares", "cpu")
 def sum_of_squares(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Σ x² over `axis`, added up in float64, in x's dtype."""
-    result = _reduced(_squares, x, axis, keepdims, few_are_numpys=True)
+    """Σ x² over `axis`, computed in float64, in x's dtype."""
+    result = _reduced(_squares, x, axis, keepdims, decline_few=True)
     return result if result is NotImplemented else result.astype(x.dtype, copy=False)
 
 
@@ -305,19 +309,19 @@ def _squares(x: Array, found: Plan) -> Array:
     return _moments(x, found, np.zeros(math.prod(found.shape)))[1].reshape(found.shape)
 
 
-@kernel("optim.sum_of_squares", "cpu")
+@kernel("squared_norm", "cpu")
 def sum_of_all_squares(x: Array) -> Any:
     """Σ x² over all elements, in float64."""
     return _reduced(_squares, x, None, False)
 
 
 # ---- extremes --------------------------------------------------------------------------------------------
-# Along rows NumPy's own loops are as fast as memory, for what one thread does. Down columns they are not.
-# The smallest is the largest of −x. NaN wins, as in NumPy: `v > best or v != v` is true for it, and nothing is greater.
+# On one thread NumPy reduces rows at the speed of memory, but not columns. The minimum is −max(−x). NaN wins, as in
+# NumPy: `v > best or v != v` is true for NaN, and no number is greater.
 
 
-def _left_to_numpy(x: Array, axis: Axis) -> bool:
-    """Whether x is small, or has rows to reduce that are not enough for threads."""
+def _use_numpy(x: Array, axis: Axis) -> bool:
+    """Whether x is small, or reduced along rows and too small for threads."""
     if x.size <= SMALL or READING_COST * x.size >= threads.PARALLEL_FROM:
         return x.size <= SMALL
     return axis is None or not {-1, x.ndim - 1}.isdisjoint(axis if isinstance(axis, tuple) else (axis,))
@@ -336,18 +340,18 @@ def _row_extremes(x: Array, pick: np.ufunc, sign: int) -> Array:
     return out
 
 
-def _row_places(x: Array, place: Callable[..., Any], sign: int) -> Array:
-    """Where the extreme of each row of x (M, D) is."""
+def _row_indices(x: Array, arg: Callable[..., Any], sign: int) -> Array:
+    """The index of the extreme of each row of x (M, D)."""
     if READING_COST * x.size < threads.PARALLEL_FROM:
-        return place(x, axis=1)
+        return arg(x, axis=1)
     if len(x) == 1 and x.size >= 4 * PIECE:
         rows = np.split(x[0], range(PIECE, x.size, PIECE))
         body, tail = x[0, : PIECE * (len(rows) - 1)].reshape(-1, PIECE), rows[-1]
-        places = np.append(_row_places(body, place, sign), place(tail))
-        piece = place([row[i] for row, i in zip(rows, places, strict=True)])  # the first one that has it
-        return np.asarray([piece * PIECE + places[piece]])
+        indices = np.append(_row_indices(body, arg, sign), arg(tail))
+        piece = arg([row[i] for row, i in zip(rows, indices, strict=True)])  # the first piece that has it
+        return np.asarray([piece * PIECE + indices[piece]])
     out = np.empty(len(x), np.intp)
-    split(_loop("row_places"), len(x), READING_COST * x.size, compiled(x), x.dtype.type(sign), out)
+    split(_loop("row_indices"), len(x), READING_COST * x.size, compiled(x), x.dtype.type(sign), out)
     return out
 
 
@@ -373,47 +377,47 @@ _largest, _smallest = _extremes(np.maximum, 1), _extremes(np.minimum, -1)
 @kernel("max", "cpu")
 def max_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Largest element over `axis`; NaN if there is one."""
-    if _left_to_numpy(x, axis):
+    if _use_numpy(x, axis):
         return MAXIMUM(x, axis, None, None, keepdims)
-    return _reduced(_largest, x, axis, keepdims, few_are_numpys=True)
+    return _reduced(_largest, x, axis, keepdims, decline_few=True)
 
 
 @kernel("min", "cpu")
 def min_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Smallest element over `axis`; NaN if there is one."""
-    if _left_to_numpy(x, axis):
+    if _use_numpy(x, axis):
         return MINIMUM(x, axis, None, None, keepdims)
-    return _reduced(_smallest, x, axis, keepdims, few_are_numpys=True)
+    return _reduced(_smallest, x, axis, keepdims, decline_few=True)
 
 
-def _places(place: Callable[..., Any], sign: int) -> Reduce:
+def _indices(arg: Callable[..., Any], sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Array:
         if found.rows:
-            return _row_places(x, place, sign).reshape(found.shape)
-        partial, places = np.empty(found.partial, x.dtype), np.empty(found.partial, np.intp)
-        _run("places", x, found, x.dtype.type(sign), partial, places)
+            return _row_indices(x, arg, sign).reshape(found.shape)
+        partial, indices = np.empty(found.partial, x.dtype), np.empty(found.partial, np.intp)
+        _run("indices", x, found, x.dtype.type(sign), partial, indices)
         first = np.argmax(partial, axis=1, keepdims=True)  # the first piece that has it; NaN wins here too
-        return np.take_along_axis(places, first, 1).reshape(found.shape)
+        return np.take_along_axis(indices, first, 1).reshape(found.shape)
 
     return reduce
 
 
-_place_of_largest, _place_of_smallest = _places(np.argmax, 1), _places(np.argmin, -1)
+_index_of_largest, _index_of_smallest = _indices(np.argmax, 1), _indices(np.argmin, -1)
 
 
-def _place(reduce: Reduce, x: Array, axis: int | None, keepdims: bool) -> Any:
-    if isinstance(axis, tuple) or _left_to_numpy(x, axis):
+def _index(reduce: Reduce, x: Array, axis: int | None, keepdims: bool) -> Any:
+    if isinstance(axis, tuple) or _use_numpy(x, axis):
         return NotImplemented
     return _reduced(reduce, np.ascontiguousarray(x) if axis is None else x, axis, keepdims)
 
 
 @kernel("argmax", "cpu")
 def argmax(x: Array, *, axis: int | None = None, keepdims: bool = False) -> Any:
-    """Index of the largest element along `axis`, the first in a tie, or the first NaN; int64."""
-    return _place(_place_of_largest, x, axis, keepdims)
+    """Index of the largest element along `axis`: the first of a tie, or the first NaN; int64."""
+    return _index(_index_of_largest, x, axis, keepdims)
 
 
 @kernel("argmin", "cpu")
 def argmin(x: Array, *, axis: int | None = None, keepdims: bool = False) -> Any:
-    """Index of the smallest element along `axis`, the first in a tie, or the first NaN; int64."""
-    return _place(_place_of_smallest, x, axis, keepdims)
+    """Index of the smallest element along `axis`: the first of a tie, or the first NaN; int64."""
+    return _index(_index_of_smallest, x, axis, keepdims)

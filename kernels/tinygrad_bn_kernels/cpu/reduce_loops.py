@@ -1,7 +1,7 @@
-"""The loops of the reductions in `reduce`, over pieces [start, stop) of rows (M, D) or of columns (A, B, C).
+"""The loops of `reduce`, over pieces [start, stop) of rows (M, D) or of columns (A, B, C).
 
-Columns narrower than a few vector registers come with `fold` rows side by side. Several rows are taken at once, so that
-what is kept for a column is loaded and stored once for several of its elements.
+Narrow columns are folded: `fold` rows side by side. Several rows are read at once, so that the partial result of a
+column is loaded and stored once for several elements.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
 else:
 
     def lanes(array):
-        """Vectors are as long as nothing is: all of an array is left over."""
+        """Longer than the array, so that no vector is used."""
         return array.size + 1
 
 
-# Elements of a row from which its sum is taken in four streams, which the memory delivers faster than one.
+# Rows from this length are summed in four streams: memory delivers them faster than one.
 LONG = 1 << 12
 
-# Elements of a row among which the largest is looked for at once.
+# The index of an extreme is searched in the block of this length that has it.
 BLOCK = 1 << 9
 
 # ---- sums ------------------------------------------------------------------------------------------------
@@ -53,9 +53,9 @@ def row_sums(x, piece, partial, start, stop):
     for item in range(start, stop):
         t = item % pieces
         row, total = x[item // pieces, t * piece : (t + 1) * piece], 0.0
-        for first in range(0, row.size, 4 * LONG):  # many terms one after the other would cost digits in float64
-            some = row[first : first + 4 * LONG]
-            total += _sum_of_long(some) if some.size >= LONG else _sum_of_short(some)
+        for first in range(0, row.size, 4 * LONG):  # shorter sums round less
+            block = row[first : first + 4 * LONG]
+            total += _sum_of_long(block) if block.size >= LONG else _sum_of_short(block)
         partial[item // pieces, t] = total
 
 
@@ -81,8 +81,9 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
             for j in range(width * min(fold, last - i)):
                 sums[j] += np.float64(r0[j])
             i += fold
-        out = partial[a, t, first : first + width]
-        out[:] = sums[:width]
+        out = partial[a, t, first:]
+        for j in range(width):
+            out[j] = sums[j]
         for f in range(1, fold):
             for j in range(width):
                 out[j] += sums[f * width + j]
@@ -92,7 +93,7 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
 def row_moments(x, piece, b, c, shift, partial, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each piece of a row, into partial (2, M, pieces).
 
-    The rows are (A, b, c), and those along b have one shift; one that is NaN becomes the row's first element.
+    The M rows are (A, b, c); the rows along b share a shift. A shift of NaN is set to the row's first element.
     """
     pieces = partial.shape[2]
     for item in range(start, stop):
@@ -112,14 +113,14 @@ def row_moments(x, piece, b, c, shift, partial, start, stop):
 
 @njit(fastmath=SUMS)
 def make_finite(shift):
-    """Put 0 where it is not."""
+    """Replace NaN and infinities by 0."""
     for i in range(shift.size):
         shift[i] = shift[i] if np.isfinite(shift[i]) else 0.0
 
 
 @njit(fastmath=SUMS)
 def settle(sums, n, shift, var):
-    """Mean, into shift, and variance from the two sums of each, and whether its shift was good enough."""
+    """Means, into shift, and variances from sums (2, results); False if a shift was too far from its mean."""
     good = True
     for i in range(shift.size):
         shift[i], var[i], far = moments(shift[i], sums[0, i], sums[1, i], n)
@@ -167,7 +168,7 @@ def column_moments(x, rows, columns, fold, shift, partial, start, stop):
 
 @njit()
 def _take_larger(flat, k, step, count, sign, held):
-    """The largest of `held` and sign · some rows, which begin `step` apart from k on."""
+    """held = max(held, sign · row) for `count` rows that begin at k, k + step, …"""
     whole = held.size // lanes(held) * lanes(held)
     if whole:
         s = splat(sign)
@@ -209,28 +210,28 @@ def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
 
 
 @njit()
-def column_places(x, rows, columns, fold, sign, partial, places, start, stop):
-    """Of each column of a piece the largest of sign · x, into partial, and its first place along B, into places."""
+def column_indices(x, rows, columns, fold, sign, partial, indices, start, stop):
+    """The largest of sign · x in each column of a piece, into partial, and its first index along B, into indices."""
     _, b, c = x.shape
     across = (c + columns - 1) // columns
     for item in range(start, stop):
         a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
-        best, place = partial[a, t, first : first + columns], places[a, t, first : first + columns]
+        best, index = partial[a, t, first : first + columns], indices[a, t, first : first + columns]
         for j in range(best.size):
             best[j] = sign * x[a, t * rows, first + j]
-            place[j] = t * rows
+            index[j] = t * rows
         for i in range(t * rows + 1, min((t + 1) * rows, b)):
             row = x[a, i, first:]
             for j in range(best.size):
                 v, held = sign * row[j], best[j]
                 wins = v > held or (v != v and held == held)
                 best[j] = v if wins else held
-                place[j] = i if wins else place[j]
+                index[j] = i if wins else index[j]
 
 
 @njit()
-def _extreme(row, sign, start, stop, some):
-    """The largest of sign · row from start to before stop, of which there is one at least; `some` is a vector long."""
+def _extreme(row, sign, start, stop, buffer):
+    """The largest of sign · row[start:stop], which is not empty; `buffer` is as long as a vector."""
     step = lanes(row)
     best, first = sign * row[start], start + (stop - start) // (4 * step) * 4 * step
     if first > start:
@@ -240,8 +241,8 @@ def _extreme(row, sign, start, stop, some):
         for i in range(start + 4 * step, first, 4 * step):
             a, b = larger(a, mul(s, load(row, i))), larger(b, mul(s, load(row, i + step)))
             c, d = larger(c, mul(s, load(row, i + 2 * step))), larger(d, mul(s, load(row, i + 3 * step)))
-        store(some, 0, larger(larger(a, b), larger(c, d)))
-        for v in some:
+        store(buffer, 0, larger(larger(a, b), larger(c, d)))
+        for v in buffer:
             best = v if (v > best) | (v != v) else best
     for i in range(first, stop):
         v = sign * row[i]
@@ -252,22 +253,22 @@ def _extreme(row, sign, start, stop, some):
 @njit()
 def row_extremes(x, sign, out, start, stop):
     """The largest of sign · x of each row of x (M, D), times sign."""
-    some = np.empty(lanes(x), x.dtype)
+    buffer = np.empty(lanes(x), x.dtype)
     for m in range(start, stop):
-        out[m] = sign * _extreme(x[m], sign, 0, x.shape[1], some)
+        out[m] = sign * _extreme(x[m], sign, 0, x.shape[1], buffer)
 
 
 @njit()
-def row_places(x, sign, out, start, stop):
-    """Where the largest of sign · x of each row of x (M, D) is first; only the block that has it is looked through."""
-    some = np.empty(lanes(x), x.dtype)
+def row_indices(x, sign, out, start, stop):
+    """The first index of the largest of sign · x in each row of x (M, D). Only the block that has it is searched."""
+    buffer = np.empty(lanes(x), x.dtype)
     for m in range(start, stop):
         row = x[m]
-        best, place = _extreme(row, sign, 0, min(BLOCK, row.size), some), 0
+        best, index = _extreme(row, sign, 0, min(BLOCK, row.size), buffer), 0
         for first in range(BLOCK, row.size, BLOCK):
-            v = _extreme(row, sign, first, min(first + BLOCK, row.size), some)
+            v = _extreme(row, sign, first, min(first + BLOCK, row.size), buffer)
             if v > best or (v != v and best == best):
-                best, place = v, first
-        while sign * row[place] != best and row[place] == row[place]:
-            place += 1
-        out[m] = place
+                best, index = v, first
+        while sign * row[index] != best and row[index] == row[index]:
+            index += 1
+        out[m] = index

@@ -1,10 +1,10 @@
-"""Vectors of 256 bits as values in compiled loops, for the few loops that LLVM does not vectorise well by itself.
+"""Vectors of 256 bits as values in compiled loops, for the few loops that LLVM does not vectorise well.
 
-A loop over `load`, `fma` and `store` says which numbers stay in registers: what the inner loop of a matrix product
-needs, and what a compiler does not find. On a processor with other registers LLVM splits or joins the vectors.
+With `load`, `fma` and `store` a loop keeps its sums in registers, as the inner loop of a matrix product has to. On a
+processor with registers of another size LLVM splits or joins the vectors.
 """
 
-# What intrinsics return is known to Numba only.
+# Only Numba knows the types of intrinsics.
 # mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
@@ -15,11 +15,11 @@ from numba.core import cgutils
 from numba.extending import models, register_model
 
 BITS = 256
-intrinsic: Any = extending.intrinsic  # makes what loops call, with arguments that they do not name
+intrinsic: Any = extending.intrinsic  # untyped: Numba binds its first argument
 
 
 class Vector(types.Type):
-    """As many numbers of a floating-point type as fit into 256 bits."""
+    """256 bits of numbers of one floating-point type."""
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -44,16 +44,16 @@ def _mask(indices):
 
 
 def _call(builder, name, vector, result, args, **options):
-    """Call an intrinsic of LLVM: `name` for vectors of this type."""
-    kind = ir.FunctionType(result, [arg.type for arg in args])
+    """Call the LLVM intrinsic `name` for vectors of this type."""
+    signature = ir.FunctionType(result, [arg.type for arg in args])
     suffix = f"v{vector.lanes}f{vector.dtype.bitwidth}"
-    function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.{suffix}")
+    function = cgutils.get_or_insert_function(builder.module, signature, f"{name}.{suffix}")
     return builder.call(function, args, **options)
 
 
 @intrinsic
 def lanes(typingctx, array):
-    """How many elements of the array make a vector: a constant."""
+    """Elements of a vector of the array's dtype: a constant."""
 
     def codegen(context, builder, signature, args):
         return context.get_constant(types.intp, Vector(array.dtype).lanes)
@@ -63,7 +63,7 @@ def lanes(typingctx, array):
 
 @intrinsic
 def load(typingctx, array, i):
-    """The vector that starts at element `i` of a contiguous array of one axis."""
+    """The vector from element `i` of a contiguous 1-d array."""
     vector = Vector(array.dtype)
 
     def codegen(context, builder, signature, args):
@@ -75,9 +75,9 @@ def load(typingctx, array, i):
 
 @intrinsic
 def store(typingctx, array, i, vector):
-    """Write a vector from element `i` on."""
+    """Write a vector to a contiguous 1-d array from element `i`."""
     if vector.dtype != array.dtype:
-        return None  # a typing error, as it would write beyond the elements
+        return None  # a typing error
 
     def codegen(context, builder, signature, args):
         pointer = _pointer(context, builder, vector, signature.args[0], *args[:2])
@@ -87,7 +87,7 @@ def store(typingctx, array, i, vector):
     return types.void(array, types.intp, vector), codegen
 
 
-def _everywhere(context, builder, vector, number):
+def _broadcast(context, builder, vector, number):
     undefined = ir.Constant(context.get_value_type(vector), ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, undefined, _mask([0] * vector.lanes))
@@ -95,23 +95,23 @@ def _everywhere(context, builder, vector, number):
 
 @intrinsic
 def splat(typingctx, x):
-    """The vector that has one number everywhere."""
+    """The vector with x in all lanes."""
     vector = Vector(x)
 
     def codegen(context, builder, signature, args):
-        return _everywhere(context, builder, vector, args[0])
+        return _broadcast(context, builder, vector, args[0])
 
     return vector(x), codegen
 
 
 @intrinsic
 def load_splat(typingctx, array, i):
-    """The vector that has element `i` of a contiguous array everywhere."""
+    """The vector with element `i` of a contiguous array in all lanes."""
     vector = Vector(array.dtype)
 
     def codegen(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return _everywhere(context, builder, vector, builder.load(builder.gep(data, [args[1]])))
+        return _broadcast(context, builder, vector, builder.load(builder.gep(data, [args[1]])))
 
     return vector(array, types.intp), codegen
 
@@ -127,12 +127,12 @@ def fma(typingctx, a, b, c):
 
 
 @intrinsic
-def as_written(typingctx):
-    """The loop in which this stands is not unrolled: two rounds at once may want more registers than there are."""
+def no_unroll(typingctx):
+    """Keeps LLVM from unrolling the surrounding loop: two steps at once may need more registers than there are."""
 
     def codegen(context, builder, signature, args):
-        nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
-        builder.call(nothing, [], attrs=("convergent",))
+        barrier = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
+        builder.call(barrier, [], attrs=("convergent",))
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -160,7 +160,7 @@ def mul(typingctx, a, b):
 
 @intrinsic
 def total(typingctx, vector):
-    """The sum of the lanes, in pairs."""
+    """The sum of the lanes, pairwise."""
 
     def codegen(context, builder, signature, args):
         scalar = args[0].type.element
@@ -171,7 +171,7 @@ def total(typingctx, vector):
 
 
 def _shuffled(typingctx, a, b, indices):
-    """The signature and code of an intrinsic that takes lanes `indices` of two vectors put together."""
+    """Signature and code of an intrinsic that picks lanes `indices` of the concatenation of two vectors."""
 
     def codegen(context, builder, signature, args):
         return builder.shuffle_vector(*args, _mask(indices))
@@ -181,13 +181,13 @@ def _shuffled(typingctx, a, b, indices):
 
 @intrinsic
 def evens(typingctx, a, b):
-    """Lanes 0, 2, 4, … of two vectors put together."""
+    """Lanes 0, 2, 4, … of the concatenation of two vectors."""
     return _shuffled(typingctx, a, b, range(0, 2 * a.lanes, 2))
 
 
 @intrinsic
 def odds(typingctx, a, b):
-    """Lanes 1, 3, 5, … of two vectors put together."""
+    """Lanes 1, 3, 5, … of the concatenation of two vectors."""
     return _shuffled(typingctx, a, b, range(1, 2 * a.lanes, 2))
 
 
@@ -204,9 +204,11 @@ def zip_last(typingctx, a, b):
 
 
 @intrinsic
-def transpose(typingctx, source, at, pitch, target, to, apart):
-    """Copy a square, as many rows of as many elements as there are lanes, so that columns become rows: rows are `pitch`
-    apart from `at` on, then `apart` from `to` on. Both arrays are contiguous, of one axis and one type."""
+def transpose(typingctx, source, at, source_stride, target, to, target_stride):
+    """target[to + j · target_stride + i] = source[at + i · source_stride + j] for all i and j below `lanes`.
+
+    Both arrays are contiguous, 1-d, and of one dtype.
+    """
     vector = Vector(source.dtype)
     if target.dtype != source.dtype:
         return None
@@ -214,13 +216,13 @@ def transpose(typingctx, source, at, pitch, target, to, apart):
     def codegen(context, builder, signature, args):
         lanes, align = range(vector.lanes), vector.dtype.bitwidth // 8
 
-        def row(i, array, first, distance):
-            index = builder.add(args[first], builder.mul(args[distance], ir.Constant(args[distance].type, i)))
+        def row(i, array, first, stride):
+            index = builder.add(args[first], builder.mul(args[stride], ir.Constant(args[stride].type, i)))
             return _pointer(context, builder, vector, signature.args[array], args[array], index)
 
         rows = [builder.load(row(i, 0, 1, 2), align=align) for i in lanes]
         side = 1
-        while side < vector.lanes:  # in two rows, `side` apart, small squares change places: upper right, lower left
+        while side < vector.lanes:  # swap the off-diagonal squares of each 2 × 2 block of squares
             upper = _mask([j + vector.lanes - side if j & side else j for j in lanes])
             lower = _mask([j + vector.lanes if j & side else j + side for j in lanes])
             pairs = [(rows[i & ~side], rows[i | side], lower if i & side else upper) for i in lanes]
@@ -235,7 +237,7 @@ def transpose(typingctx, source, at, pitch, target, to, apart):
 
 @intrinsic
 def larger(typingctx, a, b):
-    """The larger in each lane: a if they are equal, NaN if one of them is."""
+    """The maximum in each lane: a if they are equal, NaN if either is NaN."""
 
     def codegen(context, builder, signature, args):
         x, y = args
@@ -245,25 +247,25 @@ def larger(typingctx, a, b):
     return a(a, b), codegen
 
 
-def _divided(typingctx, x, y, g, where_equal):
-    """The signature and code of an intrinsic: g in the lanes where x is y, or in the others, and 0 elsewhere."""
+def _selected(typingctx, x, y, g, equal_lanes):
+    """Signature and code of an intrinsic: g in the lanes where x == y or x is NaN, or in the others; else 0."""
 
     def codegen(context, builder, signature, args):
         x, y, g = args
         equal = builder.or_(builder.fcmp_ordered("==", x, y), builder.fcmp_unordered("uno", x, x))
         zero = ir.Constant(g.type, [0.0] * g.type.count)
-        return builder.select(equal, *((g, zero) if where_equal else (zero, g)))
+        return builder.select(equal, *((g, zero) if equal_lanes else (zero, g)))
 
     return g(x, y, g), codegen
 
 
 @intrinsic
-def taken(typingctx, x, y, g):
-    """g in the lanes where x is y, or NaN; 0 in the others."""
-    return _divided(typingctx, x, y, g, True)
+def where_equal(typingctx, x, y, g):
+    """g in the lanes where x == y or x is NaN, else 0."""
+    return _selected(typingctx, x, y, g, True)
 
 
 @intrinsic
-def left(typingctx, x, y, g):
-    """What `taken` leaves."""
-    return _divided(typingctx, x, y, g, False)
+def where_different(typingctx, x, y, g):
+    """g − where_equal(x, y, g)."""
+    return _selected(typingctx, x, y, g, False)

@@ -1,6 +1,6 @@
-"""Softmax and its kin, with an exponential of our own: the compiler has no vector form of the C library's.
+"""Cross-entropy and logsumexp, with their own exponential: LLVM does not vectorise calls of the C library's.
 
-Cross-entropy takes one row at a time: it is read while it is in cache, and no (M, C) temporary is made.
+Cross-entropy takes one row at a time, while it is in cache, and makes no (M, C) temporary.
 """
 
 import math
@@ -35,6 +35,8 @@ else:
         return types.float64(types.int64), codegen
 
 
+_FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
+
 LOG2_E = 1 / math.log(2)
 LN2_HIGH = 0.693147180369123816490  # its last 21 bits are 0, so that k · LN2_HIGH is exact (fdlibm's e_exp.c)
 LN2_LOW = 1.90821492927058770002e-10
@@ -42,14 +44,14 @@ LN2_LOW = 1.90821492927058770002e-10
 
 @njit(fastmath={"contract"})
 def _exp(x):
-    """eˣ in float64 to 2 units in the last place, but 0 for x below −707; NaN stays NaN.
+    """eˣ in float64, to 2 units in the last place; 0 for x ≤ −707, NaN for NaN.
 
-    eˣ = 2ᵏ eʳ with |r| ≤ log(2) / 2, and eʳ by its Taylor polynomial of degree 13, whose rest is below 2⁻⁵³.
+    eˣ = 2ᵏ eʳ with |r| ≤ log(2) / 2; eʳ is its Taylor polynomial of degree 13, with a remainder below 2⁻⁵³.
     """
-    inside = x if x > -707.0 else -707.0  # so that k is an exponent of float64, for NaN as well
-    inside = inside if inside < 709.782 else 709.782
-    k = np.floor(inside * LOG2_E + 0.5)
-    r = (inside - k * LN2_HIGH) - k * LN2_LOW
+    clipped = x if x > -707.0 else -707.0  # NaN too, so that 2ᵏ is a normal float64
+    clipped = clipped if clipped < 709.782 else 709.782
+    k = np.floor(clipped * LOG2_E + 0.5)
+    r = (clipped - k * LN2_HIGH) - k * LN2_LOW
     p = 1 / 6227020800.0
     p = p * r + 1 / 479001600.0
     p = p * r + 1 / 39916800.0
@@ -85,13 +87,12 @@ def _log_normalizer(row):
     return top, np.log(total)
 
 
-# What follows must not be reassociated: (x − largest) − log_sum keeps digits where x − (largest + log_sum) is rounded
-# at the size of the logits.
+# No reassociation below: (x − largest) − log_sum keeps digits that x − (largest + log_sum) loses for large logits.
 
 
 @njit(fastmath={"contract"})
 def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer, start, stop):
-    """The loss of each row, the weight that its target has in the mean, and what the backward pass needs again."""
+    """The loss of each row, the weight of its target, and its normalizer: the largest logit and the log of the sum."""
     classes = x.shape[1]
     for i in range(start, stop):
         t = target[i]
@@ -111,7 +112,7 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
 @njit(fastmath={"contract"})
 def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, start, stop):
     classes = x.shape[1]
-    spread = 0.0  # what label smoothing takes from the target and gives to all classes
+    spread = 0.0  # weight of the classes' share of label smoothing
     for c in range(classes):
         spread += smoothing / classes * weight[c]
     for i in range(start, stop):
@@ -131,33 +132,39 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
 
 
 @njit()
-def _wrong(target, classes, ignore_index):
-    """The first row whose target is no class; -1 if there is none."""
+def _find_invalid(target, classes, ignore_index):
+    """The first row whose target is not a class; -1 if all are."""
     for i in range(target.size):
         if not (0 <= target[i] < classes or target[i] == ignore_index):
             return i
     return -1
 
 
-def _prepared(x: Array, target: Array, weight: Array, ignore_index: int) -> tuple[Array, Array, Array]:
-    """As the loops want them, and checked, since they would read and write outside the arrays."""
-    if target.shape != x.shape[:1] or weight.shape != x.shape[1:] or not x.shape[1]:
-        raise ValueError(f"logits {x.shape}, targets {target.shape} and weights {weight.shape} do not fit")
-    classes = compiled(target, np.int64)
+def _prepared(x: Array, target: Array, weight: Array | None, ignore_index: int) -> tuple[Array, Array, Array]:
+    """Operands in the loops' dtypes; a weight of None is 1.
+
+    Raises ValueError for other shapes and for targets that are not classes: loops would access memory out of bounds.
+    """
+    rows, count = x.shape
+    weight = np.ones(count) if weight is None else compiled(weight, _FLOAT64)
+    if target.shape != (rows,) or weight.shape != (count,) or not count:
+        raise ValueError(
+            f"expected logits (M, C), targets (M,), weights (C,); got {x.shape}, {target.shape}, {weight.shape}"
+        )
+    classes = compiled(target, _INT64)
     wraps = target.dtype == np.uint64 and target.size and target.max() >= 1 << 63
-    if (i := int(target.argmax()) if wraps else _wrong(classes, x.shape[1], ignore_index)) >= 0:
-        raise ValueError(f"target {target[i]} is not one of the {x.shape[1]} classes 0 to {x.shape[1] - 1}")
-    return compiled(x), classes, compiled(weight, np.float64)
+    if (i := int(target.argmax()) if wraps else _find_invalid(classes, count, ignore_index)) >= 0:
+        raise ValueError(f"target {target[i]} is not one of the {count} classes 0 to {count - 1}")
+    return compiled(x), classes, weight
 
 
 @kernel("softmax_cross_entropy", "cpu")
 def softmax_cross_entropy(
-    x: Array, target: Array, weight: Array, *, smoothing: float, ignore_index: int, reduction: str
+    x: Array, target: Array, weight: Array | None, *, smoothing: float, ignore_index: int, reduction: str
 ) -> tuple[Any, Array, float]:
-    """x (M, C) logits, target (M,) classes, weight (C,): the loss, what backward needs again, and Σ weights of targets.
+    """x (M, C) logits, target (M,) classes, weight (C,) or None: the loss, the normalizer (M, 2), Σ target weights.
 
-    The loss is that of each row (M,) for the reduction "none", else one number. Raises ValueError for a target that
-    is no class.
+    The loss is (M,) for the reduction "none", else one number. Raises ValueError for a target that is not a class.
     """
     ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
@@ -177,7 +184,7 @@ def softmax_cross_entropy_vjp(
     y: Array,
     x: Array,
     target: Array,
-    weight: Array,
+    weight: Array | None,
     *,
     needs: list[bool],
     smoothing: float,
@@ -186,18 +193,17 @@ def softmax_cross_entropy_vjp(
     normalizer: Array,
     total: float,
 ) -> Any:
-    """The gradient with respect to the logits; that of the weights is left to the composition."""
+    """The gradient of the logits; NotImplemented if the weights need one."""
     if needs[2]:
         return NotImplemented
     ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
     gx = empty_like(logits)
     if x.size:
-        each = np.empty(len(x))
-        each[...] = np.divide(g, total, dtype=np.float64) if reduction == "mean" else g
-        split(
-            _backward, len(x), EXP_COST * x.size, each, logits, target, weight, ignore_index, smoothing, normalizer, gx
-        )
+        gs = np.empty(len(x))
+        gs[...] = np.divide(g, total, dtype=np.float64) if reduction == "mean" else g
+        args = gs, logits, target, weight, ignore_index, smoothing, normalizer, gx
+        split(_backward, len(x), EXP_COST * x.size, *args)
     return gx, None, None
 
 
@@ -215,8 +221,8 @@ def _exp_sums(x, shift, total, start, stop):
         total[i] = s
 
 
-@kernel("logsumexp_fused", "cpu")
-def logsumexp_fused(x: Array, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+@kernel("logsumexp", "cpu")
+def logsumexp(x: Array, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """log Σ eˣ over `axis`, summed in float64, in x's dtype."""
     if x.dtype.char not in "fd" or not x.size:
         return NotImplemented

@@ -1,6 +1,6 @@
-"""The inner loops of products and convolutions: sums that stay in twelve registers, four by three vectors.
+"""The inner loops of products and convolutions. A tile is 4 × 3 vectors of sums, kept in twelve registers.
 
-A step of either loads seven vectors and multiplies twelve times, which is what a core can do in six cycles.
+A step loads seven vectors and does twelve multiplications, which takes a core six cycles.
 """
 
 from numba import config
@@ -8,7 +8,7 @@ from numba import config
 from tinygrad_bn_kernels.cpu.jit import njit
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
-    from tinygrad_bn_kernels.cpu.simd import add, as_written, fma, lanes, load, load_splat, splat, store, total
+    from tinygrad_bn_kernels.cpu.simd import add, fma, lanes, load, load_splat, no_unroll, splat, store, total
 
 ROWS = 4
 VECTORS = 3
@@ -16,7 +16,7 @@ VECTORS = 3
 
 @njit()
 def four(start, step):
-    """Places from `start` on, `step` apart, for the rows of a tile."""
+    """Offsets of the four rows of a tile: start, start + step, …"""
     return start, start + step, start + 2 * step, start + 3 * step
 
 
@@ -29,11 +29,12 @@ def _add_to(out, at, x0, x1, x2):
 
 
 @njit()
-def add_products(source, offsets, at, weight, first, strides, out, places):
-    """Add to three vectors at each of four places of `out` a sum over all offsets, of the three vectors of `source`
-    that stand `at` after an offset, times a number of `weight`: it holds a matrix (places, offsets), from `first` on
-    and with these strides."""
-    down, apart = strides
+def add_products(source, offsets, at, weight, first, strides, out, targets):
+    """out[targets[i] + j] += Σ_r weight[i, r] · source[offsets[r] + at + j] for a tile: 4 rows i, 3 vectors of j.
+
+    The matrix weight[i, r] starts at `first` in a flat array and has these strides.
+    """
+    row_stride, column_stride = strides
     step = lanes(source)
     zero = splat(source.dtype.type(0))
     a0, a1, a2 = zero, zero, zero
@@ -41,21 +42,21 @@ def add_products(source, offsets, at, weight, first, strides, out, places):
     c0, c1, c2 = zero, zero, zero
     d0, d1, d2 = zero, zero, zero
     for r in range(len(offsets)):
-        as_written()
-        start, from_ = offsets[r] + at, first + r * apart
+        no_unroll()
+        start, w0 = offsets[r] + at, first + r * column_stride
         x0, x1, x2 = load(source, start), load(source, start + step), load(source, start + 2 * step)
-        w = load_splat(weight, from_)
+        w = load_splat(weight, w0)
         a0, a1, a2 = fma(w, x0, a0), fma(w, x1, a1), fma(w, x2, a2)
-        w = load_splat(weight, from_ + down)
+        w = load_splat(weight, w0 + row_stride)
         b0, b1, b2 = fma(w, x0, b0), fma(w, x1, b1), fma(w, x2, b2)
-        w = load_splat(weight, from_ + 2 * down)
+        w = load_splat(weight, w0 + 2 * row_stride)
         c0, c1, c2 = fma(w, x0, c0), fma(w, x1, c1), fma(w, x2, c2)
-        w = load_splat(weight, from_ + 3 * down)
+        w = load_splat(weight, w0 + 3 * row_stride)
         d0, d1, d2 = fma(w, x0, d0), fma(w, x1, d1), fma(w, x2, d2)
-    _add_to(out, places[0], a0, a1, a2)
-    _add_to(out, places[1], b0, b1, b2)
-    _add_to(out, places[2], c0, c1, c2)
-    _add_to(out, places[3], d0, d1, d2)
+    _add_to(out, targets[0], a0, a1, a2)
+    _add_to(out, targets[1], b0, b1, b2)
+    _add_to(out, targets[2], c0, c1, c2)
+    _add_to(out, targets[3], d0, d1, d2)
 
 
 @njit()
@@ -65,9 +66,11 @@ def _add_totals(row, r, x0, x1, x2):
 
 @njit()
 def add_inner_products(source, base, pitch, offsets, r, other, first, count, length, begin, end, sums):
-    """Add to four rows of `sums` from `first` on, and three columns from `r` on, the sums of `source` times `other`:
-    source after each of the three offsets, other (count, rows, length) in those four rows, both from `begin` to `end`;
-    over `count` repetitions, from `base` on and `pitch` apart in `source`."""
+    """sums[i, j] += Σ_k Σ_t other[k, i, t] · source[base + k · pitch + offsets[j] + t] for a tile of `sums`.
+
+    The rows i are `first` to first + 3, the columns j are r to r + 2; k < count, begin ≤ t < end, a multiple of a
+    vector long. `other` is flat, (count, rows, length).
+    """
     step, rows = lanes(source), len(sums)
     zero = splat(source.dtype.type(0))
     a0, a1, a2 = zero, zero, zero
@@ -97,7 +100,7 @@ def add_inner_products(source, base, pitch, offsets, r, other, first, count, len
 
 @njit()
 def copy(source, at, target, to, count):
-    """Copy `count` elements of one array to another, a vector at a time; the last may overlap the one before."""
+    """target[to : to + count] = source[at : at + count], by vectors; the last may overlap the one before."""
     step = lanes(source)
     if count >= step:
         for i in range(0, count, step):

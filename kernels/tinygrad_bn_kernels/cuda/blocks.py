@@ -142,8 +142,8 @@ def _check_blocks(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray 
         raise ValueError(f"x {x.shape} with vectors of shapes {shapes} does not have blocks (N, G, P, S) of {sizes}")
 
 
-@kernel("block_norm_fused", "cuda")
-def block_norm_fused(
+@kernel("block_norm", "cuda")
+def block_norm(
     x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, blocks: Blocks, eps: float,
     centered: bool,
 ) -> Any:  # fmt: skip
@@ -158,8 +158,8 @@ def block_norm_fused(
     return y, mean, var
 
 
-@kernel("block_norm_fused.vjp", "cuda")
-def block_norm_fused_vjp(
+@kernel("block_norm.vjp", "cuda")
+def block_norm_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
     needs: list[bool], blocks: Blocks, eps: float, centered: bool, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip

@@ -232,15 +232,15 @@ def conv_weight(
     return maps.fill(DeviceArray(shape, x.dtype), 0) if total is None else total.reshape(shape)
 
 
-@kernel("conv_fused", "cuda")
-def conv_fused(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, **options: Any) -> DeviceArray:
+@kernel("conv_with_bias", "cuda")
+def conv_with_bias(x: DeviceArray, weight: DeviceArray, bias: DeviceArray, **options: Any) -> DeviceArray:
     """`conv` plus a bias (O,)."""
     maps.check(x, weight, bias)
     return maps.add(conv(x, weight, **options), bias.reshape((-1, *(1,) * (x.ndim - 2))))
 
 
-@kernel("conv_fused.vjp", "cuda")
-def conv_fused_vjp(
+@kernel("conv_with_bias.vjp", "cuda")
+def conv_with_bias_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray, bias: DeviceArray, *, needs: list[bool],
     **options: Any,
 ) -> Any:  # fmt: skip

@@ -322,15 +322,15 @@ def _backward(
     return gx, gweight if needs[1] else None, gbias if needs[2] else None
 
 
-@kernel("batch_norm_fused", "cuda")
-def batch_norm_fused(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
+@kernel("batch_norm_training", "cuda")
+def batch_norm_training(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
     """x (N, C, ...), weight and bias (C,) or None: the output, and mean and biased variance (C,) in x's dtype."""
     return _forward(x, weight, bias, eps, False)
 
 
-@kernel("batch_norm_relu_fused", "cuda")
-def batch_norm_relu_fused(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
-    """`batch_norm_fused`, followed by ReLU."""
+@kernel("batch_norm_relu", "cuda")
+def batch_norm_relu(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *, eps: float) -> Any:
+    """`batch_norm_training`, followed by ReLU."""
     return _forward(x, weight, bias, eps, True)
 
 
@@ -349,8 +349,8 @@ def batch_norm_inference(
     return y
 
 
-@kernel("batch_norm_fused.vjp", "cuda")
-def batch_norm_fused_vjp(
+@kernel("batch_norm_training.vjp", "cuda")
+def batch_norm_training_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
     needs: list[bool], eps: float, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
@@ -358,8 +358,8 @@ def batch_norm_fused_vjp(
     return _backward(g, y, x, weight, needs, eps, mean, var, False)
 
 
-@kernel("batch_norm_relu_fused.vjp", "cuda")
-def batch_norm_relu_fused_vjp(
+@kernel("batch_norm_relu.vjp", "cuda")
+def batch_norm_relu_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, *,
     needs: list[bool], eps: float, mean: DeviceArray, var: DeviceArray,
 ) -> Any:  # fmt: skip
@@ -367,7 +367,7 @@ def batch_norm_relu_fused_vjp(
     return _backward(g, y, x, weight, needs, eps, mean, var, True)
 
 
-@kernel("nn.running_statistics", "cuda")
+@kernel("running_statistics", "cuda")
 def running_statistics(
     running_mean: DeviceArray, running_var: DeviceArray, mean: DeviceArray, var: DeviceArray, *, momentum: float,
     unbias: float,

@@ -13,7 +13,7 @@ from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
 from tinygrad_bn_kernels.cuda.shim import cuda, uint32
 
 
-@program("optim.adam", "f4* f4* f4* f4* f4* u4 f4 f4 f4 f4 f4 f4 f4 f4 f4")
+@program("adam", "f4* f4* f4* f4* f4* u4 f4 f4 f4 f4 f4 f4 f4 f4 f4")
 def ADAM(T: Any) -> Callable[..., None]:
     """Adam; m and v are updated in place."""
 
@@ -31,7 +31,7 @@ def ADAM(T: Any) -> Callable[..., None]:
     return adam
 
 
-@program("optim.sgd", "f4* f4* f4* f4* u4 f4 f4 f4 f4 f4")
+@program("sgd", "f4* f4* f4* f4* u4 f4 f4 f4 f4 f4")
 def SGD(T: Any) -> Callable[..., None]:
     """SGD: subtract a · (g + decay · p) + b · v; v is updated in place. a is 0 without Nesterov momentum."""
 
@@ -48,7 +48,7 @@ def SGD(T: Any) -> Callable[..., None]:
     return sgd
 
 
-@kernel("optim.adam", "cuda")
+@kernel("adam", "cuda")
 def adam(
     p: DeviceArray, g: DeviceArray, m: DeviceArray, v: DeviceArray, *, beta1: float, beta2: float, step_size: float,
     root_scale: float, eps: float, shrink: float, decay: float,
@@ -62,12 +62,14 @@ def adam(
     return out
 
 
-@kernel("optim.sgd", "cuda")
+@kernel("sgd", "cuda")
 def sgd(
-    p: DeviceArray, g: DeviceArray, v: DeviceArray, *, lr: float, momentum: float, dampening: float, decay: float,
+    p: DeviceArray, g: DeviceArray, v: DeviceArray | None, *, lr: float, momentum: float, dampening: float, decay: float,
     nesterov: bool,
-) -> DeviceArray:  # fmt: skip
+) -> Any:  # fmt: skip
     """p − lr · v, or with Nesterov p − lr · (g + momentum · v), after updating v with g + decay · p."""
+    if v is None:
+        return NotImplemented
     maps.check(p, g, v)
     out = DeviceArray(p.shape, p.dtype)
     a, b = (lr, lr * momentum) if nesterov else (0.0, lr)

@@ -90,20 +90,20 @@ def _pooled(
     return y
 
 
-@kernel("max_pool_fused", "cuda")
-def max_pool_fused(x: DeviceArray, **options: Any) -> DeviceArray:
+@kernel("max_pool", "cuda")
+def max_pool(x: DeviceArray, **options: Any) -> DeviceArray:
     """x (N, C, *size) to (N, C, *out)."""
     return _pooled(MAX_POOL, x, x.dtype, **options)
 
 
-@kernel("nn.max_pool_places", "cuda")
+@kernel("max_pool_places", "cuda")
 def max_pool_places(x: DeviceArray, **options: Any) -> DeviceArray:
     """The index in its plane of each window's largest element, as int64."""
     return _pooled(PLACES, x, np.int64, **options)
 
 
-@kernel("max_pool_fused.vjp", "cuda")
-def max_pool_fused_vjp(
+@kernel("max_pool.vjp", "cuda")
+def max_pool_vjp(
     g: DeviceArray, y: DeviceArray, x: DeviceArray, *, needs: list[bool], **options: Any
 ) -> tuple[DeviceArray]:
     """g at the index of each window's largest element, which is computed again."""

@@ -292,7 +292,7 @@ def sum_of_squares(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False)
     return _reduced("sum_of_squares", x, axis, keepdims)
 
 
-@kernel("optim.sum_of_squares", "cuda")
+@kernel("squared_norm", "cuda")
 def total_of_squares(x: DeviceArray) -> float:
     """Σ x² as a Python number; waits for the device."""
     return float(sum_of_squares(x).item())

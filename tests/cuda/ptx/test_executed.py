@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
-from tinygrad_bn.tensor import OPS
 from tinygrad_bn.functional.pooling import _places
+from tinygrad_bn.tensor import OPS
 
 BLOCK = 256
 SIZES = st.sampled_from([1, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK, 8 * BLOCK + 3]) | st.integers(1, 3000)
@@ -314,9 +314,7 @@ def test_block_norm(n, groups, planes, size, kind, centered, seed):
     scale = np.abs(xhat * weight[:, None]) + np.abs(bias[:, None]) + 1
     close(y, xhat * weight[:, None] + bias[:, None].astype(np.float64), ulps=64, scale=scale)
     close(var, expected_var, ulps=32)
-    gx, gweight, gbias = run(
-        "block_norm.vjp", g, y, x, weight, bias, needs=[True] * 3, **options, mean=mean, var=var
-    )
+    gx, gweight, gbias = run("block_norm.vjp", g, y, x, weight, bias, needs=[True] * 3, **options, mean=mean, var=var)
     gw, h = (a.reshape(n * groups, -1) for a in (g * weight[:, None].astype(np.float64), xhat))
     center = gw.mean(1, keepdims=True) if centered else 0
     expected = ivar[:, None] * (gw - center - h * (gw * h).mean(1, keepdims=True))
