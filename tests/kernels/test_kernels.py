@@ -19,7 +19,7 @@ from tinygrad_bn_kernels.cpu import norm, threads
 
 from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
-from tinygrad_bn import Tensor, functional, nn, ops, optim, testing
+from tinygrad_bn import Tensor, functional, more_ops, nn, ops, optim, testing
 from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.functional.normalization import block_norm
 from tinygrad_bn.kernels import kernel_errors
@@ -308,7 +308,7 @@ def test_read_only_operands_and_other_kinds_of_numbers_are_not_compiled_for():
     def everything(x, number, integer):
         t = Tensor._of(x)
         for axis in (0, 1, None):
-            functional.mean_and_var(t, axis), ops.sum(t, axis=axis), ops.max(t, axis=axis)
+            functional.mean_and_var(t, axis), ops.sum(t, axis=axis), more_ops.max(t, axis=axis)
             functional.mean(t, axis), functional.var(t, axis), functional.logsumexp(t, axis)
         functional.layer_norm(t, 80, eps=number(0.0)), functional.batch_norm(t, training=True, eps=number(0.0))
         functional.batch_norm(t, np.ones(80), np.ones(80), eps=number(0.0))
