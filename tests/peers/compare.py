@@ -12,6 +12,8 @@ from tinygrad_bn import Tensor, grad
 
 torch = pytest.importorskip("torch")
 
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+
 
 def peer(a: Any) -> Any:
     """The same numbers for PyTorch.

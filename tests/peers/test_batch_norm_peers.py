@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.peers.compare import close, peer, torch
+from tests.peers.compare import TOLERANCE, close, peer, torch
 from tinygrad_bn import Tensor, grad, nn
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 DTYPES = st.sampled_from(list(TOLERANCE))
 LAYERS = {  # and the shape of what follows the channels
     "1d": (nn.BatchNorm1d, torch.nn.BatchNorm1d, ()),
