@@ -1,4 +1,4 @@
-"""BatchNorm: what it promises, for 1d, 2d and 3d, float32 and float64, in every mode."""
+"""BatchNorm in 1d, 2d and 3d, float32 and float64, in every mode."""
 
 import itertools
 
@@ -286,7 +286,7 @@ def test_an_update_in_training_does_not_disturb_a_pending_backward_of_evaluation
 
 @given(st.integers(2, 20), st.integers(2, 6), st.sampled_from([(3,), (3, 2), (2, 2, 3)]), st.integers(0, 999))
 def test_ghost_batches_are_batches_of_their_own(n, virtual, shape, seed):
-    """Outputs, gradients and running statistics are those of a plain layer that meets the parts one after the other."""
+    """Outputs, gradients and running statistics equal those of a plain layer given the parts in turn."""
     rng = np.random.default_rng(seed)
     x, g = rng.normal(3, 2, (2, n, *shape))
     weight, bias = rng.normal(size=(2, x.shape[1]))

@@ -1,4 +1,4 @@
-"""Compositions: statistics, softmax family, losses with all their options; and what they refuse."""
+"""Compositions: statistics, softmax family, losses with all their options, and errors."""
 
 from contextlib import nullcontext
 
@@ -230,7 +230,7 @@ def test_std_of_nan_is_nan_and_of_constants_zero():
         (lambda: F.dropout(np.ones(4, int)), TypeError, "floating-point"),
     ],
 )
-def test_what_would_be_a_silent_wrong_number_is_an_error(call, error, message):
+def test_input_that_would_give_a_wrong_number_is_an_error(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

@@ -1,4 +1,4 @@
-"""Tensor: making one, what it says of itself, NumPy on either side, and what may and may not be changed."""
+"""Tensor: construction, repr, NumPy on either side of operators, and rules for changing data."""
 
 import copy
 import pickle
@@ -223,7 +223,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 @given(hnp.arrays(np.float64, (2, 3), elements=st.floats(-8, 8)))
-def test_methods_do_what_numpys_do(method, a):
+def test_methods_equal_numpys(method, a):
     def numpys(x):
         return method(_WithCorrection(x) if isinstance(x, np.ndarray) else x)
 

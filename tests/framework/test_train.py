@@ -288,9 +288,7 @@ def deep(**options: object) -> nn.Sequential:
     st.sampled_from([0, 1]),
     st.sampled_from([0.1, 0.0, None]),
 )
-def test_recalibrated_statistics_are_those_of_all_the_data_whatever_the_batches(
-    layer, n, batch_size, correction, momentum
-):
+def test_recalibrated_statistics_are_those_of_all_data_for_any_batch_size(layer, n, batch_size, correction, momentum):
     x = np.random.default_rng(n).normal(size=(n, 3) if layer is nn.BatchNorm1d else (n, 3, 2, 5))
     x += np.arange(n).reshape(-1, *[1] * (x.ndim - 1))  # the samples differ, so batches have different means
     bn = layer(3, momentum=momentum, running_var_correction=correction).astype(np.float64)
@@ -363,7 +361,7 @@ def test_the_gap_by_hand(n):
     x, y = samples(n, seed=1)
     model[1].eval()
     before, was = state(model), modes(model)
-    gap = statistics_gap(model, (x, y), batch_size=max(n - 2, n // 2 + 1))  # one batch: none shall be smaller
+    gap = statistics_gap(model, (x, y), batch_size=max(n - 2, n // 2 + 1))  # one batch: no other may be smaller
     assert (state(model), modes(model)) == (before, was)
     assert gap.running == pytest.approx(evaluate(model, (x, y)), rel=1e-6)
     loss, accuracy = by_hand(model, x, y, by_batch=True)

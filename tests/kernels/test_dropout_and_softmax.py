@@ -1,4 +1,4 @@
-"""Dropout's counter-based generator, the exponential of our own, and cross-entropy's kernel against its composition."""
+"""Dropout's counter-based generator, the kernels' exponential, and cross-entropy's kernel against its composition."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def philox4x32(counter, key):
 
 
 def test_known_answers():
-    """Those of Random123's kat_vectors; only the first one's counter is within reach of `philox`."""
+    """From Random123's kat_vectors; `philox` can only reach the counter of the first."""
     ones, zeros = (2**32 - 1,) * 4, (0,) * 4
     pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
     assert philox4x32(zeros, zeros[:2]) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
@@ -100,7 +100,7 @@ def test_gradients_of_order_1_and_2_use_the_forward_mask(key, p, shape):
         np.testing.assert_allclose(second.numpy(), 2 * slope**2 * factor.numpy(), rtol=1e-14)
 
 
-def test_probabilities_0_and_1_and_those_that_are_none():
+def test_probabilities_0_and_1_and_out_of_range():
     x = Tensor(np.array([1.0, np.nan, np.inf, -2.0, 3.0]), requires_grad=True)
     assert F.dropout(x, 0.0) is x
     assert F.dropout(x, 0.9, training=False) is x
@@ -144,7 +144,7 @@ def loss_and_gradient(x, target, g=None, **options):
 
 
 def equal_composition(x, target, **options):
-    """Loss and gradient of the kernel are those of the composition in float64."""
+    """The kernel's loss and gradient equal those of the composition in float64."""
     got = loss_and_gradient(x, target, **options)
     with kernels_disabled():
         want = loss_and_gradient(x.astype(np.float64), target, **options)

@@ -17,7 +17,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 def draw_classification(rng, dtype, classes, spatial, weighted, ignore_index):
-    """Scores, targets of which at least the first is not ignored, and class weights or None."""
+    """Scores, targets (the first is never ignored), and class weights or None."""
     x = rng.normal(0, 3, (3, classes, *spatial)).astype(dtype)
     target = rng.integers(0, classes, (3, *spatial))
     if ignore_index < 0:

@@ -12,7 +12,7 @@ from tinygrad_bn import Tensor, nn, optim
 from tinygrad_bn import functional as F
 
 T = torch.nn
-TRAINED = 1e-7  # float64, after 20 steps: Adam scales up what rounding makes of a gradient that should be 0
+TRAINED = 1e-7  # float64, after 20 steps: Adam scales up the rounding error of a gradient that should be 0
 LAYERS = {  # a layer of `nn` or `torch.nn`, and the shape of its input
     "Linear": (lambda m: m.Linear(4, 3), (5, 4)),
     "Linear, more axes": (lambda m: m.Linear(4, 3), (2, 5, 4)),
