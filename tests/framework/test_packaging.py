@@ -9,22 +9,8 @@ from importlib.resources import files
 
 import pytest
 
-MODULES = [
-    f"tinygrad_bn{name}"
-    for name in (
-        "",
-        ".functional",
-        ".nn",
-        ".optim",
-        ".train",
-        ".datasets",
-        ".testing",
-        ".viz",
-        ".device",
-        ".kernels",
-        ".cuda",
-    )
-]
+PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "device", "kernels", "cuda")
+MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
 
 LAZY = """
 import sys

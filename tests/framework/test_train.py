@@ -203,15 +203,18 @@ def test_progress(capsys):
         assert ("my bar" in printed.out and "2/2" in printed.out) if progress else printed.out == ""
 
 
-def test_fit_errors():
+def test_errors():
     with pytest.raises(ValueError, match="0 samples make no batch of 32"):
         fit(network(), samples(0))
     with pytest.raises(ValueError, match=r"5 samples make no batch of 8 \(drop_last=True\)"):
         fit(network(), samples(5), batch_size=8, drop_last=True)
-    with pytest.raises(ValueError, match="5 samples, but 4 targets"):
-        fit(network(), (samples(5)[0], samples(4)[1]))
+    for function in (fit, evaluate, statistics_gap):
+        with pytest.raises(ValueError, match="5 samples, but 4 targets"):
+            function(network(), (samples(5)[0], samples(4)[1]))
     with pytest.raises(ValueError, match="no samples to evaluate"):
         evaluate(network(), samples(0))
+    with pytest.raises(ValueError, match="no samples"):
+        statistics_gap(network(), samples(0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
@@ -376,12 +379,3 @@ def test_without_running_statistics_in_use_there_is_no_gap():
     for model in (frozen, network(batch_norm=False)):
         gap = statistics_gap(model, samples(20), batch_size=4)
         assert gap.batch == gap.running
-
-
-def test_the_gap_needs_samples_and_their_targets():
-    with pytest.raises(ValueError, match="no samples"):
-        statistics_gap(network(), samples(0))
-    with pytest.raises(ValueError, match="5 samples, but 4 targets"):
-        statistics_gap(network(), (samples(5)[0], samples(4)[1]))
-    with pytest.raises(ValueError, match="5 samples, but 4 targets"):
-        evaluate(network(), (samples(5)[0], samples(4)[1]))

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.softmax import _exp
 
 from tinygrad_bn import Tensor, nn, testing
@@ -46,10 +45,8 @@ def test_known_answers():
 # ---- dropout ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel_from", [1, 1 << 60])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_the_kernels_mask_is_that_of_the_reference_and_of_the_generator(dtype, parallel_from, monkeypatch):
-    monkeypatch.setattr(threads, "PARALLEL_FROM", parallel_from)
+def test_the_kernels_mask_is_that_of_the_reference_and_of_the_generator(dtype, driver):
     for key, p, shape in itertools.product(KEYS, [0.1, 0.5, 0.999], [*SIZES, (), (3, 5), (2, 0), (2, 3, 7)]):
         x = np.asarray(np.random.default_rng(1).normal(size=shape) + 9, dtype)
         got = find_kernel("dropout_by_key", "cpu")(x, p=p, key=key)
@@ -156,12 +153,10 @@ def equal_composition(x, target, **options):
     return got
 
 
-@pytest.mark.parametrize("parallel_from", [1, 1 << 60])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_equals_its_composition(reduction, smoothing, dtype, parallel_from, monkeypatch):
-    monkeypatch.setattr(threads, "PARALLEL_FROM", parallel_from)
+def test_cross_entropy_equals_its_composition(reduction, smoothing, dtype, driver):
     rng = np.random.default_rng(0)
     for shape, weighted in itertools.product([(1, 1), (9, 2), (13, 10), (3, 1000), (4, 3, 5)], [False, True]):
         x, target = rng.normal(size=shape).astype(dtype), rng.integers(0, shape[1], (shape[0], *shape[2:]))
@@ -206,10 +201,8 @@ def test_all_rows_ignored(dtype):
         assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize("parallel_from", [1, 1 << 60])
 @pytest.mark.parametrize("wrong", [-1, 4, -100, 10**12])
-def test_a_wrong_target_is_an_error_that_names_it(wrong, parallel_from, monkeypatch):
-    monkeypatch.setattr(threads, "PARALLEL_FROM", parallel_from)
+def test_a_wrong_target_is_an_error_that_names_it(wrong, driver):
     for place in (0, 37, 99):
         target = np.zeros(100, np.int64)
         target[place] = wrong

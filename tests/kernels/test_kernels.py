@@ -15,7 +15,7 @@ import tinygrad_bn_kernels as kernels_module
 from hypothesis import given
 from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
-from tinygrad_bn_kernels.cpu import norm, threads
+from tinygrad_bn_kernels.cpu import norm
 
 from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
@@ -32,12 +32,6 @@ def exact_step(*arrays, relu=False):
     """`batch_norm_step` in float64, without kernels."""
     with kernels_disabled():
         return batch_norm_step(*(a.astype(np.float64) for a in arrays), relu)
-
-
-@pytest.fixture(params=["serial", "parallel"])
-def driver(request, monkeypatch):
-    """Small work runs serially, and split over threads."""
-    monkeypatch.setattr(threads, "PARALLEL_FROM", 1 << 60 if request.param == "serial" else 1)
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
