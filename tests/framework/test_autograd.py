@@ -242,8 +242,8 @@ def test_functions_of_arrays_give_arrays():
         np.testing.assert_allclose(f(a), f(Tensor(a)).numpy(), rtol=1e-15)
 
 
-def test_arrays_are_let_go_during_the_backward_pass(monkeypatch):
-    """Each result's array goes as soon as its gradient has been passed on, so a backward needs little more memory."""
+def test_the_backward_pass_frees_arrays_as_it_goes(monkeypatch):
+    """Each result's array is freed once its gradient has been passed on."""
     from tinygrad_bn import autograd
 
     alive, counts = [], []
@@ -285,7 +285,7 @@ def test_only_tensors_can_be_differentiated():
             grad(*args)
 
 
-def test_what_was_frozen_in_the_forward_pass_gets_no_gradient_when_it_is_thawed():
+def test_a_tensor_frozen_in_the_forward_pass_gets_no_gradient_later():
     x, w = Tensor([2.0]), leaf(3.0)
     y = ((x * 2) * w + x * w).sum()
     x.requires_grad = True
@@ -305,7 +305,7 @@ def test_create_graph_under_no_grad_does_not_depend_on_the_layout():
         assert x.grad.requires_grad
 
 
-def test_a_tensor_is_no_option():
+def test_a_tensor_is_refused_as_an_option():
     with pytest.raises(TypeError, match="value is an option"):
         functional.pad(leaf(1.0), width=((1, 1),), value=leaf(2.0))
 

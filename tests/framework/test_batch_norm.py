@@ -1,4 +1,4 @@
-"""BatchNorm: what it promises, for 1d, 2d and 3d, float32 and float64, in every mode."""
+"""BatchNorm in 1d, 2d and 3d, float32 and float64, in every mode."""
 
 import itertools
 
@@ -16,10 +16,10 @@ DTYPES = st.sampled_from([np.float32, np.float64])
 
 
 @st.composite
-def batches(draw, min_count=2, dtypes=DTYPES):
+def batches(draw, dtypes=DTYPES):
     """x of (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), at any mean and deviation."""
     shape = draw(hnp.array_shapes(min_dims=2, max_dims=5, min_side=1, max_side=4))
-    assume(np.prod(shape) // shape[1] >= min_count)
+    assume(np.prod(shape) // shape[1] >= 2)
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     mean, deviation = draw(st.sampled_from([0, 1, -30, 1e4])), draw(st.sampled_from([1, 0.1, 20]))
     return (rng.normal(size=shape) * deviation + mean).astype(draw(dtypes))
@@ -62,25 +62,9 @@ def test_mean_is_bias_and_variance_is_weight_squared_var_over_var_plus_eps(x, se
     np.testing.assert_allclose(y.var(axes(x)), weight**2 * (var / (var + eps)), atol=tolerance * 10, rtol=1e-5)
 
 
-@given(batches(min_count=8))
-def test_zero_mean_and_unit_variance_with_the_defaults(x):
-    y = layer_for(x)(x).numpy().astype(np.float64)
-    var = x.astype(np.float64).var(axes(x))
-    assume((var > 1e-3).all())
-    np.testing.assert_allclose(y.mean(axes(x)), 0, atol=1e-6)
-    np.testing.assert_allclose(y.var(axes(x)), 1, atol=1e-5 / var.min() + 1e-6)
-
-
 @given(batches(dtypes=st.just(np.float64)), st.sampled_from([-1e3, 0.5, 2e5]))
 def test_a_shift_of_the_input_changes_nothing(x, shift):
     np.testing.assert_allclose(layer_for(x)(x + shift).numpy(), layer_for(x)(x).numpy(), atol=1e-8)
-
-
-@given(batches(), st.randoms(use_true_random=False))
-def test_a_permuted_batch_gives_the_permuted_output(x, random):
-    order = list(range(len(x)))
-    random.shuffle(order)
-    np.testing.assert_allclose(layer_for(x)(x[order]).numpy(), layer_for(x)(x).numpy()[order], atol=1e-6)
 
 
 @given(
@@ -286,7 +270,7 @@ def test_an_update_in_training_does_not_disturb_a_pending_backward_of_evaluation
 
 @given(st.integers(2, 20), st.integers(2, 6), st.sampled_from([(3,), (3, 2), (2, 2, 3)]), st.integers(0, 999))
 def test_ghost_batches_are_batches_of_their_own(n, virtual, shape, seed):
-    """Outputs, gradients and running statistics are those of a plain layer that meets the parts one after the other."""
+    """Outputs, gradients and running statistics equal those of a plain layer given the parts in turn."""
     rng = np.random.default_rng(seed)
     x, g = rng.normal(3, 2, (2, n, *shape))
     weight, bias = rng.normal(size=(2, x.shape[1]))

@@ -66,7 +66,7 @@ def test_digits():
 
 
 def test_titanic():
-    """The figures are those that everybody gets who describes the 891 passengers."""
+    """The figures are the published ones of the 891 passengers."""
     data = load("titanic")
     assert (data.x.shape, data.x.dtype, data.classes) == ((891, 3), np.float32, ("died", "survived"))
     assert np.bincount(data.y).tolist() == [549, 342]
@@ -143,7 +143,7 @@ def test_gzip_cut_or_changed_anywhere(tmp_path):
 
 
 @given(content=st.binary(max_size=40))
-def test_arbitrary_bytes_are_no_idx_file(folder, content):
+def test_arbitrary_bytes_are_refused_as_idx(folder, content):
     assume(content[:2] != b"\0\0")
     (folder / "noise").write_bytes(content)
     with pytest.raises(DataError, match="noise"):

@@ -1,4 +1,4 @@
-"""Where data come from: the order of the places, and a downloader that meets every kind of bad mirror."""
+"""The order in which data are searched for, and downloads from mirrors with every fault."""
 
 import gzip
 import hashlib
@@ -34,11 +34,11 @@ def sha256(content: bytes) -> str:
 
 
 class Mirrors:
-    """A server on this machine. What it sends is in `answers`, by path; what it was asked for, in `requests`."""
+    """A local server: `answers` maps paths to contents or statuses; `requests` lists the paths requested."""
 
     def __init__(self) -> None:
         self.answers: dict[str, bytes | int] = {f"/{m}/{name}": a for name, a in ARCHIVES.items() for m in "ab"}
-        self.announced: dict[str, int] = {}  # a length that is not that of the answer
+        self.announced: dict[str, int] = {}  # wrong Content-Length headers, by path
         self.requests: list[str] = []
         self.together = threading.Barrier(1)  # how many requests for a file wait for each other
         mirrors = self
@@ -63,7 +63,7 @@ class Mirrors:
         self.urls = tuple(f"http://127.0.0.1:{self.server.server_port}/{m}/" for m in "ab")
 
     def fail(self, fault: str, mirror: str = "a") -> None:
-        """Let one of the mirrors answer every request wrongly."""
+        """One mirror answers every request with this fault."""
         for path in [path for path in self.answers if path.startswith(f"/{mirror}/")]:
             answer = ARCHIVES[path[3:]]
             self.answers[path] = {
@@ -95,7 +95,7 @@ def mirrors() -> Iterator[Mirrors]:
 
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Folders of this test alone, in the order in which they are looked into, and its mirrors, under mnist's name."""
+    """Folders of this test, in the order of search, and its mirrors, under mnist's name."""
     files = [File(stem, sha256(content), sha256(ARCHIVES[f"{stem}.gz"])) for stem, content in CONTENTS.items()]
     small = Known(
         {"train": tuple(files[:2]), "test": tuple(files[2:])}, tuple("0123456789"), mirrors.urls, "small", "do without"
@@ -212,7 +212,7 @@ def test_the_order_of_places(have, mirrors, places):
     assert len(mirrors.requests) == (0 if held else 2)
 
 
-def test_one_file_of_two_is_no_copy(mirrors, places):
+def test_a_folder_with_one_file_of_two_is_incomplete(mirrors, places):
     for folder in places.values():
         put(folder, TRAIN[0])
     check(load("mnist"))
@@ -221,7 +221,7 @@ def test_one_file_of_two_is_no_copy(mirrors, places):
 
 
 def damaged(name: str) -> list[bytes]:
-    """What may be there instead of an archive; the last is a whole one, of other contents."""
+    """Contents that may stand in place of an archive; the last is a valid archive of other data."""
     archive, content = ARCHIVES[name], CONTENTS[name.removesuffix(".gz")]
     return [archive[:-9], b"", archive[:40] + b"\0" + archive[41:], gzip.compress(content[:-1] + b"\x0b")]
 
@@ -247,7 +247,7 @@ def test_a_damaged_file(kind, name, mirrors, places, monkeypatch):
     assert len(mirrors.requests) == 1
 
 
-def test_a_damaged_plain_file_gives_way_to_the_archive(mirrors, places):
+def test_a_damaged_plain_file_is_replaced_by_the_archive(mirrors, places):
     stem = TRAIN[0].removesuffix(".gz")
     (put(places["cache"], TRAIN[1]) / stem).write_bytes(CONTENTS[stem][:-1])
     check(load("mnist"))

@@ -1,4 +1,4 @@
-"""The demos: what they print, what they write, and how they end when asked for what cannot be."""
+"""The demos: their output, their files, and their errors for wrong arguments."""
 
 import csv
 import gzip
@@ -141,7 +141,7 @@ def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
     assert f"{run.histories[MODELS[1]]['loss'][0]:.4f}" in capsys.readouterr().out, "not quiet: the table"
 
 
-def test_ctrl_c_keeps_what_was_learned(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_epochs_so_far(tmp_path, monkeypatch, capsys):
     def interrupt(optimizer):
         if (steps := optimizer.__dict__.setdefault("steps", 0)) == 12:  # of 8 in an epoch
             raise KeyboardInterrupt
@@ -158,7 +158,7 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_check_sets_what_the_command_line_does_not_and_fails_with_a_claim(tmp_path):
+def test_check_sets_the_options_left_out_and_fails_with_a_claim(tmp_path):
     def run(*arguments: str) -> common.Run:
         return common.Run(
             "none", "Title\n\nText.", [*arguments, "--out", str(tmp_path)], epochs=9, lr=0.1, check={"epochs": 2}
@@ -219,7 +219,7 @@ def test_the_page_of_all_demos(tmp_path, capsys):
     assert "cannot write to" in capsys.readouterr().err
 
 
-def test_both_models_start_alike():
+def test_both_models_start_with_equal_parameters():
     plain, normed = deep_mlp.build(False, 3), deep_mlp.build(True, 3)
     linears = [[m for m in model.modules() if isinstance(m, nn.Linear)] for model in (plain, normed)]
     assert [m.weight.shape[::-1] for m in linears[0]] == list(zip(deep_mlp.SIZES, deep_mlp.SIZES[1:], strict=False))

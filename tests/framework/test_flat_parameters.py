@@ -1,4 +1,4 @@
-"""Optimisers lay small parameters side by side and update them in one call; nobody may notice."""
+"""Optimisers update small parameters together, in one array: with the same results as one by one."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def assert_same(params, others):
 
 
 class Separate:
-    """An optimiser for each parameter, as if there were one for all."""
+    """One optimiser for each parameter, with the interface of one for all."""
 
     def __init__(self, kind, params, **options):
         self.each = [kind([p], **options) for p in params]
@@ -63,7 +63,7 @@ class Separate:
 @every_optimizer
 @given(st.data())
 def test_one_optimizer_for_all_equals_one_for_each(kind, options, data):
-    """Through missing gradients, frozen parameters, assignments and mixed dtypes, in any order."""
+    """With missing gradients, frozen parameters, assignments and mixed dtypes, in any order."""
     dtypes = data.draw(st.sampled_from([[np.float32], [np.float64], [np.float32, np.float64, np.float16]]))
     ours, theirs = parameters(dtypes=dtypes), parameters(dtypes=dtypes)
     together, separate = kind(ours, lr=0.05, **options), Separate(kind, theirs, lr=0.05, **options)
@@ -82,7 +82,7 @@ def test_one_optimizer_for_all_equals_one_for_each(kind, options, data):
 
 
 @every_optimizer
-def test_parameters_without_a_gradient_or_frozen_keep_their_very_array(kind, options):
+def test_parameters_without_gradient_or_frozen_keep_the_same_array(kind, options):
     params = parameters()
     optimizer = kind(params, lr=0.1, **options)
     for step in range(4):
@@ -97,7 +97,7 @@ def test_parameters_without_a_gradient_or_frozen_keep_their_very_array(kind, opt
 
 
 @every_optimizer
-def test_a_parameter_assigned_to_between_steps_is_honoured(kind, options):
+def test_a_parameter_assigned_to_between_steps_is_used(kind, options):
     ours, theirs = parameters(), parameters()
     together, separate = kind(ours, lr=0.1, **options), Separate(kind, theirs, lr=0.1, **options)
     for step in range(4):
@@ -125,7 +125,7 @@ def test_a_graph_from_before_a_step_keeps_its_values_and_does_not_go_backward(ki
         for loss in losses:
             with pytest.raises(RuntimeError, match="was changed"):
                 loss.backward()
-        held.backward()  # what was not updated may go on
+        held.backward()  # a parameter that was not updated has its graph
         np.testing.assert_array_equal(still.grad.numpy(), 2 * still.numpy())
 
 
@@ -155,7 +155,7 @@ def test_going_on_from_a_state_dict_is_exact(kind, options):
         assert p.numpy().tobytes() == q.numpy().tobytes()
 
 
-def test_loading_gives_the_state_that_was_saved_although_steps_were_taken_since():
+def test_loading_restores_the_saved_state_after_further_steps():
     params = parameters()
     optimizer = optim.Adam(params, lr=0.1)
     give_gradients(params, 0)
@@ -199,7 +199,7 @@ def test_copies_of_a_model_after_steps_are_independent():
 
 
 @every_optimizer
-def test_large_parameters_are_left_alone_in_memory(kind, options, monkeypatch):
+def test_large_parameters_keep_arrays_of_their_own(kind, options, monkeypatch):
     monkeypatch.setattr(flat, "LARGE", 1000)
     joined, join = [], flat._joined
     monkeypatch.setattr(flat, "_joined", lambda arrays: joined.append([a.size for a in arrays]) or join(arrays))
@@ -297,7 +297,7 @@ def test_momentum_that_is_turned_on_later_starts_at_0():
 
 
 @every_optimizer
-def test_a_state_dict_may_go_through_json(kind, options):
+def test_a_state_dict_survives_json(kind, options):
     ours, theirs = (parameters(shapes=[(), (3,), (2, 5), (4, 1, 2)]) for _ in range(2))
     first, second = kind(ours, lr=0.1, **options), kind(theirs, lr=0.1, **options)
     for params, optimizer in ((ours, first), (theirs, second)):
@@ -361,7 +361,7 @@ def test_parameters_stay_where_they_are_from_step_to_step(monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["one starts anew", "one is forgotten", "one is empty"])
-def test_a_state_that_somebody_changed_is_the_one_that_counts(change):
+def test_a_state_that_was_changed_is_used(change):
     params = parameters(shapes=[(3,), (2, 2)])
     optimizer, alone = optim.Adam(params, lr=0.1), optim.Adam([params[1]], lr=0.1)
     for step in range(3):

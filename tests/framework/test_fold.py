@@ -18,7 +18,7 @@ LAYERS = {
 
 
 def unusual(norm: nn.BatchNorm1d, rng: np.random.Generator) -> None:
-    """State that no folding could do without."""
+    """State that changes the output, so that a fold must use it."""
     for t in (norm.weight, norm.bias, norm.running_mean):
         if t is not None:
             t.data = rng.normal(1, 1, t.shape).astype(np.float32)
@@ -73,7 +73,7 @@ def test_a_batch_norm_over_another_axis_is_refused():
         nn.fold_batch_norm(model, np.random.default_rng(1).normal(size=(2, 4, 3)).astype(np.float32))
 
 
-def test_outputs_that_are_all_0_are_no_difference():
+def test_outputs_that_are_all_0_do_not_differ():
     linear = nn.Linear(3, 4)
     linear.bias.data = np.full(4, -99, np.float32)
     model = nn.Sequential(linear, nn.BatchNorm1d(4), nn.ReLU()).eval()

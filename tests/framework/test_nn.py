@@ -1,4 +1,4 @@
-"""Modules: what they find among their attributes, state, modes, summary; the layers; the initialisers."""
+"""Modules: their attributes, state, modes and summary; layers; initialisers."""
 
 import copy
 
@@ -29,7 +29,7 @@ class Residual(nn.Module):
         return self.again(x)
 
 
-def test_what_is_found_and_under_which_key():
+def test_keys_of_parameters_and_buffers():
     model = Residual()
     keys = ["scale", "count", "blocks.0.weight", "blocks.0.bias", "blocks.1.1.weight", "blocks.1.1.bias"]
     assert list(model.state_dict()) == [*keys, "again.weight", "again.bias"]
@@ -68,7 +68,7 @@ def test_state_moves_a_model_exactly():
     assert a[0].weight.numpy().any()
 
 
-def test_loading_is_all_or_nothing_and_names_what_is_wrong():
+def test_loading_is_all_or_nothing_and_names_the_wrong_keys():
     model = network()
     before, state = model.state_dict(), model.state_dict()
     del state["0.bias"]
@@ -307,7 +307,7 @@ def test_parameters_that_would_not_be_found_are_refused():
         model.eval()
 
 
-def test_loading_other_kinds_of_numbers_is_refused():
+def test_loading_other_types_of_numbers_is_refused():
     model = network()
     before = model.state_dict()
     for key, value in (("4.bias", np.array(["a", "b", "c"])), ("1.num_batches_tracked", np.array(3.7))):

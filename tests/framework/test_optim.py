@@ -28,7 +28,7 @@ def parameter(value=START, dtype=np.float64) -> nn.Parameter:
 
 
 def step(optimizer: optim.Optimizer, p: Tensor, g: np.ndarray) -> np.ndarray:
-    """One step along a given gradient; how far it moved the parameter."""
+    """Take one step with gradient g; the parameter's change."""
     before = np.array(p)
     p.grad = Tensor(g)
     optimizer.step()
@@ -110,7 +110,7 @@ def test_dtype_is_kept_a_graph_is_warned_and_groups_have_their_own_options(kind,
         y.backward()
 
 
-def test_what_has_no_gradient_or_wants_none_is_left_alone():
+def test_parameters_without_gradient_or_frozen_stay_as_they_are():
     frozen, ungraded, trained = parameter(), parameter(), parameter()
     optimizer = optim.AdamW([frozen, ungraded, trained], lr=0.1)
     frozen.requires_grad = False
@@ -156,7 +156,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize(("wrong", "error"), [(np.ones(1), TypeError), (Tensor([1.0, 2.0]), ValueError)])
-def test_a_gradient_that_does_not_fit_is_an_error_that_changes_nothing(wrong, error):
+def test_a_gradient_of_another_shape_is_an_error_and_changes_nothing(wrong, error):
     params = parameter(), parameter()
     optimizer = optim.Adam([{"params": p} for p in params])
     params[0].grad, params[1].grad = Tensor(G), wrong
@@ -236,7 +236,7 @@ def test_schedules():
     assert rates(warm_cosine, 6) == pytest.approx([2, 4, 6, 8, 4, 0])
 
 
-def test_what_is_refused_since_it_would_train_nothing_or_wrongly():
+def test_options_that_would_train_nothing_or_wrongly_are_refused():
     p = Tensor([1.0, 2.0], requires_grad=True)
     with pytest.raises(TypeError, match=r"model\.parameters\(\)"):
         optim.SGD(nn.Sequential(nn.Linear(2, 2)))
@@ -255,7 +255,7 @@ def test_what_is_refused_since_it_would_train_nothing_or_wrongly():
             schedule(optim.SGD([p]), 0)
 
 
-def test_one_tensor_does_for_a_list_of_one():
+def test_one_tensor_counts_as_a_list_of_one():
     p = Tensor([3.0, 4.0], requires_grad=True)
     for optimizer in (optim.SGD(p, lr=0.5), optim.SGD([{"params": p}], lr=0.5)):
         p.grad = Tensor([1.0, 1.0])

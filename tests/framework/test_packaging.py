@@ -1,4 +1,4 @@
-"""What importing costs, what is installed, and that everything public is documented."""
+"""Imports are lazy, data are installed, and everything public is documented."""
 
 import importlib
 import importlib.metadata
@@ -9,22 +9,8 @@ from importlib.resources import files
 
 import pytest
 
-MODULES = [
-    f"tinygrad_bn{name}"
-    for name in (
-        "",
-        ".functional",
-        ".nn",
-        ".optim",
-        ".train",
-        ".datasets",
-        ".testing",
-        ".viz",
-        ".device",
-        ".kernels",
-        ".cuda",
-    )
-]
+PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "device", "kernels", "cuda")
+MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
 
 LAZY = """
 import sys
@@ -51,7 +37,7 @@ assert "tinygrad_bn" not in sys.modules, "a kernel imports the framework"
 
 
 def public(name: str) -> dict[str, object]:
-    """What a module offers: the names of `__all__`, or else the functions and classes written in it."""
+    """A module's public names: `__all__`, or else its own functions and classes."""
     module = importlib.import_module(name)
     if hasattr(module, "__all__"):
         assert len(set(module.__all__)) == len(module.__all__)

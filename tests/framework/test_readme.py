@@ -14,7 +14,7 @@ def test_every_python_block_runs():
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_what_the_readme_names_exists():
+def test_files_and_tests_that_the_readme_names_exist():
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / link).exists(), link
     named = re.findall(r"`pytest ([\w/. ]+?)(?: -k \"?(\w+)\"?)?`", README)

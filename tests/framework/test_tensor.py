@@ -1,6 +1,8 @@
-"""Tensor: making one, what it says of itself, NumPy on either side, and what may and may not be changed."""
+"""Tensor: construction, repr, NumPy on either side of operators, and rules for changing data."""
 
 import copy
+import itertools
+import operator
 import pickle
 
 import hypothesis.extra.numpy as hnp
@@ -64,6 +66,8 @@ def test_repr_shows_shape_dtype_and_origin():
     assert len(repr(Tensor(np.zeros((1000, 1000))))) < 500
 
 
+ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv, operator.pow
+COMPARISONS = operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne
 SCALARS = [2, 2.5, True, np.float64(2.5), np.float32(2.5), np.int64(2)]
 
 
@@ -71,18 +75,8 @@ SCALARS = [2, 2.5, True, np.float64(2.5), np.float32(2.5), np.int64(2)]
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_number_takes_the_dtype_of_the_tensor(scalar, dtype):
     t = Tensor(np.ones(3, dtype), requires_grad=True)
-    for y in (
-        t + scalar,
-        scalar + t,
-        t - scalar,
-        scalar - t,
-        t * scalar,
-        scalar * t,
-        t / scalar,
-        scalar / t,
-        t**scalar,
-        scalar**t,
-    ):
+    for operation, operands in itertools.product(ARITHMETIC, ((t, scalar), (scalar, t))):
+        y = operation(*operands)
         assert isinstance(y, Tensor)
         assert y.dtype == dtype
         y.backward(np.ones(3))
@@ -93,26 +87,12 @@ def test_a_number_takes_the_dtype_of_the_tensor(scalar, dtype):
 def test_numpy_on_either_side_of_an_operator(a):
     t = Tensor([1.0, 2.0, 3.0], requires_grad=True)
     b = t.numpy()
-    pairs = [
-        (a + t, a + b), (t + a, b + a), (a - t, a - b), (t - a, b - a), (a * t, a * b), (t * a, b * a), (a / t, a / b),
-        (t / a, b / a), (a**t, a**b), (t**a, b**a), (a @ t, a @ b), (t @ a, b @ a),
-    ]  # fmt: skip
-    for y, want in pairs:
-        assert isinstance(y, Tensor)
-        assert y.requires_grad
-        np.testing.assert_array_equal(y.numpy(), want)
-    for y, want in [
-        (a > t, a > b),
-        (t > a, b > a),
-        (a <= t, a <= b),
-        (t < a, b < a),
-        (t == a, b == a),
-        (t != a, b != a),
-    ]:
-        assert isinstance(y, Tensor)
-        assert y.dtype == bool
-        assert not y.requires_grad
-        np.testing.assert_array_equal(y.numpy(), want)
+    for operation in (*ARITHMETIC, *COMPARISONS, operator.matmul):
+        for operands, arrays in (((a, t), (a, b)), ((t, a), (b, a))):
+            y = operation(*operands)
+            assert isinstance(y, Tensor)
+            assert y.requires_grad == (operation not in COMPARISONS)
+            np.testing.assert_array_equal(y.numpy(), operation(*arrays), strict=True)
 
 
 def test_to_numpy_and_python():
@@ -223,7 +203,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 @given(hnp.arrays(np.float64, (2, 3), elements=st.floats(-8, 8)))
-def test_methods_do_what_numpys_do(method, a):
+def test_methods_equal_numpys(method, a):
     def numpys(x):
         return method(_WithCorrection(x) if isinstance(x, np.ndarray) else x)
 

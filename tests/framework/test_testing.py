@@ -1,4 +1,4 @@
-"""gradcheck itself: its estimate, and what it refuses."""
+"""gradcheck itself: its error estimate, and the checks that it refuses."""
 
 import numpy as np
 import pytest

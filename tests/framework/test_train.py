@@ -203,15 +203,18 @@ def test_progress(capsys):
         assert ("my bar" in printed.out and "2/2" in printed.out) if progress else printed.out == ""
 
 
-def test_fit_errors():
+def test_errors():
     with pytest.raises(ValueError, match="no batches: 0 samples, batch_size=32"):
         fit(network(), samples(0))
     with pytest.raises(ValueError, match="no batches: 5 samples, batch_size=8, drop_last=True"):
         fit(network(), samples(5), batch_size=8, drop_last=True)
-    with pytest.raises(ValueError, match="5 samples, but 4 targets"):
-        fit(network(), (samples(5)[0], samples(4)[1]))
+    for function in (fit, evaluate, statistics_gap):
+        with pytest.raises(ValueError, match="5 samples, but 4 targets"):
+            function(network(), (samples(5)[0], samples(4)[1]))
     with pytest.raises(ValueError, match="no samples to evaluate"):
         evaluate(network(), samples(0))
+    with pytest.raises(ValueError, match="no samples"):
+        statistics_gap(network(), samples(0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
@@ -288,9 +291,7 @@ def deep(**options: object) -> nn.Sequential:
     st.sampled_from([0, 1]),
     st.sampled_from([0.1, 0.0, None]),
 )
-def test_recalibrated_statistics_are_those_of_all_the_data_whatever_the_batches(
-    layer, n, batch_size, correction, momentum
-):
+def test_recalibrated_statistics_are_those_of_all_data_for_any_batch_size(layer, n, batch_size, correction, momentum):
     x = np.random.default_rng(n).normal(size=(n, 3) if layer is nn.BatchNorm1d else (n, 3, 2, 5))
     x += np.arange(n).reshape(-1, *[1] * (x.ndim - 1))  # the samples differ, so batches have different means
     bn = layer(3, momentum=momentum, running_var_correction=correction).astype(np.float64)
@@ -363,7 +364,7 @@ def test_the_gap_by_hand(n):
     x, y = samples(n, seed=1)
     model[1].eval()
     before, was = state(model), modes(model)
-    gap = statistics_gap(model, (x, y), batch_size=max(n - 2, n // 2 + 1))  # one batch: none shall be smaller
+    gap = statistics_gap(model, (x, y), batch_size=max(n - 2, n // 2 + 1))  # one batch: no other may be smaller
     assert (state(model), modes(model)) == (before, was)
     assert gap.running == pytest.approx(evaluate(model, (x, y)), rel=1e-6)
     loss, accuracy = by_hand(model, x, y, by_batch=True)
@@ -378,12 +379,3 @@ def test_without_running_statistics_in_use_there_is_no_gap():
     for model in (frozen, network(batch_norm=False)):
         gap = statistics_gap(model, samples(20), batch_size=4)
         assert gap.batch == gap.running
-
-
-def test_the_gap_needs_samples_and_their_targets():
-    with pytest.raises(ValueError, match="no samples"):
-        statistics_gap(network(), samples(0))
-    with pytest.raises(ValueError, match="5 samples, but 4 targets"):
-        statistics_gap(network(), (samples(5)[0], samples(4)[1]))
-    with pytest.raises(ValueError, match="5 samples, but 4 targets"):
-        evaluate(network(), (samples(5)[0], samples(4)[1]))

@@ -1,4 +1,4 @@
-"""How loops are compiled: once, into a cache that other processes share, and all the same where there can be none."""
+"""Loops are compiled once, into a cache that processes share; without a cache they still work."""
 
 import errno
 from pathlib import Path
@@ -14,7 +14,7 @@ resource = pytest.importorskip("resource", reason="a limit for files is POSIX's"
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """An empty cache, and warnings anew."""
+    """An empty cache, and no warning given yet."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     jit.cache_folder.cache_clear()
     jit._warn_once.cache_clear()
@@ -23,7 +23,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def compile_two():
-    """Compile two loops, and see that they compute."""
+    """Compile and run two loops."""
 
     def double(x):
         return 2 * x
@@ -48,7 +48,7 @@ def test_the_cache_is_a_folder_of_our_own(cache):
 
 
 @pytest.mark.parametrize(("option", "value"), [("BOUNDSCHECK", 1), ("OPT", 0)])
-def test_what_the_compiler_makes_of_the_source_has_a_folder_of_its_own(option, value, monkeypatch):
+def test_each_set_of_compiler_options_has_its_own_folder(option, value, monkeypatch):
     plain = jit.cache_folder()
     jit.cache_folder.cache_clear()
     monkeypatch.setattr(numba.config, option, value)
@@ -66,7 +66,7 @@ def test_a_user_without_a_home_has_a_cache(cache, monkeypatch):
     assert list(jit._bases()) == [Path(jit.__file__).parent / "__pycache__"]
 
 
-def test_beside_the_source_the_cache_goes_by_the_source_too(cache, monkeypatch):
+def test_a_cache_beside_the_source_depends_on_the_version_too(cache, monkeypatch):
     version = Path(jit.cache_folder()).name
     (cache / "file").touch()
     monkeypatch.setattr(jit, "_bases", lambda: [cache / "file" / "no folder", cache / "second"])

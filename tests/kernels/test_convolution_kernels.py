@@ -102,7 +102,7 @@ def test_max_pooling_and_its_gradient_equal_the_reference(case):
 
 @settings(max_examples=10)
 @given(st.sampled_from(["x", "weight"]), st.sampled_from([np.inf, np.nan]), st.integers(0, 99))
-def test_what_is_not_finite_reaches_only_what_it_meets(where, value, seed):
+def test_nan_and_inf_spread_only_through_the_windows_that_hold_them(where, value, seed):
     rng = np.random.default_rng(seed)
     data = {"x": rng.normal(size=(2, 2, 5, 5)), "weight": rng.normal(size=(3, 2, 3, 3))}
     data[where].flat[rng.integers(data[where].size)] = value
@@ -148,7 +148,7 @@ def test_adaptive_averages_of_other_windows_stay_finite(value):
     assert np.isfinite(y).ravel().tolist() == [False, True, True, True]
 
 
-def test_other_kinds_of_numbers_and_sizes():
+def test_numpy_integers_as_options_and_empty_sizes():
     two = np.int64(2)
     y = functional.conv2d(np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2)), stride=two, padding=two, dilation=two)
     assert y.shape == (1, 1, 4, 4)

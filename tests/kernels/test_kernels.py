@@ -1,4 +1,4 @@
-"""The CPU kernels: exact at any mean, the same for any number of threads, safe with threads and forks.
+"""The CPU kernels: exact at any mean, and complete.
 
 That each equals its op's reference and its composition's gradient is tested for every op in test_ops.py.
 """
@@ -15,7 +15,7 @@ import tinygrad_bn_kernels as kernels_module
 from hypothesis import given
 from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
-from tinygrad_bn_kernels.cpu import norm, threads
+from tinygrad_bn_kernels.cpu import norm
 
 from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
@@ -32,12 +32,6 @@ def exact_step(*arrays, relu=False):
     """`batch_norm_step` in float64, without kernels."""
     with kernels_disabled():
         return batch_norm_step(*(a.astype(np.float64) for a in arrays), relu)
-
-
-@pytest.fixture(params=["serial", "parallel"])
-def driver(request, monkeypatch):
-    """Run small work through either driver."""
-    monkeypatch.setattr(threads, "PARALLEL_FROM", 1 << 60 if request.param == "serial" else 1)
 
 
 @pytest.mark.parametrize("offset", [0, 1e2, 1e3, 1e4, 1e5, 1e6])
@@ -67,7 +61,7 @@ def test_gradients_of_batch_norm_are_exact_at_any_mean_of_the_cotangent(shape, r
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_cotangent_that_is_constant_has_no_gradient_but_that_of_the_bias(shape):
+def test_a_constant_cotangent_reaches_the_bias_alone(shape):
     x, g, weight, bias = batch_norm_operands(shape)
     *_, gx, gweight, gbias = batch_norm_step(x, np.full_like(g, 1e5), weight, bias)
     assert not gx.any()
@@ -104,7 +98,7 @@ def test_blocks_are_normalised_exactly_at_any_mean(blocks, offset, offset_of_g, 
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(blocks[0], int(np.prod(blocks[1:])))) + offset).astype(np.float32)
     weight, bias = rng.normal(size=(2, blocks[1] * blocks[2])).astype(np.float32)
-    offset_of_g *= centered  # what is not centered has the mean in its gradient
+    offset_of_g *= centered  # without centering the gradient contains the mean
     weight[:] = 0.7 if offset_of_g else weight  # weights that differ would make the mean a part of the gradient
     g, results = (rng.normal(size=x.shape) + offset_of_g).astype(np.float32), []
     for dtype in (np.float32, np.float64):
@@ -154,7 +148,7 @@ def test_a_kernel_computes_its_samples_but_these(name, monkeypatch):
     assert declined <= DECLINED
 
 
-def test_a_first_element_far_from_the_others_does_not_spoil_the_statistics(driver):
+def test_statistics_are_exact_with_an_outlier_as_first_element(driver):
     for shape in SHAPES:
         x, g, weight, bias = batch_norm_operands(shape, offset=1e4)
         x[0, :] = -1e7
@@ -183,7 +177,7 @@ def test_an_empty_batch_reads_nothing():
     assert gw.tolist() == gb.tolist() == [0, 0, 0]
 
 
-def test_sequential_fuses_batch_norm_and_relu_only_when_nobody_looks():
+def test_sequential_fuses_batch_norm_and_relu_unless_observed():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2))
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     fused = model(x)
@@ -199,7 +193,7 @@ def test_sequential_fuses_batch_norm_and_relu_only_when_nobody_looks():
     np.testing.assert_array_equal(model(x).numpy(), looked_at.numpy())
 
 
-def test_a_batch_norm_of_your_own_keeps_its_forward_in_a_sequential():
+def test_a_subclass_of_batch_norm_keeps_its_forward_in_a_sequential():
     class Doubled(nn.BatchNorm1d):
         def forward(self, x):
             return super().forward(x) * 2
@@ -298,7 +292,7 @@ def test_kernels_that_are_called_by_themselves_check_shapes():
             find_kernel(name, "cpu")(*operands, **options)
 
 
-def test_read_only_operands_and_other_kinds_of_numbers_are_not_compiled_for():
+def test_read_only_operands_and_numpy_numbers_compile_nothing_new():
     x, target = np.random.default_rng(0).normal(size=(70, 80)).astype(np.float32), np.arange(70)
 
     def signatures():
@@ -348,7 +342,7 @@ def test_the_gradient_of_a_long_half_precision_mean():
     np.testing.assert_allclose(x.grad.numpy().astype(float), 1 / 70_000, rtol=1e-2)
 
 
-def test_a_gradient_that_nobody_needs_is_not_computed():
+def test_only_gradients_that_are_needed_are_computed():
     for name, shape in [("batch_norm_training", (6, 5)), ("batch_norm_relu", (6, 5, 4))]:
         x, g, weight, bias = batch_norm_operands(shape)
         _, mean, var = find_kernel(name, "cpu")(x, weight, bias, eps=1e-5)
@@ -361,14 +355,14 @@ def test_a_gradient_that_nobody_needs_is_not_computed():
 
 
 def looked_at(channels):
-    """Where the backward pass looks for what gradients (C, N, S) have in common."""
+    """The elements (n, s) from which the backward pass estimates a common offset of gradients (C, N, S)."""
     _, n, size = channels.shape
     return [divmod(t * (n * size - 1) // (norm.PROBES - 1), size) for t in range(norm.PROBES)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_behind_a_relu_only_what_it_passed_counts(shape, driver):
-    """Not the gradients of outputs that are 0, however large, nor those that are looked at first."""
+def test_behind_a_relu_only_positive_outputs_count(shape, driver):
+    """Large gradients of outputs that are 0 do not count, nor do those at the probed places."""
     x, g, weight, bias = batch_norm_operands(shape)
     channels, gradients = (np.moveaxis(a.reshape(*shape[:2], -1), 1, 0) for a in (x, g))
     for i, j in looked_at(channels):
@@ -384,7 +378,7 @@ def test_behind_a_relu_only_what_it_passed_counts(shape, driver):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(50_000, 2), (50, 2, 1000)])
-def test_a_few_large_gradients_say_nothing_about_the_others(shape, relu, driver):
+def test_a_few_large_gradients_do_not_change_the_others(shape, relu, driver):
     x, g, weight, bias = batch_norm_operands(shape)
     gradients, large = np.moveaxis(g.reshape(*shape[:2], -1), 1, 0), np.zeros(shape, bool)
     marks = np.moveaxis(large.reshape(*shape[:2], -1), 1, 0)

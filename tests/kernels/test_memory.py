@@ -1,4 +1,4 @@
-"""Memory that is given out again: only when nobody looks at it, and never more than the limit."""
+"""Memory is reused once no array refers to it, and at most the limit is kept."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ def place(x):
     return x.__array_interface__["data"][0]
 
 
-def test_what_is_gone_is_given_out_again_and_what_is_not_never():
+def test_freed_memory_is_reused_and_memory_in_use_never():
     cache = MemoryCache(64 * MEGABYTE)
     first, second = (cache.empty((512, 512), np.float32) for _ in range(2))
     first[:], second[:] = 1, 2
@@ -39,7 +39,7 @@ def test_what_is_gone_is_given_out_again_and_what_is_not_never():
     assert place(fourth) % ALIGNMENT == 0
 
 
-def test_what_is_kept_stays_below_the_limit_and_old_sizes_go_first():
+def test_kept_memory_stays_below_the_limit_and_old_sizes_go_first():
     cache = MemoryCache(3 * MEGABYTE)
     arrays = [cache.empty((n, MEGABYTE), np.uint8) for n in (1, 1, 2)]
     old = weakref.ref(arrays[0].base.memory)
@@ -55,14 +55,14 @@ def test_what_is_kept_stays_below_the_limit_and_old_sizes_go_first():
     assert cache.kept == kept > 0
 
 
-def test_nothing_is_kept_where_the_limit_is_nothing():
+def test_a_limit_of_0_keeps_nothing():
     cache = MemoryCache(0)
     del (x := [cache.empty((512, 512), np.float32)])[0]
     assert not x
     assert cache.kept == 0
 
 
-def test_it_does_without_where_another_thread_is_at_it():
+def test_with_the_lock_held_memory_is_allocated_normally():
     cache = MemoryCache(64 * MEGABYTE)
     x = cache.empty((512, 512), np.float32)
     with cache._lock:

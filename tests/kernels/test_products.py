@@ -13,7 +13,7 @@ from tinygrad_bn import Tensor, functional
 
 
 def bound(a, b):
-    """ε Σ |a| |b|: what rounding allows for each element, with some room."""
+    """A bound of each element's rounding error: 8 ε (Σ |a| |b| + 1)."""
     return 8 * np.finfo(a.dtype).eps * (np.abs(a) @ np.abs(b) + 1)
 
 
@@ -49,7 +49,7 @@ def test_nan_and_infinity_stay_where_they_belong():
 
 
 def guarded(shape, dtype, order="C"):
-    """An array between 32 elements that are NaN, before and after it, and all of that memory."""
+    """An array with 32 NaN before and after it, and the whole memory."""
     memory = np.full(np.prod(shape) + 64, np.nan, dtype)
     return memory[32:-32].reshape(shape, order=order), memory
 
@@ -57,7 +57,7 @@ def guarded(shape, dtype, order="C"):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("orders", ["CC", "CF", "FC", "FF"])
 def test_tiles_that_are_not_whole_stay_within_the_matrices(monkeypatch, dtype, orders):
-    """What is written beyond the result would not be NaN any more, and what counts from beyond the others would be."""
+    """A write beyond the result would replace its NaN borders; a read beyond the operands would give NaN."""
     for size in itertools.product((4, 5, 7, 8), (1, 4, 8, 9, 19), (1, 4, 11, 12, 13, 24, 25, 47)):
         a, b, bias = matrices(5, *size, dtype)
         (left, _), (right, _) = (guarded(x.shape, dtype, order) for x, order in zip((a, b), orders, strict=True))
@@ -84,13 +84,15 @@ def test_layouts_do_not_change_a_bit(dtype, size):
 
 @pytest.mark.parametrize("rows", [1, 3, 150])
 @pytest.mark.parametrize("kinds", ["fff", "ddd", "eee", "fdf", "dff", "efd", "ffd"])
-def test_layers_and_their_gradients_use_them(monkeypatch, rows, kinds):
-    """What is small, thin or of mixed precision, and left to BLAS, and what is not give the same up to rounding."""
+def test_layers_and_their_gradients_use_the_products(monkeypatch, rows, kinds):
+    """BLAS, which takes small, thin and mixed-precision products, agrees with the kernel up to rounding."""
     rng = np.random.default_rng(4)
     shapes = (2, rows, 70), (90, 70), (90,)
     arrays = [rng.normal(size=shape).astype(kind) for kind, shape in zip(kinds, shapes, strict=True)]
     dtype, results = np.result_type(*arrays), []
     g = rng.normal(size=(2, rows, 90)).astype(dtype)
+    product, calls = products.product, []
+    monkeypatch.setattr(products, "product", lambda *operands: calls.append(small) or product(*operands))
     for small in (0, 1 << 40):
         monkeypatch.setattr(linear, "SMALL", small)
         monkeypatch.setattr(linear, "THIN", 0 if kinds == "ddd" else linear.THIN)
@@ -98,12 +100,14 @@ def test_layers_and_their_gradients_use_them(monkeypatch, rows, kinds):
         y = functional.linear(*leaves)
         y.backward(Tensor(g))
         results.append([y.numpy(), *(leaf.grad.numpy() for leaf in leaves), (leaves[0][0] @ leaves[1].T).numpy()])
+    assert set(calls) <= {0}
+    assert calls or kinds not in ("fff", "ddd")
     for large, by_blas in zip(*results, strict=True):
         assert large.dtype == by_blas.dtype
         np.testing.assert_allclose(large, by_blas, rtol=1e-11 if kinds == "ddd" else 1e-3, atol=1e-3)
 
 
-def test_matrices_that_do_not_fit_are_an_error_of_the_kernel_too():
+def test_the_kernel_refuses_matrices_that_do_not_fit():
     g, x, weight = np.ones((3000, 50), "f4"), np.ones((3000, 64), "f4"), np.ones((40, 64), "f4")
     with pytest.raises(ValueError, match=r"\(3000, 50\) and \(40, 64\) cannot be multiplied"):
         linear.linear_vjp(g, g, x, weight, weight[:, 0], needs=[True, True, True])

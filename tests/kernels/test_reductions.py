@@ -121,7 +121,7 @@ LARGE = [
     ("shape", "axis", "declines"),
     [((2000, 2, 10), 1, True), ((3, 20_000), 0, True), ((500, 8, 10), 1, False), ((20_000, 3), 1, False)],
 )
-def test_columns_of_few_terms_are_left_to_numpy_where_it_is_faster(shape, axis, declines):
+def test_columns_of_few_terms_are_declined_where_numpy_is_faster(shape, axis, declines):
     x = np.random.default_rng(0).normal(size=shape)
     for name in ("var", "mean_and_var", "sum_of_squares"):
         assert compare(name, x, axis) != declines
@@ -146,7 +146,7 @@ def test_large_common_cases_equal_numpy_and_are_not_declined(shape, axis, dtype)
 
 @pytest.mark.parametrize("shape", [(60, 2), (2, 60), (13, 9)])
 @pytest.mark.parametrize("name", [*PLACES, "max", "min"])
-def test_nan_wins_wherever_it_is_and_the_first_place_in_a_tie(name, shape):
+def test_nan_wins_anywhere_and_the_first_index_of_a_tie(name, shape):
     with thresholds():
         for axis in (None, 0, 1):
             assert compare(name, np.zeros(shape), axis)
@@ -159,7 +159,7 @@ def test_nan_wins_wherever_it_is_and_the_first_place_in_a_tie(name, shape):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", [*PLACES, "max", "min"])
 def test_rows_longer_than_a_block(monkeypatch, name, dtype):
-    """NaN and ties in the same block of a row, in different ones, and after its last whole vector."""
+    """NaN and ties within a block, in different blocks, and after the last whole vector."""
     monkeypatch.setattr(threads, "PARALLEL_FROM", 0)
     block = reduce_loops.BLOCK
     length, i, j = 2 * block + 3, block + block // 4, 2 * block - 9
@@ -172,7 +172,7 @@ def test_rows_longer_than_a_block(monkeypatch, name, dtype):
 
 
 @pytest.mark.parametrize("shape", [(8192,), (8192, 1), (64, 128), (1, 8192, 3)])
-def test_what_is_small_beside_what_cancels_is_kept(shape):
+def test_small_terms_survive_large_ones_that_cancel(shape):
     x = np.repeat(np.array([1e8, 1, -1e8, 1], np.float32), 2048)
     x = np.broadcast_to(x[:, None], (8192, 3)).reshape(shape) if shape[-1] == 3 else x.reshape(shape)
     axis = None if shape[-1] != 3 else 1
@@ -248,7 +248,7 @@ def test_a_wrong_axis_is_an_error_that_names_the_op(axis, shape):
 
 @pytest.mark.parametrize("shape", [(3, 4), (70, 80)])
 @pytest.mark.parametrize("axis", [True, (0, True), 1.0, "0", [0, 1], np.array([0, 1])])
-def test_what_is_no_axis_is_an_error_at_any_size(axis, shape):
+def test_an_axis_of_a_wrong_type_is_an_error_at_any_size(axis, shape):
     for f in (ops.sum, more_ops.argmax, functional.mean, functional.var):
         with pytest.raises(TypeError, match="axis is an integer, a tuple of integers, or None"):
             f(Tensor(np.ones(shape)), axis=axis)
@@ -290,8 +290,8 @@ def test_empty_arrays_give_the_results_of_numpy():
 
 
 @pytest.mark.parametrize("shape", [(2000, 3), (30, 100), (5, 40, 4, 30), (2, 300_000)])
-def test_what_is_infinite_leaves_the_others_alone(shape):
-    """In a first element, which shifts are taken from, beside what is so far from its own that it is summed again."""
+def test_an_infinite_element_changes_no_other_result(shape):
+    """Shifts come from first elements: one is infinite, another so far off that its results are computed again."""
     for dtype in (np.float32, np.float64):
         x = np.random.default_rng(0).normal(size=shape).astype(dtype)
         x[0, 0], x[1, 1:] = np.inf, x[1, 1:] + 1000
@@ -306,7 +306,7 @@ def test_what_is_infinite_leaves_the_others_alone(shape):
 @pytest.mark.parametrize("columns", [1, 3, 7, 60])
 @pytest.mark.parametrize("extreme", [5.0, np.nan])
 def test_the_last_rows_of_narrow_columns_count(columns, extreme):
-    """Several of them lie side by side in a loop, and some are left over."""
+    """A loop takes several rows at once, and the remainder apart."""
     for rows in range(20_000, 20_000 + 64 // columns + 1):
         x = np.zeros((rows, columns), np.float32)
         x[-1] = extreme

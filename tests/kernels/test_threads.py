@@ -75,14 +75,6 @@ def test_every_item_is_done_exactly_once(count):
             assert (done == 1).all()
 
 
-@compiled_only
-def test_parts_run_on_several_threads_at_once():
-    threads.set_num_threads(3)
-    arrived, met = np.zeros(1, np.int64), np.zeros(12, np.bool_)
-    threads.split(meet, 12, 1, arrived, 3, met)
-    assert met.all()
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_arguments_of_every_type_arrive(count):
     threads.set_num_threads(count)
@@ -157,7 +149,7 @@ def test_work_while_another_thread_has_the_workers():
 
 
 @compiled_only
-def test_threads_that_sleep_are_woken():
+def test_parts_run_on_several_threads_at_once_and_sleeping_threads_are_woken():
     threads.set_num_threads(3)
     for _ in range(3):
         arrived, met = np.zeros(1, np.int64), np.zeros(12, np.bool_)

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: the same numbers through a function of ours and one of PyTorch's."""
+"""Compare a function of ours with PyTorch's on the same numbers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from tinygrad_bn import Tensor, grad
 
 torch = pytest.importorskip("torch")
 
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+
 
 def peer(a: Any) -> Any:
-    """The same numbers for PyTorch.
+    """The numbers as PyTorch's tensor.
 
     Floats become float64, whatever our dtype: so a float32 test measures our rounding, not PyTorch's as well.
     """

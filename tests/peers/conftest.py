@@ -1,4 +1,4 @@
-"""Without PyTorch the tests of this folder are skipped, but in CI they fail: a lost install is no success there."""
+"""Without PyTorch the tests of this folder are skipped; in CI they fail, so that a missing install shows."""
 
 import os
 

@@ -5,12 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.peers.compare import close, peer, torch
+from tests.peers.compare import TOLERANCE, close, peer, torch
 from tinygrad_bn import Tensor, grad, nn
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 DTYPES = st.sampled_from(list(TOLERANCE))
-LAYERS = {  # and the shape of what follows the channels
+LAYERS = {  # ours, PyTorch's, and the axes after the channels
     "1d": (nn.BatchNorm1d, torch.nn.BatchNorm1d, ()),
     "1d, sequences": (nn.BatchNorm1d, torch.nn.BatchNorm1d, (3,)),
     "2d": (nn.BatchNorm2d, torch.nn.BatchNorm2d, (2, 3)),
@@ -91,7 +90,7 @@ def test_training_then_evaluation(name, seed, features, batches, options, dtype,
     ours_gives=st.booleans(),
     momentum=st.sampled_from([None, 0.3]),
 )
-def test_a_state_dict_goes_on_where_the_other_stood(name, seed, affine, track_running_stats, ours_gives, momentum):
+def test_a_state_dict_continues_the_others_training(name, seed, affine, track_running_stats, ours_gives, momentum):
     """Train one, load its state into a new one of the other, and go on with both."""
     rng = np.random.default_rng(seed)
     options = {"affine": affine, "track_running_stats": track_running_stats, "momentum": momentum}
@@ -131,7 +130,7 @@ def test_a_channel_that_is_constant_and_one_whose_mean_is_large(dtype):
     rng = np.random.default_rng(0)
     ours, theirs, _ = pair("1d", 2, {}, dtype, rng)
     x = np.stack([np.full(6, 3.0), 1000 + rng.normal(size=6)], axis=1).astype(dtype)
-    same_pass(ours, theirs, x, rng, TOLERANCE[dtype] * 10)  # 1/√eps multiplies what rounding leaves of x − mean
+    same_pass(ours, theirs, x, rng, TOLERANCE[dtype] * 10)  # 1/√eps multiplies the rounding error of x − mean
     same_state(ours, theirs, TOLERANCE[dtype])
 
 

@@ -6,11 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, mutually_broadcastable_shapes
 
-from tests.peers.compare import check, peer, torch
+from tests.peers.compare import TOLERANCE, check, peer, torch
 from tinygrad_bn import functional as F
 
 P = torch.nn.functional
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 DTYPES = st.sampled_from(list(TOLERANCE))
 SHAPES = array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=4)
 

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.peers.compare import check, torch
+from tests.peers.compare import TOLERANCE, check, torch
 from tinygrad_bn import functional as F
 
 P = torch.nn.functional
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 ZERO = [-1.0, -0.0, 0.0, 1.0]
 TIED = [[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0], [3.0, 1.0, 1.0, 2.0]]

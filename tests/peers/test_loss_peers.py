@@ -5,12 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.peers.compare import check, close, peer, torch
+from tests.peers.compare import TOLERANCE, check, close, peer, torch
 from tinygrad_bn import Tensor
 from tinygrad_bn import functional as F
 
 P = torch.nn.functional
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 DTYPES = st.sampled_from(list(TOLERANCE))
 REDUCTIONS = st.sampled_from(["mean", "sum", "none"])
 SPATIAL = st.sampled_from([(), (2,), (2, 3)])
@@ -18,7 +17,7 @@ SEEDS = st.integers(0, 2**32)
 
 
 def draw_classification(rng, dtype, classes, spatial, weighted, ignore_index):
-    """Scores, targets of which at least the first is not ignored, and class weights or None."""
+    """Scores, targets (the first is never ignored), and class weights or None."""
     x = rng.normal(0, 3, (3, classes, *spatial)).astype(dtype)
     target = rng.integers(0, classes, (3, *spatial))
     if ignore_index < 0:
@@ -27,6 +26,7 @@ def draw_classification(rng, dtype, classes, spatial, weighted, ignore_index):
     return x, target, rng.uniform(0.2, 2, classes).astype(dtype) if weighted else None
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
 @given(
     seed=SEEDS,
     dtype=DTYPES,
@@ -37,34 +37,14 @@ def draw_classification(rng, dtype, classes, spatial, weighted, ignore_index):
     reduction=REDUCTIONS,
     smoothing=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
 )
-def test_cross_entropy(seed, dtype, classes, spatial, weighted, ignore_index, reduction, smoothing):
-    rng = np.random.default_rng(seed)
-    x, target, weight = draw_classification(rng, dtype, classes, spatial, weighted, ignore_index)
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
-    check(
-        lambda x: F.cross_entropy(x, target, weight, **options),
-        lambda x: P.cross_entropy(x, peer(target), peer(weight), **options),
-        [x],
-        TOLERANCE[dtype],
-    )
-
-
-@given(
-    seed=SEEDS,
-    dtype=DTYPES,
-    classes=st.integers(2, 5),
-    spatial=SPATIAL,
-    weighted=st.booleans(),
-    ignore_index=st.sampled_from([-100, -1, 1]),
-    reduction=REDUCTIONS,
-)
-def test_nll_loss(seed, dtype, classes, spatial, weighted, ignore_index, reduction):
+def test_classification(name, seed, dtype, classes, spatial, weighted, ignore_index, reduction, smoothing):
     rng = np.random.default_rng(seed)
     x, target, weight = draw_classification(rng, dtype, classes, spatial, weighted, ignore_index)
     options = {"ignore_index": ignore_index, "reduction": reduction}
+    options |= {"label_smoothing": smoothing} if name == "cross_entropy" else {}
     check(
-        lambda x: F.nll_loss(x, target, weight, **options),
-        lambda x: P.nll_loss(x, peer(target), peer(weight), **options),
+        lambda x: getattr(F, name)(x, target, weight, **options),
+        lambda x: getattr(P, name)(x, peer(target), peer(weight), **options),
         [x],
         TOLERANCE[dtype],
     )

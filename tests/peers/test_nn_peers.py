@@ -1,65 +1,42 @@
 """Layers and networks against PyTorch's: the same state dict gives the same function, gradients and training."""
 
-from itertools import pairwise
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.peers.compare import close, peer, torch
+from tests.peers.compare import TOLERANCE, close, peer, torch
 from tinygrad_bn import Tensor, nn, optim
 from tinygrad_bn import functional as F
 
 T = torch.nn
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
-TRAINED = 1e-7  # float64, after 20 steps: Adam scales up what rounding makes of a gradient that should be 0
-LAYERS = {  # ours, PyTorch's, and the shape of the input
-    "Linear": (lambda: nn.Linear(4, 3), lambda: T.Linear(4, 3), (5, 4)),
-    "Linear, more axes": (lambda: nn.Linear(4, 3), lambda: T.Linear(4, 3), (2, 5, 4)),
-    "Linear, no bias": (lambda: nn.Linear(4, 3, bias=False), lambda: T.Linear(4, 3, bias=False), (5, 4)),
-    "LayerNorm": (lambda: nn.LayerNorm(4), lambda: T.LayerNorm(4), (5, 4)),
-    "LayerNorm, axes": (lambda: nn.LayerNorm((3, 4), eps=0.1), lambda: T.LayerNorm((3, 4), eps=0.1), (5, 3, 4)),
-    "LayerNorm, plain": (
-        lambda: nn.LayerNorm(4, elementwise_affine=False),
-        lambda: T.LayerNorm(4, elementwise_affine=False),
-        (5, 4),
-    ),
-    "GroupNorm": (lambda: nn.GroupNorm(2, 4), lambda: T.GroupNorm(2, 4), (3, 4, 3, 2)),
-    "GroupNorm, no space": (lambda: nn.GroupNorm(1, 6, eps=0.1), lambda: T.GroupNorm(1, 6, eps=0.1), (3, 6)),
-    "GroupNorm, plain": (lambda: nn.GroupNorm(2, 4, affine=False), lambda: T.GroupNorm(2, 4, affine=False), (3, 4, 5)),
-    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4), lambda: T.InstanceNorm1d(4), (3, 4, 5)),
-    "InstanceNorm1d, affine": (
-        lambda: nn.InstanceNorm1d(4, affine=True),
-        lambda: T.InstanceNorm1d(4, affine=True),
-        (3, 4, 5),
-    ),
-    "InstanceNorm2d": (
-        lambda: nn.InstanceNorm2d(4, eps=0.1, affine=True),
-        lambda: T.InstanceNorm2d(4, eps=0.1, affine=True),
-        (3, 4, 3, 2),
-    ),
-    # PyTorch's eps is, by default, that of the dtype
-    "RMSNorm": (lambda: nn.RMSNorm(4, eps=1e-5), lambda: T.RMSNorm(4, eps=1e-5), (5, 4)),
-    "RMSNorm, axes": (lambda: nn.RMSNorm((3, 4), eps=0.1), lambda: T.RMSNorm((3, 4), eps=0.1), (5, 3, 4)),
-    "RMSNorm, plain": (
-        lambda: nn.RMSNorm(4, eps=1e-5, elementwise_affine=False),
-        lambda: T.RMSNorm(4, eps=1e-5, elementwise_affine=False),
-        (5, 4),
-    ),
+TRAINED = 1e-7  # float64, after 20 steps: Adam scales up the rounding error of a gradient that should be 0
+LAYERS = {  # a layer of `nn` or `torch.nn`, and the shape of its input
+    "Linear": (lambda m: m.Linear(4, 3), (5, 4)),
+    "Linear, more axes": (lambda m: m.Linear(4, 3), (2, 5, 4)),
+    "Linear, no bias": (lambda m: m.Linear(4, 3, bias=False), (5, 4)),
+    "LayerNorm": (lambda m: m.LayerNorm(4), (5, 4)),
+    "LayerNorm, axes": (lambda m: m.LayerNorm((3, 4), eps=0.1), (5, 3, 4)),
+    "LayerNorm, plain": (lambda m: m.LayerNorm(4, elementwise_affine=False), (5, 4)),
+    "GroupNorm": (lambda m: m.GroupNorm(2, 4), (3, 4, 3, 2)),
+    "GroupNorm, no space": (lambda m: m.GroupNorm(1, 6, eps=0.1), (3, 6)),
+    "GroupNorm, plain": (lambda m: m.GroupNorm(2, 4, affine=False), (3, 4, 5)),
+    "InstanceNorm1d": (lambda m: m.InstanceNorm1d(4), (3, 4, 5)),
+    "InstanceNorm1d, affine": (lambda m: m.InstanceNorm1d(4, affine=True), (3, 4, 5)),
+    "InstanceNorm2d": (lambda m: m.InstanceNorm2d(4, eps=0.1, affine=True), (3, 4, 3, 2)),
+    # PyTorch's default eps is that of the dtype
+    "RMSNorm": (lambda m: m.RMSNorm(4, eps=1e-5), (5, 4)),
+    "RMSNorm, axes": (lambda m: m.RMSNorm((3, 4), eps=0.1), (5, 3, 4)),
+    "RMSNorm, plain": (lambda m: m.RMSNorm(4, eps=1e-5, elementwise_affine=False), (5, 4)),
     "activations": (
-        lambda: nn.Sequential(nn.ELU(), nn.GELU(), nn.LeakyReLU(), nn.SiLU(), nn.Softplus(), nn.Tanh(), nn.Sigmoid()),
-        lambda: T.Sequential(T.ELU(), T.GELU(), T.LeakyReLU(), T.SiLU(), T.Softplus(), T.Tanh(), T.Sigmoid()),
+        lambda m: m.Sequential(m.ELU(), m.GELU(), m.LeakyReLU(), m.SiLU(), m.Softplus(), m.Tanh(), m.Sigmoid()),
         (5, 4),
     ),
-    "ReLU, Flatten, Softmax": (
-        lambda: nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Softmax(axis=-1)),
-        lambda: T.Sequential(T.ReLU(), T.Flatten(), T.Softmax(dim=-1)),
-        (5, 2, 3),
-    ),
+    "ReLU, Flatten, Softmax": (lambda m: m.Sequential(m.ReLU(), m.Flatten(), m.Softmax(-1)), (5, 2, 3)),
     "nested": (
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.BatchNorm1d(6), nn.ELU(0.5)), nn.Linear(6, 2)),
-        lambda: T.Sequential(T.Linear(4, 6), T.Sequential(T.BatchNorm1d(6), T.ELU(0.5)), T.Linear(6, 2)),
+        lambda m: m.Sequential(m.Linear(4, 6), m.Sequential(m.BatchNorm1d(6), m.ELU(0.5)), m.Linear(6, 2)),
         (5, 4),
     ),
 }
@@ -82,8 +59,8 @@ def same_gradients(ours, theirs, tolerance):
 @pytest.mark.parametrize("name", LAYERS)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(list(TOLERANCE)))
 def test_layers(name, seed, dtype):
-    ours, theirs, shape = LAYERS[name]
-    ours, theirs, rng = ours(), theirs(), np.random.default_rng(seed)
+    layer, shape = LAYERS[name]
+    ours, theirs, rng = layer(nn), layer(T), np.random.default_rng(seed)
     load(ours, theirs, rng)  # both in float32, so that the numbers are the same in float64
     ours.astype(dtype)
     theirs.double()
@@ -102,15 +79,11 @@ def test_layers(name, seed, dtype):
 
 
 def networks():
-    sizes = [5, 16, 12, 3]
-    layers, peers = [], []
-    for n, m in pairwise(sizes[:-1]):
-        layers += [nn.Linear(n, m), nn.BatchNorm1d(m), nn.ReLU()]
-        peers += [T.Linear(n, m), T.BatchNorm1d(m), T.ReLU()]
-    return (
-        nn.Sequential(*layers, nn.Linear(*sizes[-2:])).astype("float64"),
-        T.Sequential(*peers, T.Linear(*sizes[-2:])).double(),
-    )
+    def network(m):
+        hidden = [(m.Linear(n, o), m.BatchNorm1d(o), m.ReLU()) for n, o in ((5, 16), (16, 12))]
+        return m.Sequential(*itertools.chain(*hidden), m.Linear(12, 3))
+
+    return network(nn).astype("float64"), network(T).double()
 
 
 def test_a_network_learns_the_same():
