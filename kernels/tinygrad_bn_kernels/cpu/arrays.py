@@ -9,7 +9,7 @@ Array = NDArray[Any]
 
 
 class _Writable:
-    """The memory of a read-only `x` declared writable: read-only arrays would compile a loop anew."""
+    """The memory of a read-only `x` declared writable: a loop is compiled again for read-only arrays."""
 
     def __init__(self, x: Array) -> None:
         self.x = x  # keeps the memory alive

@@ -123,7 +123,7 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
 def _as_blocks(x: Array, weight: Array | None, blocks: Blocks) -> tuple[Array, Array]:
     """x as (N · G, P · S) and weight as (G, P) in x's dtype; None is 1.
 
-    Raises ValueError if they do not have so many elements: the loops would read out of bounds.
+    Raises ValueError for other sizes: the loops would read out of bounds.
     """
     n, groups, planes, size = blocks
     w = np.ones((groups, planes), x.dtype) if weight is None else compiled(weight, x.dtype)
@@ -142,7 +142,7 @@ def block_norm(
     b = np.zeros(w.shape, source.dtype) if bias is None else compiled(bias, source.dtype).reshape(w.shape)
     y, mean, var = empty_like(source), np.empty(len(rows)), np.empty(len(rows))
     if x.size:
-        numbers = float(eps), bool(centered)  # other types would be compiled for
+        numbers = float(eps), bool(centered)  # other types would compile the loop again
         split(_forward, len(rows), x.size, rows, w, b, *numbers, y.reshape(rows.shape), mean, var)
     else:
         mean[:] = var[:] = np.nan

@@ -43,7 +43,7 @@ RUN = 1024
 
 @njit()
 def _inside(remainder, before, stride, count, width):
-    """The range of a buffer row that is inside the image; the remainder is that of the sub-image."""
+    """The range of a buffer row that is inside the image, in the sub-image of this remainder."""
     start = remainder - before
     first = min(max((stride - 1 - start) // stride, 0), width)
     return first, max(min((count - 1 - start) // stride + 1, width), first)
@@ -282,7 +282,7 @@ def _frame(kernel: Ints, out: Ints, stride: Ints, padding: Pairs, dilation: Ints
 
 
 def _is_supported(*arrays: Array) -> bool:
-    """Whether the loops here take these arrays: not of three axes, empty, or of half precision."""
+    """Whether the loops support these arrays: one or two spatial axes, float32 or float64, not empty."""
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return False
     return arrays[0].ndim in (3, 4) and all(a.dtype.char in "fd" and a.size for a in arrays)

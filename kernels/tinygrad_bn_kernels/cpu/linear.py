@@ -9,9 +9,9 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.reduce import sum_
 
-# Up to so many multiplications OpenBLAS uses only the calling thread, and is as fast.
+# Up to this many multiplications OpenBLAS uses only the calling thread, and is as fast as `products`.
 SMALL = 1 << 18
-# With fewer rows of the left or columns of the right matrix BLAS, which copies neither, is faster at any size.
+# With fewer rows of the left or columns of the right matrix, BLAS is faster at any size: it copies neither.
 THIN = 8
 
 

@@ -122,8 +122,8 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
     a, b = cast(ivar * weight[c]), cast(r * weight[c] + bias[c])
     low = high = relu_gradient(g[0, c, 0], x[0, c, 0] - m, a, b, relu)
     for t in range(1, PROBES):
-        place = t * (n * size - 1) // (PROBES - 1)
-        i, j = place // size, place % size
+        at = t * (n * size - 1) // (PROBES - 1)
+        i, j = at // size, at % size
         v = relu_gradient(g[i, c, j], x[i, c, j] - m, a, b, relu)
         low, high = min(low, v), max(high, v)
     shift = common_shift(low, high)
@@ -402,7 +402,7 @@ def _forward(x: Array, weight: Array | None, bias: Array | None, eps: float, rel
     if not x.size:
         return y.astype(x.dtype, copy=False), np.full(channels, np.nan), np.full(channels, np.nan)
     mean, var = np.empty(channels), np.empty(channels)
-    eps = float(eps)  # another type would be compiled for
+    eps = float(eps)  # another type would compile the loops again
     xs, ys = _channels(source), _channels(y)
     if xs.ndim == 2:
         _rows_forward(xs, *affine, eps, relu, ys, mean, var)

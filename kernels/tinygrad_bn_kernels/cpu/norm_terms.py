@@ -20,7 +20,7 @@ def normalizer(x, mean, var, eps):
 
 @njit()
 def common_shift(low, high):
-    """A shift for gradients from `low` to `high`: low if they are close together and far from 0, else 0."""
+    """A shift for gradients from `low` to `high`: low if they are close together and far from 0, else (or if NaN) 0."""
     return low if abs(low + high) > 8 * (high - low) else type(low)(0)
 
 

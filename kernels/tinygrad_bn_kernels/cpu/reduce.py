@@ -30,8 +30,8 @@ PIECE = 1 << 18
 WIDE = 2048
 NARROW = 64
 
-# Up to so many elements NumPy's own sum or extreme is faster. A variance takes several NumPy calls, so even a small one
-# uses the loops, and imports Numba.
+# Up to this many elements NumPy's own sum or extreme is faster. A variance takes several NumPy calls, so small ones use
+# the loops too, and import Numba.
 SMALL = 1 << 12
 
 # Columns of fewer terms, in large arrays, have moments and extremes faster in NumPy. Measured: the variance of

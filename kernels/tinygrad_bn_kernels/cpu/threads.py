@@ -27,7 +27,7 @@ def setting(name: str, default: int, least: int, most: int = 1 << 40) -> int:
     return int(text)
 
 
-# From so many elements two threads are faster than one. Measured on 2 cores: starting a job takes 30 to 40 µs, a pass
+# From this many elements two threads are faster than one. Measured on 2 cores: starting a job takes 30 to 40 µs, a pass
 # over 262,144 float32 elements about 80 µs.
 PARALLEL_FROM = setting("TINYGRAD_BN_PARALLEL_FROM", 1 << 18, least=0)
 
