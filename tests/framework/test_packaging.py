@@ -9,7 +9,7 @@ from importlib.resources import files
 
 import pytest
 
-PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "device", "kernels", "cuda")
+PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "backend", "kernels", "cuda")
 MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
 
 LAZY = """

@@ -28,7 +28,7 @@ def batch_statistics(model: Module) -> Iterator[dict[BatchNorm1d, list[BatchStat
 
     >>> bn = BatchNorm1d(1)
     >>> with batch_statistics(bn) as collected:
-    ...     y = bn(np.array([[1.0], [3.0]]))
+    ...     y = bn([[1.0], [3.0]])
     >>> [(s.mean.item(), s.var.item(), s.size) for s in collected[bn]], bn.running_mean.item()
     ([(2.0, 1.0, 2)], 0.0)
     """
