@@ -95,19 +95,14 @@ def test_rmsprop_and_adagrad_by_hand():
 
 
 @pytest.mark.parametrize(("kind", "options"), ALL)
-def test_dtype_is_kept_a_graph_is_warned_and_groups_have_their_own_options(kind, options):
+def test_dtype_is_kept_and_groups_have_their_own_options(kind, options):
     p, q = parameter(dtype=np.float32), parameter(dtype=np.float32)
     optimizer = kind([{"params": [p], "lr": 0.0}, {"params": [q]}], lr=0.5, **options)
-    y = (q * q).sum()
     p.grad = q.grad = Tensor(G.astype(np.float32))
-    given = q.data
     optimizer.step()
     assert p.dtype == q.dtype == np.float32
-    assert given.tolist() == [1, 2, -3], "the array is replaced, not written into"
-    assert np.all(q.numpy() != given)
-    assert p.numpy().tolist() == [1, 2, -3], "its learning rate is 0"
-    with pytest.raises(RuntimeError):
-        y.backward()
+    assert np.all(q.numpy() != START)
+    assert p.numpy().tolist() == list(START), "its learning rate is 0"
 
 
 def test_parameters_without_gradient_or_frozen_stay_as_they_are():
@@ -155,7 +150,9 @@ def test_errors():
         optim.SGD([p], nesterov=True)
 
 
-@pytest.mark.parametrize(("wrong", "error"), [(np.ones(1), TypeError), (Tensor([1.0, 2.0]), ValueError)])
+@pytest.mark.parametrize(
+    ("wrong", "error"), [(np.ones(1), TypeError), (Tensor([1.0, 2.0]), ValueError), (Tensor([1.0]), ValueError)]
+)
 def test_a_gradient_of_another_shape_is_an_error_and_changes_nothing(wrong, error):
     params = parameter(), parameter()
     optimizer = optim.Adam([{"params": p} for p in params])
