@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn import Tensor, cuda, functional, grad, ops, optim
-from tinygrad_bn.functional.normalization import batch_norm_relu
+from tinygrad_bn.functional import batch_norm_relu
 
 Run = Callable[[], Any]
 

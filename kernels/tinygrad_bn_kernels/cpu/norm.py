@@ -28,6 +28,9 @@ from tinygrad_bn_kernels.cpu.norm_terms import (
 )
 from tinygrad_bn_kernels.cpu.threads import split
 
+Vector = Array | None  # (C,); a weight of None is 1, a bias of None is 0
+Gradients = tuple[Array | None, Array | None, Array | None]
+
 # Rows of a chunk. Each chunk has its own sums, so results do not depend on the number of threads.
 CHUNK = 256
 
@@ -385,7 +388,7 @@ def _expect_channels(x: Array, *vectors: Array) -> None:
             raise ValueError(f"expected vectors of shape {shape} for x {x.shape}; got {v.shape}")
 
 
-def _affine(x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Array]:
+def _affine(x: Array, weight: Vector, bias: Vector) -> tuple[Array, Array]:
     """weight and bias (C,) in x's dtype; None is 1 and 0."""
     shape, dtype = x.shape[1:2], x.dtype
     weight = np.ones(shape, dtype) if weight is None else compiled(weight, dtype)
@@ -395,7 +398,7 @@ def _affine(x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, 
     return weight, bias
 
 
-def _forward(x: Array, weight: Array | None, bias: Array | None, eps: float, relu: bool) -> tuple[Array, Array, Array]:
+def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> tuple[Array, Array, Array]:
     source, channels = compiled(x), x.shape[1]
     affine = _affine(source, weight, bias)
     y = empty_like(source)
@@ -412,16 +415,8 @@ def _forward(x: Array, weight: Array | None, bias: Array | None, eps: float, rel
 
 
 def _backward(
-    g: Array,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    needs: list[bool],
-    eps: float,
-    mean: Array,
-    var: Array,
-    relu: bool,
-) -> tuple[Array | None, Array | None, Array | None]:
+    g: Array, x: Array, weight: Vector, bias: Vector, needs: list[bool], eps: float, mean: Array, var: Array, relu: bool
+) -> Gradients:
     source, channels = compiled(x), x.shape[1]
     affine = _affine(source, weight, bias)
     gx = empty_like(source) if needs[0] else None
@@ -439,23 +434,19 @@ def _backward(
 
 
 @kernel("batch_norm_training", "cpu")
-def batch_norm_training(
-    x: Array, weight: Array | None, bias: Array | None, *, eps: float
-) -> tuple[Array, Array, Array]:
+def batch_norm_training(x: Array, weight: Vector, bias: Vector, *, eps: float) -> tuple[Array, Array, Array]:
     """x (N, C, ...), weight and bias (C,) or None: the output, and mean and biased variance in float64 (C,)."""
     return _forward(x, weight, bias, eps, False)
 
 
 @kernel("batch_norm_relu", "cpu")
-def batch_norm_relu(x: Array, weight: Array | None, bias: Array | None, *, eps: float) -> tuple[Array, Array, Array]:
+def batch_norm_relu(x: Array, weight: Vector, bias: Vector, *, eps: float) -> tuple[Array, Array, Array]:
     """`batch_norm_training` with the ReLU of its output."""
     return _forward(x, weight, bias, eps, True)
 
 
 @kernel("batch_norm_inference", "cpu")
-def batch_norm_inference(
-    x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, *, eps: float
-) -> Array:
+def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias: Vector, *, eps: float) -> Array:
     """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
     source = compiled(x)
     affine = _affine(source, weight, bias)
@@ -474,14 +465,14 @@ def batch_norm_training_vjp(
     g: Array,
     y: Array,
     x: Array,
-    weight: Array | None,
-    bias: Array | None,
+    weight: Vector,
+    bias: Vector,
     *,
     needs: list[bool],
     eps: float,
     mean: Array,
     var: Array,
-) -> tuple[Array | None, Array | None, Array | None]:
+) -> Gradients:
     """Gradients of x, weight and bias, from the saved statistics."""
     return _backward(g, x, weight, bias, needs, eps, mean, var, False)
 
@@ -491,14 +482,14 @@ def batch_norm_relu_vjp(
     g: Array,
     y: Array,
     x: Array,
-    weight: Array | None,
-    bias: Array | None,
+    weight: Vector,
+    bias: Vector,
     *,
     needs: list[bool],
     eps: float,
     mean: Array,
     var: Array,
-) -> tuple[Array | None, Array | None, Array | None]:
+) -> Gradients:
     """`batch_norm_training.vjp` behind a ReLU. Recomputing the sign of the output is cheaper than reading y."""
     return _backward(g, x, weight, bias, needs, eps, mean, var, True)
 

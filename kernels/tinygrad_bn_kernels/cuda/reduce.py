@@ -293,9 +293,9 @@ def sum_of_squares(x: DeviceArray, *, axis: Axis = None, keepdims: bool = False)
 
 
 @kernel("squared_norm", "cuda")
-def total_of_squares(x: DeviceArray) -> float:
-    """Σ x² as a Python number; waits for the device."""
-    return float(sum_of_squares(x).item())
+def squared_norm(x: DeviceArray) -> DeviceArray:
+    """Σ x² of all elements, 0-d float64."""
+    return sum_of_squares(x).astype(np.float64)
 
 
 @kernel("max", "cuda")

@@ -91,8 +91,9 @@ def products() -> None:
 
 def batch_norm(shape: tuple[int, ...], relu: str) -> None:
     x, weight, needs = numbers(shape), numbers(shape[1], seed=1), [True] * 3
-    y, mean, var = run(f"batch_norm{relu}_fused", x, weight, weight, eps=1e-5)
-    run(f"batch_norm{relu}_fused.vjp", x, y, x, weight, weight, needs=needs, eps=1e-5, mean=mean, var=var)
+    name = "batch_norm_relu" if relu else "batch_norm_training"
+    y, mean, var = run(name, x, weight, weight, eps=1e-5)
+    run(f"{name}.vjp", x, y, x, weight, weight, needs=needs, eps=1e-5, mean=mean, var=var)
     run("batch_norm_inference", x, mean, var, weight, weight, eps=1e-5)
 
 

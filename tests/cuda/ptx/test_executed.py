@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
-from tinygrad_bn.functional.pooling import _places
+from tinygrad_bn.functional.pooling import max_pool_places
 from tinygrad_bn.tensor import OPS
 
 BLOCK = 256
@@ -249,7 +249,7 @@ def batch_norm(x, weight, bias, eps):
 @pytest.mark.parametrize("relu", [False, True])
 @given_few(SHAPES, st.sampled_from(["plain", "offset"]), SEEDS)
 def test_batch_norm(relu, shape, kind, seed):
-    name, eps, channels = f"batch_norm{'_relu' * relu}_fused", 1e-5, shape[1]
+    name, eps, channels = "batch_norm_relu" if relu else "batch_norm_training", 1e-5, shape[1]
     x, g = numbers(shape, kind, seed), numbers(shape, "plain", seed + 1)
     weight, bias = numbers(channels, "plain", seed + 2), numbers(channels, "plain", seed + 3)
     expected, mean, var, xhat = batch_norm(x, weight, bias, eps)
@@ -456,7 +456,7 @@ def test_max_pooling(n, kind, seed):
         axes = zip(size, kernel, stride, padding, dilation, strict=True)
         out = tuple((m + 2 * p - d * (k - 1) - 1) // s + 1 for m, k, s, p, d in axes)
         options = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
-        places = _places(x, **options)
+        places = max_pool_places(x, **options)
         expected = np.take_along_axis(x.reshape(n, 3, -1), places.reshape(n, 3, -1), 2).reshape(places.shape)
         np.testing.assert_array_equal(run("max_pool_places", x, **options), places)
         np.testing.assert_array_equal(run("max_pool", x, **options), expected)
