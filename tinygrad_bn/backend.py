@@ -165,9 +165,11 @@ def converted(array: Any, dtype: DTypeLike | None, copy: bool | None) -> Array:
     return np.array(array, dtype=dtype) if copy or converts else read_only(array)
 
 
-def index_copy(part: Any) -> Any:
-    """Part of an index: lists and arrays copied to an array, since they may change before the backward pass."""
+def index_copy(part: Any, indexed: Any) -> Any:
+    """Part of an index of `indexed`: lists and NumPy's arrays are copied, as they may change before the backward pass."""
     if not isinstance(part, np.ndarray | list | tuple):
+        if device_of(part) != "cpu":
+            expect_one_device((indexed, part))
         return part
     array = np.array(part)
     return array if array.size or isinstance(part, np.ndarray) else array.astype(np.intp)  # NumPy makes [] a float

@@ -321,7 +321,7 @@ class Tensor:
     __array_ufunc__ = None
 
     def __init__(self, data: object, requires_grad: bool = False, dtype: DTypeLike | None = None) -> None:
-        if _holds_a_tensor(data):
+        if isinstance(data, list | tuple) and _tensors_in(data):
             raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
         self._data = backend.new_array(data._data if isinstance(data, Tensor) else data, dtype)
         self.grad: Tensor | None = None
@@ -500,10 +500,8 @@ class Tensor:
 
     def _index(self, part: Any) -> Any:
         """Part of an index, without tensors, and without arrays that may change before the backward pass."""
-        if isinstance(part, Tensor):
-            backend.expect_one_device((self._data, part._data))
-            part = part._data
-        return backend.index_copy(part)
+        backend.expect_one_device((self._data, *(t._data for t in _tensors_in(part))))
+        return backend.index_copy(part._data if isinstance(part, Tensor) else part, self._data)
 
     def __setitem__(self, index: object, value: object) -> None:
         raise TypeError(
@@ -555,8 +553,11 @@ class Tensor:
         return self.transpose()
 
 
-def _holds_a_tensor(data: object) -> bool:
-    return isinstance(data, list | tuple) and any(isinstance(d, Tensor) or _holds_a_tensor(d) for d in data)
+def _tensors_in(data: object) -> list[Tensor]:
+    """The tensor, or those in a nested list."""
+    if isinstance(data, Tensor):
+        return [data]
+    return [t for part in data for t in _tensors_in(part)] if isinstance(data, list | tuple) else []
 
 
 # Types that an op converts to tensors: the arithmetic of np.matrix, for example, is not that of arrays.

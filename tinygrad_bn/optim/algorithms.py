@@ -56,7 +56,9 @@ class SGD(Optimizer):
 @primitive(
     None, None, None, updates=("v",),
     formula="y = p − lr · v;  v = momentum · v + (1 − dampening) · (g + decay · p)",
-    sample=_sample({"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "nesterov": [False, True]}, [REAL, None]),
+    sample=_sample(
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "nesterov": [False, True]}, [REAL, None]
+    ),
 )  # fmt: skip
 def sgd(
     p: Operand, g: Operand, v: Operand, *, lr: float, momentum: float, dampening: float, decay: float, nesterov: bool
@@ -150,7 +152,10 @@ class RMSprop(Optimizer):
 @primitive(
     None, None, None, None, None, updates=("square_avg", "grad_avg", "buffer"),
     formula="y = p − lr · g / (√square_avg + eps);  square_avg = average of g²",
-    sample=_sample({"lr": 0.1, "alpha": 0.9, "eps": 0.1, "decay": [0.0, 0.1], "momentum": 0.9}, POSITIVE, [SMALL, None], [REAL, None]),
+    sample=_sample(
+        {"lr": 0.1, "alpha": 0.9, "eps": 0.1, "decay": [0.0, 0.1], "momentum": 0.9},
+        POSITIVE, [SMALL, None], [REAL, None],
+    ),
 )  # fmt: skip
 def rmsprop(
     p: Operand, g: Operand, square_avg: Operand, grad_avg: Operand, buffer: Operand, *,

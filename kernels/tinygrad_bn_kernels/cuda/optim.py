@@ -64,8 +64,8 @@ def adam(
 
 @kernel("sgd", "cuda")
 def sgd(
-    p: DeviceArray, g: DeviceArray, v: DeviceArray | None, *, lr: float, momentum: float, dampening: float, decay: float,
-    nesterov: bool,
+    p: DeviceArray, g: DeviceArray, v: DeviceArray | None, *, lr: float, momentum: float, dampening: float,
+    decay: float, nesterov: bool,
 ) -> Any:  # fmt: skip
     """p − lr · v, or with Nesterov p − lr · (g + momentum · v), after updating v with g + decay · p."""
     if v is None:
