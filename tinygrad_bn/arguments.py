@@ -12,19 +12,17 @@ import numpy as np
 
 def bind(
     name: str, names: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any], operands: Any, params: Any
-) -> tuple[Sequence[Any], dict[str, Any]]:
-    """Operands and options of a call of the op `name`.
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands and options of a call of the op `name`, where an operand came by name or an option by position.
 
     Args:
         names: of its operands; empty for any number of them.
         given: defaults of operands.
         options: its options, with their defaults.
-        operands, params: what the caller passed by position and by name. An option may follow the operands by position,
-            as in `sum(x, 0)`, and an operand may come by name.
+        operands, params: by position and by name, as in `sum(x, 0)` or `linear(x, weight=w)`.
 
     Raises TypeError for a wrong call.
     """
-    params = dict(params)
     if names and len(operands) > len(names):
         extra = dict(zip(options, operands[len(names) :], strict=False))
         if len(operands) == len(names) + len(extra) and not extra.keys() & params.keys():
@@ -36,23 +34,20 @@ def bind(
     if (names and len(operands) != len(names)) or not params.keys() <= options.keys():
         by_name = ", ".join(options) or "nothing"
         raise TypeError(f"{name}() takes {len(names) or 'its'} operands by position, and by name: {by_name}")
-    for option, value in params.items():
-        if hasattr(value, "requires_grad"):
-            raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
-    if "axis" in params:
-        params["axis"] = plain_axis(name, params["axis"])
     return operands, params
 
 
-def plain_axis(name: str, axis: Any) -> Any:
-    """One axis or several as Python integers, the only ones that kernels know. Raises TypeError for anything else."""
-    if axis is None or type(axis) is int:
-        return axis
-    given = axis if isinstance(axis, tuple) else (axis,)
-    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in given):
-        raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {axis!r}")
-    plain = tuple(map(operator.index, given))
-    return plain if isinstance(axis, tuple) else plain[0]
+def checked_option(name: str, option: str, value: Any) -> Any:
+    """An option of the op `name`; an axis as Python integers. Raises TypeError for a tensor, and for a wrong axis."""
+    if hasattr(value, "requires_grad"):
+        raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
+    if option != "axis":
+        return value
+    axes = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in axes):
+        raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {value!r}")
+    plain = tuple(map(operator.index, axes))
+    return plain if isinstance(value, tuple) else plain[0]
 
 
 def expect_floats(x: Any, caller: str) -> None:

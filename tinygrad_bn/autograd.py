@@ -122,6 +122,7 @@ def _backprop(
 
     To be called inside `recording(create_graph)`.
     """
+    run = apply if create_graph else backend.forward  # on tensors, or on arrays
     wanted = set(wanted)
     leads = set(wanted)  # the tensors on a way from y to a wanted one
     for t in order:
@@ -146,8 +147,8 @@ def _backprop(
                 raise
             for x, gx in zip(node.inputs, gxs, strict=True):
                 if gx is not None:
-                    gx = _fit(gx, x)
-                    grads[x] = apply(OPS["add"], (grads[x], gx), {})[0] if x in grads else gx
+                    gx = _fit(gx, x, run)
+                    grads[x] = run(OPS["add"], (grads[x], gx), {})[0] if x in grads else gx
         leads.discard(t)  # frees t and its array as soon as its gradient has been passed on
         if free:
             node.free()
@@ -183,13 +184,13 @@ def _pull_composition(node: Node, g: Any, needs: list[bool], create_graph: bool)
     return [grads.get(h) if need else None for h, need in zip(handles, needs, strict=True)]
 
 
-def _fit(gx: Any, x: Tensor) -> Any:
+def _fit(gx: Any, x: Tensor, run: Any) -> Any:
     """Undo broadcasting and promotion of the operand `x`: its gradient gets its shape and dtype."""
     if not isinstance(gx, Tensor):
         gx = backend.as_array(gx)
     if gx.shape != x._data.shape:
-        gx = apply(OPS["sum_to"], (gx,), {"shape": x.shape})[0]
-    return gx if gx.dtype == x._data.dtype else apply(OPS["astype"], (gx,), {"dtype": x.dtype})[0]
+        gx = run(OPS["sum_to"], (gx,), {"shape": x.shape})[0]
+    return gx if gx.dtype == x._data.dtype else run(OPS["astype"], (gx,), {"dtype": x.dtype})[0]
 
 
 def _separate(grads: dict[Tensor, Any], cotangent: Tensor) -> dict[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def converted(array: Any, dtype: DTypeLike | None, copy: bool | None) -> Array:
 
 
 def index_copy(part: Any, indexed: Any) -> Any:
-    """Part of an index of `indexed`: lists and NumPy's arrays are copied, as they may change before the backward pass."""
+    """Part of an index of `indexed`: lists and NumPy's arrays copied, as they may change before the backward pass."""
     if not isinstance(part, np.ndarray | list | tuple):
         if device_of(part) != "cpu":
             expect_one_device((indexed, part))

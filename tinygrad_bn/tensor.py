@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend, modes
-from tinygrad_bn.arguments import bind
+from tinygrad_bn.arguments import bind, checked_option
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.sample import Sample
 
@@ -206,10 +206,12 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     op = OPS[name] = Op(name, forward, rules, *fields)
 
     def run(*operands: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
-        if not params and len(operands) == count:
-            return apply(op, operands, defaults)
-        bound, params = bind(name, names, given, options, operands, params)
-        return apply(op, bound, {**defaults, **params})
+        if len(operands) != count or not params.keys() <= options.keys():
+            operands, params = bind(name, names, given, options, operands, params)
+        for option, value in params.items():
+            if value is not None and type(value) is not int and (option == "axis" or type(value) is not float):
+                params[option] = checked_option(name, option, value)
+        return apply(op, operands, {**defaults, **params} if params else defaults)
 
     @wraps(function)
     def call(*operands: Any, **params: Any) -> Any:
@@ -403,10 +405,7 @@ class Tensor:
                 or an operand was changed since the forward pass.
             ValueError: `g` is missing or has the wrong shape.
         """
-        # The one import circle of the framework: a tensor is differentiated by the engine that is built on it.
-        from tinygrad_bn.autograd import backward
-
-        backward(self, g, retain_graph=retain_graph, create_graph=create_graph)
+        autograd.backward(self, g, retain_graph=retain_graph, create_graph=create_graph)
 
     def retain_grad(self) -> Tensor:
         """Ask `backward` to leave the gradient in `grad` although this is no leaf; returns the tensor."""
@@ -562,3 +561,6 @@ def _tensors_in(data: object) -> list[Tensor]:
 
 # Types that an op converts to tensors: the arithmetic of np.matrix, for example, is not that of arrays.
 CONVERTED = Tensor, list, tuple, np.matrix, np.ma.MaskedArray
+
+# The one import circle of the framework: a tensor is differentiated by the engine that is built on it.
+from tinygrad_bn import autograd  # noqa: E402

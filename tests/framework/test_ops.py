@@ -123,15 +123,15 @@ def test_a_wrong_op_is_caught(mutant, monkeypatch):
         testing.check_op("mutant", examples=40)
 
 
-ADDED = 'apply(OPS["add"], (grads[x], gx), {})[0]'
+ADDED = 'run(OPS["add"], (grads[x], gx), {})[0]'
 
 # A line of the engine, the mistake in its place, and the op whose check has to notice.
 MUTANT_LINES = {
     "no un-broadcast": ("_fit", "if gx.shape != x._data.shape:", "if False:", "mul"),
     "dtype not restored": (
         "_fit",
-        "gx if gx.dtype == x._data.dtype else apply",
-        "gx.astype('f8') if True else apply",
+        "gx if gx.dtype == x._data.dtype else run",
+        "gx.astype('f8') if True else run",
         "mul",
     ),
     "overwrite instead of accumulate": ("_backprop", f"{ADDED} if x in grads else gx", "gx", "mul"),

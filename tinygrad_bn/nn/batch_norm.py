@@ -87,7 +87,7 @@ class _BatchNorm(Module):
             raise ValueError(f"{type(self).__name__}({self.num_features}) takes {wanted}; got shape {x.shape}")
         if x.dtype.kind != "f":
             raise TypeError(f"{type(self).__name__} takes floating-point input; got {x.dtype}")
-        if self.track_running_stats and (self.stats_frozen or not self.training or not x.size):
+        if self.running_mean is not None and (self.stats_frozen or not self.training or not x.size):
             return False
         if self.training and x.size == self.num_features:
             raise ValueError(

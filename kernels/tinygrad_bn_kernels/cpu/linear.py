@@ -67,5 +67,5 @@ def linear_vjp(
         gweight = _product(gs.T, x if flat else x.reshape(len(gs), x.shape[-1]))
     if needs_bias:
         total = sum_(gs, axis=0)
-        gbias = np.add.reduce(gs, 0, np.float64) if total is NotImplemented else total
+        gbias = np.add.reduce(gs, 0, np.float64).astype(g.dtype) if total is NotImplemented else total
     return gx, gweight, gbias

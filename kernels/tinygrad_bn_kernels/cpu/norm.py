@@ -430,7 +430,9 @@ def _backward(
             _rows_backward(*arguments)
         else:
             split(_planes_backward, channels, x.size, *arguments)
-    return gx, gweight if needs[1] else None, gbias if needs[2] else None
+    by_weight = None if weight is None or not needs[1] else gweight.astype(weight.dtype)
+    by_bias = None if bias is None or not needs[2] else gbias.astype(bias.dtype)
+    return gx, by_weight, by_bias
 
 
 @kernel("batch_norm_training", "cpu")
