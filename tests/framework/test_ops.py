@@ -134,12 +134,7 @@ MUTANT_LINES = {
         "grads[x] = grads[x].__iadd__(gx) if x in grads else gx",
         "add",
     ),
-    "kernel under create_graph": (
-        "_pull",
-        "None if create_graph else _kernel",
-        "_kernel",
-        "softmax_cross_entropy",
-    ),
+    "kernel under create_graph": ("_pull", "None if create_graph else _kernel", "_kernel", "softmax_cross_entropy"),
     "gradients share memory": ("_separate", "or id(gt._data) in taken", "", "add"),
     "one handle for two operands": (
         "_pull_composition",
