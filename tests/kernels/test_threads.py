@@ -52,9 +52,11 @@ def fail(wrong, start, stop):
 
 @numba.njit(nogil=True)
 def linger(begun, ended, slow, start, stop):
+    """Of two parts, the first ends once the second has begun, which takes long."""
     helpers._add(begun, 0, 1)
-    for i in range(slow if start else 0):
-        helpers._read(begun, i % 1)
+    for i in range(slow if start else 1 << 32):
+        if helpers._read(begun, i % 1) % 2 == 0 and start == 0:
+            break
     helpers._add(ended, 0, 1)
 
 
@@ -107,7 +109,7 @@ def test_an_exception_in_any_part_reaches_the_caller_and_the_threads_work_on(wro
 def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
     """Not even after an interrupt while it waits for another thread's part."""
     threads.set_num_threads(3)
-    begun, ended = np.zeros((2, 1), np.int64)
+    begun, ended, interrupts = *np.zeros((2, 1), np.int64), 0
 
     def sleep(seconds):
         if interrupted:
@@ -117,12 +119,14 @@ def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
     monkeypatch.setattr(helpers, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
     for _ in range(10):
         try:
-            threads.split(linger, 12, 1, begun, ended, 1 << 20)
+            threads.split(linger, 2, 1, begun, ended, 1 << 24)
         except KeyboardInterrupt:
-            assert interrupted
+            interrupts += 1
         assert begun[0] == ended[0]
+    assert bool(interrupts) == interrupted
 
 
+@compiled_only
 def test_fewer_threads_than_requested_do_all_of_the_work(monkeypatch):
     """At the system's limit the first thread starts, the second does not."""
     start, started = threading.Thread.start, []
@@ -138,6 +142,7 @@ def test_fewer_threads_than_requested_do_all_of_the_work(monkeypatch):
     done = np.zeros(16, np.int64)
     threads.split(mark, 16, 1, done)
     assert (done == 1).all()
+    assert len(started) == 1
 
 
 def test_work_while_another_thread_has_the_workers():
