@@ -3,8 +3,6 @@
 That each equals its op's reference and its composition's gradient is tested for every op in test_ops.py.
 """
 
-import os
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
 from tinygrad_bn_kernels.cpu import norm
 
+from tests.tools.processes import output, python
 from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
 from tinygrad_bn import Tensor, functional, more_ops, nn, ops, optim, testing
@@ -246,8 +245,7 @@ np.testing.assert_allclose(got, [0, np.inf, np.nan, np.exp(709.7), 1], rtol=1e-1
 
 
 def test_kernels_run_uncompiled_too():
-    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], env=environment, check=True, timeout=120)
+    output(python(INTERPRETED, NUMBA_DISABLE_JIT=1))
 
 
 @pytest.mark.parametrize("dtype", [">f4", "longdouble", "f2"])

@@ -31,7 +31,7 @@ def parallel(monkeypatch):
 @numba.njit(nogil=True)
 def mark(done, start, stop):
     for i in range(start, stop):
-        done[i] += 1
+        thread_pool._atomic_add(done, i, 1)
 
 
 @numba.njit(nogil=True)
@@ -52,9 +52,13 @@ def fail(wrong, start, stop):
 
 @numba.njit(nogil=True)
 def linger(begun, ended, slow, start, stop):
+    """Of two parts: the long one, or one that ends once both have begun."""
     thread_pool._atomic_add(begun, 0, 1)
-    for i in range(slow if start else 0):
-        thread_pool._atomic_load(begun, i % 1)
+    while slow[start] > 0:
+        thread_pool._atomic_add(slow, start, -1)  # which the compiler cannot leave out
+    for _ in range(1 << 32):
+        if thread_pool._atomic_load(begun, 0) % 2 == 0:
+            break
     thread_pool._atomic_add(ended, 0, 1)
 
 
@@ -106,8 +110,8 @@ def test_an_exception_in_any_part_reaches_the_caller_and_the_threads_work_on(wro
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
     """Not even after an interrupt while it waits for another thread's part."""
-    threads.set_num_threads(3)
-    begun, ended = np.zeros((2, 1), np.int64)
+    threads.set_num_threads(2)
+    begun, ended, interrupts = *np.zeros((2, 1), np.int64), 0
 
     def sleep(seconds):
         if interrupted:
@@ -115,14 +119,22 @@ def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
         time.sleep(seconds)
 
     monkeypatch.setattr(thread_pool, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
-    for _ in range(10):
+    if interrupted:  # sleep at once instead of spinning first
+        monkeypatch.setattr(thread_pool, "_wait", lambda board: board[thread_pool.FINISHED] == board[thread_pool.PARTS])
+    for i in range(100):
+        # In some rounds the worker has the long part, and the caller waits for it.
+        slow = np.random.default_rng(i).permutation([1 << 22, 0])
         try:
-            threads.split(linger, 12, 1, begun, ended, 1 << 20)
+            threads.split(linger, 2, 1, begun, ended, slow)
         except KeyboardInterrupt:
-            assert interrupted
-        assert begun[0] == ended[0]
+            interrupts += 1
+        assert begun[0] == ended[0] > 0
+        if interrupts == 3 or (i == 9 and not interrupted):
+            break
+    assert bool(interrupts) == interrupted
 
 
+@compiled_only
 def test_fewer_threads_than_requested_do_all_of_the_work(monkeypatch):
     """At the system's limit the first thread starts, the second does not."""
     start, started = threading.Thread.start, []
@@ -138,6 +150,7 @@ def test_fewer_threads_than_requested_do_all_of_the_work(monkeypatch):
     done = np.zeros(16, np.int64)
     threads.split(mark, 16, 1, done)
     assert (done == 1).all()
+    assert len(started) == 1
 
 
 def test_work_while_another_thread_has_the_workers():
@@ -255,12 +268,6 @@ def test_a_wrong_setting_is_an_error_that_names_it(name, value):
 
 
 @numba.njit(nogil=True)
-def count(done, start, stop):
-    for i in range(start, stop):
-        thread_pool._atomic_add(done, i, 1)
-
-
-@numba.njit(nogil=True)
 def total(x, out, start, stop):
     for i in range(start, stop):
         out[i] = 2 * x[i]
@@ -272,7 +279,7 @@ def test_no_part_is_taken_twice():
     threads.set_num_threads(3)
     for _ in range(3000):
         done = np.zeros(12, np.int64)
-        threads.split(count, 12, 1, done)
+        threads.split(mark, 12, 1, done)
         assert (done == 1).all()
 
 

@@ -17,11 +17,7 @@ KINKS = {
     "sign": (F.sign, torch.sign, [ZERO]),
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.25), lambda x: P.leaky_relu(x, 0.25), [ZERO]),
     "elu": (lambda x: F.elu(x, 0.25), lambda x: P.elu(x, 0.25), [ZERO]),
-    "clip": (
-        lambda x: F.clip(x, min=-1.0, max=0.5),
-        lambda x: torch.clip(x, -1.0, 0.5),
-        [[-1.5, -1.0, 0.0, 0.5, 1.0]],
-    ),
+    "clip": (lambda x: F.clip(x, min=-1.0, max=0.5), lambda x: torch.clip(x, -1.0, 0.5), [[-1.5, -1.0, 0.0, 0.5, 1.0]]),
     "clip below": (lambda x: F.clip(x, min=0.0), lambda x: torch.clip(x, min=0.0), [ZERO]),
     "clip above": (lambda x: F.clip(x, max=0.0), lambda x: torch.clip(x, max=0.0), [ZERO]),
     "maximum": (F.maximum, torch.maximum, [ZERO, [-1.0, 0.0, 0.0, 2.0]]),
@@ -42,11 +38,7 @@ KINKS = {
         [[-1.0, -0.5, 0.0, 0.5, 1.0], [0.0] * 5],
     ),
     "l1": (lambda x, t: F.l1_loss(x, t, "none"), lambda x, t: P.l1_loss(x, t, reduction="none"), [ZERO, [0.0] * 4]),
-    "std": (
-        lambda x: F.std(x, axis=1, correction=1),
-        lambda x: torch.std(x, dim=1, correction=1),
-        [CONSTANT],
-    ),
+    "std": (lambda x: F.std(x, axis=1, correction=1), lambda x: torch.std(x, dim=1, correction=1), [CONSTANT]),
     "std, biased": (lambda x: F.std(x, axis=1), lambda x: torch.std(x, dim=1, correction=0), [CONSTANT]),
 }
 
