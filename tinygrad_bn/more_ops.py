@@ -182,7 +182,7 @@ def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
 
 
 def _part(g: Any, axis: int, start: int, stop: int) -> Any:
-    """What lies between start and stop along `axis`."""
+    """The part between start and stop along `axis`."""
     return getitem(g, index=(slice(None),) * (axis % g.ndim) + (slice(start, stop),))
 
 

@@ -160,7 +160,7 @@ def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
 
 @primitive(
     lambda g, y, x, *, shape: broadcast_to(g, shape=x.shape),
-    formula="y = Σ x over what broadcasting to x's shape repeated;  ∂x = g, repeated",
+    formula="y = Σ x over the axes that broadcasting repeated;  ∂x = g, repeated",
     sample=sample.for_sum_to,
 )
 def sum_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
@@ -223,7 +223,7 @@ def matmul(a: Operand, b: Operand) -> Operand:
     sample=sample.for_reshape,
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
-    """The same elements in another shape; one -1 stands for what is left."""
+    """The same elements in another shape; one -1 stands for the remaining elements."""
     return np.reshape(x, shape)
 
 

@@ -31,7 +31,7 @@ Rule: TypeAlias = Callable[..., Any]
 OPS: dict[str, Op] = {}  # every op by name. The operators of Tensor look here, so this file imports no op.
 
 
-# ---- what a call of an op leaves behind -----------------------------------------------------------------
+# ---- ops, and the nodes that they record ----------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -126,7 +126,7 @@ def _caller() -> str:
 
 
 class Function(Protocol[P]):
-    """What `primitive` and `fused` return: a function that runs the op, and knows it."""
+    """A function that runs an op: the result of `primitive` and `fused`."""
 
     op: Op
     run: Callable[..., tuple[Any, Sequence[Any]]]  # as the function itself, with the by-products: (y, by-products)
@@ -293,7 +293,7 @@ def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Any, object], T
 
 
 class Tensor:
-    """A multi-dimensional array that records what is computed from it.
+    """A multi-dimensional array that records the operations on it.
 
     The data are copied in and never change under a recorded graph: the array that `data`, `numpy()` and
     `np.asarray` give is a read-only view. To change a tensor, assign to `data`, or use `+=` and its like under

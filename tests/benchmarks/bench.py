@@ -42,8 +42,8 @@ NETWORKS = [((4, 512, 512, 3), 32), ((784, 32, 32, 10), 32), ((784, 256, 128, 51
 LARGE = (64, 256, 56, 56)
 PEERS = ("NumPy", "PyTorch", "compiled", "JAX jit")
 
-# Seconds until the threads of NumPy's OpenBLAS sleep: after a product they spin for 0.11, measured by the time on cores
-# that a process takes which only sleeps; whoever came next would share a core with them.
+# Seconds until the threads of NumPy's OpenBLAS sleep. After a product they spin for 0.11 s, measured as the CPU time of
+# a process that only sleeps; the next contender would share a core with them.
 SPIN = 0.15
 
 # Seconds between two contenders otherwise.
@@ -70,7 +70,7 @@ LAYOUTS: dict[str, list[tuple[tuple[int, ...], int | tuple[int, ...] | None]]] =
     "1e8": [((97656, 1024), -1), ((97656, 1024), 0), ((10**8,), None)],
 }
 
-# Sizes of which PyTorch compiles its reductions too, one in cache and one that is not: each takes it seconds.
+# Sizes whose reductions PyTorch compiles too, one in cache and one out of it: each takes seconds.
 COMPILED = ("1e5", "1e7")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import interpreted
-from tests.cuda.training import BUILT_IN, OPTIMISERS, images_network, network, three_steps
+from tests.cuda.training import BUILT_IN, OPTIMISERS, cuda_matches_cpu, images_network, network, three_steps
 from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
 from tinygrad_bn.tensor import OPS
 
@@ -24,7 +24,7 @@ def device():
 def test_every_op_is_the_same_as_on_the_cpu(name):
     for example, dtype in enumerate((np.float32, np.float32, np.float64)):
         xs, params = OPS[name].sample(testing.RandomDraw(example))
-        testing.device_matches_cpu(OPS[name], xs, params, example, dtype)
+        cuda_matches_cpu(OPS[name], xs, params, example, dtype)
 
 
 # ---- training --------------------------------------------------------------------------------------------

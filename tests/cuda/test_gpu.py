@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.gpu_report import measure, table
-from tests.cuda.training import BUILT_IN, OPTIMISERS, network, three_steps
+from tests.cuda.training import BUILT_IN, OPTIMISERS, cuda_matches_cpu, network, three_steps
 from tinygrad_bn import Tensor, cuda, testing
 from tinygrad_bn.tensor import OPS
 
@@ -21,7 +21,7 @@ def gpu():
 def test_every_op_is_the_same_as_on_the_cpu(name, dtype, gpu):
     for example in range(10):
         xs, params = OPS[name].sample(testing.RandomDraw(example))
-        testing.device_matches_cpu(OPS[name], xs, params, example, dtype)
+        cuda_matches_cpu(OPS[name], xs, params, example, dtype)
 
 
 @pytest.mark.gpu

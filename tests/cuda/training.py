@@ -1,8 +1,8 @@
-"""Networks and training steps that tests run on cuda and on the CPU."""
+"""Ops, networks and training steps that tests run on cuda and on the CPU."""
 
 import numpy as np
 
-from tinygrad_bn import Tensor, functional, nn, optim
+from tinygrad_bn import Tensor, functional, grad, nn, optim, tensor, testing
 from tinygrad_bn.tensor import OPS
 
 BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
@@ -45,3 +45,26 @@ def three_steps(make, optimiser, x, y, where):
         optimizer.step()
         losses.append(loss.item())
     return losses, model.state_dict(), optimizer.state_dict()
+
+
+def cuda_matches_cpu(op, xs, params, seed, dtype):
+    """On cuda: the CPU's values and dtype; and gradients, by the plain and the differentiable route."""
+    tolerance = 2e-5 if dtype == np.float32 else 1e-11
+    cast = testing._cast(xs, dtype)
+    _, real = testing._split(op, cast, params)
+    results = []
+    for where in ("cpu", "cuda"):
+        ts = [x if x is None else Tensor(x).to(where).detach() for x in cast]
+        sources = [t for t, x in zip(ts, cast, strict=True) if op.differentiable and any(x is r for r in real)]
+        for t in sources:
+            t.requires_grad = True
+        y = tensor.apply(op, ts, {**params, "device": where} if "device" in params else params)[0]
+        assert y.device == where, f"operands on {where} gave a result on {y.device}"
+        results.append([y])
+        if y.requires_grad:
+            v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype).to(where)
+            results[-1] += grad(y, sources, v) + grad(y, sources, v, create_graph=True)
+    for want, got in zip(*results, strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        scale = 1 + np.abs(want.numpy()).max(initial=0)
+        np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=tolerance, atol=tolerance * scale)

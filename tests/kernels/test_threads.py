@@ -120,7 +120,9 @@ def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
 
     monkeypatch.setattr(thread_pool, "time", type("Time", (), {"sleep": staticmethod(sleep)}))
     if interrupted:  # sleep at once instead of spinning first
-        monkeypatch.setattr(thread_pool, "_spin_until_finished", lambda job: job[thread_pool.FINISHED] == job[thread_pool.PARTS])
+        monkeypatch.setattr(
+            thread_pool, "_spin_until_finished", lambda job: job[thread_pool.FINISHED] == job[thread_pool.PARTS]
+        )
     for i in range(100):
         # In some rounds the worker has the long part, and the caller waits for it.
         slow = np.random.default_rng(i).permutation([1 << 22, 0])

@@ -13,7 +13,7 @@ As in every such library, "convolution" does not flip the weight (it is a cross-
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -46,7 +46,7 @@ def _last(index: Iterable[Any]) -> Any:
 
 
 def windows(padded: Array, kernel: Ints, out: Ints, stride: Ints, dilation: Ints) -> Iterator[tuple[Ints, Array]]:
-    """For every place in the kernel: what it meets, (N, C, *out), as a view of the padded input."""
+    """For every place in the kernel: the elements that it multiplies, (N, C, *out), a view of the padded input."""
     for place in np.ndindex(*kernel):
         axes = zip(place, dilation, out, stride, strict=True)
         yield place, padded[_last(slice(at * d, at * d + (n - 1) * s + 1, s) for at, d, n, s in axes)]
@@ -206,99 +206,73 @@ def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs
     return tuple((int(before), int(after)) for before, after in padding)
 
 
-def _conv_nd(
-    ndim: int,
-    x: Operand,
-    weight: Operand,
-    bias: Operand | None,
-    stride: int | Ints,
-    padding: Padding,
-    dilation: int | Ints,
-    groups: int,
-) -> Tensor:
-    if x.ndim != ndim + 2 or np.ndim(values(weight)) != ndim + 2:
-        raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
-    if x.dtype.kind != "f":
-        raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
-    (groups,) = each_axis(groups, 1, "groups", 1)
-    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"channels of x {x.shape} and of weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
-        )
-    kernel = weight.shape[2:]
-    if min(weight.shape) < 1:
-        raise ValueError(f"weight {weight.shape}, (O, C / groups, ...), has to have at least one element on each axis")
-    stride, dilation = each_axis(stride, ndim, "stride", 1), each_axis(dilation, ndim, "dilation", 1)
-    padded = pairs(padding, kernel, stride, dilation)
-    if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
-        raise ValueError(f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}")
-    options: dict[str, Any] = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
-    if bias is None:
-        return conv(x, weight, **options)
-    _check_bias(bias, weight.shape[0])
-    return conv_with_bias(x, weight, bias, **options)
-
-
 def _check_bias(bias: Operand, channels: int) -> None:
     if np.shape(values(bias)) != (channels,):
         raise ValueError(f"bias has shape {np.shape(values(bias))}, for {channels} output channels")
 
 
-def conv1d(
-    x: Operand,
-    weight: Operand,
-    bias: Operand | None = None,
-    stride: int | Ints = 1,
-    padding: Padding = 0,
-    dilation: int | Ints = 1,
-    groups: int = 1,
-) -> Tensor:
-    """`conv2d` for x (N, C, L) and weight (O, C / groups, K)."""
-    return _conv_nd(1, x, weight, bias, stride, padding, dilation, groups)
+def _of_rank(ndim: int) -> Callable[..., Tensor]:
+    """The convolution over `ndim` axes."""
+
+    def convolution(
+        x: Operand,
+        weight: Operand,
+        bias: Operand | None = None,
+        stride: int | Ints = 1,
+        padding: Padding = 0,
+        dilation: int | Ints = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """Convolution (cross-correlation) of x (N, C, *size) by weight (O, C / groups, *kernel); gives (N, O, *out).
+
+        Args:
+            x, weight: floating-point; every group of output channels sees C / groups input channels.
+            bias: (O,), or None.
+            stride, dilation: one number, or one for each axis.
+            padding: zeros around x: a number, one for each axis, a pair (before, after) for each axis, "valid", or "same"
+                (stride 1 only). Zero times an infinite weight is NaN, here too.
+            groups: divides both C and O.
+
+        Raises:
+            ValueError: shapes or options that do not fit.
+            TypeError: x is not floating-point.
+
+        >>> conv2d(np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2)), padding="same")[0, 0]
+        array([[4., 4., 2.],
+               [4., 4., 2.],
+               [2., 2., 1.]])
+        """
+        if x.ndim != ndim + 2 or np.ndim(values(weight)) != ndim + 2:
+            raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
+        if x.dtype.kind != "f":
+            raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
+        (groups,) = each_axis(groups, 1, "groups", 1)
+        if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+            raise ValueError(
+                f"channels of x {x.shape} and of weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
+            )
+        kernel = weight.shape[2:]
+        if min(weight.shape) < 1:
+            raise ValueError(
+                f"weight {weight.shape}, (O, C / groups, ...), has to have at least one element on each axis"
+            )
+        stride, dilation = each_axis(stride, ndim, "stride", 1), each_axis(dilation, ndim, "dilation", 1)
+        padded = pairs(padding, kernel, stride, dilation)
+        if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
+            raise ValueError(
+                f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}"
+            )
+        options: dict[str, Any] = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
+        if bias is None:
+            return conv(x, weight, **options)
+        _check_bias(bias, weight.shape[0])
+        return conv_with_bias(x, weight, bias, **options)
+
+    convolution.__name__ = convolution.__qualname__ = f"conv{ndim}d"
+    return convolution
 
 
-def conv2d(
-    x: Operand,
-    weight: Operand,
-    bias: Operand | None = None,
-    stride: int | Ints = 1,
-    padding: Padding = 0,
-    dilation: int | Ints = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolution (cross-correlation) of x (N, C, H, W) by weight (O, C / groups, KH, KW); gives (N, O, H', W').
-
-    Args:
-        x, weight: floating-point; every group of output channels sees C / groups input channels.
-        bias: (O,), or None.
-        stride, dilation: one number, or one for each axis.
-        padding: zeros around x: a number, one for each axis, a pair (before, after) for each axis, "valid", or "same"
-            (stride 1 only). Zero times an infinite weight is NaN, here too.
-        groups: divides both C and O.
-
-    Raises:
-        ValueError: shapes or options that do not fit.
-        TypeError: x is not floating-point.
-
-    >>> conv2d(np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2)), padding="same")[0, 0]
-    array([[4., 4., 2.],
-           [4., 4., 2.],
-           [2., 2., 1.]])
-    """
-    return _conv_nd(2, x, weight, bias, stride, padding, dilation, groups)
-
-
-def conv3d(
-    x: Operand,
-    weight: Operand,
-    bias: Operand | None = None,
-    stride: int | Ints = 1,
-    padding: Padding = 0,
-    dilation: int | Ints = 1,
-    groups: int = 1,
-) -> Tensor:
-    """`conv2d` for x (N, C, D, H, W) and weight (O, C / groups, KD, KH, KW)."""
-    return _conv_nd(3, x, weight, bias, stride, padding, dilation, groups)
+conv1d, conv2d, conv3d = _of_rank(1), _of_rank(2), _of_rank(3)
 
 
 def conv_transpose2d(

@@ -175,8 +175,8 @@ def softmax_cross_entropy(
 ) -> Any:
     """x (M, C) logits, target (M,) class indices, weight (C,) of the classes or None: the loss, (M,) if not reduced.
 
-    By-products: what softmax subtracts from each row (M, 2), its largest logit and the log of its sum; and the sum of
-    the targets' weights.
+    By-products: the two numbers that softmax subtracts from each row, its largest logit and the log of its sum, (M, 2);
+    and the sum of the targets' weights.
     """
     target = values(target)
     counts = reshape(target != ignore_index, shape=(-1, 1))  # the logits of other rows may be NaN: 0 · NaN is not 0

@@ -1,12 +1,13 @@
 """Max and average pooling over windows, and their adaptive variants.
 
-Max pooling is indexing: where the largest element of each window lies is a constant to the gradient, and what lies
-there is taken by `getitem`, whose derivatives of every order are there already. Average pooling is a sum of slices.
+Max pooling is indexing: the place of the largest element of each window is a constant to the gradient, and `getitem`
+takes the element there, with its derivatives of every order. Average pooling is a sum of slices.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -145,119 +146,59 @@ def _out(x: Operand, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, 
     return out
 
 
-def _max_pool(
-    ndim: int,
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None,
-    padding: int | Ints,
-    dilation: int | Ints,
-    ceil_mode: bool,
-) -> Tensor:
-    kernel, steps, around, spread = _pool_options(ndim, x, kernel_size, stride, padding, dilation)
-    out = _out(x, kernel, steps, around, spread, ceil_mode)
-    return max_pool(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
+def _max_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
+    def pool(
+        x: Operand,
+        kernel_size: int | Ints,
+        stride: int | Ints | None = None,
+        padding: int | Ints = 0,
+        dilation: int | Ints = 1,
+        ceil_mode: bool = False,
+    ) -> Tensor:
+        """The largest element of each window of x (N, C, *size). The gradient goes to the first of a tie.
+
+        Args:
+            x: floating-point.
+            kernel_size, stride: of the windows; the stride is the kernel's size if None.
+            padding: of −∞, at most half of the kernel.
+            dilation: distance of the elements of a window.
+            ceil_mode: let the last windows stick out.
+
+        Raises:
+            ValueError: a window that does not fit, or holds only padding.
+            TypeError: x is not floating-point.
+        """
+        kernel, steps, around, spread = _pool_options(ndim, x, kernel_size, stride, padding, dilation)
+        out = _out(x, kernel, steps, around, spread, ceil_mode)
+        return max_pool(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
+
+    pool.__name__ = pool.__qualname__ = f"max_pool{ndim}d"
+    return pool
 
 
-def max_pool1d(
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None = None,
-    padding: int | Ints = 0,
-    dilation: int | Ints = 1,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """`max_pool2d` for x (N, C, L)."""
-    return _max_pool(1, x, kernel_size, stride, padding, dilation, ceil_mode)
+def _avg_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
+    def pool(
+        x: Operand,
+        kernel_size: int | Ints,
+        stride: int | Ints | None = None,
+        padding: int | Ints = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> Tensor:
+        """The mean of each window of x (N, C, *size); arguments and errors as of max pooling.
+
+        `count_include_pad`: whether padding, which is 0, counts as elements.
+        """
+        kernel, steps, around, once = _pool_options(ndim, x, kernel_size, stride, padding, 1)
+        out = _out(x, kernel, steps, around, once, ceil_mode)
+        return _averages(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)
+
+    pool.__name__ = pool.__qualname__ = f"avg_pool{ndim}d"
+    return pool
 
 
-def max_pool2d(
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None = None,
-    padding: int | Ints = 0,
-    dilation: int | Ints = 1,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """The largest element of each window of x (N, C, H, W). The gradient goes to the first of a tie.
-
-    Args:
-        x: floating-point.
-        kernel_size, stride: of the windows; the stride is the kernel's size if None.
-        padding: of −∞, at most half of the kernel.
-        dilation: distance of the elements of a window.
-        ceil_mode: let the last windows stick out.
-
-    Raises:
-        ValueError: a window that does not fit, or holds only padding.
-        TypeError: x is not floating-point.
-    """
-    return _max_pool(2, x, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def max_pool3d(
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None = None,
-    padding: int | Ints = 0,
-    dilation: int | Ints = 1,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """`max_pool2d` for x (N, C, D, H, W)."""
-    return _max_pool(3, x, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def _avg_pool(
-    ndim: int,
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None,
-    padding: int | Ints,
-    ceil_mode: bool,
-    count_include_pad: bool,
-) -> Tensor:
-    kernel, steps, around, once = _pool_options(ndim, x, kernel_size, stride, padding, 1)
-    out = _out(x, kernel, steps, around, once, ceil_mode)
-    return _averages(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)
-
-
-def avg_pool1d(
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None = None,
-    padding: int | Ints = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Tensor:
-    """`avg_pool2d` for x (N, C, L)."""
-    return _avg_pool(1, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
-
-
-def avg_pool2d(
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None = None,
-    padding: int | Ints = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Tensor:
-    """The mean of each window of x (N, C, H, W); arguments as `max_pool2d`.
-
-    `count_include_pad`: whether padding, which is 0, counts as elements.
-    """
-    return _avg_pool(2, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
-
-
-def avg_pool3d(
-    x: Operand,
-    kernel_size: int | Ints,
-    stride: int | Ints | None = None,
-    padding: int | Ints = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Tensor:
-    """`avg_pool2d` for x (N, C, D, H, W)."""
-    return _avg_pool(3, x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+max_pool1d, max_pool2d, max_pool3d = map(_max_pool_of_rank, (1, 2, 3))
+avg_pool1d, avg_pool2d, avg_pool3d = map(_avg_pool_of_rank, (1, 2, 3))
 
 
 def _bounds(n: int, out: int) -> tuple[Array, Array]:

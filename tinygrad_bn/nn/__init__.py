@@ -1,93 +1,28 @@
 """Modules, layers and initialisers, with PyTorch's names, defaults and state-dict keys."""
 
+# isort: off
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from tinygrad_bn.nn.batch_statistics import BatchStatistics, batch_statistics
-from tinygrad_bn.nn.conv import (
-    AdaptiveAvgPool1d,
-    AdaptiveAvgPool2d,
-    AdaptiveAvgPool3d,
-    AdaptiveMaxPool1d,
-    AdaptiveMaxPool2d,
-    AdaptiveMaxPool3d,
-    AvgPool1d,
-    AvgPool2d,
-    AvgPool3d,
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    ConvTranspose2d,
-    MaxPool1d,
-    MaxPool2d,
-    MaxPool3d,
-)  # fmt: skip
+from tinygrad_bn.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose2d
 from tinygrad_bn.nn.fold import Folded, fold_batch_norm
 from tinygrad_bn.nn.layers import (
-    ELU,
-    GELU,
-    Dropout,
-    Flatten,
-    Identity,
-    LeakyReLU,
-    Linear,
-    ReLU,
-    Sigmoid,
-    SiLU,
-    Softmax,
-    Softplus,
-    Tanh,
-)
+    ELU, GELU, Dropout, Flatten, Identity, LeakyReLU, Linear, ReLU, Sigmoid, SiLU, Softmax, Softplus, Tanh,
+)  # fmt: skip
 from tinygrad_bn.nn.module import Buffer, Module, Parameter, evaluating, observe
 from tinygrad_bn.nn.normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, LayerNorm, RMSNorm
+from tinygrad_bn.nn.pooling import (
+    AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d, AdaptiveMaxPool1d, AdaptiveMaxPool2d, AdaptiveMaxPool3d,
+    AvgPool1d, AvgPool2d, AvgPool3d, MaxPool1d, MaxPool2d, MaxPool3d,
+)  # fmt: skip
 from tinygrad_bn.nn.sequential import Sequential
+# isort: on
 
 __all__ = [
-    "ELU",
-    "GELU",
-    "AdaptiveAvgPool1d",
-    "AdaptiveAvgPool2d",
-    "AdaptiveAvgPool3d",
-    "AdaptiveMaxPool1d",
-    "AdaptiveMaxPool2d",
-    "AdaptiveMaxPool3d",
-    "AvgPool1d",
-    "AvgPool2d",
-    "AvgPool3d",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchStatistics",
-    "Buffer",
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "ConvTranspose2d",
-    "Dropout",
-    "Flatten",
-    "Folded",
-    "GroupNorm",
-    "Identity",
-    "InstanceNorm1d",
-    "InstanceNorm2d",
-    "LayerNorm",
-    "LeakyReLU",
-    "Linear",
-    "MaxPool1d",
-    "MaxPool2d",
-    "MaxPool3d",
-    "Module",
-    "Parameter",
-    "RMSNorm",
-    "ReLU",
-    "Sequential",
-    "SiLU",
-    "Sigmoid",
-    "Softmax",
-    "Softplus",
-    "Tanh",
-    "batch_statistics",
-    "evaluating",
-    "fold_batch_norm",
-    "init",
-    "observe",
+    "ELU", "GELU", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d", "AdaptiveMaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d", "BatchNorm1d", "BatchNorm2d",
+    "BatchNorm3d", "BatchStatistics", "Buffer", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Dropout", "Flatten",
+    "Folded", "GroupNorm", "Identity", "InstanceNorm1d", "InstanceNorm2d", "LayerNorm", "LeakyReLU", "Linear",
+    "MaxPool1d", "MaxPool2d", "MaxPool3d", "Module", "Parameter", "RMSNorm", "ReLU", "Sequential", "SiLU", "Sigmoid",
+    "Softmax", "Softplus", "Tanh", "batch_statistics", "evaluating", "fold_batch_norm", "init", "observe",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Convolution and pooling layers, with PyTorch's names, defaults and state."""
+"""Convolution layers, with PyTorch's names, defaults and state."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tinygrad_bn.nn.module import Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
 
-def _options(module: Module, **defaults: object) -> str:
+def options_repr(module: Module, **defaults: object) -> str:
     """The options that differ from their defaults, for `repr`."""
     return "".join(f", {k}={getattr(module, k)!r}" for k, v in defaults.items() if getattr(module, k, v) != v)
 
 
 class _Conv(Module):
     _ndim: ClassVar[int]
+    _convolution: ClassVar[Callable[..., Tensor]]
 
     def __init__(
         self,
@@ -59,20 +60,21 @@ class _Conv(Module):
             axes = ", ".join(["N", str(self.in_channels), *"DHW"[3 - self._ndim :]])
             raise ValueError(f"{self!r} takes ({axes}); got shape {x.shape}")
 
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        options = self.stride, self.padding, self.dilation, self.groups
+        return type(self)._convolution(x, self.weight, self.bias, *options)
+
     def extra_repr(self) -> str:
-        options = _options(self, stride=1, padding=0, dilation=1, groups=1, output_padding=0)
+        options = options_repr(self, stride=1, padding=0, dilation=1, groups=1, output_padding=0)
         no_bias = ", bias=False" if self.bias is None else ""
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{options}{no_bias}"
 
 
 class Conv1d(_Conv):
-    """Convolution of (N, C, L); see `functional.conv2d`. `weight` is (out, in / groups, K)."""
+    """Convolution of (N, C, L); see `functional.conv1d`. `weight` is (out, in / groups, K)."""
 
-    _ndim = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        return F.conv1d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    _ndim, _convolution = 1, staticmethod(F.conv1d)
 
 
 class Conv2d(_Conv):
@@ -81,21 +83,13 @@ class Conv2d(_Conv):
     Both parameters start uniform on ±1/√(in / groups · KH · KW), as in PyTorch.
     """
 
-    _ndim = 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    _ndim, _convolution = 2, staticmethod(F.conv2d)
 
 
 class Conv3d(_Conv):
-    """Convolution of (N, C, D, H, W); see `functional.conv2d`. `weight` is (out, in / groups, KD, KH, KW)."""
+    """Convolution of (N, C, D, H, W); see `functional.conv3d`. `weight` is (out, in / groups, KD, KH, KW)."""
 
-    _ndim = 3
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    _ndim, _convolution = 3, staticmethod(F.conv3d)
 
 
 class ConvTranspose2d(_Conv):
@@ -127,135 +121,3 @@ class ConvTranspose2d(_Conv):
         return F.conv_transpose2d(
             x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
-
-
-class _MaxPool(Module):
-    _pool: ClassVar[Callable[..., Tensor]]
-
-    def __init__(
-        self,
-        kernel_size: int | Ints,
-        stride: int | Ints | None = None,
-        padding: int | Ints = 0,
-        dilation: int | Ints = 1,
-        ceil_mode: bool = False,
-    ) -> None:
-        self.kernel_size, self.stride, self.padding = kernel_size, kernel_size if stride is None else stride, padding
-        self.dilation, self.ceil_mode = dilation, ceil_mode
-
-    def extra_repr(self) -> str:
-        options = _options(self, stride=self.kernel_size, padding=0, dilation=1, ceil_mode=False)
-        return f"kernel_size={self.kernel_size}{options}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return type(self)._pool(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
-
-
-class MaxPool1d(_MaxPool):
-    """The largest element of each window of (N, C, L); see `functional.max_pool2d`."""
-
-    _pool = staticmethod(F.max_pool1d)
-
-
-class MaxPool2d(_MaxPool):
-    """The largest element of each window of (N, C, H, W); see `functional.max_pool2d`."""
-
-    _pool = staticmethod(F.max_pool2d)
-
-
-class MaxPool3d(_MaxPool):
-    """The largest element of each window of (N, C, D, H, W); see `functional.max_pool2d`."""
-
-    _pool = staticmethod(F.max_pool3d)
-
-
-class _AvgPool(Module):
-    _pool: ClassVar[Callable[..., Tensor]]
-
-    def __init__(
-        self,
-        kernel_size: int | Ints,
-        stride: int | Ints | None = None,
-        padding: int | Ints = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-    ) -> None:
-        self.kernel_size, self.stride, self.padding = kernel_size, kernel_size if stride is None else stride, padding
-        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
-
-    def extra_repr(self) -> str:
-        options = _options(self, stride=self.kernel_size, padding=0, ceil_mode=False, count_include_pad=True)
-        return f"kernel_size={self.kernel_size}{options}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return type(self)._pool(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
-
-
-class AvgPool1d(_AvgPool):
-    """The mean of each window of (N, C, L); see `functional.avg_pool2d`."""
-
-    _pool = staticmethod(F.avg_pool1d)
-
-
-class AvgPool2d(_AvgPool):
-    """The mean of each window of (N, C, H, W); see `functional.avg_pool2d`."""
-
-    _pool = staticmethod(F.avg_pool2d)
-
-
-class AvgPool3d(_AvgPool):
-    """The mean of each window of (N, C, D, H, W); see `functional.avg_pool2d`."""
-
-    _pool = staticmethod(F.avg_pool3d)
-
-
-class _AdaptivePool(Module):
-    _axes: ClassVar[int]
-    _pool: ClassVar[Callable[..., Tensor]]
-
-    def __init__(self, output_size: int | Ints) -> None:
-        self.output_size = output_size
-
-    def extra_repr(self) -> str:
-        return f"{self.output_size}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != self._axes + 2:
-            raise ValueError(f"{type(self).__name__} takes {self._axes + 2} axes, (N, C, ...); got {x.shape}")
-        return type(self)._pool(x, self.output_size)
-
-
-class AdaptiveAvgPool1d(_AdaptivePool):
-    """Means of the windows that divide (N, C, L) into `output_size`; 1 is global average pooling."""
-
-    _axes, _pool = 1, staticmethod(F.adaptive_avg_pool)
-
-
-class AdaptiveAvgPool2d(_AdaptivePool):
-    """Means of the windows that divide (N, C, H, W) into `output_size`; 1 is global average pooling."""
-
-    _axes, _pool = 2, staticmethod(F.adaptive_avg_pool)
-
-
-class AdaptiveAvgPool3d(_AdaptivePool):
-    """Means of the windows that divide (N, C, D, H, W) into `output_size`; 1 is global average pooling."""
-
-    _axes, _pool = 3, staticmethod(F.adaptive_avg_pool)
-
-
-class AdaptiveMaxPool1d(_AdaptivePool):
-    """The largest elements of the windows that divide (N, C, L) into `output_size`."""
-
-    _axes, _pool = 1, staticmethod(F.adaptive_max_pool)
-
-
-class AdaptiveMaxPool2d(_AdaptivePool):
-    """The largest elements of the windows that divide (N, C, H, W) into `output_size`."""
-
-    _axes, _pool = 2, staticmethod(F.adaptive_max_pool)
-
-
-class AdaptiveMaxPool3d(_AdaptivePool):
-    """The largest elements of the windows that divide (N, C, D, H, W) into `output_size`."""
-
-    _axes, _pool = 3, staticmethod(F.adaptive_max_pool)
