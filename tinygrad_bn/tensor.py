@@ -252,10 +252,14 @@ def _is_narrow(x: Operand) -> bool:
 
 def _operators(name: str) -> tuple[Callable[[Any, object], Tensor], Callable[[Any, object], Tensor]]:
     """An operator as a method, and its reflection: x + other, and other + x."""
-    return (
-        lambda self, other: apply(OPS[name], (self, other), {})[0],
-        lambda self, other: apply(OPS[name], (other, self), {})[0],
-    )
+
+    def operate(self: Any, other: object) -> Tensor:
+        return apply(OPS[name], (self, other), {})[0]
+
+    def reflected(self: Any, other: object) -> Tensor:
+        return apply(OPS[name], (other, self), {})[0]
+
+    return operate, reflected
 
 
 def _method(name: str) -> Callable[[Any], Tensor]:

@@ -229,8 +229,8 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
             x, weight: floating-point; every group of output channels sees C / groups input channels.
             bias: (O,), or None.
             stride, dilation: one number, or one for each axis.
-            padding: zeros around x: a number, one for each axis, a pair (before, after) for each axis, "valid", or "same"
-                (stride 1 only). Zero times an infinite weight is NaN, here too.
+            padding: zeros around x: a number, one for each axis, a pair (before, after) for each axis, "valid", or
+                "same" (stride 1 only). Zero times an infinite weight is NaN, here too.
             groups: divides both C and O.
 
         Raises:
@@ -249,7 +249,7 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
         (groups,) = each_axis(groups, 1, "groups", 1)
         if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
             raise ValueError(
-                f"channels of x {x.shape} and of weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
+                f"channels of x {x.shape} and weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
             )
         kernel = weight.shape[2:]
         if min(weight.shape) < 1:
