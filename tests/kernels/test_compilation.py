@@ -148,3 +148,23 @@ def test_processes_share_one_cache_of_compiled_loops_even_if_they_start_together
     assert files
     assert output(python(COMPILING, NUMBA_CACHE_DIR=str(cache))) == "0"
     assert sorted(cache.rglob("*.nb?")) == files
+
+
+DIGESTS = """
+import hashlib, numpy as np
+from tinygrad_bn_kernels.cpu import blocks, norm
+x = np.random.default_rng(0).normal(1, 2, (16, 8, 26, 26))
+def digest(*arrays):
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+def batch():
+    return digest(*norm.batch_norm_training(x, None, None, eps=1e-5))
+def instance():
+    return digest(*blocks.block_norm(x, None, None, blocks=(16, 8, 1, 676), eps=1e-5, centered=True))
+print(*{order})
+"""
+
+
+def test_bits_depend_neither_on_the_cache_nor_on_the_loop_that_is_loaded_first():
+    orders = "(batch(), instance())", "[instance(), batch()][::-1]"
+    written = [output(python(DIGESTS.replace("{order}", order))) for order in (*orders, *orders)]  # compiled, loaded
+    assert len(set(written)) == 1

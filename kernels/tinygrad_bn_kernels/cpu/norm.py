@@ -38,11 +38,15 @@ CHUNK = 256
 # shift by chance, and all sums are computed twice.
 PROBES = 8
 
+# Loops called by several others are inlined. Otherwise each of the others holds a copy. The process uses the copy that
+# it loads first, and copies may differ in the last bit.
+SHARED: dict[str, Any] = {"fastmath": SUMS, "forceinline": True}
+
 
 # ---- planes: (N, C, S) ----------------------------------------------------------------------------------
 
 
-@njit(fastmath=SUMS)
+@njit(**SHARED)
 def plane_statistics(x, c):
     """Mean and biased variance of channel c."""
     n, _, size = x.shape
@@ -63,7 +67,7 @@ def plane_statistics(x, c):
     return mean, var
 
 
-@njit(fastmath=SUMS)
+@njit(**SHARED)
 def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
     lowest = lower_bound(x, relu)
@@ -168,7 +172,7 @@ def _first_row_shift(x, shift):
         shift[j] = np.float64(x[0, j]) if np.isfinite(x[0, j]) else 0.0
 
 
-@njit(fastmath=SUMS)
+@njit(**SHARED)
 def _rows_sums(x, shift, sums, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
@@ -206,7 +210,7 @@ def _rows_statistics(sums, n, shift, mean, var):
     return good
 
 
-@njit(fastmath=SUMS)
+@njit(**SHARED)
 def _rows_constants(x, weight, bias, mean, var, eps):
     """k (7, C): m, a and b with y = (x − m) · a + b, ivar, and space for the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
@@ -228,7 +232,7 @@ def _gradient_shift(g, x, relu, k):
         k[4, j] = common_shift(low, high)
 
 
-@njit(fastmath=SUMS)
+@njit(**SHARED)
 def _rows_normalize(x, k, relu, y, start, stop):
     lowest = lower_bound(x, relu)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
