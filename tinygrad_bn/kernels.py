@@ -25,6 +25,9 @@ class KernelError(NamedTuple):
     error: float  # largest |kernel − reference|, relative to the largest |reference|, over all results
 
 
+# Operands that get no gradient from the kernel: the class weights of a loss, statistics that are given.
+CONSTANTS = {"softmax_cross_entropy": (2,), "batch_norm_inference": (1, 2)}
+
 Case = tuple[tuple[Array, ...], dict[str, Any]]  # operands in float64, and params
 
 
@@ -112,10 +115,8 @@ def _op_error(name: str, dtype: type) -> float:
             continue
         results = []
         for arrays, composed in ((cast, False), (wide, True)):
-            # The class weights of a loss are constants; all other real operands get a gradient.
-            real = [
-                x.dtype.kind == "f" and not (op.name == "softmax_cross_entropy" and i) for i, x in enumerate(arrays)
-            ]
+            constants = CONSTANTS.get(op.name, ())
+            real = [x.dtype.kind == "f" and i not in constants for i, x in enumerate(arrays)]
             ts = [Tensor(x, requires_grad=needed) for x, needed in zip(arrays, real, strict=True)]
             y = apply(op, ts, params)[0]
             g = Tensor(np.random.default_rng(1).normal(size=y.shape).astype(dtype).astype(y.dtype))

@@ -18,9 +18,10 @@ from typing import Any, ParamSpec, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn import backend, modes
+from tinygrad_bn import backend
 from tinygrad_bn.arguments import bind, checked_option
 from tinygrad_bn.backend import Array as Array
+from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, is_recording
 from tinygrad_bn.sample import Sample
 
 P = ParamSpec("P")
@@ -84,7 +85,7 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
 
     If an operand requires a gradient, the result gets a Node. By-products are arrays: constants to every gradient.
     """
-    if op.fused and modes.COMPOSED.get():
+    if op.fused and COMPOSED.get():
         return _run_composition(op, operands, params)
     for o in operands:
         if type(o) is not np.ndarray and isinstance(o, CONVERTED):  # `type` first: it takes a tenth of the time
@@ -95,10 +96,10 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
     arrays = [o._data if isinstance(o, Tensor) else o for o in inputs]
     result, saved = backend.forward(op, arrays, params)
     y = Tensor._of(result)
-    if modes.RECORDING.get() and op.differentiable and result.dtype.kind == "f":
+    if RECORDING.get() and op.differentiable and result.dtype.kind == "f":
         needs = [isinstance(o, Tensor) and o._requires_grad for o in inputs]
         if True in needs:
-            caller = _caller() if modes.DEBUGGING.get() else None
+            caller = _caller() if DEBUGGING.get() else None
             y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, result, saved, params, caller)
     return y, saved
 
@@ -272,7 +273,7 @@ def _in_place(symbol: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any,
 
     def update(self: Tensor, other: object) -> Tensor:
         result = compute(self, other)
-        if not modes.is_recording():
+        if not is_recording():
             self.data = result._data
             return self
         if self.is_leaf and (self.requires_grad or type(self) is not Tensor):  # such as a buffer of a module

@@ -29,11 +29,12 @@ def _table(device: str, modules: dict[str, str]) -> dict[tuple[str, str], str]:
 MODULES = _table(
     "cpu",
     {
-        "reduce": "sum sum_to mean mean.vjp mean_and_var var std sum_of_squares max min argmax argmin squared_norm",
+        "reduce": "sum sum_to mean mean.vjp mean_and_var var var.vjp std std.vjp sum_of_squares squared_norm max min "
+        "argmax argmin",
         "norm": "batch_norm_training batch_norm_training.vjp batch_norm_relu batch_norm_relu.vjp "
-        "batch_norm_inference running_statistics",
+        "batch_norm_inference batch_norm_inference.vjp running_statistics",
         "blocks": "block_norm block_norm.vjp",
-        "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp",
+        "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp logsumexp.vjp",
         "elementwise": "relu.vjp erf dropout_by_key",
         "conv": "conv conv_input conv_weight conv_with_bias conv_with_bias.vjp",
         "pool": "max_pool max_pool.vjp",
@@ -93,11 +94,14 @@ def lookup(name: str, device: str) -> Kernel | None:
     if not _enabled.get() and device == "cpu":
         return None
     key = name, device
-    if key not in _kernels:
-        if module := _module(key):
-            import_module(module)  # registers it
-        else:
-            _kernels[key] = None
+    try:
+        return _kernels[key]
+    except KeyError:
+        pass
+    if module := _module(key):
+        import_module(module)  # registers the kernel
+    else:
+        _kernels[key] = None
     return _kernels[key]
 
 

@@ -361,6 +361,36 @@ def _rows_backward(
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
 
 
+# ---- gradients by given statistics ------------------------------------------------------------------------
+
+
+@njit(fastmath=SUMS)
+def _planes_inference_backward(g, x, factor, center, gx, gweight, gbias, start, stop):
+    """g · factor, Σ g (x − center) and Σ g of each channel."""
+    for c in range(start, stop):
+        s1 = 0.0
+        s2 = 0.0
+        for i in range(x.shape[0]):
+            gs, xs, out = g[i, c], x[i, c], gx[i, c]
+            for j in range(gs.size):
+                out[j] = gs[j] * factor[c]
+                s1 += np.float64(gs[j])
+                s2 += np.float64(gs[j]) * (np.float64(xs[j]) - center[c])
+        gbias[c], gweight[c] = s1, s2
+
+
+@njit(fastmath=SUMS)
+def _rows_inference_backward(g, x, factor, center, gx, sums, start, stop):
+    """g · factor; Σ g and Σ g (x − center) of each column, for every chunk from start to stop."""
+    for t in range(start, stop):
+        _clear(sums[t])
+        for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
+            for j in range(x.shape[1]):
+                gx[i, j] = g[i, j] * factor[j]
+                sums[t, 0, j] += np.float64(g[i, j])
+                sums[t, 1, j] += np.float64(g[i, j]) * (np.float64(x[i, j]) - center[j])
+
+
 # ---- state -----------------------------------------------------------------------------------------------
 
 
@@ -464,6 +494,38 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
         loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
         split(loop, items, x.size, xs, *affine, float(eps), False, ys, *statistics)
     return y.astype(x.dtype, copy=False)
+
+
+@kernel("batch_norm_inference.vjp", "cpu")
+def batch_norm_inference_vjp(
+    g: Array,
+    y: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Vector,
+    bias: Vector,
+    *,
+    needs: list[bool],
+    eps: float,
+) -> Any:
+    """Gradients with respect to x, weight and bias; NotImplemented if those of mean or var are needed."""
+    if needs[1] or needs[2] or not x.size:
+        return NotImplemented
+    source = compiled(x)
+    scale, _ = _affine(source, weight, bias)
+    center, ivar = compiled(mean, np.float64), 1 / np.sqrt(compiled(var, np.float64) + eps)
+    gx, gweight, gbias = empty_like(source), np.empty(x.shape[1]), np.empty(x.shape[1])
+    xs, gs, gxs = _channels(source), _channels(compiled(g, source.dtype)), _channels(gx)
+    factor = (scale * ivar).astype(source.dtype)
+    if xs.ndim > 2:
+        split(_planes_inference_backward, x.shape[1], x.size, gs, xs, factor, center, gxs, gweight, gbias)
+    else:
+        sums = np.empty((-(-len(x) // CHUNK), 2, x.shape[1]))
+        split(_rows_inference_backward, len(sums), x.size, gs, xs, factor, center, gxs, sums)
+        gbias, gweight = sums.sum(axis=0)
+    by_weight = None if weight is None or not needs[3] else (gweight * ivar).astype(weight.dtype)
+    return gx, None, None, by_weight, None if bias is None or not needs[4] else gbias.astype(bias.dtype)
 
 
 @kernel("batch_norm_training.vjp", "cpu")

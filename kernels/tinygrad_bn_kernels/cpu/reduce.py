@@ -298,6 +298,29 @@ def std(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: floa
     return found if found is NotImplemented else np.sqrt(found[1]).astype(x.dtype, copy=False)
 
 
+@kernel("var.vjp", "cpu")
+def var_vjp(
+    g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False, correction: float = 0
+) -> Any:
+    """2 g (x − mean) / (n − correction)."""
+    total = _summed(x, axis, keepdims)
+    if total is NotImplemented or not x.size or x.size // total.size <= correction:
+        return NotImplemented
+    mean = _with_axes(total / (x.size // total.size), axis, keepdims)
+    near = mean.astype(x.dtype)
+    gx = x - near
+    gx -= (mean - near).astype(x.dtype)  # the rounding error of the mean
+    gx *= _with_axes((2 / (x.size // total.size - correction) * g).astype(x.dtype), axis, keepdims)
+    return (gx,)
+
+
+@kernel("std.vjp", "cpu")
+def std_vjp(g: Array, y: Array, x: Array, **options: Any) -> Any:
+    """g (x − mean) / ((n − correction) · std); 0 where the standard deviation is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return var_vjp(np.where(y == 0, 0, g / (2 * y)), y, x, **options)
+
+
 @kernel("sum_of_squares", "cpu")
 def sum_of_squares(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Σ x² over `axis`, computed in float64, in x's dtype."""

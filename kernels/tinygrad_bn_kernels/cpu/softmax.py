@@ -17,6 +17,8 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import EXP_COST, split
 
+Axis = int | tuple[int, ...] | None
+
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
     def _from_bits(bits):
@@ -221,12 +223,8 @@ def _exp_sums(x, shift, total, start, stop):
         total[i] = s
 
 
-@kernel("logsumexp", "cpu")
-def logsumexp(x: Array, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
-    """log Σ eˣ over `axis`, summed in float64, in x's dtype."""
-    if x.dtype.char not in "fd" or not x.size:
-        return NotImplemented
-    axes = tuple(range(x.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+def _shifted_sums(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """A finite shift near the largest element over `axes`, in x's dtype, and Σ exp(x − shift), with these axes kept."""
     largest = np.max(x, axis=axes, keepdims=True)
     shift = np.where(np.isfinite(largest), largest, 0).astype(x.dtype)
     last = {a % x.ndim for a in axes}
@@ -234,6 +232,31 @@ def logsumexp(x: Array, *, axis: int | tuple[int, ...] | None = None, keepdims: 
     rows = compiled(x.transpose(order)).reshape(largest.size, -1)
     total = np.empty(len(rows))
     split(_exp_sums, len(rows), EXP_COST * x.size, rows, shift.reshape(-1), total)
+    return shift, total.reshape(shift.shape)
+
+
+def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
+    return tuple(range(x.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+@kernel("logsumexp", "cpu")
+def logsumexp(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """log Σ eˣ over `axis`, summed in float64, in x's dtype."""
+    if x.dtype.char not in "fd" or not x.size:
+        return NotImplemented
+    shift, total = _shifted_sums(x, axes := _axes(x, axis))
     with np.errstate(divide="ignore"):
-        y = (np.log(total).reshape(shift.shape) + shift).astype(x.dtype)
-    return y if keepdims else y.reshape(tuple(n for i, n in enumerate(x.shape) if i not in last))
+        y = (np.log(total) + shift).astype(x.dtype)
+    return y if keepdims else np.squeeze(y, axes)
+
+
+@kernel("logsumexp.vjp", "cpu")
+def logsumexp_vjp(g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False) -> Any:
+    """g · eˣ / Σ eˣ; exp(x − y) would be rounded at the size of y."""
+    if x.dtype.char not in "fd" or not x.size:
+        return NotImplemented
+    shift, total = _shifted_sums(x, _axes(x, axis))
+    gx = np.exp(x - shift)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gx *= (g.reshape(total.shape) / total).astype(x.dtype)
+    return (gx,)
