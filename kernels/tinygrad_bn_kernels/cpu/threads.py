@@ -4,8 +4,8 @@ A compiled loop takes `(*arguments, start, stop)` and processes the items [start
 for a thread pool. Each item has one writer and sums its terms in a fixed order, so results have the same bits for any
 number of threads.
 
-OpenMP (Numba's `prange`) is not used: it kills forked children that use it, a parallel loop takes several times longer
-to compile, and each loop would be compiled twice, with and without threads.
+Numba's own threads (OpenMP, TBB, workqueue) take the same time for whole training steps, but OpenMP kills forked
+children that use it, and workqueue aborts beside a `prange` of the user. `kernels/README.md` has the figures.
 """
 
 import atexit
