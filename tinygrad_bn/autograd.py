@@ -81,7 +81,7 @@ def _cotangent(y: Tensor, g: object) -> Tensor:
     g = g if isinstance(g, Tensor) else Tensor(g)
     if g.shape != y.shape:
         raise ValueError(f"the cotangent has shape {g.shape}, the tensor {y.shape}; they must be equal")
-    backend.expect_one_device((y._data, g._data))
+    backend.expect_one_place((y._data, g._data))
     return g if g.dtype == y.dtype else g.astype(y.dtype)
 
 

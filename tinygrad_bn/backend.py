@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tinygrad_bn.tensor import Op
 
 __all__ = [
-    "Array", "as_array", "device_of", "expect_one_device", "find_kernel", "forward", "full", "join", "kernels_disabled",
+    "Array", "as_array", "device_of", "expect_one_place", "find_kernel", "forward", "full", "join", "kernels_disabled",
     "move", "to_numpy", "vjp",
 ]  # fmt: skip
 
@@ -41,7 +41,7 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
         if result is NotImplemented:
             result = op.forward(*arrays, **params)
     except REPORTED as error:
-        expect_one_device(arrays)
+        expect_one_place(arrays)
         kind = next(k for k in REPORTED if isinstance(error, k))
         raise kind(f"{describe(op, arrays, params)}: {error}") from error
     y, saved = (result[0], result[1:]) if op.saves else (result, ())
@@ -112,7 +112,7 @@ def new_values(value: Any, old: Any) -> Any:
     """A copy of `value` to replace the array `old`: on its device, in its dtype; the shape has to be the same."""
     given = as_array(value)
     if device_of(given) != "cpu":
-        expect_one_device((old, given))
+        expect_one_place((old, given))
     if not np.can_cast(given.dtype, old.dtype, "same_kind"):
         raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {old.dtype}")
     new = move(given, device_of(old)).astype(old.dtype)  # a copy in any case
@@ -169,7 +169,7 @@ def index_copy(part: Any, indexed: Any) -> Any:
     """Part of an index of `indexed`: lists and NumPy's arrays copied, as they may change before the backward pass."""
     if not isinstance(part, np.ndarray | list | tuple):
         if device_of(part) != "cpu":
-            expect_one_device((indexed, part))
+            expect_one_place((indexed, part))
         return part
     array = np.array(part)
     return array if array.size or isinstance(part, np.ndarray) else array.astype(np.intp)  # NumPy makes [] a float
@@ -202,7 +202,7 @@ def place(array: object) -> str:
     return "" if device == "cpu" else device
 
 
-def expect_one_device(operands: Collection[object]) -> None:
+def expect_one_place(operands: Collection[object]) -> None:
     """Raise TypeError if arrays live on different devices: nothing is copied between devices without being asked."""
     if set(map(type, operands)) == {np.ndarray}:
         return  # the usual case

@@ -291,7 +291,7 @@ def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Any, object], T
 
     def method(self: Tensor, other: object) -> Tensor:
         values = other._data if isinstance(other, Tensor) else other
-        backend.expect_one_device((self._data, values))
+        backend.expect_one_place((self._data, values))
         return Tensor._of(backend.as_array(compare(self._data, values)))
 
     return method
@@ -354,7 +354,7 @@ class Tensor:
     @data.setter
     def data(self, value: object) -> None:
         if isinstance(value, Tensor):
-            backend.expect_one_device((self._data, value._data))
+            backend.expect_one_place((self._data, value._data))
         self._data = backend.new_values(value._data if isinstance(value, Tensor) else value, self._data)
 
     @property
@@ -504,7 +504,7 @@ class Tensor:
 
     def _index(self, part: Any) -> Any:
         """Part of an index, without tensors, and without arrays that may change before the backward pass."""
-        backend.expect_one_device((self._data, *(t._data for t in _tensors_in(part))))
+        backend.expect_one_place((self._data, *(t._data for t in _tensors_in(part))))
         return backend.index_copy(part._data if isinstance(part, Tensor) else part, self._data)
 
     def __setitem__(self, index: object, value: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.backend import Array, as_array, expect_one_device, full, join
+from tinygrad_bn.backend import Array, as_array, expect_one_place, full, join
 from tinygrad_bn.tensor import Tensor
 
 Group: TypeAlias = dict[str, Any]
@@ -66,7 +66,7 @@ class Run:
         self.state: State = {}
         for name in kept:
             arrays = [state_array(p, name, own[name]) for p, own in zip(params, self.states, strict=True)]
-            expect_one_device([params[0]._data, *arrays])
+            expect_one_place([params[0]._data, *arrays])
             self.state[name] = join(arrays)  # a copy, as the update writes into it
         self.state_views = [
             (own, name, view)

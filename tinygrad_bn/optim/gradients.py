@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.backend import Array, as_array, expect_one_device
+from tinygrad_bn.backend import Array, as_array, expect_one_place
 from tinygrad_bn.more_ops import clip
 from tinygrad_bn.ops import mul
 from tinygrad_bn.sample import REAL, elementwise
@@ -25,7 +25,7 @@ def gradient_of(p: Tensor) -> Any:
     if array.shape != p._data.shape:
         raise ValueError(f"a parameter of shape {p.shape} has a gradient of shape {array.shape}")
     if type(array) is not type(p._data):
-        expect_one_device((p._data, array))
+        expect_one_place((p._data, array))
     return array
 
 
