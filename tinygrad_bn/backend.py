@@ -9,7 +9,7 @@ On "cpu" an array is NumPy's. On "cuda" it is a `DeviceArray` of `tinygrad_bn_ke
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,15 +17,13 @@ from tinygrad_bn_kernels import disabled as kernels_disabled
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
-if TYPE_CHECKING:
-    from tinygrad_bn.tensor import Op
-
 __all__ = [
     "Array", "as_array", "device_of", "expect_one_place", "find_kernel", "forward", "full", "join", "kernels_disabled",
     "move", "to_numpy", "vjp",
 ]  # fmt: skip
 
 Array: TypeAlias = NDArray[Any]
+Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
 REPORTED = (IndexError, ValueError, TypeError, AttributeError)  # errors that `forward` explains with the op's operands
 
