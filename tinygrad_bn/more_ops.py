@@ -245,7 +245,7 @@ def linear(x: Operand, weight: Operand, bias: Operand = None) -> Operand:
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         got = f"{weight.shape} and {None if bias is None else bias.shape}"
         raise ValueError(f"the weight has to be (out, in) and the bias (out,); got {got}")
-    y = np.matmul(x, weight.T)
+    y = matmul(x, weight.T)
     if bias is None:
         return y
     return np.add(y, bias, out=y) if y.ndim and y.dtype == np.result_type(y, bias) else y + bias

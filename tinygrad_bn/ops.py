@@ -211,7 +211,8 @@ def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
 )
 def matmul(a: Operand, b: Operand) -> Operand:
     """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
-    return np.matmul(a, b)
+    with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
+        return np.matmul(a, b)
 
 
 # ---- shape and dtype ------------------------------------------------------------------------------------

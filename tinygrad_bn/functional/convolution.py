@@ -206,6 +206,11 @@ def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs
     return tuple((int(before), int(after)) for before, after in padding)
 
 
+def _limited(stride: Ints, size: Ints, padding: Pairs) -> Ints:
+    """The stride, at most as long as the padded input: a longer one gives one window too, but may overflow in loops."""
+    return tuple(min(s, n + before + after) for s, n, (before, after) in zip(stride, size, padding, strict=True))
+
+
 def _check_bias(bias: Operand, channels: int) -> None:
     if np.shape(values(bias)) != (channels,):
         raise ValueError(f"bias has shape {np.shape(values(bias))}, for {channels} output channels")
@@ -258,10 +263,12 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
             )
         stride, dilation = each_axis(stride, ndim, "stride", 1), each_axis(dilation, ndim, "dilation", 1)
         padded = pairs(padding, kernel, stride, dilation)
-        if min(output_size(x.shape[2:], kernel, stride, padded, dilation), default=1) < 1:
+        out = output_size(x.shape[2:], kernel, stride, padded, dilation)
+        if min(out, default=1) < 1:
             raise ValueError(
                 f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}"
             )
+        stride = _limited(stride, x.shape[2:], padded)
         options: dict[str, Any] = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
         if bias is None:
             return conv(x, weight, **options)
@@ -308,6 +315,7 @@ def conv_transpose2d(
     if min(size) < 1:
         raise ValueError(f"an input of shape {x.shape} with padding {around} leaves no output")
     padded = tuple((p, p) for p in around)
+    stride = _limited(stride, size, padded)
     y = conv_input(x, weight, size=size, stride=stride, padding=padded, dilation=dilation, groups=groups)
     if bias is None:
         return y

@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad_bn.arguments import expect_floats
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.statistics import largest, mean, values
-from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
+from tinygrad_bn.more_ops import abs, concatenate, getitem, softplus
 from tinygrad_bn.ops import astype, exp, log, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, widened
@@ -49,9 +49,10 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
     """½ d² where |d| ≤ delta, delta · (|d| − ½ delta) elsewhere, with d = x − target (Huber 1964)."""
     if not delta > 0:
         raise ValueError(f"delta has to be greater than 0; got {delta}")
-    distance = abs(_difference(x, target))
-    inner = clip(distance, max=delta)
-    return _reduced(inner * (distance - 0.5 * inner), reduction)
+    d = _difference(x, target)
+    distance = abs(d)
+    inner = d * d * 0.5  # not of the distance, whose kink at 0 the loss does not have
+    return _reduced(where(distance <= delta, inner, (distance - 0.5 * delta) * delta), reduction)
 
 
 def binary_cross_entropy_with_logits(

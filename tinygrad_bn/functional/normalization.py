@@ -87,10 +87,10 @@ def rms_norm(
 ) -> Tensor:
     """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias.
 
-    As in PyTorch `eps` is by default the machine epsilon of x's dtype.
+    As in PyTorch `eps` is by default the machine epsilon of x's dtype, but of float32 for half precision.
     """
     expect_floats(x, "normalisation")
-    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    eps = float(np.finfo(np.result_type(x.dtype, np.float32)).eps) if eps is None else eps
     return _last_axes_norm(x, normalized_shape, weight, None, eps, centered=False)
 
 

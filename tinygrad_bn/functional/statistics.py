@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad_bn import backend
 from tinygrad_bn.arguments import expect_floats
 from tinygrad_bn.more_ops import max, stack
-from tinygrad_bn.ops import exp, log, reshape, sqrt, sum, where
+from tinygrad_bn.ops import astype, exp, log, reshape, sqrt, sum, where
 from tinygrad_bn.sample import Draw, Drawn, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused
 
@@ -35,7 +35,8 @@ def _sample_moments(d: Draw) -> Drawn:
 
 @fused(formula="y = Σ x / n over axis;  ∂x = g / n, repeated", sample=reducing(distinct=True))
 def mean(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
-    """Arithmetic mean over `axis` (an int, a tuple, or None for all)."""
+    """Arithmetic mean over `axis` (an int, a tuple, or None for all); of integers, in float64."""
+    x = x if x.dtype.kind == "f" else astype(x, dtype=np.float64)  # integers may overflow in a sum
     return sum(x, axis=axis, keepdims=keepdims) / count(x, axis)
 
 

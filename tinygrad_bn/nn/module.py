@@ -55,6 +55,17 @@ class Module:
 
     training: bool = True
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute. Raises TypeError if anything but its like, or None, is to replace a parameter or buffer."""
+        old = vars(self).get(name)
+        if isinstance(old, Parameter | Buffer) and value is not None and not isinstance(value, type(old)):
+            kind = type(old).__name__
+            raise TypeError(
+                f"{type(self).__name__}.{name} is a {kind}; assign a {kind} or None, or new values to its .data; "
+                f"got a {type(value).__name__}"
+            )
+        object.__setattr__(self, name, value)
+
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Compute the output; `module(x)` calls this."""
         raise TypeError(f"{type(self).__name__} defines no forward")

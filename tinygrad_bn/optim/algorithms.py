@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tinygrad_bn.backend import Array
+from tinygrad_bn.more_ops import maximum
 from tinygrad_bn.optim.flat import Group, State
 from tinygrad_bn.optim.optimizer import Optimizer
 from tinygrad_bn.sample import POSITIVE, REAL, Domain, Draw, Drawn, Sample
@@ -166,7 +167,7 @@ def rmsprop(
     square_avg[...] = v = alpha * square_avg + (1 - alpha) * (g * g)
     if grad_avg is not None:
         grad_avg[...] = alpha * grad_avg + (1 - alpha) * g
-        v = v - grad_avg * grad_avg
+        v = maximum(v - grad_avg * grad_avg, 0)  # rounding may leave it below 0
     update = g / (v**0.5 + eps)
     if buffer is not None:
         buffer[...] = update = momentum * buffer + update

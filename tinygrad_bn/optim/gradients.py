@@ -8,7 +8,7 @@ import numpy as np
 
 from tinygrad_bn.backend import Array, as_array, expect_one_place
 from tinygrad_bn.more_ops import clip
-from tinygrad_bn.ops import mul
+from tinygrad_bn.ops import astype, mul
 from tinygrad_bn.sample import REAL, elementwise
 from tinygrad_bn.tensor import Operand, Tensor, primitive
 
@@ -52,7 +52,8 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     norm = math.sqrt(sum(float(squared_norm(g)) for _, g in gradients))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in gradients:
-            p.grad = Tensor._of(as_array(mul(g, max_norm / (norm + 1e-6))))
+            scaled = mul(astype(g, dtype=np.result_type(g.dtype, np.float32)), max_norm / (norm + 1e-6))
+            p.grad = Tensor._of(astype(scaled, dtype=g.dtype))  # half precision would round the factor
     return norm
 
 

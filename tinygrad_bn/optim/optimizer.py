@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from types import SimpleNamespace
@@ -140,6 +141,8 @@ def _check_options(group: Group) -> None:
             raise TypeError(f"{option} has to be a number; got {value!r}")
         if not float(value) >= 0:  # also NaN
             raise ValueError(f"{option} has to be 0 or more; got {value}")
+    if not math.isfinite(group.get("dampening", 0)):
+        raise ValueError(f"dampening has to be finite; got {group['dampening']}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
     betas = group.get("betas", (0, 0))

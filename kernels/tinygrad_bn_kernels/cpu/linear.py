@@ -24,7 +24,8 @@ def _product(a: Array, b: Array, bias: Array | None = None) -> Array:
         from tinygrad_bn_kernels.cpu.products import product  # imports Numba
 
         return product(a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias)
-    out = np.matmul(a, b)
+    with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
+        out = np.matmul(a, b)
     return out if bias is None else np.add(out, bias, out=out)
 
 

@@ -91,7 +91,8 @@ def product(a: Array, b: Array, bias: Array) -> Array:
     """a (M, K) times b (K, N) plus bias (N,), all of one dtype."""
     rows, columns = len(a), b.shape[1]
     if config.DISABLE_JIT or rows < ROWS:  # type: ignore[attr-defined]
-        return np.matmul(a, b) + bias
+        with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
+            return np.matmul(a, b) + bias
     width = VECTORS * BITS // 8 // a.itemsize
     blocks = -(-columns // width)
     groups = max(min(-(-ITEMS // blocks), rows // LEAST), -(-rows // MOST))
