@@ -30,19 +30,25 @@ def bind(
     elif len(operands) < len(names):
         missing = names[len(operands) :]
         if all(n in params or n in given for n in missing):
-            operands = (*operands, *(params.pop(n) if n in params else given[n] for n in missing))
-    if (names and len(operands) != len(names)) or not params.keys() <= options.keys():
-        by_name = ", ".join(options) or "nothing"
-        raise TypeError(f"{name}() takes {len(names) or 'its'} operands by position, and by name: {by_name}")
+            operands = (*operands, *(params[n] if n in params else given[n] for n in missing))
+            params = {k: v for k, v in params.items() if k not in missing}
+    unknown = [p for p in params if p not in options]
+    absent = [n for n in (*names[len(operands) :], *options) if n not in params and n not in given]
+    if (names and len(operands) != len(names)) or unknown or absent:
+        twice = [p for p in unknown if p in names[: len(operands)]]
+        faults = {"given twice": twice, "unknown": [p for p in unknown if p not in twice], "missing": absent}
+        words = [f"{fault}: {', '.join(which)}" for fault, which in faults.items() if which]
+        declared = [f"{n}={given[n]!r}" if n in given else n for n in (*names, *options)]
+        raise TypeError(f"{name}({', '.join(declared)}): {'; '.join(words) or 'too many operands'}")
     return operands, params
 
 
 def checked_option(name: str, option: str, value: Any) -> Any:
-    """An option of the op `name`; an axis as Python integers. Raises TypeError for a tensor, and for a wrong axis."""
+    """An option of the op `name`, NumPy's scalars as Python's. Raises TypeError for a tensor, and for a wrong axis."""
     if hasattr(value, "requires_grad"):
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option != "axis":
-        return value
+        return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
     axes = value if isinstance(value, tuple) else (value,)
     if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in axes):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {value!r}")
@@ -56,6 +62,11 @@ def expect_floats(x: Any, caller: str) -> None:
         raise TypeError(f"{caller} takes a tensor or an array; got a {type(x).__name__}: make a Tensor of it")
     if x.dtype.kind != "f":
         raise TypeError(f"{caller} takes floating-point input; got {x.dtype}")
+
+
+def at_least_single(dtype: Any) -> np.dtype[Any]:
+    """The dtype to compute in where float64 is not needed: half precision could hold neither sums nor small factors."""
+    return np.result_type(dtype, np.float32)
 
 
 def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:

@@ -141,14 +141,13 @@ def _backprop(
         needs = [need and x._requires_grad and x in leads for x, need in zip(node.inputs, node.needs, strict=True)]
         if True in needs:
             try:
-                gxs = _pull(t, node, gt, needs, create_graph)
+                pulled = zip(node.inputs, _pull(t, node, gt, needs, create_graph), strict=True)
+                gxs = [(x, _fit(gx, x, run)) for x, gx in pulled if gx is not None]
             except Exception as error:
                 _add_notes(error, node)
                 raise
-            for x, gx in zip(node.inputs, gxs, strict=True):
-                if gx is not None:
-                    gx = _fit(gx, x, run)
-                    grads[x] = run(OPS["add"], (grads[x], gx), {})[0] if x in grads else gx
+            for x, gx in gxs:
+                grads[x] = run(OPS["add"], (grads[x], gx), {})[0] if x in grads else gx
         leads.discard(t)  # frees t and its array as soon as its gradient has been passed on
         if free:
             node.free()
@@ -176,8 +175,9 @@ def _pull_composition(node: Node, g: Any, needs: list[bool], create_graph: bool)
     op, reshape = node.op, OPS["reshape"]
     with recording(True):
         handles = [apply(reshape, (x,), {"shape": x.shape})[0] if isinstance(x, Tensor) else x for x in node.inputs]
-        result = op.forward(*handles, **node.params)
-    y = result[0] if op.saves else result
+        y, _ = op.split(op.forward(*handles, **node.params))
+    if not isinstance(y, Tensor):  # a constant
+        return [None] * len(needs)
     inside = [h for h, need in zip(handles, needs, strict=True) if need]
     order = _topological(y, stop=(h for h in handles if isinstance(h, Tensor)))
     grads = _backprop(y, g if isinstance(g, Tensor) else Tensor._of(g), order, inside, create_graph)

@@ -41,9 +41,16 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
     except REPORTED as error:
         expect_one_place(arrays)
         kind = next(k for k in REPORTED if isinstance(error, k))
-        raise kind(f"{describe(op, arrays, params)}: {error}") from error
-    y, saved = (result[0], result[1:]) if op.saves else (result, ())
-    return y if type(y) is np.ndarray else as_array(y), saved
+        reason = getattr(error, "reason", error)  # without the ops inside this one
+        described: Any = kind(f"{describe(op, arrays, params)}: {reason}")
+        described.reason = reason
+        raise described from error
+    y, saved = op.split(result) if op.saves else (result, ())
+    if type(y) is np.ndarray:
+        return y, saved
+    if hasattr(y, "requires_grad"):
+        raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
+    return as_array(y), saved
 
 
 def vjp(

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 from tinygrad_bn import sample
 from tinygrad_bn.ops import exp, kept, log, matmul, reshape, sum, transpose, where
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
-from tinygrad_bn.tensor import Axis, Operand, primitive
+from tinygrad_bn.tensor import Axis, Function, Operand, primitive
 
 # ---- elementwise ----------------------------------------------------------------------------------------
 
@@ -116,6 +118,23 @@ def maximum(a: Operand, b: Operand) -> Operand:
 def minimum(a: Operand, b: Operand) -> Operand:
     """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
     return np.minimum(a, b)
+
+
+# ---- comparisons ----------------------------------------------------------------------------------------
+
+
+def _comparison(name: str, symbol: str, compare: Callable[[Any, Any], Any]) -> Function[[Operand, Operand]]:
+    def forward(a: Operand, b: Operand) -> Operand:
+        return compare(a, b)
+
+    forward.__name__ = forward.__qualname__ = name
+    forward.__doc__ = f"a {symbol} b, elementwise with NumPy broadcasting; boolean, without a gradient."
+    return primitive(None, None, formula=f"y = a {symbol} b", sample=broadcasting(REAL, REAL))(forward)
+
+
+equal, not_equal = _comparison("equal", "=", operator.eq), _comparison("not_equal", "≠", operator.ne)
+less, less_equal = _comparison("less", "<", operator.lt), _comparison("less_equal", "≤", operator.le)
+greater, greater_equal = _comparison("greater", ">", operator.gt), _comparison("greater_equal", "≥", operator.ge)
 
 
 # ---- extremes -------------------------------------------------------------------------------------------

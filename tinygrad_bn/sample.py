@@ -50,6 +50,16 @@ Drawn: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # operands, each an a
 Sample: TypeAlias = Callable[[Draw], Drawn]
 
 
+def completed(sample: Sample, defaults: dict[str, Any]) -> Sample:
+    """A sample with the options that it leaves out."""
+
+    def draw(d: Draw) -> Drawn:
+        operands, params = sample(d)
+        return operands, {**defaults, **params}
+
+    return draw
+
+
 def elementwise(*domains: Domain, **params: Any) -> Sample:
     """One operand per domain, all of one shape, and fixed params."""
 

@@ -22,7 +22,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.arguments import bind, checked_option
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, is_recording
-from tinygrad_bn.sample import Sample
+from tinygrad_bn.sample import Sample, completed
 
 P = ParamSpec("P")
 Axis: TypeAlias = int | tuple[int, ...] | None
@@ -53,6 +53,15 @@ class Op:
         self.vjp = f"{self.name}.vjp"  # the name of the kernel that may compute the gradients
         self.function: Callable[..., Any] = lambda *xs, **params: apply(self, xs, params)[0]  # until it is declared
         self.differentiable = bool(self.each or self.fused or any(self.rules))
+
+    def split(self, result: Any) -> tuple[Any, Sequence[Any]]:
+        """The result of `forward` as y and its by-products. Raises TypeError if these are not all there."""
+        if not self.saves:
+            return result, ()
+        if type(result) is not tuple or len(result) != 1 + len(self.saves):
+            wanted = ", ".join(("y", *self.saves))
+            raise TypeError(f"{self.name} has to return ({wanted}); it returned a {type(result).__name__}")
+        return result[0], result[1:]
 
     def pull(self, g: Any, y: Any, xs: Sequence[Any], needs: Sequence[bool], params: dict[str, Any]) -> list[Any]:
         """The gradient of each operand by its rule, None where `needs` is False: arrays, or tensors if `g` is one."""
@@ -86,12 +95,15 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
     If an operand requires a gradient, the result gets a Node. By-products are arrays: constants to every gradient.
     """
     if op.fused and COMPOSED.get():
-        return _run_composition(op, operands, params)
+        y, saved = op.split(op.forward(*[_constant(o) if isinstance(o, CONVERTED) else o for o in operands], **params))
+        return y, [s._data if isinstance(s, Tensor) else s for s in saved]
     for o in operands:
         if type(o) is not np.ndarray and isinstance(o, CONVERTED):  # `type` first: it takes a tenth of the time
             break
     else:
         return backend.forward(op, operands, params)
+    if op.updates:
+        raise TypeError(f"{op.name}() overwrites {op.updates}, which a graph may need: pass arrays, not tensors")
     inputs = [o if isinstance(o, Tensor) else _constant(o) for o in operands]
     arrays = [o._data if isinstance(o, Tensor) else o for o in inputs]
     result, saved = backend.forward(op, arrays, params)
@@ -102,12 +114,6 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
             caller = _caller() if DEBUGGING.get() else None
             y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, result, saved, params, caller)
     return y, saved
-
-
-def _run_composition(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
-    result = op.forward(*[_constant(o) if isinstance(o, CONVERTED) else o for o in operands], **params)
-    y, *saved = result if op.saves else (result,)
-    return y, [s._data if isinstance(s, Tensor) else s for s in saved]
 
 
 def _constant(operand: Any) -> Any:
@@ -179,11 +185,15 @@ def fused(
         formula, sample: as of `primitive`.
         saves: names of by-products; the composition then returns `(y, *by-products)`. They are constants to every
             gradient. `NAME.run(…)` gives them, and the kernel `NAME.vjp` gets them by name.
-        widens: compute in float64 whatever the operands' precision, and give the result in that of the first one.
+        widens: compute in float64 whatever the operands' precision, and give the result in that of the first
+            floating-point operand.
+
+    The composition has to be a function of its operands and options alone: a backward pass may run it again. So random
+    numbers come from an option, as in `dropout_by_key`, and a tensor is passed as an operand.
     """
 
     def declare(composition: Callable[P, Any]) -> Function[P]:
-        forward = _in_float64(composition, bool(saves)) if widens else composition
+        forward = _in_float64(composition) if widens else composition
         call = _declare(composition, forward, (), None, True, saves, (), formula, sample)
         call.composition = composition
         return call
@@ -205,47 +215,50 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     if rules and len(rules) != count:
         raise ValueError(f"{name!r} has {count} operands and {len(rules)} rules; give None for no gradient")
     op = OPS[name] = Op(name, forward, rules, *fields)
+    op.sample = completed(op.sample, defaults)
+    required = options.keys() - defaults.keys()
 
     def run(*operands: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
-        if len(operands) != count or not params.keys() <= options.keys():
+        if len(operands) != count or not required <= params.keys() <= options.keys():
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
             if value is not None and type(value) is not int and (option == "axis" or type(value) is not float):
                 params[option] = checked_option(name, option, value)
-        return apply(op, operands, {**defaults, **params} if params else defaults)
+        return apply(op, operands, {**defaults, **params})
 
     @wraps(function)
     def call(*operands: Any, **params: Any) -> Any:
-        return run(*operands, **params)[0]
+        y = run(*operands, **params)[0]
+        return y[()] if type(y) is np.ndarray and not y.ndim else y  # NumPy's scalar, as its own functions give
 
-    call.__doc__ = f"{function.__doc__}\n\n{op.formula}"
+    call.__doc__ = f"{function.__doc__ or ''}\n\n{op.formula}".lstrip()
     declared: Any = call
     declared.op, declared.run, op.function = op, run, call
     return declared
 
 
-def _in_float64(composition: Callable[..., Any], saves: bool) -> Callable[..., Any]:
-    """The composition on operands in float64, with its result in the dtype of the first operand."""
+def _in_float64(composition: Callable[..., Any]) -> Callable[..., Any]:
+    """The composition on operands in float64, its result in the dtype of the first floating-point operand."""
 
     @wraps(composition)
     def compute(*operands: Any, **params: Any) -> Any:
         result = composition(*map(widened, operands), **params)
-        y, *saved = result if saves else (result,)
-        if _is_narrow(operands[0]):
-            y = apply(OPS["astype"], (y,), {"dtype": operands[0].dtype})[0]
-        return (y, *saved) if saves else y
+        y, *saved = result if isinstance(result, tuple) else (result,)
+        dtype = next((o.dtype.newbyteorder("=") for o in operands if _is_floating(o)), None)
+        if dtype is not None and dtype.itemsize < 8 and _is_floating(y):
+            y = apply(OPS["astype"], (y,), {"dtype": dtype})[0]
+        return (y, *saved) if isinstance(result, tuple) else y
 
     return compute
 
 
 def widened(x: Operand) -> Operand:
     """`x` in float64 if it is floating-point of less precision, else as it is."""
-    return apply(OPS["astype"], (x,), {"dtype": np.float64})[0] if _is_narrow(x) else x
+    return apply(OPS["astype"], (x,), {"dtype": np.float64})[0] if _is_floating(x) and x.dtype.itemsize < 8 else x
 
 
-def _is_narrow(x: Operand) -> bool:
-    dtype = getattr(x, "dtype", None)
-    return dtype is not None and dtype.kind == "f" and dtype.itemsize < 8
+def _is_floating(x: Operand) -> bool:
+    return hasattr(x, "shape") and x.dtype.kind == "f"
 
 
 # ---- the tensor -----------------------------------------------------------------------------------------
@@ -284,17 +297,6 @@ def _in_place(symbol: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any,
         return result
 
     return update
-
-
-def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Any, object], Tensor]:
-    """Comparisons are not differentiable: they give boolean tensors without history."""
-
-    def method(self: Tensor, other: object) -> Tensor:
-        values = other._data if isinstance(other, Tensor) else other
-        backend.expect_one_place((self._data, values))
-        return Tensor._of(backend.as_array(compare(self._data, values)))
-
-    return method
 
 
 class Tensor:
@@ -490,10 +492,9 @@ class Tensor:
     __ipow__ = _in_place("**=", operator.pow)
     __imatmul__ = _in_place("@=", operator.matmul)
 
-    __eq__ = _comparison(operator.eq)  # type: ignore[assignment]
-    __ne__ = _comparison(operator.ne)  # type: ignore[assignment]
-    __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
-    __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
+    __eq__, __ne__ = _operators("equal")[0], _operators("not_equal")[0]  # type: ignore[assignment]
+    __lt__, __le__ = _operators("less")[0], _operators("less_equal")[0]
+    __gt__, __ge__ = _operators("greater")[0], _operators("greater_equal")[0]
 
     __neg__, __abs__ = _method("neg"), _method("abs")
 

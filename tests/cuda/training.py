@@ -58,7 +58,9 @@ def cuda_matches_cpu(op, xs, params, seed, dtype):
         sources = [t for t, x in zip(ts, cast, strict=True) if op.differentiable and any(x is r for r in real)]
         for t in sources:
             t.requires_grad = True
-        y = tensor.apply(op, ts, {**params, "device": where} if "device" in params else params)[0]
+        given = [t if t is None else t._data for t in ts] if op.updates else ts
+        y = tensor.apply(op, given, {**params, "device": where} if "device" in params else params)[0]
+        y = y if isinstance(y, Tensor) else Tensor._of(y)
         assert y.device == where, f"operands on {where} gave a result on {y.device}"
         results.append([y])
         if y.requires_grad:

@@ -1,12 +1,17 @@
 """Wrong numbers that other suites and fuzzing found: the smallest input, and the right value."""
 
+import json
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from tinygrad_bn_kernels import _kernels
 
-from tinygrad_bn import Tensor, grad, nn, optim
+from tinygrad_bn import Tensor, composed, fused, grad, nn, optim, primitive, testing
 from tinygrad_bn import functional as F
+from tinygrad_bn.sample import REAL, elementwise
+from tinygrad_bn.tensor import OPS
 
 
 @pytest.mark.parametrize("value", [np.ones(3), Tensor(np.ones(3)), "2 x", nn.Buffer(np.ones(3)), 1.0])
@@ -104,3 +109,162 @@ def test_no_product_warns_of_a_flag_that_some_processors_raise(shape):
         assert np.isnan(F.matmul(a, b)).all()
         assert np.isnan(F.linear(a, b.T, np.zeros(40))).all()
         assert np.isnan(F.linear(a, b.T)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_huber_loss_far_from_its_target(dtype):
+    x = Tensor(np.array([300.0, np.inf], dtype), requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.huber_loss(x, np.zeros(2, dtype), reduction="sum").backward()
+    assert x.grad.numpy().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("x", "want"), [([0, 1e-39], [-0.5, 0.5]), ([3e38, -3e38, 0], [0.408248, -0.408248, 0]), ([2, 2, 2], [0, 0, 0])]
+)
+def test_the_gradient_of_a_deviation_of_any_scale(x, want):
+    t = Tensor(np.array(x, np.float32), requires_grad=True)
+    for create_graph in (False, True):
+        np.testing.assert_allclose(grad(F.std(t), t, create_graph=create_graph).numpy(), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [F.batch_norm_training, F.batch_norm_relu])
+def test_batch_norm_of_integers_is_an_error(function):
+    with pytest.raises(TypeError, match="floating-point"):
+        function(Tensor([[1], [5], [9]]), None, None, eps=1e-5)
+
+
+def test_integers_are_not_rounded_by_a_kernel():
+    x, one = Tensor([[1], [5], [9]]), np.ones(1)
+    np.testing.assert_allclose(F.batch_norm_inference(x, one, one * 4, None, None, eps=0.0).numpy(), [[0], [2], [4]])
+    loss = F.softmax_cross_entropy(Tensor([[0, 8]]), np.array([0]), None)
+    assert loss.item() == pytest.approx(8.000335)
+
+
+def test_statistics_collected_in_two_nested_blocks():
+    layer, x = nn.BatchNorm1d(1), np.array([[1.0], [3.0]])
+    with nn.batch_statistics(layer) as outer:
+        with nn.batch_statistics(layer) as inner:
+            layer(x)
+        layer(x)
+    assert (len(inner[layer]), len(outer[layer]), layer.running_mean.item()) == (1, 1, 0)
+
+
+def test_a_scalar_of_numpy_as_an_option_keeps_the_dtype():
+    assert F.clip(Tensor([1.0, 2.0]), min=np.float64(1.5)).dtype == np.float32
+
+
+def test_options_of_a_call_do_not_leak_into_the_next():
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    F.sum(x).node.params["axis"] = 0
+    assert F.sum(x).shape == ()
+
+
+# ---- declarations that would give wrong numbers ----------------------------------------------------------
+
+
+@pytest.fixture
+def ops():
+    """A registry whose new ops are forgotten."""
+    before = dict(OPS)
+    yield OPS
+    OPS.clear()
+    OPS.update(before)
+
+
+ANY = {"formula": "y", "sample": elementwise(REAL)}
+
+
+def test_an_op_that_overwrites_takes_arrays_only(ops):
+    @primitive(None, None, updates=("v",), formula="y", sample=elementwise(REAL, REAL))
+    def overwrite(p, v):
+        v[...] = v + p
+        return p - v
+
+    v = np.ones(2)
+    assert overwrite(np.ones(2), v).tolist() == [-1, -1]
+    assert v.tolist() == [2, 2]
+    with pytest.raises(TypeError, match=r"overwrite\(\) overwrites .*'v'.*pass arrays"):
+        overwrite(np.ones(2), Tensor([1.0, 2.0]))
+
+
+def test_a_tensor_that_is_no_operand_is_an_error(ops):
+    scale = Tensor(2.0, requires_grad=True)
+
+    @fused(**ANY)
+    def scaled(x):
+        return x * scale
+
+    with pytest.raises(TypeError, match="scaled used a tensor that is not one of its operands"):
+        scaled(Tensor([1.0]))
+
+
+def test_by_products_are_counted(ops):
+    @fused(saves=("half",), **ANY)
+    def forgets(x):
+        return x * 2
+
+    @fused(saves=("half", "third"), **ANY)
+    def one(x):
+        return x * 2, x / 2
+
+    for function in (forgets, one):
+        with pytest.raises(TypeError, match=r"has to return \(y, half.*; it returned a"):
+            function(Tensor([1.0, 2.0]))
+
+
+def test_a_fused_op_takes_the_dtype_of_its_first_floating_operand(ops):
+    @fused(**ANY)
+    def middle(a, b):
+        return (a + b) * 0.5
+
+    @fused(**ANY)
+    def positive(x):
+        return x > 0
+
+    for context in (nullcontext(), composed()):
+        with context:
+            assert middle(0.0, Tensor([1.0])).dtype == np.float32
+            assert middle(Tensor([1]), Tensor([1.0])).dtype == np.float32
+            assert positive(Tensor([1.0])).dtype == bool
+    assert F.var(Tensor(np.array([1, 2], ">f4"))).dtype == np.dtype("=f4")
+
+
+def test_a_constant_composition_has_no_gradient(ops):
+    @fused(**ANY)
+    def constant(x):
+        return 3.0
+
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    assert grad((constant(x) * x).sum(), x).numpy().tolist() == [3, 3]
+
+
+def test_checks_know_the_defaults_of_options(ops, monkeypatch):
+    @fused(**ANY)
+    def scaled(x, *, k=2.0):
+        return x * k
+
+    monkeypatch.setitem(_kernels, ("scaled", "cpu"), lambda x, *, k: x * k)
+    testing.check_op(scaled, examples=3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda x: F.linear(x), r"linear\(x, weight, bias=None\): missing: weight"),
+        (lambda x: F.linear(x, x, foo=3), "unknown: foo"),
+        (lambda x: F.linear(x, x, weight=x), "given twice: weight"),
+        (lambda x: F.relu(x, x, x), "too many operands"),
+        (lambda x: F.batch_norm_training(x, None, None), "missing: eps"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong(wrong, words):
+    with pytest.raises(TypeError, match=words):
+        wrong(Tensor([[1.0]]))
+
+
+def test_functions_of_arrays_give_numpys_scalars():
+    assert {F.sum(np.ones(3)): 1} == {3.0: 1}
+    assert isinstance(F.mean(np.ones(3)), float)
+    assert json.dumps(F.mse_loss(np.ones(3), np.zeros(3))) == "1.0"

@@ -297,9 +297,9 @@ def test_operands_may_come_by_name_and_options_by_position_but_none_twice():
         lambda: functional.sum(x, 0, axis=0),
         lambda: functional.sum(x, 0, True, 1),
     ):
-        with pytest.raises(TypeError, match="operands by position, and by name"):
+        with pytest.raises(TypeError, match=r"given twice|missing|too many operands|unknown"):
             call()
-    with pytest.raises(TypeError, match="by name: axis, keepdims"):
+    with pytest.raises(TypeError, match="unknown: dim"):
         functional.sum(x, dim=0)
 
 

@@ -68,6 +68,7 @@ def per_channel(v: Operand, ndim: int) -> Operand:
     saves=("mean", "var"),
     formula="y = (x − μ) / √(σ² + eps) · weight + bias;  ∂x = weight / √(σ² + eps) · (g − ḡ − x̂ · mean(g x̂))",
     sample=sample.for_batch_norm,
+    widens=False,  # the steps do
 )
 def batch_norm_training(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Any:
     """BatchNorm of x (N, C, ...) by the statistics of the batch.
@@ -82,6 +83,7 @@ def batch_norm_training(x: Operand, weight: Operand, bias: Operand, *, eps: floa
     saves=("mean", "var"),
     formula="y = max((x − μ) / √(σ² + eps) · weight + bias, 0)",
     sample=sample.for_batch_norm_relu,
+    widens=False,
 )
 def batch_norm_relu(x: Operand, weight: Operand, bias: Operand, *, eps: float) -> Any:
     """`batch_norm_training` and the ReLU after it, without an array between them."""
@@ -102,10 +104,7 @@ def batch_norm_inference(
 
 
 @primitive(
-    None,
-    None,
-    None,
-    None,
+    *[None] * 4,
     saves=("new_var", "finite"),
     formula="y = (1 − momentum) · running_mean + momentum · mean;  likewise the variance, of var · unbias",
     sample=sample.for_running_statistics,

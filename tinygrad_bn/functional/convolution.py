@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import each_axis
+from tinygrad_bn.arguments import at_least_single, each_axis
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import getitem
@@ -62,8 +62,7 @@ def _grouped(x: Array, groups: int) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    """Half precision is computed in single: it could not hold the sums."""
-    return x.astype(np.float32) if x.dtype == np.float16 else x
+    return x.astype(at_least_single(x.dtype), copy=False)
 
 
 def _conv_operands(d: Draw) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:

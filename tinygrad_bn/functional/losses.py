@@ -51,8 +51,9 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
         raise ValueError(f"delta has to be greater than 0; got {delta}")
     d = _difference(x, target)
     distance = abs(d)
-    inner = d * d * 0.5  # not of the distance, whose kink at 0 the loss does not have
-    return _reduced(where(distance <= delta, inner, (distance - 0.5 * delta) * delta), reduction)
+    small = distance <= delta
+    inner = where(small, d, 0.0)  # not the distance: the loss does not have its kink at 0
+    return _reduced(where(small, inner * inner * 0.5, (distance - 0.5 * delta) * delta), reduction)
 
 
 def binary_cross_entropy_with_logits(

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_channels, expect_eps, expect_floats
+from tinygrad_bn.arguments import at_least_single, expect_channels, expect_eps, expect_floats
 from tinygrad_bn.functional.batch_norm import batch_norm_steps
 from tinygrad_bn.functional.statistics import mean, values
 from tinygrad_bn.ops import reshape, rsqrt
@@ -78,8 +78,7 @@ def group_norm(
 
 def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
     """Instance normalisation (Ulyanov et al. 2016) of x (N, C, ...): each channel of each sample by itself."""
-    expect_channels(x)
-    return group_norm(x, x.shape[1], weight, bias, eps)
+    return group_norm(x, x.shape[1] if x.ndim > 1 else 1, weight, bias, eps)
 
 
 def rms_norm(
@@ -89,8 +88,6 @@ def rms_norm(
 
     As in PyTorch `eps` is by default the machine epsilon of x's dtype, but of float32 for half precision.
     """
-    expect_floats(x, "normalisation")
-    eps = float(np.finfo(np.result_type(x.dtype, np.float32)).eps) if eps is None else eps
     return _last_axes_norm(x, normalized_shape, weight, None, eps, centered=False)
 
 
@@ -104,7 +101,6 @@ def _block_norm(
     centered: bool = True,
 ) -> Tensor:
     """Normalise the blocks of x; `shape` is that of weight and bias."""
-    expect_floats(x, "normalisation")
     expect_eps(eps)
     for name, v in (("weight", weight), ("bias", bias)):
         if v is not None and np.shape(values(v)) != shape:
@@ -113,7 +109,7 @@ def _block_norm(
 
 
 def _last_axes_norm(
-    x: Operand, normalized_shape: int | tuple[int, ...], weight: Any, bias: Any, eps: float, centered: bool
+    x: Operand, normalized_shape: int | tuple[int, ...], weight: Any, bias: Any, eps: float | None, centered: bool
 ) -> Tensor:
     """Normalise each sample of x over its last axes, which have the shape `normalized_shape`, checked."""
     expect_floats(x, "normalisation")
@@ -121,5 +117,6 @@ def _last_axes_norm(
     samples = x.shape[: x.ndim - len(shape)]
     if (*samples, *shape) != x.shape:
         raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {shape}")
+    eps = float(np.finfo(at_least_single(x.dtype)).eps) if eps is None else eps
     blocks = math.prod(samples), 1, math.prod(shape), 1
     return _block_norm(x, weight, bias, shape, blocks, eps, centered)

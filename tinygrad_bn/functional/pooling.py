@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import each_axis
+from tinygrad_bn.arguments import at_least_single, each_axis
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.convolution import Ints, Pairs, windows
 from tinygrad_bn.functional.statistics import mean, values
@@ -90,7 +90,7 @@ def max_pool(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints
 def _averages(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool) -> Tensor:
     """Average pooling of x (N, C, *size) to (N, C, *out): the sum of its shifted slices."""
     border = _border(x.shape[2:], kernel, out, stride, padding, (1,) * len(kernel))
-    wide = np.result_type(x.dtype, np.float32)  # half precision could not hold the sums
+    wide = at_least_single(x.dtype)
     padded = pad(astype(x, dtype=wide), width=((0, 0), (0, 0), *border))
     total: Any = 0.0
     for place in np.ndindex(*kernel):

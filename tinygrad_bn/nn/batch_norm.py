@@ -110,7 +110,7 @@ class _BatchNorm(Module):
             return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        tracked = F.add(self.num_batches_tracked._data, 1)
+        tracked, _ = F.add.run(self.num_batches_tracked._data, 1)
         new_mean, (new_var, finite) = F.running_statistics.run(
             self.running_mean._data,
             self.running_var._data,

@@ -32,16 +32,17 @@ def batch_statistics(model: Module) -> Iterator[dict[BatchNorm1d, list[BatchStat
     >>> [(s.mean.item(), s.var.item(), s.size) for s in collected[bn]], bn.running_mean.item()
     ([(2.0, 1.0, 2)], 0.0)
     """
-    collected: dict[Any, list[BatchStatistics]] = {}
+    layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    former = [layer._collect for layer in layers]  # of a block around this one
+    collected: dict[Any, list[BatchStatistics]] = {layer: [] for layer in layers}
     with evaluating(model):
-        for layer in model.modules():
-            if isinstance(layer, BATCH_NORMS) and layer.track_running_stats:
-                layer.training, layer._collect = True, _appender(collected.setdefault(layer, []))
+        for layer, batches in collected.items():
+            layer.training, layer._collect = True, _appender(batches)
         try:
             yield collected
         finally:
-            for layer in collected:
-                layer._collect = None
+            for layer, collect in zip(layers, former, strict=True):
+                layer._collect = collect
 
 
 def _appender(batches: list[BatchStatistics]) -> Callable[[Any, Any, int], None]:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any, TypeAlias
 
-import numpy as np
-
+from tinygrad_bn.arguments import at_least_single
 from tinygrad_bn.backend import Array, as_array, expect_one_place, full, join
 from tinygrad_bn.tensor import Tensor
 
@@ -49,7 +48,7 @@ def new_runs(group: Group, params: list[Tensor], state: dict[Tensor, State], kep
         own.setdefault("step", 0)
         for name, value in kept.items():
             if name not in own:
-                own[name] = full(p._data, value, wide(p.dtype))
+                own[name] = full(p._data, value, at_least_single(p.dtype))
         alone = id(p) if p.size >= LARGE else None
         alike.setdefault((p.dtype, own["step"], p.device, alone), []).append(p)
     return [Run(group, some, state, kept) for some in alike.values()]
@@ -60,7 +59,7 @@ class Run:
 
     def __init__(self, group: Group, params: list[Tensor], state: Mapping[Tensor, State], kept: Iterable[str]) -> None:
         self.group, self.params, self.states = group, params, [state[p] for p in params]
-        self.dtype, self.device, self.wide = params[0].dtype, params[0].device, wide(params[0].dtype)
+        self.dtype, self.device, self.wide = params[0].dtype, params[0].device, at_least_single(params[0].dtype)
         ends = list(accumulate(p.size for p in params))
         self.slices = list(map(slice, [0, *ends], ends))
         self.state: State = {}
@@ -120,15 +119,10 @@ class Run:
 
 def state_array(p: Tensor, name: str, value: Any) -> Array:
     """State of a parameter as an array in the precision of the update. Raises ValueError if it has another shape."""
-    array = as_array(value).astype(wide(p.dtype), copy=False)
+    array = as_array(value).astype(at_least_single(p.dtype), copy=False)
     if array.shape != p.shape:
         raise ValueError(f"the state {name} of a parameter of shape {p.shape} has the shape {array.shape}")
     return array
-
-
-def wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The precision of an update, float32 or wider: half precision holds neither squares nor eps."""
-    return np.result_type(dtype, np.float32)
 
 
 def _joined(arrays: list[Array]) -> Array:

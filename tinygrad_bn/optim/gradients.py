@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.arguments import at_least_single
 from tinygrad_bn.backend import Array, as_array, expect_one_place
 from tinygrad_bn.more_ops import clip
 from tinygrad_bn.ops import astype, mul
@@ -52,8 +53,8 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     norm = math.sqrt(sum(float(squared_norm(g)) for _, g in gradients))
     if math.isfinite(norm) and norm > max_norm:
         for p, g in gradients:
-            scaled = mul(astype(g, dtype=np.result_type(g.dtype, np.float32)), max_norm / (norm + 1e-6))
-            p.grad = Tensor._of(astype(scaled, dtype=g.dtype))  # half precision would round the factor
+            scaled = mul(astype(g, dtype=at_least_single(g.dtype)), max_norm / (norm + 1e-6))
+            p.grad = Tensor._of(as_array(astype(scaled, dtype=g.dtype)))  # half precision would round the factor
     return norm
 
 

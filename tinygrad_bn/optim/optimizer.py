@@ -135,14 +135,16 @@ class Optimizer:
 
 def _check_options(group: Group) -> None:
     """Raise ValueError for an option that is out of range, and TypeError for one that is not a number."""
-    for option in ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay"):
+    for option in (
+        "lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay", "initial_accumulator_value"
+    ):  # fmt: skip
         value = group.get(option, 0)
         if type(value) is not float and not isinstance(value, Real):  # isinstance of Real takes ten times as long
             raise TypeError(f"{option} has to be a number; got {value!r}")
-        if not float(value) >= 0:  # also NaN
+        if not float(value) >= 0 and option != "dampening":  # also NaN
             raise ValueError(f"{option} has to be 0 or more; got {value}")
-    if not math.isfinite(group.get("dampening", 0)):
-        raise ValueError(f"dampening has to be finite; got {group['dampening']}")
+        if not math.isfinite(value):
+            raise ValueError(f"{option} has to be finite; got {value}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
     betas = group.get("betas", (0, 0))

@@ -110,16 +110,17 @@ def njit(**options: Any) -> Callable[[F], F]:
 
     def compile_lazily(function: F) -> F:
         config: Any = numba.config
-        before = config.CACHE_DIR
-        try:
-            config.CACHE_DIR = cache_folder()  # numba.njit reads it
-            compiled: F = numba.njit(cache=True, **options)(function)
-            _save_safely(compiled)
-        except RuntimeError:  # no writable folder, or no source file for Numba's cache
-            _warn_once()
-            compiled = numba.njit(**options)(function)
-        finally:
-            config.CACHE_DIR = before
+        with global_compiler_lock:  # one thread at a time, as the folder is a global setting of Numba's
+            before = config.CACHE_DIR
+            try:
+                config.CACHE_DIR = cache_folder()  # numba.njit reads it
+                compiled: F = numba.njit(cache=True, **options)(function)
+                _save_safely(compiled)
+            except RuntimeError:  # no writable folder, or no source file for Numba's cache
+                _warn_once()
+                compiled = numba.njit(**options)(function)
+            finally:
+                config.CACHE_DIR = before
         return compiled
 
     return compile_lazily

@@ -44,7 +44,7 @@ class MemoryCache:
     """Freed memory by size, at most `limit` bytes; the least recently allocated sizes are dropped first.
 
     If the lock is held (by another thread, or by this one when the garbage collector runs), memory is allocated and
-    freed normally; it never blocks.
+    freed normally; a thread hardly ever waits.
     """
 
     def __init__(self, limit: int) -> None:

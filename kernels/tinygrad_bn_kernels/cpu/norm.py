@@ -432,7 +432,9 @@ def _affine(x: Array, weight: Vector, bias: Vector) -> tuple[Array, Array]:
     return weight, bias
 
 
-def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> tuple[Array, Array, Array]:
+def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> Any:
+    if x.dtype.kind != "f" or x.ndim < 2:
+        return NotImplemented
     source, channels = compiled(x), x.shape[1]
     affine = _affine(source, weight, bias)
     y = empty_like(source)
@@ -470,20 +472,22 @@ def _backward(
 
 
 @kernel("batch_norm_training", "cpu")
-def batch_norm_training(x: Array, weight: Vector, bias: Vector, *, eps: float) -> tuple[Array, Array, Array]:
+def batch_norm_training(x: Array, weight: Vector, bias: Vector, *, eps: float) -> Any:
     """x (N, C, ...), weight and bias (C,) or None: the output, and mean and biased variance in float64 (C,)."""
     return _forward(x, weight, bias, eps, False)
 
 
 @kernel("batch_norm_relu", "cpu")
-def batch_norm_relu(x: Array, weight: Vector, bias: Vector, *, eps: float) -> tuple[Array, Array, Array]:
+def batch_norm_relu(x: Array, weight: Vector, bias: Vector, *, eps: float) -> Any:
     """`batch_norm_training` with the ReLU of its output."""
     return _forward(x, weight, bias, eps, True)
 
 
 @kernel("batch_norm_inference", "cpu")
-def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias: Vector, *, eps: float) -> Array:
+def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias: Vector, *, eps: float) -> Any:
     """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
+    if x.dtype.kind != "f" or x.ndim < 2:
+        return NotImplemented
     source = compiled(x)
     affine = _affine(source, weight, bias)
     statistics = compiled(mean, np.float64), compiled(var, np.float64)

@@ -302,23 +302,34 @@ def std(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: floa
 def var_vjp(
     g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False, correction: float = 0
 ) -> Any:
-    """2 g (x − mean) / (n − correction)."""
+    """2 g (x − mean) / (n − correction), in float64."""
     total = _summed(x, axis, keepdims)
     if total is NotImplemented or not x.size or x.size // total.size <= correction:
         return NotImplemented
-    mean = _with_axes(total / (x.size // total.size), axis, keepdims)
-    near = mean.astype(x.dtype)
-    gx = x - near
-    gx -= (mean - near).astype(x.dtype)  # the rounding error of the mean
-    gx *= _with_axes((2 / (x.size // total.size - correction) * g).astype(x.dtype), axis, keepdims)
-    return (gx,)
+    n = x.size // total.size
+    each = np.divide(2 * g.astype(np.float64), n - correction)
+    return _centred(x, total / n, each, axis, keepdims)
 
 
 @kernel("std.vjp", "cpu")
-def std_vjp(g: Array, y: Array, x: Array, **options: Any) -> Any:
-    """g (x − mean) / ((n − correction) · std); 0 where the standard deviation is 0."""
+def std_vjp(
+    g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False, correction: float = 0
+) -> Any:
+    """g (x − mean) / ((n − correction) · std), in float64; 0 where the standard deviation is 0."""
+    found = _mean_and_var(x, axis, keepdims, correction)
+    if found is NotImplemented or not x.size or x.size // g.size <= correction:
+        return NotImplemented
+    mean, variance = found
     with np.errstate(divide="ignore", invalid="ignore"):
-        return var_vjp(np.where(y == 0, 0, g / (2 * y)), y, x, **options)
+        each = np.where(variance == 0, 0, g / (np.sqrt(variance) * (x.size // g.size - correction)))
+    return _centred(x, mean, each, axis, keepdims)
+
+
+def _centred(x: Array, mean: Array, each: Array, axis: Axis, keepdims: bool) -> tuple[Array]:
+    """(x − mean) · each in float64, in x's dtype; `mean` and `each` lack the reduced axes."""
+    gx = np.subtract(x, _with_axes(mean, axis, keepdims))
+    gx *= _with_axes(each, axis, keepdims)
+    return (gx.astype(x.dtype, copy=False),)
 
 
 @kernel("sum_of_squares", "cpu")

@@ -163,11 +163,13 @@ def _prepared(x: Array, target: Array, weight: Array | None, ignore_index: int) 
 @kernel("softmax_cross_entropy", "cpu")
 def softmax_cross_entropy(
     x: Array, target: Array, weight: Array | None, *, smoothing: float, ignore_index: int, reduction: str
-) -> tuple[Any, Array, float]:
+) -> Any:
     """x (M, C) logits, target (M,) classes, weight (C,) or None: the loss, the normalizer (M, 2), Σ target weights.
 
     The loss is (M,) for the reduction "none", else one number. Raises ValueError for a target that is not a class.
     """
+    if x.dtype.kind != "f":
+        return NotImplemented
     ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
     loss, mass, normalizer = np.empty(len(x)), np.empty(len(x)), np.empty((len(x), 2))
