@@ -219,6 +219,8 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     required = options.keys() - defaults.keys()
 
     def run(*operands: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
+        if not params and len(operands) == count and not required:
+            return apply(op, operands, defaults.copy())
         if len(operands) != count or not required <= params.keys() <= options.keys():
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
