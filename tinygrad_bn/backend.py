@@ -136,7 +136,7 @@ def full(like: Any, value: float, dtype: DTypeLike | None = None) -> Any:
     dtype = like.dtype if dtype is None else dtype
     if device_of(like) == "cpu":
         return np.full(like.shape, value, dtype)
-    return _device_arrays().full(like.shape, value, dtype)
+    return device_arrays().full(like.shape, value, dtype)
 
 
 def join(arrays: Sequence[Any]) -> Any:
@@ -220,18 +220,18 @@ def move(array: Any, device: str) -> Any:
     """The array on `device`: itself if it is there, else a copy.
 
     Raises ValueError for an unknown name, TypeError for a dtype that the device does not take, and RuntimeError if
-    there is no such device, saying what is missing.
+    there is no such device, naming the missing package or driver.
     """
     if device not in DEVICES:
         one = '; "cuda" is one GPU, the first' if str(device).startswith("cuda") else ""
         raise ValueError(f"there is no device {device!r}; there are {' and '.join(map(repr, DEVICES))}{one}")
     if device_of(array) == device:
         return array
-    return array.numpy() if device == "cpu" else _device_arrays().DeviceArray.from_numpy(np.asarray(array))
+    return array.numpy() if device == "cpu" else device_arrays().DeviceArray.from_numpy(np.asarray(array))
 
 
-def _device_arrays() -> Any:
+def device_arrays() -> Any:
     """The module of arrays on cuda, imported when first needed. Raises RuntimeError if there is no such device."""
-    from tinygrad_bn_kernels.cuda.available import device_arrays
+    from tinygrad_bn_kernels.cuda import available
 
-    return device_arrays()
+    return available.device_arrays()

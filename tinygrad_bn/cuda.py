@@ -17,16 +17,9 @@ from tinygrad_bn.tensor import Operand, Tensor, primitive
 __all__ = ["from_dlpack", "info", "is_available", "stream", "synchronize", "to"]
 
 
-def _device_arrays() -> Any:
-    """The module of device arrays. Raises RuntimeError that says what is missing."""
-    from tinygrad_bn_kernels.cuda.available import device_arrays
-
-    return device_arrays()
-
-
 def _driver() -> Any:
-    """The open device. Raises RuntimeError that says what is missing."""
-    _device_arrays()
+    """The open device. Raises RuntimeError that names the missing package or driver."""
+    backend.device_arrays()
     from tinygrad_bn_kernels.cuda import launch
 
     return launch.driver()
@@ -35,7 +28,7 @@ def _driver() -> Any:
 def is_available() -> bool:
     """Whether tensors can be moved to "cuda": the package is installed and there is a device."""
     try:
-        _device_arrays()
+        backend.device_arrays()
     except (MemoryError, RuntimeError):
         return False
     return True
@@ -65,7 +58,7 @@ def from_dlpack(other: Any) -> Tensor:
         RuntimeError: there is no device.
         TypeError: the array is not on the device, or not C-contiguous.
     """
-    return Tensor._of(_device_arrays().DeviceArray.from_dlpack(other))
+    return Tensor._of(backend.device_arrays().DeviceArray.from_dlpack(other))
 
 
 @contextmanager
@@ -97,7 +90,7 @@ def synchronize() -> None:
 def to(x: Operand, *, device: str) -> Operand:
     """The same values on the device "cpu" or "cuda".
 
-    Raises RuntimeError if there is no such device, saying what is missing, and TypeError for a dtype that the device
-    does not take, such as float16 on cuda.
+    Raises RuntimeError if there is no such device, naming the missing package or driver, and TypeError for a dtype that
+    the device does not take, such as float16 on cuda.
     """
     return backend.move(x, device)

@@ -209,7 +209,7 @@ def test_a_wrong_engine_is_caught(mutant, monkeypatch):
         monkeypatch.setattr(autograd, function, namespace[function])
 
     install(source)
-    testing.check_op(op, examples=3)  # the way of planting a mistake is itself none
+    testing.check_op(op, examples=3)  # planting a line changes nothing by itself
     install(source.replace(line, mistake))
     with pytest.raises((AssertionError, AttributeError, TypeError, ValueError)):
         testing.check_op(op, examples=40)
