@@ -7,7 +7,7 @@ from tinygrad_bn_kernels.cuda import array, launch
 
 
 def device_arrays() -> Any:
-    """The module `array`, with `DeviceArray` and `full`. Raises RuntimeError that names the missing package or driver."""
+    """The module `array`, with `DeviceArray` and `full`. RuntimeError names the missing package or driver."""
     if launch.installed() is None:
         if find_spec("numba_cuda") is None:
             raise RuntimeError('device "cuda" needs the package numba-cuda: pip install "tinygrad-bn[cuda]"')
