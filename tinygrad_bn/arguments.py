@@ -17,26 +17,27 @@ def bind(
 
     Args:
         names: of its operands; empty for any number of them.
-        given: defaults of operands.
-        options: its options, with their defaults.
+        given: the defaults of operands and options.
+        options: by name.
         operands, params: by position and by name, as in `sum(x, 0)` or `linear(x, weight=w)`.
 
     Raises TypeError for a wrong call.
     """
+    twice = [n for n in names[: len(operands)] if n in params]
     if names and len(operands) > len(names):
         extra = dict(zip(options, operands[len(names) :], strict=False))
-        if len(operands) == len(names) + len(extra) and not extra.keys() & params.keys():
+        twice += [n for n in extra if n in params]
+        if len(operands) == len(names) + len(extra) and not twice:
             operands, params = operands[: len(names)], {**extra, **params}
     elif len(operands) < len(names):
         missing = names[len(operands) :]
         if all(n in params or n in given for n in missing):
             operands = (*operands, *(params[n] if n in params else given[n] for n in missing))
             params = {k: v for k, v in params.items() if k not in missing}
-    unknown = [p for p in params if p not in options]
+    unknown = [p for p in params if p not in options and p not in names]
     absent = [n for n in (*names[len(operands) :], *options) if n not in params and n not in given]
-    if (names and len(operands) != len(names)) or unknown or absent:
-        twice = [p for p in unknown if p in names[: len(operands)]]
-        faults = {"given twice": twice, "unknown": [p for p in unknown if p not in twice], "missing": absent}
+    if (names and len(operands) != len(names)) or twice or unknown or absent:
+        faults = {"given twice": twice, "unknown": unknown, "missing": absent}
         words = [f"{fault}: {', '.join(which)}" for fault, which in faults.items() if which]
         declared = [f"{n}={given[n]!r}" if n in given else n for n in (*names, *options)]
         raise TypeError(f"{name}({', '.join(declared)}): {'; '.join(words) or 'too many operands'}")
@@ -54,6 +55,11 @@ def checked_option(name: str, option: str, value: Any) -> Any:
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {value!r}")
     plain = tuple(map(operator.index, axes))
     return plain if isinstance(value, tuple) else plain[0]
+
+
+def holds_numbers(x: object) -> bool:
+    """Whether x may be an operand: a number, or a tensor, an array or a list of them."""
+    return hasattr(x, "dtype") or isinstance(x, int | float | list | tuple)
 
 
 def expect_floats(x: Any, caller: str) -> None:

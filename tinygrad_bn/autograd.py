@@ -176,8 +176,10 @@ def _pull_composition(node: Node, g: Any, needs: list[bool], create_graph: bool)
     with recording(True):
         handles = [apply(reshape, (x,), {"shape": x.shape})[0] if isinstance(x, Tensor) else x for x in node.inputs]
         y, _ = op.split(op.forward(*handles, **node.params))
-    if not isinstance(y, Tensor):  # a constant
+    if isinstance(y, int | float):  # a constant
         return [None] * len(needs)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{op.name} made a {type(y).__name__} of tensors, which loses their gradients: use ops instead")
     inside = [h for h, need in zip(handles, needs, strict=True) if need]
     order = _topological(y, stop=(h for h in handles if isinstance(h, Tensor)))
     grads = _backprop(y, g if isinstance(g, Tensor) else Tensor._of(g), order, inside, create_graph)

@@ -45,10 +45,10 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
         described: Any = kind(f"{describe(op, arrays, params)}: {reason}")
         described.reason = reason
         raise described from error
-    y, saved = op.split(result) if op.saves else (result, ())
-    if type(y) is np.ndarray:
-        return y, saved
-    if hasattr(y, "requires_grad"):
+    if type(result) is np.ndarray and not op.saves:
+        return result, ()
+    y, saved = op.split(result)
+    if any(hasattr(a, "requires_grad") for a in (y, *saved)):
         raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
     return as_array(y), saved
 

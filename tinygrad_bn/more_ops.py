@@ -95,7 +95,8 @@ def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> O
     """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
     if min is None and max is None:
         raise ValueError("clip needs min, max, or both")
-    return np.clip(x, min, max)
+    with np.errstate(over="ignore"):  # a limit beyond the dtype is inf
+        return np.clip(x, min, max)
 
 
 @primitive(
@@ -124,6 +125,8 @@ def minimum(a: Operand, b: Operand) -> Operand:
 
 
 def _comparison(name: str, symbol: str, compare: Callable[[Any, Any], Any]) -> Function[[Operand, Operand]]:
+    """An op that compares. As in arithmetic, a number takes the dtype of the tensor: a float32 0.1 equals 0.1."""
+
     def forward(a: Operand, b: Operand) -> Operand:
         return compare(a, b)
 

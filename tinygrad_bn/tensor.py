@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import bind, checked_option
+from tinygrad_bn.arguments import bind, checked_option, holds_numbers
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, is_recording
 from tinygrad_bn.sample import Sample, completed
@@ -56,12 +56,11 @@ class Op:
 
     def split(self, result: Any) -> tuple[Any, Sequence[Any]]:
         """The result of `forward` as y and its by-products. Raises TypeError if these are not all there."""
-        if not self.saves:
-            return result, ()
-        if type(result) is not tuple or len(result) != 1 + len(self.saves):
-            wanted = ", ".join(("y", *self.saves))
-            raise TypeError(f"{self.name} has to return ({wanted}); it returned a {type(result).__name__}")
-        return result[0], result[1:]
+        y, saved = (result[0], result[1:]) if self.saves and type(result) is tuple else (result, ())
+        if len(saved) != len(self.saves) or y is None or isinstance(y, tuple | list):
+            wanted = f"({', '.join(('y', *self.saves))})" if self.saves else "one array (saves= names by-products)"
+            raise TypeError(f"{self.name} has to return {wanted}; it returned a {type(result).__name__}")
+        return y, saved
 
     def pull(self, g: Any, y: Any, xs: Sequence[Any], needs: Sequence[bool], params: dict[str, Any]) -> list[Any]:
         """The gradient of each operand by its rule, None where `needs` is False: arrays, or tensors if `g` is one."""
@@ -278,6 +277,12 @@ def _operators(name: str) -> tuple[Callable[[Any, object], Tensor], Callable[[An
     return operate, reflected
 
 
+def _equality(name: str) -> Callable[[Any, object], Any]:
+    """== or !=. Anything that holds no numbers, such as a string, is left to Python: it is not equal."""
+    operate, _ = _operators(name)
+    return lambda self, other: operate(self, other) if holds_numbers(other) else NotImplemented
+
+
 def _method(name: str) -> Callable[[Any], Tensor]:
     """A function of one tensor as a method."""
     return lambda self: OPS[name].function(self)
@@ -292,10 +297,8 @@ def _in_place(symbol: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any,
             self.data = result._data
             return self
         if self.is_leaf and (self.requires_grad or type(self) is not Tensor):  # such as a buffer of a module
-            raise RuntimeError(
-                f"x {symbol} y on a {type(self).__name__} while recording: write x = x {symbol[:-1]} y to compute "
-                "with it, or put the update under `with no_grad():`"
-            )
+            kind, plain = type(self).__name__, symbol[:-1]
+            raise RuntimeError(f"x {symbol} y on a {kind} while recording: use x {plain} y; update x under no_grad()")
         return result
 
     return update
@@ -494,7 +497,7 @@ class Tensor:
     __ipow__ = _in_place("**=", operator.pow)
     __imatmul__ = _in_place("@=", operator.matmul)
 
-    __eq__, __ne__ = _operators("equal")[0], _operators("not_equal")[0]  # type: ignore[assignment]
+    __eq__, __ne__ = _equality("equal"), _equality("not_equal")
     __lt__, __le__ = _operators("less")[0], _operators("less_equal")[0]
     __gt__, __ge__ = _operators("greater")[0], _operators("greater_equal")[0]
 

@@ -209,9 +209,79 @@ def test_by_products_are_counted(ops):
     def one(x):
         return x * 2, x / 2
 
-    for function in (forgets, one):
-        with pytest.raises(TypeError, match=r"has to return \(y, half.*; it returned a"):
-            function(Tensor([1.0, 2.0]))
+    @fused(**ANY)
+    def unnamed(x):
+        return x * 2, x / 2
+
+    @fused(**ANY)
+    def nothing(x):
+        return None
+
+    wanted = {forgets: r"\(y, half\)", one: r"\(y, half, third\)", unnamed: "one array", nothing: "one array"}
+    for function, words in wanted.items():
+        for context in (nullcontext(), composed()):
+            with context, pytest.raises(TypeError, match=f"has to return {words}.*; it returned a"):
+                function(Tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_composition_that_leaves_the_graph_is_an_error(ops, create_graph):
+    @fused(**ANY)
+    def detached(x):
+        return getattr(x, "_data", x) * 2.0
+
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(TypeError, match="detached made a ndarray of tensors, which loses their gradients"):
+        grad(detached(x).sum(), x, create_graph=create_graph)
+
+
+def test_by_products_of_an_outside_tensor_are_refused(ops):
+    outside = Tensor([1.0])
+
+    @fused(saves=("twice",), **ANY)
+    def leaks(x):
+        return x * 2, outside
+
+    with pytest.raises(TypeError, match="leaks used a tensor that is not one of its operands"):
+        leaks(Tensor([1.0]))
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(np.float16, 300), (np.float32, 2e19), (np.float64, 1e150)])
+@pytest.mark.parametrize("delta", [np.inf, 1e300])
+def test_the_huber_loss_with_a_delta_out_of_reach_is_half_the_square(dtype, far, delta):
+    values = np.array([0.5, -2, far], dtype)
+    x = Tensor(values, requires_grad=True)
+    loss = F.huber_loss(x, np.zeros(3, dtype), delta=delta, reduction="none")
+    np.testing.assert_allclose(loss.numpy(), values.astype(float) ** 2 / 2, rtol=1e-3)
+    assert grad(loss.sum(), x).numpy().tolist() == values.tolist()
+
+
+def test_what_holds_no_numbers_is_not_equal():
+    x = Tensor([1.0])
+    for other in ("auto", None, object()):
+        assert (x == other) is False
+        assert (x != other) is True
+    assert Tensor(1.0) in ["x", 1.0]
+    assert F.equal(x, [1.0]).numpy().tolist() == (x == np.float64(1)).numpy().tolist() == [True]
+    assert (Tensor([0.1]) == 0.1).item()
+
+
+@pytest.mark.parametrize("shapes", [((1,), (3,)), ((), (3,)), ((3, 1), (4,)), ((3, 2), (1,))])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_statistics_do_not_broadcast(dtype, shapes):
+    x, v = (np.ones(shape, dtype) for shape in shapes)
+    with pytest.raises(ValueError, match="shape"):
+        F.batch_norm_inference(Tensor(x), v, v, None, None, eps=1e-5)
+
+
+def test_a_parameter_is_replaced_by_any_parameter():
+    class Named(nn.Parameter):
+        pass
+
+    layer = nn.Linear(2, 3)
+    layer.weight = Named(np.ones((3, 2)))
+    layer.weight = nn.Parameter(np.zeros((3, 2)))
+    assert type(layer.weight) is nn.Parameter
 
 
 def test_a_fused_op_takes_the_dtype_of_its_first_floating_operand(ops):
@@ -257,6 +327,8 @@ def test_checks_know_the_defaults_of_options(ops, monkeypatch):
         (lambda x: F.linear(x, x, weight=x), "given twice: weight"),
         (lambda x: F.relu(x, x, x), "too many operands"),
         (lambda x: F.batch_norm_training(x, None, None), "missing: eps"),
+        (lambda x: F.add(a=x, foo=1), r"\): unknown: foo; missing: b$"),
+        (lambda x: F.sum(x, 0, axis=1), "given twice: axis"),
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(wrong, words):

@@ -141,7 +141,7 @@ def test_augmented_assignment():
     assert alias.numpy().tolist() == [2, 4]
     y.backward(np.ones(2))
     assert x.grad.numpy().tolist() == [3, 3]
-    with pytest.raises(RuntimeError, match=r"x = x \+ y"):
+    with pytest.raises(RuntimeError, match=r"use x \+ y; update x under no_grad"):
         x += 1
     with no_grad():
         same = x

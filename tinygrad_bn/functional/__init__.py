@@ -21,7 +21,8 @@ from tinygrad_bn.functional.pooling import (
 )  # fmt: skip
 from tinygrad_bn.functional.statistics import logsumexp, mean, mean_and_var, std, sum_of_squares, var
 from tinygrad_bn.more_ops import (
-    abs, argmax, argmin, clip, erf, expm1, linear, max, maximum, min, minimum, pad, pow, sigmoid, sign, softplus, tanh,
+    abs, argmax, argmin, clip, equal, erf, expm1, greater, greater_equal, less, less_equal, linear, max, maximum, min,
+    minimum, not_equal, pad, pow, sigmoid, sign, softplus, tanh,
 )  # fmt: skip
 from tinygrad_bn.ops import (
     add, astype, broadcast_to, div, exp, log, matmul, mul, neg, relu, reshape, rsqrt, sqrt, sub, sum, transpose, where,
@@ -33,10 +34,10 @@ __all__ = [
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "batch_norm_inference", "batch_norm_relu",
     "batch_norm_steps", "batch_norm_training", "binary_cross_entropy_with_logits", "broadcast_to", "clip",
     "concatenate", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "cross_entropy", "div", "dropout", "elu",
-    "erf", "exp", "expm1", "flatten", "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm",
-    "leaky_relu", "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "max_pool1d", "max_pool2d",
-    "max_pool3d", "maximum", "mean", "mean_and_var", "min", "minimum", "mse_loss", "mul", "neg", "nll_loss", "pad",
-    "pow", "relu", "reshape", "rms_norm", "rsqrt", "running_statistics", "sigmoid", "sign", "silu", "softmax",
-    "softmax_cross_entropy", "softplus", "sqrt", "stack", "std", "sub", "sum", "sum_of_squares", "tanh", "transpose",
-    "var", "where",
+    "equal", "erf", "exp", "expm1", "flatten", "gelu", "greater", "greater_equal", "group_norm", "huber_loss",
+    "instance_norm", "l1_loss", "layer_norm", "leaky_relu", "less", "less_equal", "linear", "log", "log_softmax",
+    "logsumexp", "matmul", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "mean", "mean_and_var", "min",
+    "minimum", "mse_loss", "mul", "neg", "nll_loss", "not_equal", "pad", "pow", "relu", "reshape", "rms_norm",
+    "rsqrt", "running_statistics", "sigmoid", "sign", "silu", "softmax", "softmax_cross_entropy", "softplus", "sqrt",
+    "stack", "std", "sub", "sum", "sum_of_squares", "tanh", "transpose", "var", "where",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad_bn.arguments import expect_floats
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.statistics import largest, mean, values
-from tinygrad_bn.more_ops import abs, concatenate, getitem, softplus
+from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
 from tinygrad_bn.ops import astype, exp, log, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, widened
@@ -50,10 +50,8 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
     if not delta > 0:
         raise ValueError(f"delta has to be greater than 0; got {delta}")
     d = _difference(x, target)
-    distance = abs(d)
-    small = distance <= delta
-    inner = where(small, d, 0.0)  # not the distance: the loss does not have its kink at 0
-    return _reduced(where(small, inner * inner * 0.5, (distance - 0.5 * delta) * delta), reduction)
+    inner = clip(d, min=-delta, max=delta)  # of d, not of |d|, which has a kink at 0
+    return _reduced(inner * (d - inner * 0.5), reduction)
 
 
 def binary_cross_entropy_with_logits(

@@ -58,12 +58,12 @@ class Module:
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute. Raises TypeError if anything but its like, or None, is to replace a parameter or buffer."""
         old = vars(self).get(name)
-        if isinstance(old, Parameter | Buffer) and value is not None and not isinstance(value, type(old)):
-            kind = type(old).__name__
-            raise TypeError(
-                f"{type(self).__name__}.{name} is a {kind}; assign a {kind} or None, or new values to its .data; "
-                f"got a {type(value).__name__}"
-            )
+        for kind in (Parameter, Buffer):
+            if isinstance(old, kind) and not isinstance(value, kind) and value is not None:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a {kind.__name__}; assign a {kind.__name__} or None, or new "
+                    f"values to its .data; got a {type(value).__name__}"
+                )
         object.__setattr__(self, name, value)
 
     def forward(self, *args: Any, **options: Any) -> Tensor:

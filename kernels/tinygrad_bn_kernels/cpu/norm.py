@@ -486,12 +486,12 @@ def batch_norm_relu(x: Array, weight: Vector, bias: Vector, *, eps: float) -> An
 @kernel("batch_norm_inference", "cpu")
 def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias: Vector, *, eps: float) -> Any:
     """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
+    statistics = compiled(mean, np.float64), compiled(var, np.float64)
+    _expect_channels(x, *statistics)
     if x.dtype.kind != "f" or x.ndim < 2:
         return NotImplemented
     source = compiled(x)
     affine = _affine(source, weight, bias)
-    statistics = compiled(mean, np.float64), compiled(var, np.float64)
-    _expect_channels(x, *statistics)
     y = empty_like(source)
     if x.size:
         xs, ys = _channels(source), _channels(y)
