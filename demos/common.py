@@ -99,11 +99,13 @@ class Run:
         `options` replace those of the command line. Raises KeyboardInterrupt after Ctrl-C, with the history stored.
         """
         args = self.args
-        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "description": name}
-        settings["device"] = args.device
+        settings = {
+            "validation": validation, "epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed,
+            "device": args.device, "progress": not args.quiet, "description": name,
+        }  # fmt: skip
         if "optimizer" not in options:
             settings["optimizer"] = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
-        settings = {"validation": validation, "progress": not args.quiet} | settings | options
+        settings |= options
         samples, size = len(training if isinstance(training, datasets.Dataset) else training[0]), settings["batch_size"]
         if size == 1 or (samples % size == 1 and not settings.get("drop_last")):
             self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")

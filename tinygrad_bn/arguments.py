@@ -86,6 +86,11 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
 def expect_channels(x: Any, **vectors: Any) -> None:
     """Raise TypeError unless x is floating-point; ValueError unless it is (N, C, ...), and each vector (C,) or None."""
     expect_floats(x, "normalisation")
+    expect_vectors(x, **vectors)
+
+
+def expect_vectors(x: Any, **vectors: Any) -> None:
+    """Raise ValueError unless x is (N, C, ...), and each vector (C,) or None."""
     if x.ndim < 2:
         raise ValueError(f"x has to be of shape (N, C, ...); got {x.shape}")
     for name, v in vectors.items():

@@ -10,7 +10,8 @@ from tinygrad_bn_kernels import MODULES
 
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import Array, kernels_disabled
-from tinygrad_bn.tensor import OPS, Tensor, apply
+from tinygrad_bn.tensor import OPS, Op, Tensor, apply
+from tinygrad_bn.testing import cast_real
 
 __all__ = ["KernelError", "kernel_errors"]
 
@@ -101,27 +102,40 @@ def _error(got: Any, want: Any) -> float:
     return float(np.max(np.abs(got - want)) / max(np.max(np.abs(want)), 1e-300))
 
 
-def _op_error(name: str, dtype: type) -> float:
-    op, errors = OPS[name.removesuffix(".vjp")], []
+Operands = tuple[Any, ...]
+Pairs = list[tuple[Any, Any]]  # results of the kernel, and what they should be
+
+
+def _forward(op: Op, cast: Operands, wide: Operands, params: dict[str, Any]) -> Pairs:
+    """Results, by-products and updated state, against those of the reference in float64."""
+    with kernels_disabled():
+        want, exact_saved = apply(op, wide, params)
+    got, saved = apply(op, cast, params)
+    updated = zip(cast, wide, strict=True) if op.updates else ()
+    return [(got, want), *zip(saved, exact_saved, strict=True), *updated]
+
+
+def _backward(op: Op, cast: Operands, wide: Operands, params: dict[str, Any]) -> Pairs:
+    """Gradients, against those in float64 by the differentiable route, which uses no backward kernel."""
+    results = []
+    for arrays, composed in ((cast, False), (wide, True)):
+        constants = CONSTANTS.get(op.name, ())
+        real = [x.dtype.kind == "f" and i not in constants for i, x in enumerate(arrays)]
+        ts = [Tensor(x, requires_grad=needed) for x, needed in zip(arrays, real, strict=True)]
+        y = apply(op, ts, params)[0]
+        g = Tensor(np.random.default_rng(1).normal(size=y.shape).astype(cast[0].dtype).astype(y.dtype))
+        results.append(grad(y, [t for t in ts if t.requires_grad], g, create_graph=composed))
+    return list(zip(*results, strict=True))
+
+
+def _kernel_error(name: str, dtype: type) -> float:
+    """The largest error of a kernel over its cases; the name of a backward kernel ends in `.vjp`."""
+    op, measured = OPS[name.removesuffix(".vjp")], _backward if name.endswith(".vjp") else _forward
+    errors = []
     for operands, params in _cases(op.name):
-        cast = [x.astype(dtype if x.dtype.kind == "f" else x.dtype) for x in operands]
-        wide = [x.astype(np.float64 if x.dtype.kind == "f" else x.dtype) for x in cast]
-        if not name.endswith(".vjp"):
-            with kernels_disabled():
-                want, exact_saved = apply(op, wide, params)
-            got, saved = apply(op, cast, params)
-            pairs = [(got, want), *zip(saved, exact_saved, strict=True)]
-            errors += [_error(a, b) for a, b in pairs + (list(zip(cast, wide, strict=True)) if op.updates else [])]
-            continue
-        results = []
-        for arrays, composed in ((cast, False), (wide, True)):
-            constants = CONSTANTS.get(op.name, ())
-            real = [x.dtype.kind == "f" and i not in constants for i, x in enumerate(arrays)]
-            ts = [Tensor(x, requires_grad=needed) for x, needed in zip(arrays, real, strict=True)]
-            y = apply(op, ts, params)[0]
-            g = Tensor(np.random.default_rng(1).normal(size=y.shape).astype(dtype).astype(y.dtype))
-            results.append(grad(y, [t for t in ts if t.requires_grad], g, create_graph=composed))
-        errors += [_error(a, b) for a, b in zip(*results, strict=True)]
+        cast = cast_real(operands, dtype)
+        wide = cast_real(cast, np.float64)  # from `cast`, so that rounding the operands is no error of the kernel
+        errors += [_error(got, want) for got, want in measured(op, cast, wide, params)]
     return max(errors)
 
 
@@ -131,4 +145,4 @@ def kernel_errors() -> Iterator[KernelError]:
         op = OPS[name.removesuffix(".vjp")]
         computes = "fused" if op.fused else "primitive" if op.differentiable or not op.updates else "update"
         for dtype in (np.float32, np.float64):
-            yield KernelError(name, device, np.dtype(dtype).name, computes, _op_error(name, dtype))
+            yield KernelError(name, device, np.dtype(dtype).name, computes, _kernel_error(name, dtype))

@@ -202,7 +202,7 @@ def _is_real(x: Any) -> bool:
     return x is not None and x.dtype.kind == "f"
 
 
-def _cast(xs: Operands, dtype: Any) -> tuple[Any, ...]:
+def cast_real(xs: Operands, dtype: Any) -> tuple[Any, ...]:
     """Copies of the operands, the real ones in `dtype`."""
     return tuple(x if x is None else x.astype(dtype if _is_real(x) else x.dtype) for x in xs)
 
@@ -220,27 +220,31 @@ def _split(op: Op, xs: Sequence[Any], params: Params) -> tuple[Function, list[An
     return f, [xs[i] for i in real]
 
 
+def _overwritten(op: Op) -> list[int]:
+    """Positions of the operands that the op updates."""
+    names = list(signature(op.forward).parameters)
+    return [names.index(name) for name in op.updates]
+
+
 def _results(op: Op, xs: Operands, params: Params) -> list[Array]:
     """All that a call changes or returns: the result and, without gradients, its by-products and updated operands."""
     y, saved = apply(op, xs, params)
-    names = list(signature(op.forward).parameters) if op.updates else []
-    updated = [xs[names.index(name)] for name in op.updates]
-    results = (y, *updated, *(() if op.differentiable else saved))
+    results = (y, *(xs[i] for i in _overwritten(op)), *(() if op.differentiable else saved))
     return [np.asarray(r) for r in results if r is not None]
 
 
 def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """In float64 and float32, through the kernel if there is one: the reference's values, and the dtype kept."""
     with kernels_disabled():
-        want = _results(op, _cast(xs, np.float64), params)
-    for a, b in zip(_results(op, _cast(xs, np.float64), params), want, strict=True):
+        want = _results(op, cast_real(xs, np.float64), params)
+    for a, b in zip(_results(op, cast_real(xs, np.float64), params), want, strict=True):
         assert a.dtype == b.dtype, f"float64 operands gave {a.dtype}, the reference {b.dtype}"
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-    reference = op.forward(*_cast(xs, np.float64), **params)
+    reference = op.forward(*cast_real(xs, np.float64), **params)
     exact = np.asarray(reference[0] if op.saves else reference)
     np.testing.assert_allclose(want[0], exact, rtol=1e-12, atol=1e-12)
     if exact.dtype == np.float64 and params.get("dtype") is None:
-        got = apply(op, _cast(xs, np.float32), params)[0]
+        got = apply(op, cast_real(xs, np.float32), params)[0]
         assert got.dtype == np.float32 or not op.differentiable, f"float32 operands gave {got.dtype}"
         scale = 1 + np.abs(exact).max(initial=0)
         np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5 * scale)
@@ -280,11 +284,14 @@ def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, see
 
 def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """Operands and cotangent stay as they are; two gradients share no memory; a gradient in float32 is float32."""
-    cast = [x if x is None else Tensor(x, requires_grad=op.differentiable and _is_real(x)) for x in _cast(xs, "f4")]
+    cast = [x if x is None else Tensor(x, requires_grad=op.differentiable and _is_real(x)) for x in cast_real(xs, "f4")]
     y = apply(op, [t if t is None else t._data for t in cast] if op.updates else cast, params)[0]
-    names = [*signature(op.forward).parameters]
-    fixed = [(t, np.array(x)) for i, (t, x) in enumerate(zip(cast, _cast(xs, "f4"), strict=True)) if t is not None]
-    fixed = [(t, x) for i, (t, x) in enumerate(fixed) if not op.updates or names[i] not in op.updates]
+    overwritten = _overwritten(op)
+    fixed = [
+        (t, np.array(x))
+        for i, (t, x) in enumerate(zip(cast, cast_real(xs, "f4"), strict=True))
+        if t is not None and i not in overwritten
+    ]
     for t, x in fixed:
         np.testing.assert_array_equal(t.numpy(), x, "the forward pass changed an operand")
     if not op.differentiable or not y.requires_grad:
@@ -326,11 +333,11 @@ def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> N
 def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """Each kernel, forward and backward, against the NumPy reference and the composition's gradient."""
     for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
-        cast = _cast(xs, dtype)
+        cast = cast_real(xs, dtype)
         f, real = _split(op, cast, params)
         if backend.find_kernel(op.name, device_of(cast[0])):
             with kernels_disabled():
-                want = _results(op, _cast(xs, dtype), params)
+                want = _results(op, cast_real(xs, dtype), params)
             for got, exact in zip(_results(op, cast, params), want, strict=True):
                 np.testing.assert_allclose(got, exact, rtol=tolerance, atol=tolerance)
         if backend.find_kernel(op.vjp, device_of(cast[0])):

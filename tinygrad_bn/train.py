@@ -166,16 +166,13 @@ def fit(
         with bar:
             for number in range(1, epochs + 1):
                 start = time.perf_counter()
-                losses, hits, seen = 0.0, 0.0, 0
+                mean = _MeanScore()
                 for xb, yb in batches:
-                    score = _train_step(model, xb, yb, loss, optimizer, clip_norm)
-                    losses, hits, seen = losses + score.loss * len(xb), hits + score.accuracy * len(xb), seen + len(xb)
-                    status = _status(number, epochs, Score(losses / seen, hits / seen))
-                    bar.update(task, advance=1, status=status)
+                    mean.add(_train_step(model, xb, yb, loss, optimizer, clip_norm), len(xb))
+                    bar.update(task, advance=1, status=_status(number, epochs, mean.score()))
                 val = evaluate(model, validation, loss=loss) if validation is not None else Score(np.nan, np.nan)
-                epoch = Epoch(number, losses / seen, hits / seen, *val, time.perf_counter() - start)
-                history.epochs.append(epoch)
-                bar.update(task, status=_status(number, epochs, Score(epoch.loss, epoch.accuracy), val))
+                history.epochs.append(Epoch(number, *mean.score(), *val, time.perf_counter() - start))
+                bar.update(task, status=_status(number, epochs, mean.score(), val))
                 if schedule is not None:
                     schedule.step()
                 stop = [callback(history, model) for callback in callbacks]  # a list: all are called
@@ -184,6 +181,21 @@ def fit(
     except KeyboardInterrupt:
         history.interrupted = True
     return history
+
+
+class _MeanScore:
+    """The mean score of all samples so far: batches may differ in size, so each counts by its samples."""
+
+    def __init__(self) -> None:
+        self.loss, self.accuracy, self.samples = 0.0, 0.0, 0  # sums over the samples, and their number
+
+    def add(self, score: Score, samples: int) -> None:
+        self.loss += score.loss * samples
+        self.accuracy += score.accuracy * samples
+        self.samples += samples
+
+    def score(self) -> Score:
+        return Score(self.loss / self.samples, self.accuracy / self.samples)
 
 
 def _train_step(
@@ -281,16 +293,14 @@ def _split(n: int, batch_size: int) -> list[Array]:
 
 def _score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) -> Score:
     """Mean loss and accuracy in the model's present mode."""
-    losses, hits, seen = 0.0, 0.0, 0
+    mean = _MeanScore()
     with no_grad():
         for x, y in batches:
             outputs = model(x)
-            value = float(loss(outputs, _target(y, outputs)))
-            losses, hits = losses + value * len(x), hits + _accuracy(outputs, y) * len(x)
-            seen += len(x)
-    if not seen:
+            mean.add(Score(float(loss(outputs, _target(y, outputs))), _accuracy(outputs, y)), len(x))
+    if not mean.samples:
         raise ValueError("no samples to evaluate on")
-    return Score(losses / seen, hits / seen)
+    return mean.score()
 
 
 def _target(y: Array, outputs: Tensor) -> Any:
@@ -332,7 +342,7 @@ def _warn_about_batch_of_one(model: nn.Module, batches: Batches) -> None:
 
 def _status(number: int, epochs: int, score: Score, val: Score | None = None) -> str:
     text = f"{number:>3}/{epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
-    return text if val is None or val.accuracy != val.accuracy else f"{text}  valid {val.accuracy:.3f}"
+    return text if val is None or math.isnan(val.accuracy) else f"{text}  valid {val.accuracy:.3f}"
 
 
 def _progress(show: bool) -> Any:

@@ -31,8 +31,8 @@ MODULES = _table(
     {
         "reduce": "sum sum_to mean mean.vjp mean_and_var var var.vjp std std.vjp sum_of_squares squared_norm max min "
         "argmax argmin",
-        "norm": "batch_norm_training batch_norm_training.vjp batch_norm_relu batch_norm_relu.vjp "
-        "batch_norm_inference batch_norm_inference.vjp running_statistics",
+        "norm": "batch_norm_training batch_norm_training.vjp batch_norm_relu batch_norm_relu.vjp running_statistics",
+        "norm_inference": "batch_norm_inference batch_norm_inference.vjp",
         "blocks": "block_norm block_norm.vjp",
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp logsumexp.vjp",
         "elementwise": "relu.vjp erf dropout_by_key",

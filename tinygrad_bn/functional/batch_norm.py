@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn import sample
-from tinygrad_bn.arguments import expect_channels, expect_eps
+from tinygrad_bn.arguments import expect_channels, expect_eps, expect_vectors
 from tinygrad_bn.functional.statistics import mean
 from tinygrad_bn.ops import astype, relu, reshape, rsqrt, sqrt
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive, widened
@@ -96,6 +96,7 @@ def batch_norm_inference(
     x: Operand, mean: Operand, var: Operand, weight: Operand, bias: Operand, *, eps: float
 ) -> Operand:
     """BatchNorm of x (N, C, ...) by a given mean and variance, (C,) each."""
+    expect_vectors(x, mean=mean, var=var, weight=weight, bias=bias)
     mean, var, weight, bias = (per_channel(v, x.ndim) for v in (mean, var, weight, bias))
     # (x − mean) first: x · a + b would lose as many digits as the mean is larger than the deviation.
     xhat = (x - mean) * rsqrt(var + eps)

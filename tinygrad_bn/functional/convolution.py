@@ -69,9 +69,7 @@ def _conv_operands(d: Draw) -> tuple[tuple[Array, Array, Array], dict[str, Any]]
     """Input, weight and output of one convolution, and its options."""
     ndim = d.integer(1, 2)
     groups = d.choice([1, 2])
-    kernel = tuple(d.integer(1, 2) for _ in range(ndim))
-    stride = tuple(d.integer(1, 2) for _ in range(ndim))
-    dilation = tuple(d.integer(1, 2) for _ in range(ndim))
+    kernel, stride, dilation = (tuple(d.integer(1, 2) for _ in range(ndim)) for _ in range(3))
     padding = tuple((d.integer(0, 1), d.integer(0, 1)) for _ in range(ndim))
     size = tuple(d.integer(3, 4) for _ in range(ndim))
     n, c, o = d.integer(1, 2), groups * d.integer(1, 2), groups * d.integer(1, 2)

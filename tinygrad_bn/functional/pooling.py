@@ -24,7 +24,7 @@ from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
 
 def pooled_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> Ints:
-    """Lengths of the output's axes; with `ceil_mode` windows may stick out, but have to start inside (or before)."""
+    """Lengths of the output's axes; with `ceil_mode` windows may stick out, but none starts after x."""
     out = []
     for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
         span = n + 2 * p - d * (k - 1) - 1

@@ -14,7 +14,12 @@ from tinygrad_bn.tensor import Tensor
 
 class _Pool(Module):
     _pool: ClassVar[Callable[..., Tensor]]
-    kernel_size: int | Ints
+
+    def __init__(
+        self, kernel_size: int | Ints, stride: int | Ints | None, padding: int | Ints, ceil_mode: bool
+    ) -> None:
+        self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
+        self.padding, self.ceil_mode = padding, ceil_mode
 
     def extra_repr(self) -> str:
         options = options_repr(
@@ -32,8 +37,8 @@ class _MaxPool(_Pool):
         dilation: int | Ints = 1,
         ceil_mode: bool = False,
     ) -> None:
-        self.kernel_size, self.stride, self.padding = kernel_size, kernel_size if stride is None else stride, padding
-        self.dilation, self.ceil_mode = dilation, ceil_mode
+        super().__init__(kernel_size, stride, padding, ceil_mode)
+        self.dilation = dilation
 
     def forward(self, x: Tensor) -> Tensor:
         return type(self)._pool(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
@@ -66,8 +71,8 @@ class _AvgPool(_Pool):
         ceil_mode: bool = False,
         count_include_pad: bool = True,
     ) -> None:
-        self.kernel_size, self.stride, self.padding = kernel_size, kernel_size if stride is None else stride, padding
-        self.ceil_mode, self.count_include_pad = ceil_mode, count_include_pad
+        super().__init__(kernel_size, stride, padding, ceil_mode)
+        self.count_include_pad = count_include_pad
 
     def forward(self, x: Tensor) -> Tensor:
         return type(self)._pool(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)

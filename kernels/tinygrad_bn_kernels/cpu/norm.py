@@ -1,4 +1,4 @@
-"""BatchNorm over (N, C, S): statistics, output and gradients.
+"""BatchNorm in training over (N, C, S): statistics, output and gradients.
 
 With S = 1 (`_rows_…`) a loop works on chunks of rows. Otherwise (`_planes_…`) it works on whole channels, and reads a
 channel again while it is in cache. Statistics are sums of x − shift in float64; the shift is the channel's first
@@ -68,7 +68,7 @@ def plane_statistics(x, c):
 
 
 @njit(**SHARED)
-def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
+def plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
     lowest = lower_bound(x, relu)
     m, ivar, r = normalizer(x, mean, var, eps)
@@ -84,13 +84,7 @@ def _plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
 def _planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
     for c in range(start, stop):
         mean[c], var[c] = plane_statistics(x, c)
-        _plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
-
-
-@njit(fastmath=SUMS)
-def _planes_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    for c in range(start, stop):
-        _plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
+        plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
 
 
 @njit(fastmath=SUMS)
@@ -160,7 +154,7 @@ def _planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbia
 
 
 @njit()
-def _clear(sums):
+def clear(sums):
     for j in range(sums.shape[1]):
         sums[0, j] = sums[1, j] = 0.0
 
@@ -176,7 +170,7 @@ def _first_row_shift(x, shift):
 def _rows_sums(x, shift, sums, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
-        _clear(sums[t])
+        clear(sums[t])
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             r0, r1, r2, r3 = x[i], x[i + 1], x[i + 2], x[i + 3]
@@ -211,7 +205,7 @@ def _rows_statistics(sums, n, shift, mean, var):
 
 
 @njit(**SHARED)
-def _rows_constants(x, weight, bias, mean, var, eps):
+def rows_constants(x, weight, bias, mean, var, eps):
     """k (7, C): m, a and b with y = (x − m) · a + b, ivar, and space for the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
     for j in range(mean.size):
@@ -233,7 +227,7 @@ def _gradient_shift(g, x, relu, k):
 
 
 @njit(**SHARED)
-def _rows_normalize(x, k, relu, y, start, stop):
+def rows_normalize(x, k, relu, y, start, stop):
     lowest = lower_bound(x, relu)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         row, out = x[i], y[i]
@@ -251,7 +245,7 @@ def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums):
         _rows_sums(x, shift, sums, 0, chunks)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
-    _rows_normalize(x, _rows_constants(x, weight, bias, mean, var, eps), relu, y, 0, chunks)
+    rows_normalize(x, rows_constants(x, weight, bias, mean, var, eps), relu, y, 0, chunks)
 
 
 def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
@@ -267,19 +261,14 @@ def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, 
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, n, shift, mean, var):
             break
-    split(_rows_normalize, chunks, x.size, x, _rows_constants(x, weight, bias, mean, var, eps), relu, y)
-
-
-@njit(fastmath=SUMS)
-def _rows_inference(x, weight, bias, eps, relu, y, mean, var, start, stop):
-    _rows_normalize(x, _rows_constants(x, weight, bias, mean, var, eps), relu, y, start, stop)
+    split(rows_normalize, chunks, x.size, x, rows_constants(x, weight, bias, mean, var, eps), relu, y)
 
 
 @njit(fastmath=SUMS)
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
     """Σ d and Σ d (x − m) · ivar of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
-        _clear(sums[t])
+        clear(sums[t])
         i, last = t * CHUNK, min((t + 1) * CHUNK, x.shape[0])
         while i + 4 <= last:
             g0, g1, g2, g3 = g[i], g[i + 1], g[i + 2], g[i + 3]
@@ -332,7 +321,7 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
 def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums):
     """`_rows_backward` on one thread, in one compiled call."""
     chunks = len(sums)
-    k = _rows_constants(x, weight, bias, mean, var, eps)
+    k = rows_constants(x, weight, bias, mean, var, eps)
     _gradient_shift(g, x, relu, k)
     for _ in range(2):
         _rows_gradient_sums(g, x, k, relu, sums, 0, chunks)
@@ -351,7 +340,7 @@ def _rows_backward(
     if x.size < threads.PARALLEL_FROM:
         _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums)
         return
-    k = _rows_constants(x, weight, bias, mean, var, eps)
+    k = rows_constants(x, weight, bias, mean, var, eps)
     _gradient_shift(g, x, relu, k)
     for _ in range(2):
         split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
@@ -359,36 +348,6 @@ def _rows_backward(
             break
     if gx.size:
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
-
-
-# ---- gradients by given statistics ------------------------------------------------------------------------
-
-
-@njit(fastmath=SUMS)
-def _planes_inference_backward(g, x, factor, center, gx, gweight, gbias, start, stop):
-    """g · factor, Σ g (x − center) and Σ g of each channel."""
-    for c in range(start, stop):
-        s1 = 0.0
-        s2 = 0.0
-        for i in range(x.shape[0]):
-            gs, xs, out = g[i, c], x[i, c], gx[i, c]
-            for j in range(gs.size):
-                out[j] = gs[j] * factor[c]
-                s1 += np.float64(gs[j])
-                s2 += np.float64(gs[j]) * (np.float64(xs[j]) - center[c])
-        gbias[c], gweight[c] = s1, s2
-
-
-@njit(fastmath=SUMS)
-def _rows_inference_backward(g, x, factor, center, gx, sums, start, stop):
-    """g · factor; Σ g and Σ g (x − center) of each column, for every chunk from start to stop."""
-    for t in range(start, stop):
-        _clear(sums[t])
-        for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
-            for j in range(x.shape[1]):
-                gx[i, j] = g[i, j] * factor[j]
-                sums[t, 0, j] += np.float64(g[i, j])
-                sums[t, 1, j] += np.float64(g[i, j]) * (np.float64(x[i, j]) - center[j])
 
 
 # ---- state -----------------------------------------------------------------------------------------------
@@ -407,14 +366,14 @@ def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new
 # ---- kernels --------------------------------------------------------------------------------------------
 
 
-def _channels(x: Array) -> Array:
+def by_channel(x: Array) -> Array:
     """x as (N, C, S), or as (N, C) if S is 1."""
     if x.ndim == 2:
         return x
     return x.reshape(x.shape[:2]) if x.size == x.shape[0] * x.shape[1] else x.reshape(*x.shape[:2], -1)
 
 
-def _expect_channels(x: Array, *vectors: Array) -> None:
+def expect_channels(x: Array, *vectors: Array) -> None:
     """Raise ValueError unless each vector is (C,): the loops would read out of bounds."""
     shape = x.shape[1:2]
     for v in vectors:
@@ -422,13 +381,13 @@ def _expect_channels(x: Array, *vectors: Array) -> None:
             raise ValueError(f"expected vectors of shape {shape} for x {x.shape}; got {v.shape}")
 
 
-def _affine(x: Array, weight: Vector, bias: Vector) -> tuple[Array, Array]:
+def affine_or_default(x: Array, weight: Vector, bias: Vector) -> tuple[Array, Array]:
     """weight and bias (C,) in x's dtype; None is 1 and 0."""
     shape, dtype = x.shape[1:2], x.dtype
     weight = np.ones(shape, dtype) if weight is None else compiled(weight, dtype)
     bias = np.zeros(shape, dtype) if bias is None else compiled(bias, dtype)
     if weight.shape != shape or bias.shape != shape:
-        _expect_channels(x, weight, bias)
+        expect_channels(x, weight, bias)
     return weight, bias
 
 
@@ -436,13 +395,13 @@ def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> 
     if x.dtype.kind != "f" or x.ndim < 2:
         return NotImplemented
     source, channels = compiled(x), x.shape[1]
-    affine = _affine(source, weight, bias)
+    affine = affine_or_default(source, weight, bias)
     y = empty_like(source)
     if not x.size:
         return y.astype(x.dtype, copy=False), np.full(channels, np.nan), np.full(channels, np.nan)
     mean, var = np.empty(channels), np.empty(channels)
     eps = float(eps)  # another type would compile the loops again
-    xs, ys = _channels(source), _channels(y)
+    xs, ys = by_channel(source), by_channel(y)
     if xs.ndim == 2:
         _rows_forward(xs, *affine, eps, relu, ys, mean, var)
     else:
@@ -451,16 +410,27 @@ def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> 
 
 
 def _backward(
-    g: Array, x: Array, weight: Vector, bias: Vector, needs: list[bool], eps: float, mean: Array, var: Array, relu: bool
+    g: Array,
+    y: Array,
+    x: Array,
+    weight: Vector,
+    bias: Vector,
+    *,
+    needs: list[bool],
+    eps: float,
+    mean: Array,
+    var: Array,
+    relu: bool,
 ) -> Gradients:
+    """Gradients of x, weight and bias, from the saved statistics."""
     source, channels = compiled(x), x.shape[1]
-    affine = _affine(source, weight, bias)
+    affine = affine_or_default(source, weight, bias)
     gx = empty_like(source) if needs[0] else None
     gweight, gbias = np.zeros(channels), np.zeros(channels)
     if x.size:
         eps = float(eps)
-        gs, xs = _channels(compiled(g, source.dtype)), _channels(source)
-        out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else _channels(gx)
+        gs, xs = by_channel(compiled(g, source.dtype)), by_channel(source)
+        out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else by_channel(gx)
         arguments = gs, xs, *affine, mean, var, eps, relu, out, gweight, gbias
         if xs.ndim == 2:
             _rows_backward(*arguments)
@@ -483,87 +453,16 @@ def batch_norm_relu(x: Array, weight: Vector, bias: Vector, *, eps: float) -> An
     return _forward(x, weight, bias, eps, True)
 
 
-@kernel("batch_norm_inference", "cpu")
-def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias: Vector, *, eps: float) -> Any:
-    """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
-    statistics = compiled(mean, np.float64), compiled(var, np.float64)
-    _expect_channels(x, *statistics)
-    if x.dtype.kind != "f" or x.ndim < 2:
-        return NotImplemented
-    source = compiled(x)
-    affine = _affine(source, weight, bias)
-    y = empty_like(source)
-    if x.size:
-        xs, ys = _channels(source), _channels(y)
-        loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
-        split(loop, items, x.size, xs, *affine, float(eps), False, ys, *statistics)
-    return y.astype(x.dtype, copy=False)
-
-
-@kernel("batch_norm_inference.vjp", "cpu")
-def batch_norm_inference_vjp(
-    g: Array,
-    y: Array,
-    x: Array,
-    mean: Array,
-    var: Array,
-    weight: Vector,
-    bias: Vector,
-    *,
-    needs: list[bool],
-    eps: float,
-) -> Any:
-    """Gradients with respect to x, weight and bias; NotImplemented if those of mean or var are needed."""
-    if needs[1] or needs[2] or not x.size:
-        return NotImplemented
-    source = compiled(x)
-    scale, _ = _affine(source, weight, bias)
-    center, ivar = compiled(mean, np.float64), 1 / np.sqrt(compiled(var, np.float64) + eps)
-    gx, gweight, gbias = empty_like(source), np.empty(x.shape[1]), np.empty(x.shape[1])
-    xs, gs, gxs = _channels(source), _channels(compiled(g, source.dtype)), _channels(gx)
-    factor = (scale * ivar).astype(source.dtype)
-    if xs.ndim > 2:
-        split(_planes_inference_backward, x.shape[1], x.size, gs, xs, factor, center, gxs, gweight, gbias)
-    else:
-        sums = np.empty((-(-len(x) // CHUNK), 2, x.shape[1]))
-        split(_rows_inference_backward, len(sums), x.size, gs, xs, factor, center, gxs, sums)
-        gbias, gweight = sums.sum(axis=0)
-    by_weight = None if weight is None or not needs[3] else (gweight * ivar).astype(weight.dtype)
-    return gx, None, None, by_weight, None if bias is None or not needs[4] else gbias.astype(bias.dtype)
-
-
 @kernel("batch_norm_training.vjp", "cpu")
-def batch_norm_training_vjp(
-    g: Array,
-    y: Array,
-    x: Array,
-    weight: Vector,
-    bias: Vector,
-    *,
-    needs: list[bool],
-    eps: float,
-    mean: Array,
-    var: Array,
-) -> Gradients:
-    """Gradients of x, weight and bias, from the saved statistics."""
-    return _backward(g, x, weight, bias, needs, eps, mean, var, False)
+def batch_norm_training_vjp(*arrays: Any, **options: Any) -> Gradients:
+    """Gradients of x, weight and bias: see `_backward` for the arguments."""
+    return _backward(*arrays, **options, relu=False)
 
 
 @kernel("batch_norm_relu.vjp", "cpu")
-def batch_norm_relu_vjp(
-    g: Array,
-    y: Array,
-    x: Array,
-    weight: Vector,
-    bias: Vector,
-    *,
-    needs: list[bool],
-    eps: float,
-    mean: Array,
-    var: Array,
-) -> Gradients:
+def batch_norm_relu_vjp(*arrays: Any, **options: Any) -> Gradients:
     """`batch_norm_training.vjp` behind a ReLU. Recomputing the sign of the output is cheaper than reading y."""
-    return _backward(g, x, weight, bias, needs, eps, mean, var, True)
+    return _backward(*arrays, **options, relu=True)
 
 
 @kernel("running_statistics", "cpu")
