@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> Run:
         if of:
             axes.set_xscale("log", base=2)
             axes.set(xlabel=f"samples in a {of}", xticks=sizes, xticklabels=sizes)
-    grid[0, 2].set_xticks(range(len(CASES)), [label.replace(", ", ",\n") for label in CASES])
+    grid[0, 2].set_xticks(range(len(CASES)), [label.replace(", ", ",\n") for label in CASES], fontsize="small")
     grid[0, 2].set(xlabel="why running statistics are wrong", xlim=(-0.5, len(CASES) - 0.5))
     grid[0, 0].plot(sizes, plain, "o-", color=viz.colour("without BatchNorm"), label="without BatchNorm")
     grid[0, 0].set(ylabel="validation accuracy", ylim=(0, 1))

@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> Run:
         for name, lines in curves.items():
             axes.plot(range(1, len(lines[i]) + 1), lines[i], color=viz.colour(name), label=name)
         axes.set(title=f"std {std:.2g}", ylim=(0, 1.02))
-    figure.supxlabel("epoch")
+    for axes in grid[-1]:
+        axes.set_xlabel("epoch")  # not supxlabel, which the legend would cover
     figure.supylabel("accuracy on the training images, in training mode")
     viz.legend_below(grid[0, 0])
     run.save(figure, "panels")
