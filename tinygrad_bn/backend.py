@@ -48,8 +48,9 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
     if type(result) is np.ndarray and not op.saves:
         return result, ()
     y, saved = op.split(result)
-    if any(hasattr(a, "requires_grad") for a in (y, *saved)):
-        raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
+    for a in (y, *saved):
+        if type(a) is not np.ndarray and hasattr(a, "requires_grad"):  # `type` first, as it is faster
+            raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
     return as_array(y), saved
 
 
