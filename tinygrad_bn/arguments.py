@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -45,7 +46,12 @@ def bind(
 
 
 def checked_option(name: str, option: str, value: Any) -> Any:
-    """An option of the op `name`, NumPy's scalars as Python's. Raises TypeError for a tensor, and for a wrong axis."""
+    """An option of the op `name`, NumPy's scalars as Python's.
+
+    Raises TypeError for a tensor, for None, and for a wrong axis.
+    """
+    if value is None:
+        raise TypeError(f"{name}(): {option} may not be None")
     if hasattr(value, "requires_grad"):
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option != "axis":
@@ -62,10 +68,17 @@ def holds_numbers(x: object) -> bool:
     return hasattr(x, "dtype") or isinstance(x, int | float | list | tuple)
 
 
-def expect_floats(x: Any, caller: str) -> None:
-    """Raise TypeError unless x is a tensor or an array of floating-point numbers."""
+def expect_array(x: Any, caller: str) -> None:
+    """Raise TypeError unless x is a tensor or an array of real numbers or booleans."""
     if not hasattr(x, "dtype"):
         raise TypeError(f"{caller} takes a tensor or an array; got a {type(x).__name__}: make a Tensor of it")
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"{caller} takes real numbers; got an array of dtype {x.dtype}")
+
+
+def expect_floats(x: Any, caller: str) -> None:
+    """Raise TypeError unless x is a tensor or an array of floating-point numbers."""
+    expect_array(x, caller)
     if x.dtype.kind != "f":
         raise TypeError(f"{caller} takes floating-point input; got {x.dtype}")
 
@@ -78,9 +91,38 @@ def at_least_single(dtype: Any) -> np.dtype[Any]:
 def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     """One number for each axis. Raises ValueError unless `value` is one number, or one for each axis."""
     each = tuple(value) if isinstance(value, tuple | list | np.ndarray) else (value,) * ndim
-    if len(each) != ndim or not all(isinstance(v, int | np.integer) and v >= least for v in each):
-        raise ValueError(f"{name} is a number of {least} or more, or {ndim} of them; got {value!r}")
+    whole = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in each)
+    if len(each) != ndim or not whole or min(each, default=least) < least:
+        several = f", or {ndim} of them" if ndim > 1 else ""
+        raise ValueError(f"{name} is a whole number of {least} or more{several}; got {value!r}")
     return tuple(int(v) for v in each)
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    """`value` as an integer. Raises ValueError unless it is one of `least` or more."""
+    return each_axis(value, 1, name, least)[0]
+
+
+def expect_flags(**flags: Any) -> None:
+    """Raise TypeError unless each is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} is True or False; got {value!r}")
+
+
+def expect_numbers(**numbers: Any) -> None:
+    """Raise TypeError unless each is a real number, ValueError unless it is finite."""
+    for name, value in numbers.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name} is a number; got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number; got {value!r}")
+
+
+def expect_several(x: Any, parts: int, what: str) -> None:
+    """Raise ValueError if x has one value for each of its parts, such as channels: it would become 0."""
+    if x.size and x.size == parts:
+        raise ValueError(f"normalisation needs more than one value per {what}; got shape {x.shape}")
 
 
 def expect_channels(x: Any, **vectors: Any) -> None:
@@ -99,9 +141,9 @@ def expect_vectors(x: Any, **vectors: Any) -> None:
             raise ValueError(f"{name} has shape {shape}, for {x.shape[1]} channels of x {x.shape}")
 
 
-def expect_eps(eps: float) -> None:
-    """Raise TypeError unless eps is a number, ValueError if it is negative."""
+def expect_eps(eps: float, zero: bool = True) -> None:
+    """Raise TypeError unless eps is a number, ValueError if it is negative, not finite, or 0 without `zero`."""
     if not isinstance(eps, Real):
         raise TypeError(f"eps has to be a number; got {eps!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps has to be 0 or more; got {eps}")
+    if not 0 <= eps < np.inf or not (eps or zero):
+        raise ValueError(f"eps has to be {'0 or more' if zero else 'greater than 0'}, and finite; got {eps}")

@@ -25,6 +25,7 @@ __all__ = [
 Array: TypeAlias = NDArray[Any]
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
+IN_KERNELS = "?bhilqBHILQefd"  # NumPy's characters of the dtypes that kernels take: not of long doubles
 REPORTED = (IndexError, ValueError, TypeError, AttributeError)  # errors that `forward` explains with the op's operands
 
 
@@ -40,18 +41,40 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
             result = op.forward(*arrays, **params)
     except REPORTED as error:
         expect_one_place(arrays)
+        expect_numbers(op.name, arrays)
         kind = next(k for k in REPORTED if isinstance(error, k))
         reason = getattr(error, "reason", error)  # without the ops inside this one
+        if kind is AttributeError and not all(hasattr(a, "dtype") for a in arrays):  # a number has no shape
+            kind, reason = TypeError, "takes tensors or arrays"
         described: Any = kind(f"{describe(op, arrays, params)}: {reason}")
         described.reason = reason
         raise described from error
     if type(result) is np.ndarray and not op.saves:
-        return result, ()
+        return _promoted(op, result, arrays, params), ()
     y, saved = op.split(result)
     for a in (y, *saved):
         if type(a) is not np.ndarray and hasattr(a, "requires_grad"):  # `type` first, as it is faster
             raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
-    return as_array(y), saved
+    return _promoted(op, as_array(y), arrays, params), saved
+
+
+def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
+    """A floating-point result in the dtype of the widest floating-point operand; in float32 if there is none.
+
+    NumPy's integers would make it wider. Numbers alone still give float64, and an op with the option `dtype` chooses.
+    """
+    own = y.dtype
+    for a in arrays:
+        if getattr(a, "dtype", None) is own:
+            return y  # the usual case
+    dtypes = [a.dtype for a in arrays if hasattr(a, "dtype")]
+    floating = [d for d in dtypes if d.kind == "f"]
+    if own.kind != "f" or len(floating) == len(dtypes) or "dtype" in params:
+        return y
+    widest = max(floating, key=lambda d: d.itemsize, default=np.dtype(np.float32))
+    if own.itemsize < widest.itemsize and not op.fused:  # NumPy takes int8 to float16
+        return forward(op, [a.astype(widest) if hasattr(a, "dtype") else a for a in arrays], params)[0]
+    return y.astype(widest) if own.itemsize > widest.itemsize else y
 
 
 def vjp(
@@ -77,10 +100,10 @@ def vjp(
 
 
 def _kernel(name: str, arrays: Sequence[Any]) -> Any:
-    """The kernel for these operands, or None. Numbers, foreign byte orders and long doubles are left to NumPy."""
+    """The kernel for these operands, or None. Numbers, foreign byte orders and other dtypes are left to NumPy."""
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
-        return find_kernel(name, "cpu") if first.dtype.isnative and first.dtype.char != "g" else None
+        return find_kernel(name, "cpu") if first.dtype.isnative and first.dtype.char in IN_KERNELS else None
     for other in arrays:
         if (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
@@ -215,6 +238,15 @@ def expect_one_place(operands: Collection[object]) -> None:
     devices = {device_of(o) for o in operands if hasattr(o, "dtype")}
     if len(devices) > 1:
         raise TypeError(f"operands live on different devices, {' and '.join(sorted(devices))}; move one with .to()")
+
+
+def expect_numbers(name: str, operands: Collection[Any]) -> None:
+    """Raise TypeError unless the operands of the op `name` are real numbers, booleans or arrays of them, or None."""
+    for o in operands:
+        if hasattr(o, "dtype") and o.dtype.kind not in "fiub":
+            raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
+        if not hasattr(o, "dtype") and not isinstance(o, int | float | None):
+            raise TypeError(f"{name} takes tensors, arrays or numbers; got a {type(o).__name__}")
 
 
 def move(array: Any, device: str) -> Any:

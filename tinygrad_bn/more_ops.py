@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import sample
-from tinygrad_bn.ops import exp, kept, log, matmul, reshape, sum, transpose, where
+from tinygrad_bn.ops import astype, exp, kept, log, matmul, reshape, sum, transpose, where
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Function, Operand, primitive
 
@@ -20,19 +20,37 @@ from tinygrad_bn.tensor import Axis, Function, Operand, primitive
 
 
 def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
-    both_zero = (a == 0) * (b == 0)  # where the formula says 0 · 0⁻¹
-    return g * where(both_zero, 0.0, b * pow(where(both_zero, 1.0, a), b - 1))
+    if isinstance(b, int | float) and b:
+        return g * b * pow(a, b - 1)
+    tiny = float(np.finfo(a.dtype).tiny)
+    undefined = (b == 0) * (a < tiny) * (a > -tiny)  # where b · aᵇ⁻¹ would be 0 · ∞
+    return g * where(undefined, 0.0, b * pow(where(undefined, 1.0, a), b - 1))
+
+
+def _pow_by_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
+    undefined = (a == 0) * (b >= 0)  # where y · log a would be 0 · −∞
+    return g * y * log(a + astype(undefined, dtype=y.dtype))  # there log 1
 
 
 @primitive(
     _pow_by_base,
-    lambda g, y, a, b: g * y * log(where(a == 0, 1.0, a)),
+    _pow_by_exponent,
     formula="y = aᵇ;  ∂a = g · b · aᵇ⁻¹,  ∂b = g · y · log a",
     sample=broadcasting(POSITIVE, POSITIVE),
 )
 def pow(a: Operand, b: Operand) -> Operand:
-    """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0 and ∂b of 0ᵇ is 0, also at a = 0."""
-    return (a if isinstance(a, int | float) else np.asarray(a)) ** b  # unlike np.power it is fast for 0.5, 1 and 2
+    """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0, also at a = 0; ∂b of 0ᵇ is 0 for b ≥ 0, else −∞."""
+    a = a if isinstance(a, int | float) else np.asarray(a)
+    if isinstance(b, int | float) and b == math.floor(b) and np.abs(b) > 2 and np.result_type(a).kind == "f":
+        magnitude = np.abs(a) ** b  # negative bases take 20 times as long
+        return np.copysign(magnitude, a) if b % 2 else magnitude
+    return a**b  # unlike np.power it is fast for 0.5, 1 and 2
+
+
+def _real(x: Any) -> Any:
+    """An array of floating-point numbers; integers in float64, as unsigned ones have no negative."""
+    x = np.asarray(x)
+    return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 
 @primitive(lambda g, y, x: g * (1 - y * y), formula="y = tanh x;  ∂x = g · (1 − y²)", sample=elementwise(REAL))
@@ -48,6 +66,7 @@ def tanh(x: Operand) -> Operand:
 )
 def sigmoid(x: Operand) -> Operand:
     """Logistic function, elementwise; no overflow for any x."""
+    x = _real(x)
     e = np.exp(-np.abs(x))
     return np.where(np.greater_equal(x, 0), 1, e) / (1 + e)
 
@@ -73,7 +92,8 @@ def expm1(x: Operand) -> Operand:
 @primitive(lambda g, y, x: g * sigmoid(x), formula="y = log(1 + eˣ);  ∂x = g · sigmoid(x)", sample=elementwise(REAL))
 def softplus(x: Operand) -> Operand:
     """Smooth ReLU, elementwise; no overflow for any x."""
-    return np.logaddexp(x, 0)
+    x = _real(x)
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))  # np.logaddexp is ten times slower
 
 
 @primitive(
@@ -87,12 +107,22 @@ def erf(x: Operand) -> Operand:
 
 
 @primitive(
+    lambda g, y, x: g * (-2 / math.sqrt(math.pi)) * exp(-x * x),
+    formula="y = 1 − erf x;  ∂x = −g · 2/√π · e^(−x²)",
+    sample=elementwise(REAL),
+)
+def erfc(x: Operand) -> Operand:
+    """Complementary error function, elementwise: exact also where it is near 0."""
+    return np.vectorize(math.erfc, otypes=[np.result_type(x, np.float16)])(x)
+
+
+@primitive(
     lambda g, y, x, *, min, max: where(x == y, g, 0.0),
     formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
     sample=sample.for_clip,
 )
 def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
-    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves."""
+    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves, 0 at NaN."""
     if min is None and max is None:
         raise ValueError("clip needs min, max, or both")
     with np.errstate(over="ignore"):  # a limit beyond the dtype is inf
@@ -100,24 +130,24 @@ def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> O
 
 
 @primitive(
-    lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, g, 0.0)),
-    lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, g, 0.0)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, 0.0, g)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, 0.0, g)),
     formula="y = max(a, b);  the larger gets g, both half of it in a tie",
     sample=sample.for_distinct_pair,
 )
 def maximum(a: Operand, b: Operand) -> Operand:
-    """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
+    """The larger, elementwise with NumPy broadcasting. In a tie each gets half of the gradient, at NaN all of it."""
     return np.maximum(a, b)
 
 
 @primitive(
-    lambda g, y, a, b: where(a == b, g * 0.5, where(a < b, g, 0.0)),
-    lambda g, y, a, b: where(a == b, g * 0.5, where(b < a, g, 0.0)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(a > b, 0.0, g)),
+    lambda g, y, a, b: where(a == b, g * 0.5, where(b > a, 0.0, g)),
     formula="y = min(a, b);  the smaller gets g, both half of it in a tie",
     sample=sample.for_distinct_pair,
 )
 def minimum(a: Operand, b: Operand) -> Operand:
-    """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient."""
+    """The smaller, elementwise with NumPy broadcasting. In a tie each gets half of the gradient, at NaN all of it."""
     return np.minimum(a, b)
 
 

@@ -2,7 +2,8 @@
 
 A forward gets arrays and is the NumPy reference. A rule `(g, y, *operands, **params)` gives the gradient of one
 operand from the gradient `g` of the result `y`; it may use any function of this file, so that it can itself be
-differentiated. Where a function has a kink, the chosen subgradient is PyTorch's and stands in the docstring.
+differentiated. Where a function has a kink, the chosen subgradient is PyTorch's and stands in the docstring; so does
+the gradient at NaN where it is not NaN.
 """
 
 # A rule may name an op that is declared further down, which mypy cannot infer through a decorator.
@@ -99,10 +100,10 @@ def rsqrt(x: Operand) -> Operand:
 
 
 @primitive(
-    lambda g, y, x: where(y > 0, g, 0.0), formula="y = max(x, 0);  ∂x = g where y > 0", sample=elementwise(NONZERO)
+    lambda g, y, x: where(y <= 0, 0.0, g), formula="y = max(x, 0);  ∂x = g where y > 0", sample=elementwise(NONZERO)
 )
 def relu(x: Operand) -> Operand:
-    """Rectified linear unit, elementwise. Gradient 0 at 0."""
+    """Rectified linear unit, elementwise. Gradient 0 at 0, and g at NaN."""
     return np.maximum(x, 0)
 
 
@@ -126,7 +127,7 @@ def where(condition: Operand, a: Operand, b: Operand) -> Operand:
 
 def kept(y: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     """A reduction's result in the shape that broadcasts against its operand."""
-    if keepdims or (axis is None and not x.ndim):
+    if keepdims or not x.ndim:
         return y
     axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
     return reshape(y, shape=tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
@@ -247,5 +248,7 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
     sample=lambda d: ((d.array(REAL, d.shape()),), {"dtype": np.float64}),
 )
 def astype(x: Operand, *, dtype: Any) -> Operand:
-    """Convert to another dtype."""
+    """Convert to another dtype, of real numbers or booleans. Raises TypeError for any other."""
+    if np.dtype(dtype).kind not in "fiub":
+        raise TypeError("a tensor holds real numbers or booleans")
     return np.asarray(x, dtype)

@@ -223,7 +223,8 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
         if len(operands) != count or not required <= params.keys() <= options.keys():
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
-            if value is not None and type(value) is not int and (option == "axis" or type(value) is not float):
+            plain = type(value) is int or (type(value) is float and option != "axis")
+            if not plain and (value is not None or defaults.get(option) is not None):
                 params[option] = checked_option(name, option, value)
         return apply(op, operands, {**defaults, **params})
 
@@ -245,8 +246,8 @@ def _in_float64(composition: Callable[..., Any]) -> Callable[..., Any]:
     def compute(*operands: Any, **params: Any) -> Any:
         result = composition(*map(widened, operands), **params)
         y, *saved = result if isinstance(result, tuple) else (result,)
-        dtype = next((o.dtype.newbyteorder("=") for o in operands if _is_floating(o)), None)
-        if dtype is not None and dtype.itemsize < 8 and _is_floating(y):
+        dtype = next((o.dtype.newbyteorder("=") for o in operands if _is_floating(o)), np.dtype(np.float32))
+        if dtype.itemsize < 8 and _is_floating(y):
             y = apply(OPS["astype"], (y,), {"dtype": dtype})[0]
         return (y, *saved) if isinstance(result, tuple) else y
 

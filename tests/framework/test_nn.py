@@ -154,7 +154,7 @@ def test_linear():
     assert np.abs(nn.Linear(100, 50).weight.numpy()).max() <= 0.1
     with pytest.raises(ValueError, match=r"Linear\(3, 2, bias=True\) got an input of shape \(4, 5\)"):
         layer(np.ones((4, 5)))
-    with pytest.raises(ValueError, match="at least one feature"):
+    with pytest.raises(ValueError, match="in_features is a whole number of 1 or more"):
         nn.Linear(0, 2)
 
 

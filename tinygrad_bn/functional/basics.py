@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Real
 
 import numpy as np
 
 from tinygrad_bn import more_ops
-from tinygrad_bn.arguments import expect_floats
+from tinygrad_bn.arguments import expect_array, expect_floats
 from tinygrad_bn.functional.statistics import largest
-from tinygrad_bn.more_ops import erf, expm1, sigmoid
+from tinygrad_bn.more_ops import erfc, expm1, sigmoid
 from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
 from tinygrad_bn.random import generator, philox
-from tinygrad_bn.sample import REAL
-from tinygrad_bn.tensor import Operand, Tensor, primitive
+from tinygrad_bn.sample import REAL, elementwise
+from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
 # ---- softmax --------------------------------------------------------------------------------------------
 
 
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     """Logarithm of `softmax`, without overflow or underflow."""
+    expect_floats(x, "softmax")
     if x.dtype == np.float16:  # which may not hold the sum
         return astype(log_softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     shifted = x - largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
@@ -46,8 +49,16 @@ def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
 
 
 def flatten(x: Operand, start_axis: int = 1) -> Tensor:
-    """Merge the axes from `start_axis` on into one: (N, C, H, W) to (N, C·H·W)."""
-    return reshape(x, shape=(*x.shape[:start_axis], math.prod(x.shape[start_axis:])))
+    """Merge the axes from `start_axis` on into one: (N, C, H, W) to (N, C·H·W).
+
+    A negative `start_axis` counts from the last. Raises ValueError if x has no such axis.
+    """
+    expect_array(x, "flatten")
+    first = operator.index(start_axis)
+    if not -x.ndim <= first < x.ndim:
+        raise ValueError(f"x {x.shape} has no axis {start_axis} to flatten from")
+    first %= x.ndim
+    return reshape(x, shape=(*x.shape[:first], math.prod(x.shape[first:])))
 
 
 # ---- activations ----------------------------------------------------------------------------------------
@@ -55,23 +66,36 @@ def flatten(x: Operand, start_axis: int = 1) -> Tensor:
 
 def leaky_relu(x: Operand, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, negative_slope · x elsewhere."""
+    expect_array(x, "leaky_relu")
     return where(x > 0, x, x * negative_slope)
 
 
 def elu(x: Operand, alpha: float = 1.0) -> Tensor:
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
+    expect_array(x, "elu")
     positive = x > 0
     return where(positive, x, alpha * expm1(where(positive, 0.0, x)))  # no overflow in the branch not taken
 
 
-def silu(x: Operand) -> Tensor:
-    """x · sigmoid(x), also called swish."""
-    return sigmoid(x) * x
+@fused(formula="y = x · σ(x);  ∂x = g · σ(x) · (1 + x · σ(−x))", sample=elementwise(REAL))
+def silu(x: Operand) -> Operand:
+    """x · sigmoid(x), elementwise; also called swish (Elfwing et al. 2017)."""
+    return _times(x, sigmoid, 750)
 
 
-def gelu(x: Operand) -> Tensor:
-    """x · Φ(x), with the normal distribution function Φ itself (no tanh approximation)."""
-    return (erf(x * math.sqrt(0.5)) + 1) * x * 0.5
+@fused(formula="y = x · Φ(x);  ∂x = g · (Φ(x) + x · φ(x))", sample=elementwise(REAL))
+def gelu(x: Operand) -> Operand:
+    """x · Φ(x), elementwise, with the normal distribution function Φ itself (no tanh approximation).
+
+    Hendrycks & Gimpel 2016. Φ(x) = erfc(−x/√2) / 2 has all its digits where it is near 0.
+    """
+    return _times(x, lambda v: erfc(v * -math.sqrt(0.5)) * 0.5, 40)
+
+
+def _times(x: Operand, function: Callable[[Operand], Operand], limit: float) -> Operand:
+    """x · function(x), of a function that is 0 below −limit and 1 above: without 0 · ∞ there, and in gradients."""
+    inside = where(x > limit, limit, where(x < -limit, -limit, x))  # unlike clip's, its gradient at NaN is not 0
+    return where(x > limit, x, inside * function(inside))
 
 
 # ---- dropout --------------------------------------------------------------------------------------------
@@ -91,6 +115,12 @@ def dropout_by_key(x: Operand, *, p: float, key: int) -> Operand:
     return np.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0).astype(x.dtype)
 
 
+def expect_probability(p: float) -> None:
+    """Raise ValueError unless p is a number in [0, 1]."""
+    if not isinstance(p, Real) or not 0 <= p <= 1:
+        raise ValueError(f"a dropout probability has to be in [0, 1]; got {p!r}")
+
+
 def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Generator | None = None) -> Operand:
     """In training, zero each element with probability `p` and scale the others by 1 / (1 − p).
 
@@ -100,8 +130,7 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
         ValueError: `p` is not in [0, 1].
         TypeError: x is not floating-point.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout probability has to be in [0, 1]; got {p}")
+    expect_probability(p)
     expect_floats(x, "dropout")
     if not training or p == 0:
         return x

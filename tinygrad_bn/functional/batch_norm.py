@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn import sample
-from tinygrad_bn.arguments import expect_channels, expect_eps, expect_vectors
+from tinygrad_bn.arguments import expect_channels, expect_eps, expect_several, expect_vectors
 from tinygrad_bn.functional.statistics import mean
 from tinygrad_bn.ops import astype, relu, reshape, rsqrt, sqrt
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive, widened
@@ -145,7 +145,8 @@ def batch_norm(
         eps: added to the variance.
 
     Raises:
-        ValueError: x has no channels, a vector does not have the shape (C,), or eps is negative.
+        ValueError: x has no channels, or one value per channel to take statistics of; a vector does not have the
+            shape (C,); or eps is negative.
         TypeError: x is not floating-point, or eps is not a number.
 
     >>> batch_norm(Tensor([[1.0], [2.0], [3.0]]), training=True)
@@ -158,5 +159,6 @@ def batch_norm(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both, or neither")
     if training or running_mean is None:
+        expect_several(x, x.shape[1], "channel")
         return batch_norm_training(x, weight, bias, eps=eps)
     return batch_norm_inference(x, running_mean, running_var, weight, bias, eps=eps)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import at_least_single, each_axis
+from tinygrad_bn.arguments import at_least_single, each_axis, expect_array, expect_floats, whole_number
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import getitem
@@ -244,11 +244,11 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
                [4., 4., 2.],
                [2., 2., 1.]])
         """
+        expect_floats(x, f"conv{ndim}d")
+        expect_array(weight, f"the weight of conv{ndim}d")
         if x.ndim != ndim + 2 or np.ndim(values(weight)) != ndim + 2:
             raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
-        if x.dtype.kind != "f":
-            raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
-        (groups,) = each_axis(groups, 1, "groups", 1)
+        groups = whole_number(groups, "groups", 1)
         if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
             raise ValueError(
                 f"channels of x {x.shape} and weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
@@ -279,6 +279,17 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
 conv1d, conv2d, conv3d = _of_rank(1), _of_rank(2), _of_rank(3)
 
 
+def transposed_options(
+    stride: int | Ints, padding: int | Ints, output_padding: int | Ints, dilation: int | Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The options of `conv_transpose2d`, checked, as numbers for each axis."""
+    stride, dilation = each_axis(stride, 2, "stride", 1), each_axis(dilation, 2, "dilation", 1)
+    around, extra = each_axis(padding, 2, "padding", 0), each_axis(output_padding, 2, "output_padding", 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise ValueError(f"output_padding {extra} has to be smaller than stride {stride} or dilation {dilation}")
+    return stride, around, extra, dilation
+
+
 def conv_transpose2d(
     x: Operand,
     weight: Operand,
@@ -296,15 +307,13 @@ def conv_transpose2d(
     Raises:
         ValueError: shapes or options that do not fit.
     """
-    if x.dtype.kind != "f":
-        raise TypeError(f"convolution takes floating-point input; got {x.dtype}")
-    fits = x.ndim == np.ndim(values(weight)) == 4 and groups > 0
+    expect_floats(x, "conv_transpose2d")
+    expect_array(weight, "the weight of conv_transpose2d")
+    groups = whole_number(groups, "groups", 1)
+    fits = x.ndim == weight.ndim == 4
     if not fits or x.shape[1] != weight.shape[0] or x.shape[1] % groups:
         raise ValueError(f"conv_transpose2d: x {x.shape}, weight {weight.shape} and {groups} groups do not fit")
-    stride, dilation = each_axis(stride, 2, "stride", 1), each_axis(dilation, 2, "dilation", 1)
-    around, extra = each_axis(padding, 2, "padding", 0), each_axis(output_padding, 2, "output_padding", 0)
-    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
-        raise ValueError(f"output_padding {extra} has to be smaller than stride {stride} or dilation {dilation}")
+    stride, around, extra, dilation = transposed_options(stride, padding, output_padding, dilation)
     size = tuple(
         (n - 1) * s - 2 * p + d * (k - 1) + e + 1
         for n, s, p, d, k, e in zip(x.shape[2:], stride, around, dilation, weight.shape[2:], extra, strict=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_floats
+from tinygrad_bn.arguments import expect_array, expect_floats
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.statistics import largest, mean, values
 from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
@@ -16,10 +16,11 @@ from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+REDUCTIONS = "mean", "sum", "none"
 
 
 def _expect_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction is one of 'mean', 'sum' and 'none'; got {reduction!r}")
 
 
@@ -29,6 +30,7 @@ def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _difference(x: Operand, target: Operand) -> Operand:
+    expect_array(x, "a loss")
     if x.shape != np.shape(values(target)):
         raise ValueError(f"prediction and target differ in shape: {x.shape} and {np.shape(values(target))}")
     return x - target
@@ -66,6 +68,7 @@ def binary_cross_entropy_with_logits(
     `weight` scales each element's loss and `pos_weight` (p above) the positive part; both broadcast with x.
     """
     _difference(x, target)  # for its check of the shapes
+    target = values(target) if isinstance(target, list | tuple) else target
     positive = softplus(-x) * target if pos_weight is None else softplus(-x) * target * pos_weight
     loss = positive + softplus(x) * (1 - target)
     return _reduced(loss if weight is None else loss * weight, reduction)
@@ -77,8 +80,8 @@ def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
         raise TypeError(f"ignore_index has to be an integer; got {ignore_index!r}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index has to be an int64; got {ignore_index}")
-    classes = values(target)
     expect_floats(x, "cross-entropy")
+    classes = values(target)
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
         raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
     if classes.dtype.kind not in "iu":
@@ -115,7 +118,6 @@ def nll_loss(
     Arguments and errors are those of `cross_entropy`.
     """
     classes, weight = _classes(x, target, ignore_index), _class_weight(weight, x)
-    _expect_reduction(reduction)
     loss, _ = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
     loss = astype(loss, dtype=x.dtype)
     return reshape(loss, shape=classes.shape) if reduction == "none" else loss
@@ -129,6 +131,9 @@ def _picked(
     In float64. The second result is the sum of the targets' weights, by which a mean is divided. Rows whose target is
     `ignore_index` count 0 in both.
     """
+    _expect_reduction(reduction)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label smoothing is in [0, 1]; got {smoothing}")
     counts = target != ignore_index
     classes = where(counts, target, 0)
     if device_of(classes) == "cpu":  # on another device a look would wait for it: there a wrong class gives NaN
@@ -213,11 +218,8 @@ def cross_entropy(
     >>> cross_entropy(Tensor([[0.0, 0.0]]), np.array([1])).item()  # log 2
     0.6931471824645996
     """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is in [0, 1]; got {label_smoothing}")
     classes = _classes(x, target, ignore_index)
     weight = _class_weight(weight, x)
-    _expect_reduction(reduction)
     loss = softmax_cross_entropy(
         _as_rows(x),
         classes.reshape(-1),

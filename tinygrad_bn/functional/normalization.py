@@ -7,7 +7,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import at_least_single, expect_channels, expect_eps, expect_floats
+from tinygrad_bn.arguments import (
+    at_least_single,
+    each_axis,
+    expect_channels,
+    expect_eps,
+    expect_floats,
+    expect_several,
+    whole_number,
+)
 from tinygrad_bn.functional.batch_norm import batch_norm_steps
 from tinygrad_bn.functional.statistics import mean, values
 from tinygrad_bn.ops import reshape, rsqrt
@@ -67,18 +75,27 @@ def layer_norm(
 def group_norm(
     x: Operand, num_groups: int, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """Group normalisation (Wu & He 2018) of x (N, C, ...): each sample over groups of C / num_groups channels."""
+    """Group normalisation (Wu & He 2018) of x (N, C, ...): each sample over groups of C / num_groups channels.
+
+    Raises ValueError if the channels do not divide into the groups, or a group has one value.
+    """
     expect_channels(x)
-    if num_groups < 1 or x.shape[1] % num_groups:
+    if whole_number(num_groups, "num_groups", 1) and x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
+    expect_several(x, x.shape[0] * num_groups, "group")
     planes = x.shape[1] // num_groups
     blocks = x.shape[0], num_groups, planes, math.prod(x.shape[2:])
     return _block_norm(x, weight, bias, x.shape[1:2], blocks, eps)
 
 
 def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | None = None, eps: float = 1e-5) -> Tensor:
-    """Instance normalisation (Ulyanov et al. 2016) of x (N, C, ...): each channel of each sample by itself."""
-    return group_norm(x, x.shape[1] if x.ndim > 1 else 1, weight, bias, eps)
+    """Instance normalisation (Ulyanov et al. 2016) of x (N, C, ...): each channel of each sample by itself.
+
+    Raises ValueError if these have one value each.
+    """
+    expect_channels(x)
+    expect_several(x, x.shape[0] * x.shape[1], "channel of a sample")
+    return group_norm(x, x.shape[1], weight, bias, eps)
 
 
 def rms_norm(
@@ -89,6 +106,15 @@ def rms_norm(
     As in PyTorch `eps` is by default the machine epsilon of x's dtype, but of float32 for half precision.
     """
     return _last_axes_norm(x, normalized_shape, weight, None, eps, centered=False)
+
+
+def last_axes(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the axes to normalise over. Raises ValueError unless it is one size of 1 or more, or several."""
+    several = isinstance(normalized_shape, tuple | list | np.ndarray)
+    shape = each_axis(normalized_shape, len(normalized_shape) if several else 1, "normalized_shape", 1)  # type: ignore[arg-type]
+    if not shape:
+        raise ValueError("normalized_shape is empty: there is no axis to normalise over")
+    return shape
 
 
 def _block_norm(
@@ -113,7 +139,7 @@ def _last_axes_norm(
 ) -> Tensor:
     """Normalise each sample of x over its last axes, which have the shape `normalized_shape`, checked."""
     expect_floats(x, "normalisation")
-    shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
+    shape = last_axes(normalized_shape)
     samples = x.shape[: x.ndim - len(shape)]
     if (*samples, *shape) != x.shape:
         raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {shape}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import at_least_single, each_axis
+from tinygrad_bn.arguments import at_least_single, each_axis, expect_floats
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.convolution import Ints, Pairs, windows
 from tinygrad_bn.functional.statistics import mean, values
@@ -88,16 +89,27 @@ def max_pool(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints
 
 
 def _averages(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool) -> Tensor:
-    """Average pooling of x (N, C, *size) to (N, C, *out): the sum of its shifted slices."""
+    """Average pooling of x (N, C, *size) to (N, C, *out): the sum of its shifted slices, one axis after the other."""
     border = _border(x.shape[2:], kernel, out, stride, padding, (1,) * len(kernel))
     wide = at_least_single(x.dtype)
-    padded = pad(astype(x, dtype=wide), width=((0, 0), (0, 0), *border))
-    total: Any = 0.0
-    for place in np.ndindex(*kernel):
-        index = tuple(slice(at, at + (m - 1) * s + 1, s) for at, m, s in zip(place, out, stride, strict=True))
-        total = total + getitem(padded, index=(slice(None), slice(None), *index))
+    total: Any = astype(x, dtype=wide)
+    if kernel == stride and math.prod(kernel) >= 16 and not any(map(any, border)):  # smaller ones are faster in slices
+        return astype(_tile_means(total, kernel, out), dtype=x.dtype)
+    total = pad(total, width=((0, 0), (0, 0), *border))
+    for axis, (k, m, s) in enumerate(zip(kernel, out, stride, strict=True), start=2):
+        before = (slice(None),) * axis
+        shifted = [getitem(total, index=(*before, slice(at, at + (m - 1) * s + 1, s))) for at in range(k)]
+        total = sum(shifted[1:], start=shifted[0])
     shares = (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(wide)
     return astype(total * backend.move(shares, backend.device_of(x)), dtype=x.dtype)
+
+
+def _tile_means(x: Operand, kernel: Ints, out: Ints) -> Tensor:
+    """The means of windows that lie side by side: each axis of x is cut into (out, kernel)."""
+    used = tuple(m * k for m, k in zip(out, kernel, strict=True))
+    x = x if x.shape[2:] == used else getitem(x, index=(..., *map(slice, used)))
+    cut = reshape(x, shape=(*x.shape[:2], *chain(*zip(out, kernel, strict=True))))
+    return mean(cut, axis=tuple(range(3, cut.ndim, 2)))
 
 
 def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, include_pad: bool) -> Array:
@@ -114,15 +126,18 @@ def _counts(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, in
 # ---- functions -------------------------------------------------------------------------------------------
 
 
-def _pool_options(
-    ndim: int, x: Operand, kernel_size: int | Ints, stride: int | Ints | None, padding: int | Ints, dilation: int | Ints
-) -> tuple[Ints, Ints, Ints, Ints]:
+def _expect_planes(x: Operand, ndim: int) -> None:
+    expect_floats(x, "pooling")
     if x.ndim != ndim + 2:
         raise ValueError(f"{ndim}-dimensional pooling takes {ndim + 2} axes, (N, C, ...); got {x.shape}")
-    if x.dtype.kind != "f":
-        raise TypeError(f"pooling takes floating-point input; got {x.dtype}")
     if min(x.shape[2:]) < 1:
         raise ValueError(f"x {x.shape} has no elements to pool")
+
+
+def window_options(
+    ndim: int, kernel_size: int | Ints, stride: int | Ints | None, padding: int | Ints, dilation: int | Ints = 1
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Kernel, stride, padding and dilation of pooling, checked, as numbers for each axis."""
     kernel = each_axis(kernel_size, ndim, "kernel_size", 1)
     steps = kernel if stride is None else each_axis(stride, ndim, "stride", 1)
     around, spread = each_axis(padding, ndim, "padding", 0), each_axis(dilation, ndim, "dilation", 1)
@@ -168,7 +183,8 @@ def _max_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
             ValueError: a window that does not fit, or holds only padding.
             TypeError: x is not floating-point.
         """
-        kernel, steps, around, spread = _pool_options(ndim, x, kernel_size, stride, padding, dilation)
+        _expect_planes(x, ndim)
+        kernel, steps, around, spread = window_options(ndim, kernel_size, stride, padding, dilation)
         out = _out(x, kernel, steps, around, spread, ceil_mode)
         return max_pool(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
 
@@ -189,7 +205,8 @@ def _avg_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
 
         `count_include_pad`: whether padding, which is 0, counts as elements.
         """
-        kernel, steps, around, once = _pool_options(ndim, x, kernel_size, stride, padding, 1)
+        _expect_planes(x, ndim)
+        kernel, steps, around, once = window_options(ndim, kernel_size, stride, padding)
         out = _out(x, kernel, steps, around, once, ceil_mode)
         return _averages(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)
 
@@ -208,8 +225,9 @@ def _bounds(n: int, out: int) -> tuple[Array, Array]:
 
 
 def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
-    if x.ndim < 3 or x.dtype.kind != "f":
-        raise ValueError(f"adaptive pooling takes floating-point x of (N, C, ...); got {x.dtype} {x.shape}")
+    expect_floats(x, "adaptive pooling")
+    if x.ndim < 3:
+        raise ValueError(f"adaptive pooling takes x of (N, C, ...); got {x.shape}")
     return each_axis(output_size, x.ndim - 2, "output_size", 1)
 
 

@@ -23,9 +23,19 @@ def values(x: Operand) -> Any:
 
 def count(x: Operand, axis: Axis) -> int:
     """How many elements of `x` a reduction over `axis` combines."""
-    if axis is None:
+    if axis is None or not x.ndim:
         return int(x.size)
     return math.prod(x.shape[i] for i in np.atleast_1d(axis))
+
+
+def _floating(x: Operand) -> Operand:
+    """Integers in float64, as their sum may overflow; anything else as it is."""
+    return x if x.dtype.kind == "f" else astype(x, dtype=np.float64)
+
+
+def _divided(total: Operand, n: int, correction: float = 0) -> Operand:
+    """total / (n − correction). Of nothing it is NaN, but not 0 / 0: so its gradients are 0, of every order."""
+    return total / builtins.max(n - correction, 0) if n else total + math.nan
 
 
 def _sample_moments(d: Draw) -> Drawn:
@@ -35,9 +45,8 @@ def _sample_moments(d: Draw) -> Drawn:
 
 @fused(formula="y = Σ x / n over axis;  ∂x = g / n, repeated", sample=reducing(distinct=True))
 def mean(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
-    """Arithmetic mean over `axis` (an int, a tuple, or None for all); of integers, in float64."""
-    x = x if x.dtype.kind == "f" else astype(x, dtype=np.float64)  # integers may overflow in a sum
-    return sum(x, axis=axis, keepdims=keepdims) / count(x, axis)
+    """Arithmetic mean over `axis` (an int, a tuple, or None for all)."""
+    return _divided(sum(_floating(x), axis=axis, keepdims=keepdims), count(x, axis))
 
 
 @fused(formula="y = Σ(x − mean)² / (n − correction) over axis", sample=_sample_moments)
@@ -46,15 +55,18 @@ def var(x: Operand, *, axis: Axis = None, keepdims: bool = False, correction: fl
 
     As in NumPy and the array API the default is the biased estimate; PyTorch's default is `correction=1`.
     """
+    x = _floating(x)
     xmu = x - mean(x, axis=axis, keepdims=True)
     xmu = xmu - mean(xmu, axis=axis, keepdims=True)  # the mean's rounding error, 0 in exact arithmetic
-    return sum(xmu * xmu, axis=axis, keepdims=keepdims) / builtins.max(count(x, axis) - correction, 0)
+    return _divided(sum(xmu * xmu, axis=axis, keepdims=keepdims), count(x, axis), correction)
 
 
 @fused(formula="y = √var over axis", sample=_sample_moments)
 def std(x: Operand, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Operand:
     """Square root of `var`. Its gradient is 0 where the variance is 0 (as in PyTorch)."""
-    variance = var(x, axis=axis, keepdims=keepdims, correction=correction)
+    variance = var(_floating(x), axis=axis, keepdims=keepdims, correction=correction)
+    if not x.size:
+        return variance  # NaN
     varies = variance != 0  # true for NaN, so it stays
     return where(varies, sqrt(where(varies, variance, 1.0)), 0.0)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
+from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, whole_number
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
@@ -33,14 +35,14 @@ class _BatchNorm(Module):
         running_var_correction: int = 1,
         virtual_batch_size: int | None = None,
     ) -> None:
-        if num_features < 1:
-            raise ValueError(f"num_features has to be at least 1; got {num_features}")
-        if not eps > 0:
-            raise ValueError(f"eps has to be greater than 0; got {eps}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"momentum has to be in [0, 1], or None for the cumulative mean; got {momentum}")
-        if virtual_batch_size is not None and virtual_batch_size < 1:
-            raise ValueError(f"virtual_batch_size has to be at least 1, or None; got {virtual_batch_size}")
+        num_features = whole_number(num_features, "num_features", 1)
+        expect_eps(eps, zero=False)
+        expect_flags(affine=affine, track_running_stats=track_running_stats)
+        running_var_correction = whole_number(running_var_correction, "running_var_correction", 0)
+        if not (momentum is None or (isinstance(momentum, Real) and 0 <= momentum <= 1)):
+            raise ValueError(f"momentum has to be in [0, 1], or None for the cumulative mean; got {momentum!r}")
+        if virtual_batch_size is not None:
+            virtual_batch_size = whole_number(virtual_batch_size, "virtual_batch_size", 1)
         if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # not from a preset
             warnings.warn(
                 f"momentum={momentum} is the weight of the NEW batch here, as in PyTorch; did you mean "
@@ -82,11 +84,10 @@ class _BatchNorm(Module):
 
     def uses_batch(self, x: Tensor) -> bool:
         """Whether the statistics of the batch normalise `x`, which is checked; otherwise the running ones do."""
+        expect_floats(x, type(self).__name__)
         if x.ndim not in self._shapes or x.shape[1] != self.num_features:
             wanted = " or ".join(self._shapes.values()).replace("C", str(self.num_features))
             raise ValueError(f"{type(self).__name__}({self.num_features}) takes {wanted}; got shape {x.shape}")
-        if x.dtype.kind != "f":
-            raise TypeError(f"{type(self).__name__} takes floating-point input; got {x.dtype}")
         if self.running_mean is not None and (self.stats_frozen or not self.training or not x.size):
             return False
         if self.training and x.size == self.num_features:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.functional.convolution import Ints, Padding
+from tinygrad_bn.arguments import each_axis, expect_array, expect_flags, whole_number
+from tinygrad_bn.functional.convolution import Ints, Padding, pairs, transposed_options
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import Module, Parameter
 from tinygrad_bn.tensor import Tensor
@@ -36,15 +37,15 @@ class _Conv(Module):
         bias: bool = True,
         rng: np.random.Generator | None = None,
     ) -> None:
-        if in_channels < 1 or out_channels < 1 or groups < 1 or in_channels % groups or out_channels % groups:
+        self.in_channels = whole_number(in_channels, "in_channels", 1)
+        self.out_channels = whole_number(out_channels, "out_channels", 1)
+        self.groups = whole_number(groups, "groups", 1)
+        expect_flags(bias=bias)
+        if in_channels % groups or out_channels % groups:
             raise ValueError(f"{in_channels} and {out_channels} channels do not divide into {groups} groups")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = (
-            (int(kernel_size),) * self._ndim if isinstance(kernel_size, int | np.integer) else tuple(kernel_size)
-        )
-        if len(self.kernel_size) != self._ndim or min(self.kernel_size) < 1:
-            raise ValueError(f"kernel_size is an integer of at least 1, or {self._ndim} of them; got {kernel_size!r}")
+        self.kernel_size = each_axis(kernel_size, self._ndim, "kernel_size", 1)
         self.stride, self.padding, self.dilation = stride, padding, dilation
+        self._check_options()
         bound = 1 / math.sqrt(math.prod(self._weight_shape()[1:]))  # the fan-in, as PyTorch counts it
         self.weight = Parameter(np.empty(self._weight_shape(), np.float32))
         init.uniform_(self.weight, -bound, bound, rng)
@@ -55,7 +56,12 @@ class _Conv(Module):
     def _weight_shape(self) -> Ints:
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
+    def _check_options(self) -> None:
+        steps = each_axis(self.stride, self._ndim, "stride", 1), each_axis(self.dilation, self._ndim, "dilation", 1)
+        pairs(self.padding, self.kernel_size, *steps)
+
     def _check_input(self, x: Tensor) -> None:
+        expect_array(x, type(self).__name__)
         if x.ndim != self._ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join(["N", str(self.in_channels), *"DHW"[3 - self._ndim :]])
             raise ValueError(f"{self!r} takes ({axes}); got shape {x.shape}")
@@ -115,6 +121,9 @@ class ConvTranspose2d(_Conv):
 
     def _weight_shape(self) -> Ints:
         return self.in_channels, self.out_channels // self.groups, *self.kernel_size
+
+    def _check_options(self) -> None:
+        transposed_options(self.stride, self.padding, self.output_padding, self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)

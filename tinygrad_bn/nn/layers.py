@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import cast
 
 import numpy as np
 
 from tinygrad_bn import functional as F
+from tinygrad_bn.arguments import expect_array, expect_flags, expect_numbers, whole_number
+from tinygrad_bn.functional.basics import expect_probability
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import Module, Parameter
 from tinygrad_bn.tensor import Tensor
@@ -22,8 +25,9 @@ class Linear(Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, rng: np.random.Generator | None = None
     ) -> None:
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"Linear needs at least one feature in and out; got ({in_features}, {out_features})")
+        in_features = whole_number(in_features, "in_features", 1)
+        out_features = whole_number(out_features, "out_features", 1)
+        expect_flags(bias=bias)
         bound = 1 / math.sqrt(in_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter(np.empty((out_features, in_features), np.float32))
@@ -33,6 +37,7 @@ class Linear(Module):
             init.uniform_(self.bias, -bound, bound, rng)
 
     def forward(self, x: Tensor) -> Tensor:
+        expect_array(x, "Linear")
         if not x.ndim or x.shape[-1] != self.in_features:
             raise ValueError(f"{self!r} got an input of shape {x.shape}; its last axis has to be {self.in_features}")
         return F.linear(x, self.weight, self.bias)
@@ -59,8 +64,7 @@ class Dropout(Module):
     """In training, zeroes elements with probability `p` and scales the others by 1 / (1 − p)."""
 
     def __init__(self, p: float = 0.5, rng: np.random.Generator | None = None) -> None:
-        if not 0 <= p <= 1:
-            raise ValueError(f"dropout probability has to be in [0, 1]; got {p}")
+        expect_probability(p)
         self.p, self.rng = p, rng
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,6 +85,7 @@ class LeakyReLU(Module):
     """x where x > 0, negative_slope · x elsewhere."""
 
     def __init__(self, negative_slope: float = 0.01) -> None:
+        expect_numbers(negative_slope=negative_slope)
         self.negative_slope = negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,6 +99,7 @@ class ELU(Module):
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
 
     def __init__(self, alpha: float = 1.0) -> None:
+        expect_numbers(alpha=alpha)
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ class Softmax(Module):
     """eˣ / Σ eˣ over `axis`. `cross_entropy` takes logits: use no Softmax before it."""
 
     def __init__(self, axis: int = -1) -> None:
-        self.axis = axis
+        self.axis = operator.index(axis)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.softmax(x, self.axis)

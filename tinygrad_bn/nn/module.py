@@ -181,7 +181,9 @@ class Module:
         return self
 
     def astype(self, dtype: DTypeLike) -> Self:
-        """Convert the floating-point parameters and buffers to `dtype`."""
+        """Convert the floating-point parameters and buffers to `dtype`, which is floating-point too, else TypeError."""
+        if np.dtype(dtype).kind != "f":
+            raise TypeError(f"parameters are floating-point numbers; got the dtype {np.dtype(dtype)}")
         for module in self.modules():
             module._convert(dtype)
         return self

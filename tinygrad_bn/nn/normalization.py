@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tinygrad_bn import functional as F
+from tinygrad_bn.arguments import expect_array, expect_eps, expect_flags, whole_number
+from tinygrad_bn.functional.normalization import last_axes
 from tinygrad_bn.nn.module import Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
@@ -15,8 +17,9 @@ class LayerNorm(Module):
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, elementwise_affine: bool = True
     ) -> None:
-        self.normalized_shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
-        self.eps = eps
+        expect_eps(eps)
+        expect_flags(elementwise_affine=elementwise_affine)
+        self.normalized_shape, self.eps = last_axes(normalized_shape), eps
         self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
         self.bias = Parameter(np.zeros(self.normalized_shape, np.float32)) if elementwise_affine else None
 
@@ -30,14 +33,16 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """Root-mean-square normalisation (Zhang & Sennrich 2019) over the last axes: no mean, no bias.
 
-    As in PyTorch `eps` is by default the machine epsilon of the input's dtype.
+    As in PyTorch `eps` is by default the machine epsilon of the input's dtype, but of float32 for half precision.
     """
 
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float | None = None, elementwise_affine: bool = True
     ) -> None:
-        self.normalized_shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
-        self.eps = eps
+        if eps is not None:
+            expect_eps(eps)
+        expect_flags(elementwise_affine=elementwise_affine)
+        self.normalized_shape, self.eps = last_axes(normalized_shape), eps
         self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,13 +56,16 @@ class GroupNorm(Module):
     """Group normalisation (Wu & He 2018) of (N, C, ...): each sample over groups of C / num_groups channels."""
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
-        if num_groups < 1 or num_channels % num_groups:
+        expect_eps(eps)
+        expect_flags(affine=affine)
+        if whole_number(num_channels, "num_channels", 1) % whole_number(num_groups, "num_groups", 1):
             raise ValueError(f"{num_channels} channels do not divide into {num_groups} groups")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = Parameter(np.ones(num_channels, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_channels, np.float32)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        expect_array(x, "GroupNorm")
         if x.ndim < 2 or x.shape[1] != self.num_channels:
             raise ValueError(f"{self!r} takes (N, {self.num_channels}, ...); got shape {x.shape}")
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -70,15 +78,16 @@ class _InstanceNorm(Module):
     _ndim: int
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = False) -> None:
-        self.num_features, self.eps = num_features, eps
+        expect_eps(eps)
+        expect_flags(affine=affine)
+        self.num_features, self.eps = whole_number(num_features, "num_features", 1), eps
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_features, np.float32)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        expect_array(x, type(self).__name__)
         if x.ndim != self._ndim or x.shape[1] != self.num_features:
             raise ValueError(f"{self!r} takes {self._ndim} axes with {self.num_features} channels; got {x.shape}")
-        if x.size and x.size == x.shape[0] * x.shape[1]:
-            raise ValueError(f"{self!r} needs more than one value per channel; got shape {x.shape}")
         return F.instance_norm(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ group norm, one channel for instance norm (P = 1). Weight and bias have one numb
 statistics and sums of gradients are shifted and summed in float64, so they are accurate at any mean.
 """
 
+from typing import Any
+
 import numpy as np
 
 from tinygrad_bn_kernels import kernel
@@ -12,7 +14,7 @@ from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm import plane_statistics
-from tinygrad_bn_kernels.cpu.norm_terms import common_shift, normalizer
+from tinygrad_bn_kernels.cpu.norm_terms import common_shift, is_ordinary, normalizer
 from tinygrad_bn_kernels.cpu.threads import split
 
 Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S: x has N · G · P · S elements
@@ -135,7 +137,7 @@ def _as_blocks(x: Array, weight: Array | None, blocks: Blocks) -> tuple[Array, A
 @kernel("block_norm", "cpu")
 def block_norm(
     x: Array, weight: Array | None, bias: Array | None, *, blocks: Blocks, eps: float, centered: bool
-) -> tuple[Array, Array, Array]:
+) -> Any:
     """The output, in x's shape, and mean and variance of each block in float64, (N · G,)."""
     source = compiled(x)
     rows, w = _as_blocks(source, weight, blocks)
@@ -144,6 +146,8 @@ def block_norm(
     if x.size:
         numbers = float(eps), bool(centered)  # other types would compile the loop again
         split(_forward, len(rows), x.size, rows, w, b, *numbers, y.reshape(rows.shape), mean, var)
+        if not is_ordinary(source, w, mean, var, float(eps)):
+            return NotImplemented
     else:
         mean[:] = var[:] = np.nan
     return y.astype(x.dtype, copy=False), mean, var
@@ -163,13 +167,15 @@ def block_norm_vjp(
     centered: bool,
     mean: Array,
     var: Array,
-) -> tuple[Array, Array | None, Array | None]:
+) -> Any:
     """Gradients of x, weight and bias, from the saved statistics."""
     source = compiled(x)
     rows, w = _as_blocks(source, weight, blocks)
     gx, parts = empty_like(source), max(1, min(PARTS, blocks[0]))
     sums = np.zeros((parts, 2, *w.shape))
     if x.size:
+        if not is_ordinary(source, w, mean, var, float(eps)):
+            return NotImplemented
         gs, out = compiled(g, source.dtype).reshape(rows.shape), gx.reshape(rows.shape)
         split(_backward, parts, x.size, gs, rows, w, float(eps), bool(centered), mean, var, out, sums)
     total = np.add.reduce(sums)

@@ -1,26 +1,46 @@
 """Elementwise functions that NumPy lacks, or computes in several passes over memory."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled, expect_one_shape
+from tinygrad_bn_kernels.cpu.exponential import exp
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
-from tinygrad_bn_kernels.cpu.threads import ERF_COST, PHILOX_COST, split
+from tinygrad_bn_kernels.cpu.threads import ERF_COST, EXP_COST, PHILOX_COST, split
+
+SQRT_HALF = math.sqrt(0.5)
+NORMAL = 1 / math.sqrt(2 * math.pi)  # the density of the standard normal distribution at 0
+
+# Beyond these limits σ and Φ are 0 or 1 in float64, and a product with an infinite x would be NaN.
+SILU_LIMIT = 750.0
+GELU_LIMIT = 40.0
+
+
+def _mapped(loop: Callable[..., Any], cost: int, *arrays: Array) -> Array:
+    """The result of an elementwise loop, in the shape and dtype of the last array; in a floating-point dtype."""
+    expect_one_shape(*arrays)
+    x = arrays[-1]
+    read = [compiled(a) for a in arrays]
+    out = empty_like(read[-1])
+    split(loop, x.size, cost * x.size, *(a.reshape(-1) for a in (*read, out)))
+    return out.astype(x.dtype, copy=False) if x.dtype.kind == "f" else out
 
 
 @njit()
 def _relu_vjp(g, y, out, start, stop):
     zero = g.dtype.type(0)
     for i in range(start, stop):
-        out[i] = g[i] if y[i] > 0 else zero
+        out[i] = zero if y[i] <= 0 else g[i]
 
 
 @kernel("relu.vjp", "cpu")
 def relu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
-    """g where the output is positive, 0 elsewhere."""
+    """0 where the output is 0, g elsewhere: also at NaN."""
     expect_one_shape(g, y)
     g, y = compiled(g), compiled(y)
     out = empty_like(g)
@@ -34,13 +54,92 @@ def _erf(x, out, start, stop):
         out[i] = math.erf(x[i])
 
 
+@njit()
+def _erfc(x, out, start, stop):
+    for i in range(start, stop):
+        out[i] = math.erfc(x[i])
+
+
 @kernel("erf", "cpu")
 def erf(x: Array) -> Array:
     """The error function."""
-    source = compiled(x)
-    out = empty_like(source)
-    split(_erf, source.size, ERF_COST * source.size, source.reshape(-1), out.reshape(-1))
-    return out.astype(np.result_type(x, np.float16), copy=False)
+    return _mapped(_erf, ERF_COST, x)
+
+
+@kernel("erfc", "cpu")
+def erfc(x: Array) -> Array:
+    """1 − erf x."""
+    return _mapped(_erfc, ERF_COST, x)
+
+
+# ---- SiLU and GELU, in float64 -------------------------------------------------------------------------
+
+
+@njit(fastmath={"contract"})
+def _limited(x, limit):
+    """x within ±limit; NaN for NaN."""
+    return limit if x > limit else -limit if x < -limit else x
+
+
+@njit(fastmath={"contract"})
+def _silu(x, out, start, stop):
+    for i in range(start, stop):
+        v = np.float64(x[i])
+        e = exp(-abs(v))
+        y = v * ((1.0 if v >= 0 else e) / (1 + e))
+        out[i] = 0.0 if v < -SILU_LIMIT else y
+
+
+@njit(fastmath={"contract"})
+def _silu_gradient(g, y, x, out, start, stop):
+    """g · σ(x) · (1 + x · σ(−x))"""
+    for i in range(start, stop):
+        v = _limited(np.float64(x[i]), SILU_LIMIT)
+        e = exp(-abs(v))
+        s, r = (1.0 if v >= 0 else e) / (1 + e), (e if v >= 0 else 1.0) / (1 + e)
+        out[i] = np.float64(g[i]) * (s * (1 + v * r))
+
+
+@njit(fastmath={"contract"})
+def _gelu(x, out, start, stop):
+    for i in range(start, stop):
+        v = np.float64(x[i])
+        out[i] = 0.0 if v < -GELU_LIMIT else v * math.erfc(-SQRT_HALF * v) * 0.5
+
+
+@njit(fastmath={"contract"})
+def _gelu_gradient(g, y, x, out, start, stop):
+    """g · (Φ(x) + x · φ(x)), with Φ(x) = y / x."""
+    for i in range(start, stop):
+        v = np.float64(x[i])
+        c = _limited(v, GELU_LIMIT)
+        inside = np.float64(y[i]) / v if v != 0 else 0.5
+        cdf = 1.0 if v > GELU_LIMIT else 0.0 if v < -GELU_LIMIT else inside
+        out[i] = np.float64(g[i]) * (cdf + c * (NORMAL * exp(-0.5 * c * c)))
+
+
+@kernel("silu", "cpu")
+def silu(x: Array) -> Any:
+    """x · σ(x)."""
+    return _mapped(_silu, EXP_COST, x) if x.dtype.kind == "f" else NotImplemented
+
+
+@kernel("silu.vjp", "cpu")
+def silu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
+    """The gradient of x."""
+    return (_mapped(_silu_gradient, EXP_COST, g, y, x),)
+
+
+@kernel("gelu", "cpu")
+def gelu(x: Array) -> Any:
+    """x · Φ(x)."""
+    return _mapped(_gelu, ERF_COST, x) if x.dtype.kind == "f" else NotImplemented
+
+
+@kernel("gelu.vjp", "cpu")
+def gelu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
+    """The gradient of x."""
+    return (_mapped(_gelu_gradient, EXP_COST, g, y, x),)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------

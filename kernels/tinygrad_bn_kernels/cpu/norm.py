@@ -21,6 +21,7 @@ from tinygrad_bn_kernels.cpu.norm_terms import (
     four_terms,
     gradient,
     is_bad_shift,
+    is_ordinary,
     lower_bound,
     normalizer,
     relu_gradient,
@@ -29,7 +30,6 @@ from tinygrad_bn_kernels.cpu.norm_terms import (
 from tinygrad_bn_kernels.cpu.threads import split
 
 Vector = Array | None  # (C,); a weight of None is 1, a bias of None is 0
-Gradients = tuple[Array | None, Array | None, Array | None]
 
 # Rows of a chunk. Each chunk has its own sums, so results do not depend on the number of threads.
 CHUNK = 256
@@ -406,6 +406,8 @@ def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> 
         _rows_forward(xs, *affine, eps, relu, ys, mean, var)
     else:
         split(_planes_forward, channels, x.size, xs, *affine, eps, relu, ys, mean, var)
+    if not is_ordinary(source, affine[0], mean, var, eps):
+        return NotImplemented
     return y.astype(x.dtype, copy=False), mean, var
 
 
@@ -421,10 +423,12 @@ def _backward(
     mean: Array,
     var: Array,
     relu: bool,
-) -> Gradients:
+) -> Any:
     """Gradients of x, weight and bias, from the saved statistics."""
     source, channels = compiled(x), x.shape[1]
     affine = affine_or_default(source, weight, bias)
+    if x.size and not is_ordinary(source, affine[0], mean, var, float(eps)):
+        return NotImplemented
     gx = empty_like(source) if needs[0] else None
     gweight, gbias = np.zeros(channels), np.zeros(channels)
     if x.size:
@@ -437,8 +441,7 @@ def _backward(
         else:
             split(_planes_backward, channels, x.size, *arguments)
     by_weight = None if weight is None or not needs[1] else gweight.astype(weight.dtype)
-    by_bias = None if bias is None or not needs[2] else gbias.astype(bias.dtype)
-    return gx, by_weight, by_bias
+    return gx, by_weight, None if bias is None or not needs[2] else gbias.astype(bias.dtype)
 
 
 @kernel("batch_norm_training", "cpu")
@@ -454,13 +457,13 @@ def batch_norm_relu(x: Array, weight: Vector, bias: Vector, *, eps: float) -> An
 
 
 @kernel("batch_norm_training.vjp", "cpu")
-def batch_norm_training_vjp(*arrays: Any, **options: Any) -> Gradients:
+def batch_norm_training_vjp(*arrays: Any, **options: Any) -> Any:
     """Gradients of x, weight and bias: see `_backward` for the arguments."""
     return _backward(*arrays, **options, relu=False)
 
 
 @kernel("batch_norm_relu.vjp", "cpu")
-def batch_norm_relu_vjp(*arrays: Any, **options: Any) -> Gradients:
+def batch_norm_relu_vjp(*arrays: Any, **options: Any) -> Any:
     """`batch_norm_training.vjp` behind a ReLU. Recomputing the sign of the output is cheaper than reading y."""
     return _backward(*arrays, **options, relu=True)
 

@@ -19,6 +19,7 @@ from tinygrad_bn_kernels.cpu.norm import (
     rows_constants,
     rows_normalize,
 )
+from tinygrad_bn_kernels.cpu.norm_terms import is_ordinary
 from tinygrad_bn_kernels.cpu.threads import split
 
 
@@ -70,6 +71,8 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     source = compiled(x)
     affine = affine_or_default(source, weight, bias)
     y = empty_like(source)
+    if not is_ordinary(source, affine[0], *statistics, float(eps)):
+        return NotImplemented
     if x.size:
         xs, ys = by_channel(source), by_channel(y)
         loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
@@ -95,7 +98,10 @@ def batch_norm_inference_vjp(
         return NotImplemented
     source = compiled(x)
     scale, _ = affine_or_default(source, weight, bias)
-    center, ivar = compiled(mean, np.float64), 1 / np.sqrt(compiled(var, np.float64) + eps)
+    center, variance = compiled(mean, np.float64), compiled(var, np.float64)
+    if not is_ordinary(source, scale, center, variance, float(eps)):
+        return NotImplemented
+    ivar = 1 / np.sqrt(variance + eps)
     gx, gweight, gbias = empty_like(source), np.empty(x.shape[1]), np.empty(x.shape[1])
     xs, gs, gxs = by_channel(source), by_channel(compiled(g, source.dtype)), by_channel(gx)
     factor = (scale * ivar).astype(source.dtype)

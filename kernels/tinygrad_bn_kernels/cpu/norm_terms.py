@@ -1,8 +1,30 @@
-"""The arithmetic of one element of BatchNorm, for the loops over planes and over rows."""
+"""The arithmetic of one element of BatchNorm, for the loops over planes and over rows, and its limits."""
 
 import numpy as np
 
+from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+
+# Between these limits lie 1/√(var + eps) and the weights that the loops can multiply in the dtype.
+RANGE = {"f": (1e-18, 1e18), "d": (1e-150, 1e150)}
+
+
+@njit()
+def _is_ordinary(weight, mean, var, eps, low, high):
+    good = True
+    for w in weight.flat:
+        good = good and (w == 0 or low < abs(w) < high)
+    for i in range(var.size):
+        good = good and (not np.isfinite(mean[i]) or low < 1 / np.sqrt(var[i] + eps) < high)
+    return good
+
+
+def is_ordinary(x: Array, weight: Array, mean: Array, var: Array, eps: float) -> bool:
+    """Whether the loops are right for x. If not, as with numbers near 1e38, a kernel has to decline.
+
+    Infinite or NaN elements of x make all results NaN, in the loops as in the composition.
+    """
+    return bool(_is_ordinary(weight, mean, var, eps, *RANGE[x.dtype.char]))
 
 
 @njit()
@@ -35,8 +57,8 @@ def is_bad_shift(shift, total, n):
 
 @njit(fastmath={"contract"})
 def relu_gradient(g, u, a, b, relu):
-    """g, but 0 where a ReLU's output is 0; u · a + b is its input, computed as in the forward pass."""
-    return g if not relu or u * a + b > type(g)(0) else type(g)(0)
+    """g, but 0 where a ReLU's output is 0; u · a + b is its input, computed as in the forward pass. At NaN it is g."""
+    return type(g)(0) if relu and u * a + b <= type(g)(0) else g
 
 
 @njit(fastmath={"contract"})

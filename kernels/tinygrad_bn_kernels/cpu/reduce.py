@@ -220,7 +220,7 @@ def mean(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
 
 def _with_axes(y: Array, axis: Axis, keepdims: bool) -> Array:
     """A reduction's result with the reduced axes, so that it broadcasts against the operand."""
-    if keepdims or axis is None:
+    if keepdims or axis is None or not y.ndim:
         return y
     return np.expand_dims(y, tuple(int(a) for a in np.atleast_1d(axis)))
 

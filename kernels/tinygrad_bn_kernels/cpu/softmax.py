@@ -1,76 +1,22 @@
-"""Cross-entropy and logsumexp, with their own exponential: LLVM does not vectorise calls of the C library's.
+"""Cross-entropy and logsumexp.
 
 Cross-entropy takes one row at a time, while it is in cache, and makes no (M, C) temporary.
 """
 
-import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import config, types
-from numba.extending import intrinsic
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
+from tinygrad_bn_kernels.cpu.exponential import exp
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import EXP_COST, split
 
 Axis = int | tuple[int, ...] | None
 
-if config.DISABLE_JIT:  # type: ignore[attr-defined]
-
-    def _from_bits(bits):
-        """The float64 that has these 64 bits."""
-        return np.int64(bits).view(np.float64)
-
-else:
-
-    @intrinsic
-    def _from_bits(typingctx, bits):
-        """The float64 that has these 64 bits."""
-
-        def codegen(context, builder, signature, args):
-            return builder.bitcast(args[0], ir.DoubleType())
-
-        return types.float64(types.int64), codegen
-
-
 _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
-
-LOG2_E = 1 / math.log(2)
-LN2_HIGH = 0.693147180369123816490  # its last 21 bits are 0, so that k · LN2_HIGH is exact (fdlibm's e_exp.c)
-LN2_LOW = 1.90821492927058770002e-10
-
-
-@njit(fastmath={"contract"})
-def _exp(x):
-    """eˣ in float64, to 2 units in the last place; 0 for x ≤ −707, NaN for NaN.
-
-    eˣ = 2ᵏ eʳ with |r| ≤ log(2) / 2; eʳ is its Taylor polynomial of degree 13, with a remainder below 2⁻⁵³.
-    """
-    clipped = x if x > -707.0 else -707.0  # NaN too, so that 2ᵏ is a normal float64
-    clipped = clipped if clipped < 709.782 else 709.782
-    k = np.floor(clipped * LOG2_E + 0.5)
-    r = (clipped - k * LN2_HIGH) - k * LN2_LOW
-    p = 1 / 6227020800.0
-    p = p * r + 1 / 479001600.0
-    p = p * r + 1 / 39916800.0
-    p = p * r + 1 / 3628800.0
-    p = p * r + 1 / 362880.0
-    p = p * r + 1 / 40320.0
-    p = p * r + 1 / 5040.0
-    p = p * r + 1 / 720.0
-    p = p * r + 1 / 120.0
-    p = p * r + 1 / 24.0
-    p = p * r + 1 / 6.0
-    p = p * r + 0.5
-    p = p * r + 1.0
-    p = p * r + 1.0
-    e = (p + p) * _from_bits((np.int64(k) + 1022) << 52)  # 2ᵏ alone overflows before eˣ does
-    e = 0.0 if x <= -707.0 else np.inf if x > 709.782 else e
-    return e if x == x else x
 
 
 # ---- cross-entropy ---------------------------------------------------------------------------------------
@@ -85,7 +31,7 @@ def _log_normalizer(row):
     top = np.float64(largest)
     total = 0.0
     for j in range(row.size):
-        total += _exp(np.float64(row[j]) - top)
+        total += exp(np.float64(row[j]) - top)
     return top, np.log(total)
 
 
@@ -126,7 +72,7 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
         largest, log_sum, gi = normalizer[i, 0], normalizer[i, 1], g[i]
         mass = gi * ((1 - smoothing) * weight[t] + spread)
         for c in range(classes):
-            out[c] = mass * _exp((np.float64(row[c]) - largest) - log_sum)
+            out[c] = mass * exp((np.float64(row[c]) - largest) - log_sum)
         if smoothing > 0:
             for c in range(classes):
                 out[c] -= gi * smoothing / classes * weight[c]
@@ -168,7 +114,7 @@ def softmax_cross_entropy(
 
     The loss is (M,) for the reduction "none", else one number. Raises ValueError for a target that is not a class.
     """
-    if x.dtype.kind != "f":
+    if x.dtype.kind != "f" or reduction not in ("mean", "sum", "none") or not 0 <= smoothing <= 1:
         return NotImplemented
     ignore_index, smoothing = int(ignore_index), float(smoothing)
     logits, target, weight = _prepared(x, target, weight, ignore_index)
@@ -221,7 +167,7 @@ def _exp_sums(x, shift, total, start, stop):
         row, top = x[i], np.float64(shift[i])
         s = 0.0
         for j in range(row.size):
-            s += _exp(np.float64(row[j]) - top)
+            s += exp(np.float64(row[j]) - top)
         total[i] = s
 
 
@@ -244,7 +190,7 @@ def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
 @kernel("logsumexp", "cpu")
 def logsumexp(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """log Σ eˣ over `axis`, summed in float64, in x's dtype."""
-    if x.dtype.char not in "fd" or not x.size:
+    if x.dtype.char not in "fd" or not x.size or not (x.ndim or axis in (None, ())):
         return NotImplemented
     shift, total = _shifted_sums(x, axes := _axes(x, axis))
     with np.errstate(divide="ignore"):
@@ -255,7 +201,7 @@ def logsumexp(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
 @kernel("logsumexp.vjp", "cpu")
 def logsumexp_vjp(g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False) -> Any:
     """g · eˣ / Σ eˣ; exp(x − y) would be rounded at the size of y."""
-    if x.dtype.char not in "fd" or not x.size:
+    if x.dtype.char not in "fd" or not x.size or not (x.ndim or axis in (None, ())):
         return NotImplemented
     shift, total = _shifted_sums(x, _axes(x, axis))
     gx = np.exp(x - shift)

@@ -33,6 +33,37 @@ def _sigmoid(T: Any) -> Scalar:
     return sigmoid
 
 
+def _silu(T: Any) -> Scalar:
+    def silu(x):
+        e = math.exp(-abs(x))
+        return T(0) if x < T(-750) else x * ((T(1) if x >= T(0) else e) / (T(1) + e))
+
+    return silu
+
+
+def _silu_vjp(T: Any) -> Scalar:
+    def silu_vjp(g, x):
+        v = T(750) if x > T(750) else T(-750) if x < T(-750) else x  # ∞ · 0 would be NaN
+        e = math.exp(-abs(v))
+        s, r = (T(1) if v >= T(0) else e) / (T(1) + e), (e if v >= T(0) else T(1)) / (T(1) + e)
+        return g * (s * (T(1) + v * r))
+
+    return silu_vjp
+
+
+def _gelu(T: Any) -> Scalar:
+    return lambda x: T(0) if x < T(-40) else x * math.erfc(x * T(-math.sqrt(0.5))) * T(0.5)
+
+
+def _gelu_vjp(T: Any) -> Scalar:
+    def gelu_vjp(g, x):
+        v = T(40) if x > T(40) else T(-40) if x < T(-40) else x  # ∞ · 0 would be NaN
+        cdf = math.erfc(v * T(-math.sqrt(0.5))) * T(0.5)
+        return g * (cdf + v * (T(1 / math.sqrt(2 * math.pi)) * math.exp(T(-0.5) * v * v)))
+
+    return gelu_vjp
+
+
 def _softplus(T: Any) -> Scalar:
     return lambda x: (x if x > T(0) else T(0)) + math.log1p(math.exp(-abs(x)))
 
@@ -54,7 +85,9 @@ SAME: dict[str, Callable[[Any], Scalar]] = {
     "maximum": lambda T: lambda a, b: a if a > b or a != a else b,
     "minimum": lambda T: lambda a, b: a if a < b or a != a else b,
     "clip": lambda T: lambda x, low, high: low if x < low else high if x > high else x,
-    "relu_vjp": lambda T: lambda g, y: g if y > T(0) else T(0),
+    "relu_vjp": lambda T: lambda g, y: T(0) if y <= T(0) else g,
+    "silu_vjp": _silu_vjp,
+    "gelu_vjp": _gelu_vjp,
     "identity": lambda T: lambda x: x,
 }
 FLOAT: dict[str, Callable[[Any], Scalar]] = {
@@ -66,6 +99,9 @@ FLOAT: dict[str, Callable[[Any], Scalar]] = {
     "rsqrt": lambda T: lambda x: T(1) / math.sqrt(x),
     "tanh": lambda T: lambda x: math.tanh(x),
     "erf": lambda T: lambda x: math.erf(x),
+    "erfc": lambda T: lambda x: math.erfc(x),
+    "silu": _silu,
+    "gelu": _gelu,
     "sigmoid": _sigmoid,
     "softplus": _softplus,
 }
@@ -253,15 +289,20 @@ def _swapped(define: Callable[[Any], Scalar]) -> Callable[[Any], Scalar]:
     return swapped
 
 
+REGISTERS = {"gelu_vjp": 48}  # for erfc in float64
+
+
 def _declare(name: str, define: Callable[[Any], Scalar], layout: str, result: str) -> None:
     """Register the programs of one function and layout: `add.aa`, `add.aa4` and `add.rows`, for example."""
-    signature = _SIGNATURES[layout].format("f4", result)
-    program(f"{name}.{layout}", signature)(lambda T: _FLAT[layout](device(define(T))))
+    signature, registers = _SIGNATURES[layout].format("f4", result), REGISTERS.get(name, 40)
+    program(f"{name}.{layout}", signature, registers=registers)(lambda T: _FLAT[layout](device(define(T))))
     if result == "f4" and layout in _VECTOR:
-        program(f"{name}.{layout}4", signature, vector=True)(lambda T: _VECTOR[layout](device(define(T))))
+        program(f"{name}.{layout}4", signature, vector=True, registers=registers)(
+            lambda T: _VECTOR[layout](device(define(T)))
+        )
     if layout == "aa":
         steps = f"f4* f4* {result}* {_STEPS} {_STEPS} {_STEPS}"
-        program(f"{name}.rows", steps, block=(32, 8))(lambda T: _rows_aa(device(define(T))))
+        program(f"{name}.rows", steps, block=(32, 8), registers=registers)(lambda T: _rows_aa(device(define(T))))
 
 
 for _name, _define in {**SAME, **FLOAT, **TRUTH}.items():
@@ -450,8 +491,19 @@ def vector_or(value: float, vector: DeviceArray | None, length: int, dtype: np.d
 
 @kernel("relu.vjp", "cuda")
 def relu_vjp(g: DeviceArray, y: DeviceArray, x: DeviceArray, *, needs: list[bool]) -> tuple[DeviceArray]:
-    """g where the output was positive, 0 elsewhere."""
+    """0 where the output is 0, g elsewhere."""
     return (run("relu_vjp", g, y, dtype=g.dtype, result=g.dtype),)
+
+
+def _by_operand(name: str) -> Callable[..., tuple[DeviceArray]]:
+    def vjp(g: DeviceArray, y: DeviceArray, x: DeviceArray, *, needs: list[bool]) -> tuple[DeviceArray]:
+        return (run(name, g, x, dtype=x.dtype, result=x.dtype),)
+
+    return vjp
+
+
+for _name in ("silu", "gelu"):
+    kernel(f"{_name}.vjp", "cuda")(_by_operand(f"{_name}_vjp"))
 
 
 @kernel("astype", "cuda")

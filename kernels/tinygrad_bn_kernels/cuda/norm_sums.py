@@ -83,8 +83,8 @@ def _plane_moments(wide: bool) -> Callable[[Any], Scalar]:
 
 
 def relu_gradient(relu: bool) -> Callable[[Any], Callable[..., Any]]:
-    """A device function: the gradient g of an output y; with ReLU, 0 unless y is positive."""
-    return lambda T: device((lambda g, y: g if y > T(0) else T(0)) if relu else (lambda g, y: g))
+    """A device function: the gradient g of an output y; with ReLU, 0 where y is 0."""
+    return lambda T: device((lambda g, y: T(0) if y <= T(0) else g) if relu else (lambda g, y: g))
 
 
 def _plane_sums(wide: bool, relu: bool) -> Callable[[Any], Scalar]:

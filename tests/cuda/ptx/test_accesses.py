@@ -23,11 +23,15 @@ ONE = [
     "rsqrt",
     "tanh",
     "erf",
+    "erfc",
     "sigmoid",
     "softplus",
+    "silu",
+    "gelu",
     "identity",
 ]
-TWO = ["add", "sub", "mul", "div", "pow", "maximum", "minimum", "relu_vjp", "equal", "not_equal", "less", "less_equal"]
+TWO = ["add", "sub", "mul", "div", "pow", "maximum", "minimum", "relu_vjp", "silu_vjp", "gelu_vjp"]
+TWO += ["equal", "not_equal", "less", "less_equal"]
 REFLECTED = ["sub", "div", "pow", "less", "less_equal"]  # have programs with the number first
 
 SCATTERED = {  # programs whose access pattern depends on their arguments

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import computed, interpreted, numbers, run, to_device, unaligned
+from tinygrad_bn import Tensor, grad
 from tinygrad_bn.functional.pooling import max_pool_places
 from tinygrad_bn.tensor import OPS
 
@@ -60,7 +61,8 @@ def double(*arrays: np.ndarray) -> list[np.ndarray]:
 
 # ---- elementwise -----------------------------------------------------------------------------------------
 
-UNARY = ["neg", "abs", "sign", "relu", "exp", "expm1", "log", "sqrt", "rsqrt", "tanh", "erf", "sigmoid", "softplus"]
+UNARY = ["neg", "abs", "sign", "relu", "exp", "expm1", "log", "sqrt", "rsqrt", "tanh"]
+UNARY += ["erf", "erfc", "sigmoid", "softplus", "silu", "gelu"]
 BINARY = [
     "add",
     "sub",
@@ -70,14 +72,31 @@ BINARY = [
     "maximum",
     "minimum",
     "relu_vjp",
+    "silu_vjp",
+    "gelu_vjp",
     "equal",
     "not_equal",
     "less",
     "less_equal",
 ]
+
+
+def gradient(name: str) -> Callable[..., np.ndarray]:
+    """The gradient of an op of one operand, from its composition."""
+
+    def of(g: np.ndarray, x: np.ndarray) -> np.ndarray:
+        g, x = np.broadcast_arrays(g, x)
+        t = Tensor(x, requires_grad=True)
+        return grad(OPS[name].function(t), t, Tensor(g), create_graph=True).numpy()
+
+    return of
+
+
 REFERENCES: dict[str, Callable[..., np.ndarray]] = {  # for functions that are not ops
     "identity": lambda x: x,
-    "relu_vjp": lambda g, y: np.where(y > 0, g, 0),
+    "relu_vjp": lambda g, y: np.where(y <= 0, 0, g),
+    "silu_vjp": gradient("silu"),
+    "gelu_vjp": gradient("gelu"),
     "equal": np.equal,
     "not_equal": np.not_equal,
     "less": np.less,
@@ -110,7 +129,7 @@ def test_a_function_of_two_arrays(name, n, kind, seed):
     for pair in ((a, b), (a, number), (number, a)):
         expected = reference(name, *pair)
         for operands in (pair, tuple(unaligned(o) if o.ndim else o for o in pair)):
-            if name == "relu_vjp" and not np.ndim(pair[0]):
+            if name.endswith("_vjp") and not np.ndim(pair[0]):
                 continue  # g is always an array
             close(
                 computed(name, *(o if np.ndim(o) or not isinstance(o, np.generic) else float(o) for o in operands)),

@@ -1,0 +1,352 @@
+"""Numbers at the edges of a dtype, operands of several dtypes, NaN, and input that makes no sense."""
+
+import warnings
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tinygrad_bn_kernels import disabled as kernels_disabled
+
+from tinygrad_bn import Tensor, composed, grad, nn
+from tinygrad_bn import functional as F
+
+ROUTES = {"kernels": nullcontext, "reference": kernels_disabled, "composed": composed}
+
+
+def leaf(x, dtype=None):
+    return Tensor(np.array(x, dtype), requires_grad=True)
+
+
+def gradients(y, *xs, g=None, create_graph=False):
+    g = Tensor(np.full(y.shape, 1 if g is None else g, y.dtype))
+    return [d.numpy() for d in grad(y, list(xs), g, create_graph=create_graph)]
+
+
+# ---- promotion ------------------------------------------------------------------------------------------
+
+FLOATS, INTEGERS = [np.float16, np.float32, np.float64], [np.bool_, np.int8, np.uint8, np.int16, np.int32, np.int64]
+
+
+@pytest.mark.parametrize("function", [F.add, F.mul, F.div, F.maximum])
+@given(dtype=st.sampled_from(FLOATS), integer=st.sampled_from(INTEGERS), swap=st.booleans())
+def test_integers_do_not_widen_a_floating_point_operand(function, dtype, integer, swap):
+    operands = [Tensor(np.array([1.5, 2.0], dtype)), Tensor(np.array([1, 1], integer))]
+    for route in ROUTES.values():
+        with route():
+            assert function(*(operands[::-1] if swap else operands)).dtype == dtype
+
+
+@pytest.mark.parametrize("integer", INTEGERS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_integers_alone_become_float32(integer, route):
+    n = Tensor(np.array([1, 1], integer))
+    with ROUTES[route]():
+        results = [n / 2, n / n, n * 0.5, F.where(n > 0, 1.0, 0.0)]
+        results += [function(n) for function in (F.exp, F.sqrt, F.mean, F.var, F.std, F.silu)]
+        assert {y.dtype for y in results} == {np.dtype(np.float32)}
+        for function, want in {F.exp: np.e, F.sigmoid: 0.7310586, F.softplus: 1.3132617, F.gelu: 0.8413447}.items():
+            np.testing.assert_allclose(function(n).numpy(), want, rtol=1e-6)
+        assert (n + n).dtype == np.add(n.numpy(), n.numpy()).dtype
+
+
+def test_losses_and_masks_keep_float32():
+    x, n = leaf([0.5, -1.0], np.float32), np.array([1, 0])
+    losses = [F.mse_loss(x, n), F.l1_loss(x, n), F.huber_loss(x, n), F.binary_cross_entropy_with_logits(x, n)]
+    assert {y.dtype for y in (*losses, x * F.where(x > 0, 1.0, 0.0))} == {np.dtype(np.float32)}
+
+
+def test_a_float64_operand_widens_and_numbers_do_not():
+    x = Tensor(np.float32([1.0]))
+    assert (x * np.array([2.0])).dtype == np.float64
+    assert (x * 2.0).dtype == (x * np.float64(2)).dtype == (2 / x).dtype == np.float32
+    assert isinstance(F.exp(1.0), np.float64)
+
+
+def test_a_power_of_a_number_keeps_the_digits_of_float64():
+    b = leaf([0.5, 2.0])
+    np.testing.assert_allclose(gradients(2.3**b, b)[0], 2.3 ** b.numpy() * np.log(2.3), rtol=1e-15)
+
+
+# ---- NaN ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (F.relu, 1), (lambda x: F.maximum(x, 0.0), 1), (lambda x: F.minimum(x, 0.0), 1), (F.abs, np.nan),
+        (F.leaky_relu, 0.01), (partial(F.clip, min=0), 0), (F.max, np.nan), (F.silu, np.nan), (F.gelu, np.nan),
+    ],
+)  # fmt: skip
+def test_gradients_at_nan_are_pytorchs(function, want, route):
+    x = leaf([np.nan], np.float32)
+    with ROUTES[route](), np.errstate(invalid="ignore"):
+        y = function(x)
+        assert np.isnan(y.numpy()).all()
+        for create_graph in (False, True):
+            (gx,) = gradients(function(x), x, create_graph=create_graph)
+            np.testing.assert_array_equal(gx, np.float32([want]))
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 3)])
+def test_a_relu_behind_batch_norm_passes_the_gradient_at_nan(shape):
+    values = np.random.default_rng(0).normal(size=shape)
+    values[0, 0] = np.nan
+    for route in ROUTES.values():
+        x, bias = leaf(values), leaf(np.zeros(2))
+        with route(), np.errstate(invalid="ignore"):
+            y = F.batch_norm_relu(x, None, bias, eps=1e-5)
+            gx, gbias = gradients(y, x, bias)
+        assert np.isnan(gx[:, 0]).all()
+        assert gbias[0] == values[:, 0].size
+        assert np.isfinite(gx[:, 1]).all()
+
+
+# ---- numbers at the edges -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("x", "dtype", "want"),
+    [
+        (-3, "f2", -4.05e-3),
+        (-6, "f4", -5.9192e-9),
+        (-9, "f8", -1.01573e-18),
+        (-np.inf, "f4", 0),
+        (np.inf, "f4", np.inf),
+    ],
+)
+def test_gelu_has_its_digits_where_it_is_near_0(x, dtype, want, route):
+    with ROUTES[route]():
+        assert F.gelu(leaf(x, dtype)).item() == pytest.approx(want, rel=1e-3 if dtype == "f2" else 1e-4)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("function", [F.silu, F.gelu])
+@pytest.mark.parametrize(("dtype", "g"), [("f2", 1024), ("f4", 3e38)])
+def test_gradients_of_silu_and_gelu_far_out(function, dtype, g, route):
+    x = leaf([100, -np.inf, np.inf, -1000], dtype)
+    with ROUTES[route](), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = function(x)
+        for create_graph in (False, True):
+            (gx,) = gradients(function(x), x, g=g, create_graph=create_graph)
+            np.testing.assert_array_equal(gx, np.array([g, 0, g, 0], dtype))
+    assert y.numpy().tolist() == [100, 0, np.inf, 0]
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=9), st.integers(0, 9))
+def test_kernels_of_silu_and_gelu_are_their_compositions(values, seed):
+    x, g = leaf(values), np.random.default_rng(seed).normal(size=len(values))
+    for function in (F.silu, F.gelu):
+        got, want = (grad(function(x), x, Tensor(g), create_graph=c).numpy() for c in (False, True))
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(function(x).numpy(), function.composition(x).numpy(), rtol=1e-13, atol=1e-300)
+
+
+def moments(x):
+    wide = x.astype(np.float64)
+    return wide.mean(axis=0), wide.var(axis=0)
+
+
+SIBLINGS = {
+    "batch norm": lambda x, w, b, eps: F.batch_norm_training(x, w, b, eps=eps),
+    "batch norm of planes": lambda x, w, b, eps: F.batch_norm_training(F.reshape(x, shape=(2, 1, 2)), w, b, eps=eps),
+    "running statistics": lambda x, w, b, eps: F.batch_norm_inference(x, *moments(x.numpy()), w, b, eps=eps),
+    "group norm": lambda x, w, b, eps: F.group_norm(F.reshape(x, shape=(1, 1, 4)), 1, w, b, eps=eps),
+    "layer norm": lambda x, w, b, eps: F.layer_norm(F.reshape(x, shape=(1, 4)), 4, eps=eps) * w + b,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+@pytest.mark.parametrize(("scale", "eps"), [(3e38, 1e-5), (1e30, 1e-5), (1e-40, 0.0), (1e-30, 0.0), (1, 1e-5)])
+def test_normalisation_of_any_scale(name, scale, eps):
+    x, w, b = leaf([[scale], [-scale], [-scale], [-scale]], np.float32), leaf([1], np.float32), leaf([0], np.float32)
+    y = SIBLINGS[name](x, w, b, eps)
+    np.testing.assert_allclose(y.numpy().reshape(-1), np.array([3, -1, -1, -1]) / np.sqrt(3), rtol=2e-5)
+    cotangent = np.float32([1, 2, -1, 0.5]).reshape(y.shape)
+    leaves = [w, b] if scale == 1e-40 else [w, b, x]  # the gradient of x is near 1 / scale
+    got, want = (grad(SIBLINGS[name](x, w, b, eps), leaves, Tensor(cotangent), create_graph=c) for c in (False, True))
+    for a, e in zip(got, want, strict=True):
+        np.testing.assert_allclose(a.numpy(), e.numpy(), rtol=1e-4, atol=1e-6 / scale if scale < 1 else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 3)])
+@pytest.mark.parametrize("weight", [np.inf, 1e38, 1e-38])
+def test_an_extreme_weight_gives_the_numbers_of_the_composition(shape, weight):
+    x = leaf(np.random.default_rng(0).normal(size=shape), np.float32)
+    w, b = leaf([weight, 1], np.float32), leaf([0.5, 0], np.float32)
+    results = []
+    for route in (nullcontext, composed):
+        with route(), np.errstate(invalid="ignore", over="ignore"):
+            y = F.batch_norm_relu(x, w, b, eps=1e-5)
+            results.append([y.numpy(), *gradients(y, x, w, b)])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_beyond_the_square_root_of_float64():
+    x, bias = leaf([[1e300], [2e300], [-1e300]]), leaf([0.0])
+    with np.errstate(over="ignore"):
+        y = F.batch_norm(x, bias=bias, training=True)
+        assert gradients(y, bias)[0].tolist() == [3]
+        assert y.numpy().tolist() == F.batch_norm_steps(x, bias=bias).out.numpy().tolist()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    ("base", "exponent", "want"),
+    [
+        (0, -0.3, (-np.inf, -np.inf)),
+        (0, 0, (0, 0)),
+        (0, 2, (0, 0)),
+        (1e-40, 0, (0, -92.1034)),
+        (2, 0, (0, np.log(2))),
+    ],
+)
+def test_gradients_of_a_power_near_0(base, exponent, want, create_graph):
+    a, b = leaf([base], np.float32), leaf([exponent], np.float32)
+    with np.errstate(divide="ignore"):
+        got = gradients(a**b, a, b, create_graph=create_graph)
+    np.testing.assert_allclose(got, np.array(want).reshape(2, 1), rtol=1e-5)
+
+
+def test_the_mixed_derivative_of_a_power_at_exponent_0():
+    a, b = leaf([3.0]), leaf([0.0])
+    (da,) = grad(a**b, [a], create_graph=True)
+    assert gradients(da, b)[0] == pytest.approx(1 / 3)
+
+
+@given(st.floats(-1e3, 1e3), st.integers(-9, 9), st.sampled_from([np.float32, np.float64]))
+def test_whole_powers_are_numpys(x, n, dtype):
+    x = np.array([x, -x, 0.0, -0.0, np.inf, -np.inf, np.nan], dtype)
+    with np.errstate(all="ignore"):
+        got, want = F.pow(x, n), np.power(x, dtype(n))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.signbit(got[:-1]), np.signbit(want[:-1]))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("axis", [None, 0, -1, ()])
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_a_0d_tensor_counts_as_one_element(axis, keepdims, route):
+    wants = {F.sum: (3, 1), F.mean: (3, 1), F.max: (3, 1), F.logsumexp: (3, 1), F.var: (0, 0), F.std: (0, 0)}
+    for function, (value, slope) in wants.items():
+        x = leaf(3.0)
+        with ROUTES[route](), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = function(x, axis=axis, keepdims=keepdims)
+            assert (y.shape, y.item(), gradients(y, x)[0].item()) == ((), value, slope)
+
+
+@pytest.mark.parametrize("function", [F.mean, F.var, F.std, F.sum, F.mean_and_var])
+def test_derivatives_of_reductions_of_nothing_are_0(function):
+    x = leaf(np.ones((0, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = function(x, axis=0)
+        assert function is F.sum or np.isnan(y.numpy()).all()
+        g = leaf(np.ones(y.shape))
+        (gx,) = grad(y, [x], g, create_graph=True)
+        assert gradients(gx, g)[0].tolist() == np.zeros(y.shape).tolist()
+
+
+# ---- input that makes no sense --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: nn.GroupNorm(10, 10)(np.ones((1, 10, 1))),
+        lambda: F.group_norm(np.ones((1, 10, 1)), 10),
+        lambda: F.instance_norm(np.ones((2, 10, 1))),
+        lambda: F.batch_norm(np.ones((1, 10)), training=True),
+        lambda: F.batch_norm(np.ones((1, 10, 1, 1))),
+        lambda: nn.InstanceNorm1d(3)(np.ones((2, 3, 1))),
+        lambda: nn.BatchNorm1d(3)(np.ones((1, 3))),
+    ],
+)
+def test_one_value_cannot_be_normalised(call):
+    with pytest.raises(ValueError, match="more than one value per"):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [object, complex, str, "M8[s]"])
+def test_tensors_hold_real_numbers(dtype):
+    with pytest.raises(TypeError, match="real numbers"):
+        Tensor([1.0]).astype(dtype)
+    with pytest.raises(TypeError, match="floating-point"):
+        nn.Linear(2, 3).astype(int)
+    with pytest.raises(TypeError, match=r"exp takes real numbers"):
+        F.exp(np.array([1], object))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: F.concatenate([Tensor([1.0])] * 2, axis=None), r"concatenate\(\): axis may not be None"),
+        (lambda: F.var(Tensor([1.0, 2.0, 4.0]), correction=None), r"var\(\): correction may not be None"),
+        (lambda: F.softmax(Tensor([1, 2])), "softmax takes floating-point input; got int64"),
+        (lambda: F.softmax([1.0, 2.0]), "softmax takes a tensor or an array; got a list"),
+        (lambda: F.mse_loss([1.0], [1.0]), "a loss takes a tensor or an array; got a list"),
+        (lambda: F.conv2d([[[[1.0]]]], np.ones((1, 1, 1, 1))), "conv2d takes a tensor or an array; got a list"),
+        (lambda: F.max_pool1d([[[1.0]]], 1), "pooling takes a tensor or an array; got a list"),
+        (lambda: F.flatten(2.0), "flatten takes a tensor or an array; got a float"),
+        (lambda: Tensor([1.0]) @ 2.0, r"matmul\(float32 \(1,\), 2.0\): "),
+        (lambda: F.mean("abc"), "mean takes tensors, arrays or numbers; got a str"),
+        (lambda: F.linear(Tensor([[1.0]]), 2.0), r"linear\(.*\): takes tensors or arrays"),
+        (lambda: nn.Linear(2, 3)(2.0), "Linear"),
+        (lambda: nn.BatchNorm1d(3, affine="no"), "affine is True or False; got 'no'"),
+        (lambda: nn.LeakyReLU("steep"), "negative_slope is a number; got 'steep'"),
+    ],
+)
+def test_input_of_a_wrong_type_is_named(call, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: F.layer_norm(Tensor([[1.0, 2.0]]), ()), "normalized_shape is empty"),
+        (lambda: nn.LayerNorm(()), "normalized_shape is empty"),
+        (lambda: nn.RMSNorm(0), "normalized_shape is a whole number of 1 or more"),
+        (lambda: F.flatten(Tensor([[1.0]]), 2), "no axis 2"),
+        (lambda: F.flatten(Tensor([[1.0]]), -3), "no axis -3"),
+        (lambda: nn.Conv2d(16, 32, 3, stride=2, padding="same"), "padding='same' needs stride 1"),
+        (lambda: nn.Conv2d(16, 32, 3, padding="not_same"), "padding is 'same', 'valid', or in numbers"),
+        (lambda: nn.Conv2d(16, 32, 3, padding=-1), "padding is a whole number of 0 or more"),
+        (lambda: nn.Conv2d(16, 32, 3, dilation=0), "dilation is a whole number"),
+        (lambda: nn.ConvTranspose2d(1, 1, 3, output_padding=2), "output_padding"),
+        (lambda: nn.MaxPool2d(2, padding=2), "more than half of the kernel"),
+        (lambda: nn.AvgPool1d(0), "kernel_size is a whole number"),
+        (lambda: nn.AdaptiveAvgPool2d((1, 2, 3)), "output_size is a whole number of 1 or more, or 2 of them"),
+        (lambda: F.softmax_cross_entropy(Tensor([[1.0, 2.0]]), np.array([0]), None, reduction="avg"), "reduction"),
+        (lambda: F.softmax_cross_entropy(Tensor([[1.0, 2.0]]), np.array([0]), None, smoothing=-0.5), r"in \[0, 1\]"),
+        (lambda: F.nll_loss(Tensor([[1.0, 2.0]]), np.array([0]), reduction=["mean"]), "reduction"),
+        (lambda: nn.BatchNorm1d(3, eps=np.inf), "eps has to be greater than 0, and finite"),
+        (lambda: nn.BatchNorm1d(2.5), "num_features is a whole number of 1 or more; got 2.5"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_named(call, words):
+    for route in ROUTES.values():
+        with route(), pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(4, 4), (2, 2), (7, 7), (3, 2), ((4, 8), None)])
+@pytest.mark.parametrize("size", [(8, 8), (9, 17)])
+def test_average_pooling_of_tiles_and_of_slices(kernel, stride, size):
+    if max(np.atleast_1d(kernel)) > min(size):
+        pytest.skip("the window does not fit")
+    x = leaf(np.random.default_rng(0).normal(size=(2, 3, *size)))
+    y = F.avg_pool2d(x, kernel, stride)
+    kh, kw = np.broadcast_to(kernel, 2)
+    sh, sw = (kh, kw) if stride is None else (stride, stride)
+    views = np.lib.stride_tricks.sliding_window_view(x.numpy(), (kh, kw), axis=(2, 3))[:, :, ::sh, ::sw]
+    np.testing.assert_allclose(y.numpy(), views.mean(axis=(4, 5)), rtol=1e-12)
+    g = np.random.default_rng(1).normal(size=y.shape)
+    assert (grad(y, x, Tensor(g)) * x).sum().item() == pytest.approx((y.numpy() * g).sum())  # y is linear in x
