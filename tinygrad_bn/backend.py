@@ -74,9 +74,7 @@ def vjp(
         if gxs is not NotImplemented:
             if not isinstance(gxs, tuple | list) or len(gxs) != len(needs):
                 got = f"{len(gxs)} gradients" if isinstance(gxs, tuple | list) else f"a {type(gxs).__name__}"
-                raise TypeError(
-                    f"the kernel {op.vjp!r} has to return {len(needs)} gradients or None; it returned {got}"
-                )
+                raise TypeError(f"the kernel {op.vjp!r} returned {got}; its op has {len(needs)} operands")
             return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
     return NotImplemented if op.fused else op.pull(g, y, arrays, needs, params)
 
