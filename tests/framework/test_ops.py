@@ -18,7 +18,7 @@ from tinygrad_bn_kernels import _kernels, lookup, names
 from tests.tools.thresholds import thresholds
 from tinygrad_bn import Tensor, autograd, functional, grad, more_ops, ops, primitive, sample, testing
 from tinygrad_bn.tensor import OPS, Op, apply
-from tinygrad_bn.testing import properties
+from tinygrad_bn.testing import check, properties
 
 
 class HypothesisDraw:
@@ -63,6 +63,14 @@ def test_property(name, check, data, seed):
     xs, params = OPS[name].sample(HypothesisDraw(data))
     with thresholds() if check is properties.kernels_match_reference else nullcontext():
         check(OPS[name], xs, params, seed)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_samples_of_an_op_can_show_a_mistake(name):
+    samples = [OPS[name].sample(sample.RandomDraw(seed)) for seed in range(25)]
+    check.expect_telling(OPS[name], samples, allow_zero=name == "sign")
+    check.expect_rules_that_take_the_options(OPS[name])
+    check.expect_no_kernel_with_nearly_the_name(OPS[name])
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

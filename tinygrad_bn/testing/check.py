@@ -96,25 +96,22 @@ def expect_rules_that_take_the_options(op: Op) -> None:
     """Raise GradcheckError unless every rule can be called with the operands and the options of the op."""
     parameters = list(signature(op.forward).parameters.values())
     options = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
-    names = operand_names(op, len(op.rules))
-    first = [0] if op.each else []
-    for rule, whose in zip(op.rules or [op.each], names or ["any"], strict=True):
+    operands = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]  # [] for any number of them
+    wanted = [*(["i"] if op.each else []), "g", "y", *operands]
+    of_each = [(rule, f"operand {name!r} of {op.name!r}") for rule, name in zip(op.rules, operands, strict=False)]
+    for rule, whose in [(op.each, repr(op.name))] if op.each else of_each:
         if rule is None:
             continue
         takes = signature(rule).parameters.values()
-        taken = [p.name for p in takes]
-        if missing := [o for o in options if o not in taken and not any(p.kind is p.VAR_KEYWORD for p in takes)]:
+        any_option = any(p.kind is p.VAR_KEYWORD for p in takes)
+        if missing := [o for o in options if not any_option and o not in [p.name for p in takes]]:
             raise GradcheckError(
-                f"the rule of operand {whose} of {op.name!r} does not take the option {', '.join(missing)}: "
-                "a rule gets all options of the op, by name"
+                f"the rule of {whose} does not take the option {', '.join(missing)}: a rule gets all options, by name"
             )
-        given: list[Any] = [*first, None, None, *names]
         try:
-            signature(rule).bind(*given, **dict.fromkeys(options))
+            signature(rule).bind(*wanted, **dict.fromkeys(options))
         except TypeError as error:
-            raise GradcheckError(
-                f"the rule of operand {whose} of {op.name!r} has to take (g, y, {', '.join(names)}): {error}"
-            ) from None
+            raise GradcheckError(f"the rule of {whose} has to take ({', '.join(wanted)}): {error}") from None
 
 
 def expect_no_kernel_with_nearly_the_name(op: Op) -> None:

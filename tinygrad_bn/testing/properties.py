@@ -68,7 +68,7 @@ def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -
         want = _results(op, cast_real(xs, np.float64), params)
     for a, b in zip(_results(op, cast_real(xs, np.float64), params), want, strict=True):
         assert a.dtype == b.dtype, f"float64 operands gave {a.dtype}, the reference {b.dtype}"
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=f"{op.name!r} by its kernel, in float64")
     reference = op.forward(*cast_real(xs, np.float64), **params)
     exact = np.asarray(reference[0] if op.saves else reference)
     np.testing.assert_allclose(want[0], exact, rtol=1e-12, atol=1e-12)
@@ -79,7 +79,7 @@ def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -
         got = apply(op, cast_real(xs, np.float32), params)[0]
         assert got.dtype == np.float32 or not op.differentiable, f"float32 operands gave {got.dtype}"
         scale = 1 + np.abs(exact).max(initial=0)
-        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5 * scale)
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{op.name!r} in float32")
 
 
 def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) -> None:
