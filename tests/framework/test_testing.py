@@ -238,6 +238,11 @@ FAULTS = {
         {"sample": fixed((3,))},
         "twice the right one",
     ),
+    "path counted twice, or a sum for a mean": (
+        (lambda x: x * x, lambda g, y, x: g * 4 * x),
+        {"sample": fixed((2,))},
+        "the gradient is 2 times too large, .* or a path that is counted twice",
+    ),
     "path dropped": (
         (lambda x: x * x, lambda g, y, x: g * 0),
         {},
@@ -253,7 +258,7 @@ FAULTS = {
 
 def error_of(check):
     """The words of the error that a check raises, with its notes, on one line."""
-    with pytest.raises((AssertionError, TypeError)) as caught:
+    with pytest.raises((AssertionError, TypeError, ValueError)) as caught:
         check()
     return " ".join("\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]).split())
 
@@ -296,6 +301,15 @@ def test_a_gradient_of_zero_everywhere_is_accepted_when_said():
     testing.check_op("sign", allow_zero=True)
     with pytest.raises(VacuousCheckError):
         testing.check_op("sign")
+
+
+def test_a_gradient_of_the_wrong_shape_is_an_error_in_use():
+    op = planted(lambda x: x.T * 1.0, lambda g, y, x: g, sample=fixed((2, 3)))
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    assert re.search(
+        r"gradient of an operand of shape \(2, 3\) came out as \(3, 2\) in the backward pass of planted",
+        error_of(lambda: op(x).backward(np.ones((3, 2)))),
+    )
 
 
 def test_an_operand_held_constant_gets_no_gradient():

@@ -35,10 +35,9 @@ def of_ratio(analytic: float, numeric: float, operand: Shape, result: Shape) -> 
     for n, what in _sizes(operand, result).items():
         for factor, wrong in ((n, "too large"), (1 / n, "too small")):
             if math.isclose(ratio, factor, rel_tol=1e-4):
-                return (
-                    f"the gradient is {n} times {wrong}, and {n} is {what}: a mean taken for a sum, or the reverse, or "
-                    "broadcasting that is not undone"
-                )
+                why = "a sum taken for a mean" if factor > 1 else "a mean taken for a sum"
+                why += ", or a path that is counted twice" if factor == 2 else ""
+                return f"the gradient is {n} times {wrong}, and {n} is {what}: {why}"
     if math.isclose(ratio, 2, rel_tol=1e-4):
         return "the gradient is twice the right one: a path is counted twice"
     return ""
