@@ -1,7 +1,7 @@
 """Test inputs of ops.
 
 An op's `sample` is a function from a `Draw` to `(operands, params)`. Tests pass a `Draw` backed by Hypothesis,
-`testing.check_op` passes one backed by a seeded generator.
+`testing.check_op` passes a `RandomDraw`.
 """
 
 import math
