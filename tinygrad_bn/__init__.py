@@ -12,9 +12,9 @@ from tinygrad_bn import cuda, datasets, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.modes import composed, debug, is_recording, no_grad
 from tinygrad_bn.random import manual_seed
-from tinygrad_bn.tensor import Tensor, fused, primitive
+from tinygrad_bn.tensor import Tensor, fused, held_constant, primitive
 
 __all__ = [
-    "Tensor", "composed", "cuda", "datasets", "debug", "functional", "fused", "grad", "is_recording", "manual_seed",
-    "nn", "no_grad", "optim", "primitive", "testing", "train",
+    "Tensor", "composed", "cuda", "datasets", "debug", "functional", "fused", "grad", "held_constant", "is_recording",
+    "manual_seed", "nn", "no_grad", "optim", "primitive", "testing", "train",
 ]  # fmt: skip

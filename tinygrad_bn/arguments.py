@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import unwrap
 from numbers import Real
 from typing import Any
 
@@ -61,6 +62,39 @@ def checked_option(name: str, option: str, value: Any) -> Any:
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {value!r}")
     plain = tuple(map(operator.index, axes))
     return plain if isinstance(value, tuple) else plain[0]
+
+
+def expect_declaration(
+    function: Callable[..., Any], operands: int, rules: int, declared: Callable[..., Any] | None
+) -> None:
+    """Raise ValueError unless `function` can be an op: its name an identifier, its rules one for each operand, or none.
+
+    `declared` is the function of an earlier op of that name. It is replaced if `function` is the same code, run again.
+    """
+    name = function.__name__
+    if declared and not _runs_again(function, earlier := unwrap(declared)):
+        file, line = _place(earlier)
+        raise ValueError(f"an op named {name!r} already exists: {file}, line {line}, declares it; choose another name")
+    if not name.isidentifier():
+        raise ValueError(f"the name of an op has to be an identifier; {name!r} is not")
+    if rules and rules != operands:
+        raise ValueError(f"{name!r} has {operands} operands and {rules} rules; give None for no gradient")
+
+
+def _place(function: Any) -> tuple[str, int]:
+    """The file and line that define a function; its module and 0 if it was not written in Python."""
+    code = getattr(function, "__code__", None)
+    return (code.co_filename, code.co_firstlineno) if code else (function.__module__, 0)
+
+
+def _runs_again(function: Any, earlier: Any) -> bool:
+    """Whether the code of `earlier` ran again and made `function`: an edited notebook cell, or a reloaded module."""
+    name, module = function.__qualname__, function.__module__
+    if function is earlier or (name, module) != (earlier.__qualname__, earlier.__module__):
+        return False
+    if module == "__main__" or _place(function)[0].startswith("<"):
+        return True
+    return _place(function) == _place(earlier) and "<locals>" not in name  # one function may make several ops
 
 
 def holds_numbers(x: object) -> bool:

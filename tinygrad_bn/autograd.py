@@ -191,6 +191,7 @@ def _fit(gx: Any, x: Tensor, run: Any) -> Any:
     if not isinstance(gx, Tensor):
         gx = backend.as_array(gx)
     if gx.shape != x._data.shape:
+        backend.expect_broadcast(x.shape, gx.shape)
         gx = run(OPS["sum_to"], (gx,), {"shape": x.shape})[0]
     return gx if gx.dtype == x._data.dtype else run(OPS["astype"], (gx,), {"dtype": x.dtype})[0]
 

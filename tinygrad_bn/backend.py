@@ -18,8 +18,8 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "Array", "as_array", "device_of", "expect_one_place", "find_kernel", "forward", "full", "join", "kernels_disabled",
-    "move", "to_numpy", "vjp",
+    "Array", "as_array", "device_of", "expect_broadcast", "expect_one_place", "find_kernel", "forward", "full", "join",
+    "kernels_disabled", "move", "to_numpy", "vjp",
 ]  # fmt: skip
 
 Array: TypeAlias = NDArray[Any]
@@ -95,6 +95,9 @@ def vjp(
         by_products = dict(zip(op.saves, saved, strict=True)) if saved else {}
         gxs = kernel(g, y, *arrays, needs=needs, **params, **by_products)
         if gxs is not NotImplemented:
+            if not isinstance(gxs, tuple | list) or len(gxs) != len(needs):
+                got = f"{len(gxs)} gradients" if isinstance(gxs, tuple | list) else f"a {type(gxs).__name__}"
+                raise TypeError(f"the kernel {op.vjp!r} returned {got}; its op has {len(needs)} operands")
             return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
     return NotImplemented if op.fused else op.pull(g, y, arrays, needs, params)
 
@@ -229,6 +232,13 @@ def place(array: object) -> str:
     """The device of `array` for a text: "" for "cpu"."""
     device = device_of(array)
     return "" if device == "cpu" else device
+
+
+def expect_broadcast(shape: Sequence[int], wide: Sequence[int]) -> None:
+    """Raise ValueError unless `wide`, a gradient's shape, can be summed down to the `shape` of its operand."""
+    lead = len(wide) - len(shape)
+    if lead < 0 or any(n not in (1, m) for n, m in zip(shape, wide[lead:], strict=True)):
+        raise ValueError(f"the gradient of an operand of shape {tuple(shape)} came out as {tuple(wide)}")
 
 
 def expect_one_place(operands: Collection[object]) -> None:

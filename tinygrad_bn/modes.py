@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from contextlib import ContextDecorator
 from contextvars import ContextVar, Token
-from typing import Self
+from functools import wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from typing import Any, Self, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 COMPOSED: ContextVar[bool] = ContextVar("composed", default=False)
@@ -26,6 +32,72 @@ class _Mode(ContextDecorator):
     def _recreate_cm(self) -> Self:
         return type(self)(self.variable, self.value)  # a new one for each call of a decorated function: for threads
 
+    def __call__(self, function: F) -> F:
+        """The function with this setting in its body, and not where the body waits at a yield or an await."""
+        pausing: Any = _decorated(function, self)
+        return pausing or super().__call__(function)
+
+
+def _decorated(function: Callable[..., Any], mode: _Mode) -> Any:
+    """A generator or coroutine function under `mode`; None for a plain function, whose body never waits."""
+    if isgeneratorfunction(function):
+
+        @wraps(function)
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            return (yield from _Pausing(mode).steps(function(*args, **kwargs)))
+
+        return generator
+    if iscoroutinefunction(function):
+
+        @wraps(function)
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await _Pausing(mode).steps(function(*args, **kwargs))
+
+        return coroutine
+    if isasyncgenfunction(function):
+
+        @wraps(function)
+        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+            body, pausing = function(*args, **kwargs), _Pausing(mode)
+            step = body.asend(None)
+            while True:
+                try:
+                    result = await pausing.steps(step)
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = body.asend((yield result))
+                except BaseException as error:  # thrown in here, for the body; also when it is closed
+                    step = body.athrow(error)
+
+        return async_generator
+    return None
+
+
+class _Pausing:
+    """A setting that holds while a generator or coroutine runs, and not while it waits for its caller."""
+
+    def __init__(self, mode: _Mode) -> None:
+        self.variable, self.inside = mode.variable, mode.value
+
+    @types.coroutine
+    def steps(self, body: Any) -> Any:
+        """Run `body` from pause to pause, passing on what is sent and thrown in; its result."""
+        step, sent = body.send, None
+        while True:
+            token = self.variable.set(self.inside)
+            try:
+                result = step(sent)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self.inside = self.variable.get()  # the body may have paused in a block of its own
+                self.variable.reset(token)
+            try:
+                step, sent = body.send, (yield result)
+            except BaseException as error:
+                step, sent = body.throw, error
+
 
 def recording(on: bool) -> _Mode:
     """Inside `with recording(on):` ops record how their results are computed, or do not."""
@@ -33,7 +105,10 @@ def recording(on: bool) -> _Mode:
 
 
 def no_grad() -> _Mode:
-    """Inside `with no_grad():`, or a function under `@no_grad()`, no graph is built, and `+=` changes a tensor."""
+    """Inside `with no_grad():`, or a function under `@no_grad()`, no graph is built, and `+=` changes a tensor.
+
+    Under `@no_grad()` a generator or coroutine function records nothing in its body; its caller records while it waits.
+    """
     return _Mode(RECORDING, False)
 
 

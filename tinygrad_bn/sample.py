@@ -1,9 +1,10 @@
 """Test inputs of ops.
 
 An op's `sample` is a function from a `Draw` to `(operands, params)`. Tests pass a `Draw` backed by Hypothesis,
-`testing.check_op` passes one backed by a seeded generator.
+`testing.check_op` passes a `RandomDraw`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -44,6 +45,43 @@ class Draw(Protocol):
         """int64 indices in [low, high]."""
 
     def choice(self, options: Sequence[T]) -> T: ...
+
+
+class RandomDraw:
+    """A `Draw` from a seeded generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def shape(self, min_dims: int = 0, max_dims: int = 3, min_side: int = 0, max_side: int = 4) -> Shape:
+        sides = self.rng.integers(min_side, max_side + 1, self.integer(min_dims, max_dims))
+        return tuple(int(n) for n in sides)
+
+    def broadcastable(self, count: int) -> Sequence[Shape]:
+        full = self.shape(min_side=1)
+        shapes = []
+        for _ in range(count):
+            kept = full[self.integer(0, len(full)) :]
+            shapes.append(tuple(1 if self.rng.random() < 0.3 else n for n in kept))
+        return shapes
+
+    def array(self, domain: Domain, shape: Shape) -> Array:
+        x = self.rng.uniform(domain.low, domain.high, shape)
+        if domain.gap or not domain.low <= 0 <= domain.high:
+            return np.where(np.abs(x) < domain.gap, domain.gap, x)
+        return np.where(np.abs(x) < 0.05 * (domain.high - domain.low), 0.0, x)  # a tenth is 0, where g · y / x is 0 / 0
+
+    def distinct(self, shape: Shape) -> Array:
+        return self.rng.permutation(math.prod(shape)).reshape(shape) * 0.2 - 1.0
+
+    def integer(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high + 1))
+
+    def integers(self, low: int, high: int, shape: Shape) -> Array:
+        return self.rng.integers(low, high + 1, shape)
+
+    def choice(self, options: Sequence[Any]) -> Any:
+        return options[self.integer(0, len(options) - 1)]
 
 
 Drawn: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # operands, each an array or None, and options
@@ -196,18 +234,18 @@ def for_batch_norm(d: Draw) -> Drawn:
     shape = d.integer(1, 9), *d.shape(min_dims=1, max_dims=3, min_side=1, max_side=3)
     x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
     weight, bias = (d.array(REAL, shape[1:2]) if d.choice([True, True, False]) else None for _ in range(2))
-    return (x, weight, bias), {"eps": 0.3}
+    return (x, weight, bias), {"eps": d.choice([0.3, 0.7])}
 
 
 def for_batch_norm_relu(d: Draw) -> Drawn:
     """Operands whose outputs keep a distance from the kink."""
     n, c, plane = d.integer(3, 9), d.integer(1, 3), d.choice([(), (2,), (1, 2)])
     x = np.stack([d.distinct((n, *plane)) * 10 for _ in range(c)], axis=1)
-    channels = x.swapaxes(0, 1).reshape(c, -1)
-    xhat = (channels - channels.mean(1, keepdims=True)) / np.sqrt(channels.var(1, keepdims=True) + 0.3)
+    channels, eps = x.swapaxes(0, 1).reshape(c, -1), d.choice([0.3, 0.7])
+    xhat = (channels - channels.mean(1, keepdims=True)) / np.sqrt(channels.var(1, keepdims=True) + eps)
     between = np.sort(xhat)[:, :2].mean(1)  # the output is 0 half-way between two samples
     weight = np.where(np.arange(c) % 2, -1.5, 1.0)
-    return (x, weight, -weight * between), {"eps": 0.3}
+    return (x, weight, -weight * between), {"eps": eps}
 
 
 def for_batch_norm_inference(d: Draw) -> Drawn:

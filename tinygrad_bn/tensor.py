@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import bind, checked_option, holds_numbers
+from tinygrad_bn.arguments import bind, checked_option, expect_declaration, holds_numbers
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, is_recording
 from tinygrad_bn.sample import Sample, completed
@@ -152,8 +152,8 @@ def primitive(
     """Declare an op by its forward on arrays, the decorated function, and its gradient rules.
 
     Args:
-        rules: the gradient of each operand, `(g, y, *operands, **params) -> gradient`, in arithmetic of tensors;
-            None if the op is not differentiable in it. The engine undoes broadcasting, casts and accumulates.
+        rules: the gradient of each operand, `(g, y, *operands, **params) -> gradient`, in arithmetic of tensors. None
+            where it is 0, as for a condition; `held_constant` for a target. The engine undoes broadcasting and casts.
         formula: the op in symbols, for people.
         sample: operands and options for the tests; see `tinygrad_bn.sample`.
         each: instead of `rules`, for any number of operands: `(i, g, y, *operands, **params)`.
@@ -161,7 +161,7 @@ def primitive(
         updates: names of operands that the forward overwrites, as an optimiser does with its state.
 
     Raises:
-        ValueError: the name is taken or no identifier; or the rules are not one for each operand.
+        ValueError: the name is another op's or no identifier; or the rules are not one for each operand.
     """
     if bool(rules) == bool(each):
         raise ValueError("an op needs exactly one of: a rule for each operand, or `each`")
@@ -170,6 +170,10 @@ def primitive(
         return _declare(forward, forward, rules, each, False, saves, updates, formula, sample)
 
     return declare
+
+
+def held_constant(*_: Any, **__: Any) -> None:
+    """The rule of an operand that gets no gradient although the result varies with it, such as a target."""
 
 
 def fused(
@@ -207,12 +211,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     given = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     defaults = {option: value for option, value in given.items() if option in options}
     name, count = function.__name__, len(names)
-    if name in OPS:
-        raise ValueError(f"an op named {name!r} already exists")
-    if not name.isidentifier():
-        raise ValueError(f"the name of an op has to be an identifier; {name!r} is not")
-    if rules and len(rules) != count:
-        raise ValueError(f"{name!r} has {count} operands and {len(rules)} rules; give None for no gradient")
+    expect_declaration(function, count, len(rules), OPS[name].forward if name in OPS else None)
     op = OPS[name] = Op(name, forward, rules, *fields)
     op.sample = completed(op.sample, defaults)
     required = options.keys() - defaults.keys()

@@ -9,7 +9,7 @@ import pytest
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import interpreted
 from tests.cuda.training import BUILT_IN, OPTIMISERS, cuda_matches_cpu, images_network, network, three_steps
-from tinygrad_bn import Tensor, cuda, functional, nn, optim, testing, train
+from tinygrad_bn import Tensor, cuda, functional, nn, optim, sample, train
 from tinygrad_bn.tensor import OPS
 
 
@@ -23,7 +23,7 @@ def device():
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_op_is_the_same_as_on_the_cpu(name):
     for example, dtype in enumerate((np.float32, np.float32, np.float64)):
-        xs, params = OPS[name].sample(testing.RandomDraw(example))
+        xs, params = OPS[name].sample(sample.RandomDraw(example))
         cuda_matches_cpu(OPS[name], xs, params, example, dtype)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.cuda.gpu_report import measure, table
 from tests.cuda.training import BUILT_IN, OPTIMISERS, cuda_matches_cpu, network, three_steps
-from tinygrad_bn import Tensor, cuda, testing
+from tinygrad_bn import Tensor, cuda, sample
 from tinygrad_bn.tensor import OPS
 
 
@@ -20,7 +20,7 @@ def gpu():
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_op_is_the_same_as_on_the_cpu(name, dtype, gpu):
     for example in range(10):
-        xs, params = OPS[name].sample(testing.RandomDraw(example))
+        xs, params = OPS[name].sample(sample.RandomDraw(example))
         cuda_matches_cpu(OPS[name], xs, params, example, dtype)
 
 

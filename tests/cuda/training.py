@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from tinygrad_bn import Tensor, functional, grad, nn, optim, tensor, testing
+from tinygrad_bn import Tensor, functional, grad, nn, optim, tensor
 from tinygrad_bn.tensor import OPS
+from tinygrad_bn.testing import properties
 
 BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
 
@@ -50,8 +51,8 @@ def three_steps(make, optimiser, x, y, where):
 def cuda_matches_cpu(op, xs, params, seed, dtype):
     """On cuda: the CPU's values and dtype; and gradients, by the plain and the differentiable route."""
     tolerance = 2e-5 if dtype == np.float32 else 1e-11
-    cast = testing.cast_real(xs, dtype)
-    _, real = testing._split(op, cast, params)
+    cast = properties.cast_real(xs, dtype)
+    _, real = properties.split_differentiable(op, cast, params)
     results = []
     for where in ("cpu", "cuda"):
         ts = [x if x is None else Tensor(x).to(where).detach() for x in cast]

@@ -119,6 +119,18 @@ def test_float16_is_normalised_in_float32():
 # ---- gradients ---------------------------------------------------------------------------------------------
 
 
+@given(batches(dtypes=st.sampled_from([np.float16, np.float32, np.float64])))
+def test_a_layer_made_of_the_steps_keeps_the_dtype(x):
+    t, weight = Tensor(x, requires_grad=True), Tensor(np.full(1, 2.0, x.dtype), requires_grad=True)
+    steps = functional.batch_norm_steps(t)
+    assert {step.dtype for step in steps[:-1]} == {np.dtype(np.float64)}
+    np.testing.assert_array_equal(steps.out.numpy(), steps.xhat.numpy().astype(x.dtype))  # rounded once
+    y = steps.out * weight + steps.xmu.astype(x.dtype)
+    assert y.dtype == x.dtype
+    y.sum().backward()
+    assert t.grad.dtype == weight.grad.dtype == x.dtype
+
+
 @given(batches(dtypes=st.just(np.float64)), st.integers(0, 999))
 def test_gradients_in_training_mode_and_their_sum(x, seed):
     rng = np.random.default_rng(seed)

@@ -313,11 +313,11 @@ def test_a_constant_composition_has_no_gradient(ops):
 
 def test_checks_know_the_defaults_of_options(ops, monkeypatch):
     @fused(**ANY)
-    def scaled(x, *, k=2.0):
+    def scaled(x, *, k=2):
         return x * k
 
     monkeypatch.setitem(_kernels, ("scaled", "cpu"), lambda x, *, k: x * k)
-    testing.check_op(scaled, examples=3)
+    assert testing.check_op(scaled, examples=3).fixed == {"k": 2}
 
 
 @pytest.mark.parametrize(

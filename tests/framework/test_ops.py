@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tinygrad_bn_kernels import _kernels, lookup, names
 
 from tests.tools.thresholds import thresholds
-from tinygrad_bn import Tensor, autograd, functional, more_ops, ops, primitive, testing
+from tinygrad_bn import Tensor, autograd, functional, grad, more_ops, ops, primitive, sample, testing
 from tinygrad_bn.tensor import OPS, Op, apply
+from tinygrad_bn.testing import check, properties
 
 
 class HypothesisDraw:
@@ -55,19 +56,27 @@ class HypothesisDraw:
 BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
 
 
-@pytest.mark.parametrize("check", testing.PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", properties.PROPERTIES, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", BUILT_IN)
 @given(data=st.data(), seed=st.integers(0, 999))
 def test_property(name, check, data, seed):
     xs, params = OPS[name].sample(HypothesisDraw(data))
-    with thresholds() if check is testing.kernels_match_reference else nullcontext():
+    with thresholds() if check is properties.kernels_match_reference else nullcontext():
         check(OPS[name], xs, params, seed)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_samples_of_an_op_can_show_a_mistake(name):
+    samples = [OPS[name].sample(sample.RandomDraw(seed)) for seed in range(25)]
+    check.expect_telling(OPS[name], samples, allow_zero=name == "sign")
+    check.expect_rules_that_take_the_options(OPS[name])
+    check.expect_no_kernel_with_nearly_the_name(OPS[name])
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_check_op_draws_operands_that_depend_on_the_seed_alone(name):
     for seed in range(3):
-        (xs, params), (again, same) = (OPS[name].sample(testing.RandomDraw(seed)) for _ in range(2))
+        (xs, params), (again, same) = (OPS[name].sample(sample.RandomDraw(seed)) for _ in range(2))
         assert repr(params) == repr(same)
         for a, b in zip(xs, again, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -192,7 +201,7 @@ def test_a_fused_op_does_not_walk_the_graph_behind_its_operands(monkeypatch):
     x = y = Tensor(np.array(1.0), requires_grad=True)
     for _ in range(100):
         y, _ = apply(OPS["fused_square"], (y,), {})
-    testing.grad(y, x)
+    grad(y, x)
     assert 100 < sum(walked) < 10 * 100
 
 

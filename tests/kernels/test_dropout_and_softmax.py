@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tinygrad_bn_kernels.cpu.exponential import exp
 
-from tinygrad_bn import Tensor, nn, testing
+from tinygrad_bn import Tensor, grad, nn
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.functional.basics import dropout_by_key
@@ -90,10 +90,10 @@ def test_gradients_of_order_1_and_2_use_the_forward_mask(key, p, shape):
     y = dropout_by_key(x, p=p, key=key)
     slope = np.where(philox(key, x.size) >= p * 2**32, 1 / (1 - p) if p < 1 else 0.0, 0.0).reshape(shape)
     np.testing.assert_allclose(y.numpy(), x.numpy() * slope, rtol=1e-15)
-    gx = testing.grad(y * y, x, g, create_graph=True)  # 2 · slope² · x · g
+    gx = grad(y * y, x, g, create_graph=True)  # 2 · slope² · x · g
     np.testing.assert_allclose(gx.numpy(), 2 * slope**2 * x.numpy() * g.numpy(), rtol=1e-14)
     for by, factor in ((x, g), (g, x)):
-        second = testing.grad(gx, by, np.ones(shape))
+        second = grad(gx, by, np.ones(shape))
         np.testing.assert_allclose(second.numpy(), 2 * slope**2 * factor.numpy(), rtol=1e-14)
 
 

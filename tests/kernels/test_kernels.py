@@ -18,11 +18,12 @@ from tinygrad_bn_kernels.cpu import norm
 from tests.tools.processes import output, python
 from tests.tools.thresholds import thresholds
 from tests.tools.work import batch_norm_operands, batch_norm_step
-from tinygrad_bn import Tensor, functional, more_ops, nn, ops, optim, testing
+from tinygrad_bn import Tensor, functional, more_ops, nn, ops, optim, sample
 from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.functional.normalization import block_norm
 from tinygrad_bn.kernels import kernel_errors
 from tinygrad_bn.tensor import OPS
+from tinygrad_bn.testing import properties
 
 SHAPES = [(37, 5), (130, 70), (6, 5, 4), (8, 3, 5, 5)]
 
@@ -151,8 +152,8 @@ def test_a_kernel_computes_its_samples_but_these(name, monkeypatch):
         monkeypatch.setitem(kernels_module._kernels, (own, "cpu"), partial(counting, own))
     with thresholds():
         for seed in range(50):
-            xs, params = OPS[name].sample(testing.RandomDraw(seed))
-            testing.kernels_match_reference(OPS[name], xs, params, seed)
+            xs, params = OPS[name].sample(sample.RandomDraw(seed))
+            properties.kernels_match_reference(OPS[name], xs, params, seed)
     assert computed.keys() == kernels.keys()
     assert declined <= DECLINED
 

@@ -32,9 +32,9 @@ def batch_norm_steps(
 ) -> Normalization:
     """Normalise each channel of x by the mean and biased variance of the batch, step by step.
 
-    This is the definition of BatchNorm; the kernels are tested against it. All steps but `out` are in float64. So the
-    statistics are accurate at any mean, a constant channel gives exactly `bias`, and derivatives of every order
-    follow from the steps.
+    This is the definition of BatchNorm; the kernels are tested against it. So that the statistics are accurate at any
+    mean, all steps but `out` are in float64, whatever x is. A layer that goes on from them takes `out`, in x's dtype:
+    without weight and bias it is `xhat`, rounded once. Any other step is cast: `steps.xmu.astype(x.dtype)`.
 
     Args:
         x: (N, C, ...), floating-point.

@@ -30,7 +30,7 @@ def _sample_block_norm(d: Draw) -> Drawn:
     planes = (blocks[1] * blocks[2],)
     weight, bias = (d.array(REAL, planes) if d.choice([True, True, False]) else None for _ in range(2))
     x = d.array(REAL, (blocks[0], math.prod(blocks[1:])))
-    return (x, weight, bias), {"blocks": blocks, "eps": 0.3, "centered": d.choice([True, False])}
+    return (x, weight, bias), {"blocks": blocks, "eps": d.choice([0.3, 0.7]), "centered": d.choice([True, False])}
 
 
 @fused(

@@ -1,0 +1,165 @@
+"""Modes as decorators: they hold in the body of a function, and not while the body waits for its caller."""
+
+import asyncio
+import inspect
+
+import pytest
+
+from tinygrad_bn import Tensor, composed, debug, is_recording, no_grad
+from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, recording
+
+MODES = [(no_grad, RECORDING, False), (composed, COMPOSED, True), (debug, DEBUGGING, True)]
+
+
+class Pause:
+    """Hands control to whatever runs the coroutine."""
+
+    def __await__(self):
+        yield "pause"
+
+
+def generator(variable, seen):
+    seen.append(variable.get())
+    yield 1
+    seen.append(variable.get())
+
+
+async def coroutine(variable, seen):
+    seen.append(variable.get())
+    await Pause()
+    seen.append(variable.get())
+
+
+async def async_generator(variable, seen):
+    seen.append(variable.get())
+    await Pause()
+    seen.append(variable.get())
+    yield 1
+    seen.append(variable.get())
+
+
+def advanced(body):
+    """Run `body` step by step, giving control back here at each."""
+    yield from body if inspect.isgenerator(body) else body.__await__()
+
+
+async def consumed(body, variable, outside):
+    async for _ in body:
+        assert variable.get() is outside
+
+
+@pytest.mark.parametrize(("mode", "variable", "inside"), MODES, ids=lambda m: getattr(m, "__name__", ""))
+@pytest.mark.parametrize("function", [generator, coroutine, async_generator])
+def test_a_mode_holds_inside_a_decorated_function_and_only_there(mode, variable, inside, function):
+    seen, outside = [], variable.get()
+    decorated = mode()(function)
+    assert inspect.isgeneratorfunction(decorated) == inspect.isgeneratorfunction(function)
+    assert inspect.iscoroutinefunction(decorated) == inspect.iscoroutinefunction(function)
+    assert inspect.isasyncgenfunction(decorated) == inspect.isasyncgenfunction(function)
+    for _ in range(2):  # the decorated function runs again
+        body = decorated(variable, seen)
+        for _ in advanced(consumed(body, variable, outside) if function is async_generator else body):
+            assert variable.get() is outside  # while the body waits
+        assert variable.get() is outside
+    assert len(seen) >= 4
+    assert set(seen) == {inside}
+
+
+def test_each_step_of_two_generators_has_its_own_mode():
+    x = Tensor(2.0, requires_grad=True)
+
+    def squares():
+        while True:
+            yield (x * x).requires_grad
+
+    on, off = squares(), no_grad()(squares)()
+    assert [(next(on), next(off)) for _ in range(3)] == [(True, False)] * 3
+
+
+def test_a_block_inside_a_decorated_generator_outlasts_its_pauses():
+    @no_grad()
+    def steps():
+        with recording(True):
+            yield is_recording()
+            yield is_recording()
+        yield is_recording()
+
+    with no_grad():
+        assert [(mode, is_recording()) for mode in steps()] == [(True, False), (True, False), (False, False)]
+
+
+def test_a_decorated_generator_takes_what_is_sent_and_thrown_and_closes():
+    closed = []
+
+    @no_grad()
+    @composed()
+    def echo():
+        """Words."""
+        got = yield "first"
+        try:
+            while got != "end":
+                try:
+                    got = yield got, is_recording(), COMPOSED.get()
+                except KeyError as error:
+                    got = error.args[0]
+        finally:
+            closed.append(is_recording())
+        return "result"
+
+    assert echo.__doc__ == "Words."
+    it = echo()
+    assert [next(it), it.send("a"), it.throw(KeyError("b"))] == ["first", ("a", False, True), ("b", False, True)]
+    with pytest.raises(StopIteration) as done:
+        it.send("end")
+    assert done.value.value == "result"
+    unfinished = echo()
+    for _ in range(2):
+        next(unfinished)
+    unfinished.close()
+    assert closed == [False, False]
+    assert is_recording()
+
+
+def test_a_decorated_async_generator_takes_what_is_sent_and_thrown_and_closes():
+    closed = []
+
+    @no_grad()
+    async def echo():
+        got = yield "first"
+        try:
+            while True:
+                try:
+                    got = yield got, is_recording()
+                except KeyError as error:
+                    got = error.args[0]
+        finally:
+            await asyncio.sleep(0)
+            closed.append(is_recording())
+
+    async def talk():
+        it = echo()
+        said = [await anext(it), await it.asend("a"), await it.athrow(KeyError("b"))]
+        await it.aclose()
+        return said, is_recording()
+
+    assert asyncio.run(talk()) == (["first", ("a", False), ("b", False)], True)
+    assert closed == [False]
+
+
+def test_tasks_that_take_turns_keep_their_own_mode():
+    @no_grad()
+    async def off():
+        for _ in range(3):
+            assert not is_recording()
+            await asyncio.sleep(0)
+
+    async def on():
+        for _ in range(3):
+            assert is_recording()
+            await asyncio.sleep(0)
+
+    async def both():
+        await asyncio.gather(off(), on(), off())
+
+    asyncio.run(both())
+    assert is_recording()

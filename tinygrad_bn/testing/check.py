@@ -1,0 +1,198 @@
+"""All checks of one op: its properties over drawn samples, and what would make them worthless."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import Any
+
+import numpy as np
+from tinygrad_bn_kernels import names as kernel_names
+
+from tinygrad_bn import backend
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.sample import Drawn, RandomDraw
+from tinygrad_bn.tensor import OPS, Op, Tensor, apply
+from tinygrad_bn.testing.diagnosis import of_rules, operand_names
+from tinygrad_bn.testing.gradients import Function, GradcheckError, VacuousCheckError
+from tinygrad_bn.testing.properties import PROPERTIES, positions
+
+ENOUGH = 25  # samples, to say that none of them has something
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """What `check_op` has tested."""
+
+    op: str
+    samples: int
+    kernels: dict[str, int]  # how many of the samples each kernel of the op took; it declined the others
+    fixed: dict[str, Any]  # options that had the same value in every sample
+
+    def __str__(self) -> str:
+        kernels = ", ".join(f"{name} (took {count} of {self.samples})" for name, count in self.kernels.items())
+        fixed = "".join(f"; only with {option}={value!r}" for option, value in self.fixed.items())
+        return f"{self.op}: {self.samples} samples; kernels: {kernels or 'none'}{fixed}"
+
+
+def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: bool = False) -> OpReport:
+    """Run every property of the test-suite on an op, over drawn operands.
+
+    Args:
+        op: a function made by `primitive` or `fused`, or its name.
+        examples: how many samples to check.
+        seed: of the draws.
+        allow_zero: accept operands whose gradient is zero in every sample, as that of a step function is.
+
+    Returns:
+        What was tested: look there whether your kernels were.
+
+    Raises:
+        AssertionError: the property that fails, for the sample that is named in a note; a rule that does not take an
+            option; a kernel with nearly the name of the op.
+        VacuousCheckError: the samples could not show a mistake: they are all empty or zero, have no gradient, or never
+            change an option.
+        KeyError: there is no such op.
+        TypeError: the function is not an op.
+
+    >>> print(check_op("mul", examples=3))
+    mul: 3 samples; kernels: none
+    """
+    if isinstance(op, str) and op not in OPS:
+        raise KeyError(f"there is no op {op!r}; there are {', '.join(sorted(OPS))}")
+    declared = OPS[op] if isinstance(op, str) else getattr(op, "op", None)
+    if not isinstance(declared, Op):
+        raise TypeError(f"check_op takes an op, made by primitive or fused, or its name; got {op!r}: see gradcheck")
+    expect_rules_that_take_the_options(declared)
+    expect_no_kernel_with_nearly_the_name(declared)
+    samples = [declared.sample(RandomDraw(seed + i)) for i in range(max(examples, ENOUGH))]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a wrong rule is an error here, not a warning
+        for i, (xs, params) in enumerate(samples[:examples]):
+            _check_sample(declared, xs, params, seed + i)
+    expect_telling(declared, samples, allow_zero)
+    values = {option: [params[option] for _, params in samples] for option in samples[0][1]}
+    fixed = {option: seen[0] for option, seen in values.items() if _is_one_value(seen)}
+    return OpReport(declared.name, examples, _kernels_that_ran(declared, samples[:examples]), fixed)
+
+
+def _check_sample(op: Op, xs: Any, params: dict[str, Any], seed: int) -> None:
+    for check in PROPERTIES:
+        try:
+            check(op, xs, params, seed)
+        except Exception as error:
+            why = of_rules(op, xs, params)
+            told = GradcheckError(why) if why else error
+            shapes = [None if x is None else x.shape for x in xs]
+            told.add_note(f"in {check.__name__} of {op.name!r}, example {seed}: shapes {shapes}, {params}")
+            raise told from (error if why else None)
+
+
+# ---- declarations that a sample does not show ------------------------------------------------------------
+
+
+def expect_rules_that_take_the_options(op: Op) -> None:
+    """Raise GradcheckError unless every rule can be called with the operands and the options of the op."""
+    parameters = list(signature(op.forward).parameters.values())
+    options = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    operands = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]  # [] for any number of them
+    wanted = [*(["i"] if op.each else []), "g", "y", *operands]
+    of_each = [(rule, f"operand {name!r} of {op.name!r}") for rule, name in zip(op.rules, operands, strict=False)]
+    for rule, whose in [(op.each, repr(op.name))] if op.each else of_each:
+        if rule is None:
+            continue
+        takes = signature(rule).parameters.values()
+        any_option = any(p.kind is p.VAR_KEYWORD for p in takes)
+        if missing := [o for o in options if not any_option and o not in [p.name for p in takes]]:
+            raise GradcheckError(
+                f"the rule of {whose} does not take the option {', '.join(missing)}: a rule gets all options, by name"
+            )
+        try:
+            signature(rule).bind(*wanted, **dict.fromkeys(options))
+        except TypeError as error:
+            raise GradcheckError(f"the rule of {whose} has to take ({', '.join(wanted)}): {error}") from None
+
+
+def expect_no_kernel_with_nearly_the_name(op: Op) -> None:
+    """Raise GradcheckError if a kernel that belongs to no op has nearly the name of this op's: it would never run."""
+    for name, device in kernel_names():
+        if name.removesuffix(".vjp") in OPS or name.startswith("array."):
+            continue
+        close = get_close_matches(name, [op.name, op.vjp], n=1, cutoff=0.8)
+        if close or name.partition(".")[0] == op.name:
+            raise GradcheckError(
+                f"the {device} kernel {name!r} belongs to no op and never runs; is it {(close or [op.vjp])[0]!r}?"
+            )
+
+
+# ---- samples that show nothing ---------------------------------------------------------------------------
+
+
+def expect_telling(op: Op, samples: Sequence[Drawn], allow_zero: bool = False) -> None:
+    """Raise VacuousCheckError if these samples would pass with a wrong op."""
+    count = len(samples)
+    for i, name in enumerate(operand_names(op, len(samples[0][0]))):
+        given = [xs[i] for xs, _ in samples if i < len(xs) and xs[i] is not None]
+        where = f"operand {name} of {op.name!r} is"
+        for silent, what in (
+            (not given, "None"),
+            (not any(np.size(x) for x in given), "empty"),
+            (not any(np.any(x) for x in given), "zero"),
+        ):
+            if silent:
+                raise VacuousCheckError(f"{where} {what} in all of {count} samples: draw others, or nothing is tested")
+    if not op.differentiable:
+        return
+    largest: dict[str, float] = {}
+    for xs, params in samples:
+        for name, gradient in _gradients(op, xs, params):
+            largest[name] = max(largest.get(name, 0.0), float(np.abs(gradient).max(initial=0)))
+    for name, gradient in largest.items():
+        if gradient <= 1e-11 and not allow_zero:
+            raise VacuousCheckError(
+                f"the gradient of operand {name} of {op.name!r} is 0 in all of {count} samples, which shows nothing: "
+                "draw others; if it is 0 everywhere, use allow_zero, or the rule None"
+            )
+    for option, value in samples[0][1].items():
+        if isinstance(value, float) and _is_one_value([params[option] for _, params in samples]):
+            raise VacuousCheckError(
+                f"the option {option} of {op.name!r} is {value} in all of {count} samples; a rule that ignores it "
+                f"passes. Let the sample choose, as {{'{option}': d.choice([{value}, {value / 2 + 0.25}])}}"
+            )
+
+
+def _is_one_value(values: Sequence[Any]) -> bool:
+    return len(values) > 1 and len(set(map(repr, values))) == 1
+
+
+def _gradients(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The operands that the op is differentiable in, by name, and their gradients under a random cotangent."""
+    names = operand_names(op, len(xs))
+    ts = {i: Tensor(xs[i], requires_grad=True) for i in positions(op, xs)}
+    y = apply(op, [ts.get(i, x) for i, x in enumerate(xs)], params)[0]
+    if not isinstance(y, Tensor) or not y.requires_grad:
+        return
+    g = np.random.default_rng(0).normal(size=y.shape)
+    for i, gradient in zip(ts, grad(y, list(ts.values()), g), strict=True):
+        yield names[i], gradient.numpy()
+
+
+def _kernels_that_ran(op: Op, samples: Sequence[Drawn]) -> dict[str, int]:
+    """The kernels of the op on the CPU, and how many of the samples each took."""
+    ran: dict[str, int] = {}
+    for xs, params in samples:
+        arrays = [x if x is None else x.copy() for x in xs]  # an op may overwrite its operands
+        if forward := backend.find_kernel(op.name, "cpu"):
+            ran[op.name] = ran.get(op.name, 0) + (forward(*arrays, **params) is not NotImplemented)
+        if vjp := backend.find_kernel(op.vjp, "cpu"):
+            y, saved = backend.forward(op, arrays, params)
+            by_products = dict(zip(op.saves, saved, strict=True))
+            of = positions(op, xs)
+            taken = any(  # a kernel may give some of the gradients only
+                vjp(y, y, *arrays, needs=[i in wanted for i in range(len(xs))], **params, **by_products)
+                is not NotImplemented
+                for wanted in (of, *([i] for i in of))
+            )
+            ran[op.vjp] = ran.get(op.vjp, 0) + taken
+    return ran

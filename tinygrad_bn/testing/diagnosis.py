@@ -1,0 +1,133 @@
+"""What a failed check suggests, in words: by the ratio of two derivatives, and by what the rules of an op return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.backend import expect_broadcast, kernels_disabled
+from tinygrad_bn.modes import recording
+from tinygrad_bn.sample import Shape
+from tinygrad_bn.tensor import Op, Tensor, apply
+
+
+def of_ratio(analytic: float, numeric: float, operand: Shape, result: Shape) -> str:
+    """The mistake that the ratio of a wrong derivative to the numerical one suggests; "" for none.
+
+    `operand` and `result` are shapes: a factor that is one of their sizes is a sum or a mean gone wrong.
+    """
+    if not math.isfinite(analytic):
+        return (
+            "the gradient is not finite: a rule divides by 0 or multiplies it with infinity, as g · y / x does at x = 0"
+        )
+    if numeric == 0:
+        return "the result does not vary with this operand here"
+    ratio = analytic / numeric
+    if abs(ratio) < 1e-6:
+        return "the gradient is 0: its path is dropped, as by detach() or a rule that gives 0"
+    if math.isclose(ratio, -1, rel_tol=1e-4):
+        return "the sign is flipped"
+    for n, what in _sizes(operand, result).items():
+        for factor, wrong in ((n, "too large"), (1 / n, "too small")):
+            if math.isclose(ratio, factor, rel_tol=1e-4):
+                why = "a sum taken for a mean" if factor > 1 else "a mean taken for a sum"
+                why += ", or a path that is counted twice" if factor == 2 else ""
+                return f"the gradient is {n} times {wrong}, and {n} is {what}: {why}"
+    if math.isclose(ratio, 2, rel_tol=1e-4):
+        return "the gradient is twice the right one: a path is counted twice"
+    return ""
+
+
+def _sizes(operand: Shape, result: Shape) -> dict[int, str]:
+    """Numbers of elements, larger than 1, and what they count."""
+    sizes: dict[int, str] = {}
+    for shape, whose in ((operand, "the operand"), (result, "the result")):
+        for axis, n in enumerate(shape):
+            sizes.setdefault(n, f"the length of axis {axis} of {whose}")
+    x, y = math.prod(operand), math.prod(result)
+    for n, what in ((x, "the size of the operand"), (y, "the size of the result")):
+        sizes.setdefault(n, what)
+    if y and x % y == 0:
+        sizes.setdefault(x // y, "how many elements of the operand each of the result combines")
+    return {n: what for n, what in sizes.items() if n > 1}
+
+
+def operand_names(op: Op, count: int) -> list[str]:
+    """The names of the operands of an op, in quotes."""
+    parameters = [p for p in signature(op.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    if len(parameters) == 1 and parameters[0].kind is parameters[0].VAR_POSITIONAL:
+        return [f"'{parameters[0].name}[{i}]'" for i in range(count)]
+    return [repr(p.name) for p in parameters[:count]]
+
+
+def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
+    """What is wrong with the form of an op's gradients for these float64 operands; "" for nothing."""
+    tensors = [Tensor(x, requires_grad=True) if _is_real(x) else x for x in xs]
+    if op.fused:
+        with recording(True), _conversions() as converted:
+            failed = _fails(lambda: op.forward(*tensors, **params))
+        return f"the composition of {op.name!r} {NUMPY}" if converted or "ufunc" in failed else ""
+    with kernels_disabled():
+        y = apply(op, xs, params)[0]
+    g = np.asarray(np.random.default_rng(0).normal(size=y.shape))
+    for i, name in enumerate(operand_names(op, len(xs))):
+        needs = [i == j and _is_real(x) for j, x in enumerate(xs)]
+        whose = f"the rule of operand {name} of {op.name!r}"
+        if op.each:
+            whose = f"the rule of {op.name!r}, for operand {name},"
+        results: list[Any] = []
+        with recording(True), _conversions() as converted:
+            graph = Tensor(g, requires_grad=True), Tensor(y, requires_grad=True), tensors
+            failed = _fails(lambda: results.append(op.pull(*graph, needs, params)[i]))  # noqa: B023
+        if converted or "ufunc" in failed or (results and isinstance(results[0], np.ndarray)):
+            return f"{whose} {NUMPY}"
+        if results and results[0] is not None:
+            shape = np.shape(results[0]._data if isinstance(results[0], Tensor) else results[0])
+            try:
+                expect_broadcast(xs[i].shape, shape)
+            except ValueError:
+                return f"{whose} gives a gradient of shape {shape} for an operand of shape {xs[i].shape} (y {y.shape})"
+    return ""
+
+
+NUMPY = (
+    "calls NumPy on tensors: its gradient cannot be differentiated again. Use operators, and the functions of "
+    "tinygrad_bn.functional"
+)
+
+
+def _is_real(x: Any) -> bool:
+    return x is not None and x.dtype.kind == "f"
+
+
+def _fails(call: Callable[[], Any]) -> str:
+    """The words of the TypeError that a call raises; "" if it raises none."""
+    try:
+        call()
+    except TypeError as error:
+        return str(error)
+    except Exception:
+        return ""
+    return ""
+
+
+@contextmanager
+def _conversions() -> Iterator[list[Shape]]:
+    """Shapes of the tensors with a gradient that become NumPy arrays in this block."""
+    from unittest.mock import patch  # loads asyncio, so only when a check has failed
+
+    seen: list[Shape] = []
+    convert = Tensor.__array__
+
+    def noted(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.requires_grad:
+            seen.append(self.shape)
+        return convert(self, *args, **kwargs)
+
+    with patch.object(Tensor, "__array__", noted):
+        yield seen

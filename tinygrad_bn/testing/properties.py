@@ -1,0 +1,227 @@
+"""The properties that every op has. Each takes an op, a sample of its operands and options, and a seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn import backend
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.backend import device_of, kernels_disabled
+from tinygrad_bn.sample import Array
+from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
+from tinygrad_bn.testing.diagnosis import operand_names
+from tinygrad_bn.testing.gradients import Function, GradcheckError, away_from_zero, compare, compare_second, ridders
+
+Operands = tuple[Array | None, ...]
+Params = dict[str, Any]
+
+
+def _is_real(x: Any) -> bool:
+    return x is not None and x.dtype.kind == "f"
+
+
+def cast_real(xs: Operands, dtype: Any) -> tuple[Any, ...]:
+    """Copies of the operands, the real ones in `dtype`."""
+    return tuple(x if x is None else x.astype(dtype if _is_real(x) else x.dtype) for x in xs)
+
+
+def positions(op: Op, xs: Sequence[Any]) -> list[int]:
+    """Positions of the operands that the op is differentiable in."""
+    fixed = [i for i, rule in enumerate(op.rules) if rule in (None, held_constant)]
+    return [i for i, x in enumerate(xs) if _is_real(x) and i not in fixed]
+
+
+def split_differentiable(op: Op, xs: Sequence[Any], params: Params) -> tuple[Function, list[Any]]:
+    """The op as a function of the operands that it is differentiable in; the others are held fixed."""
+    real = positions(op, xs)
+
+    def f(*operands: Tensor) -> Any:
+        full: list[Any] = list(xs)
+        for i, operand in zip(real, operands, strict=True):
+            full[i] = operand
+        return apply(op, full, params)[0]
+
+    return f, [xs[i] for i in real]
+
+
+def _overwritten(op: Op) -> list[int]:
+    """Positions of the operands that the op updates."""
+    names = list(signature(op.forward).parameters)
+    return [names.index(name) for name in op.updates]
+
+
+def _results(op: Op, xs: Operands, params: Params) -> list[Array]:
+    """All that a call changes or returns: the result and, without gradients, its by-products and updated operands."""
+    y, saved = apply(op, xs, params)
+    results = (y, *(xs[i] for i in _overwritten(op)), *(() if op.differentiable else saved))
+    return [np.asarray(r) for r in results if r is not None]
+
+
+def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """In float64 and float32, through the kernel if there is one: the reference's values, and the dtype kept."""
+    with kernels_disabled():
+        want = _results(op, cast_real(xs, np.float64), params)
+    for a, b in zip(_results(op, cast_real(xs, np.float64), params), want, strict=True):
+        assert a.dtype == b.dtype, f"float64 operands gave {a.dtype}, the reference {b.dtype}"
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=f"{op.name!r} by its kernel, in float64")
+    reference = op.forward(*cast_real(xs, np.float64), **params)
+    exact = np.asarray(reference[0] if op.saves else reference)
+    np.testing.assert_allclose(want[0], exact, rtol=1e-12, atol=1e-12)
+    asked = params.get("dtype") is not None
+    if exact.dtype.kind == "f" and not asked and any(map(_is_real, xs)):
+        assert exact.dtype == np.float64, f"float64 operands gave {exact.dtype}: the forward narrows"
+    if exact.dtype == np.float64 and not asked:
+        got = apply(op, cast_real(xs, np.float32), params)[0]
+        assert got.dtype == np.float32 or not op.differentiable, f"float32 operands gave {got.dtype}"
+        scale = 1 + np.abs(exact).max(initial=0)
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5 * scale, err_msg=f"{op.name!r} in float32")
+
+
+def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Both routes back, and the gradient of the gradient, against numerical derivatives."""
+    f, real = split_differentiable(op, xs, params)
+    if op.differentiable and real:
+        names = _real_names(op, xs)
+        compare(f, real, names, seed=seed)
+        compare_second(f, real, names, seed=seed)
+        _expect_constant_where_there_is_no_rule(op, xs, params, seed)
+
+
+def _real_names(op: Op, xs: Operands) -> list[str]:
+    names = operand_names(op, len(xs))
+    return [names[i] for i in positions(op, xs)]
+
+
+def _expect_constant_where_there_is_no_rule(op: Op, xs: Sequence[Any], params: Params, seed: int) -> None:
+    for i, (x, rule) in enumerate(zip(xs, op.rules, strict=False)):
+        if x is None or not _is_real(x) or rule is not None:
+            continue
+        rng = np.random.default_rng(seed)
+        direction = away_from_zero(rng, x.shape)
+        v = rng.normal(size=op.split(op.forward(*xs, **params))[0].shape)
+
+        def phi(h: float, i: int = i, moved: Array = direction, v: Any = v) -> float:
+            y, _ = op.split(op.forward(*(o + h * moved if j == i else o for j, o in enumerate(xs)), **params))
+            return float(np.sum(v * y))
+
+        numeric, error = ridders(phi)
+        if abs(numeric) > 1e-6 + 10 * error:
+            raise GradcheckError(
+                f"operand {operand_names(op, len(xs))[i]} has the rule None, but the result varies with it (derivative "
+                f"{numeric:+.3g}): give it a rule, or held_constant if it is a constant by choice"
+            )
+
+
+def one_tensor_in_every_slot(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """The same tensor passed for every operand of its shape: its gradients add up."""
+    f, real = split_differentiable(op, xs, params)
+    one = {x.shape: x for x in real}
+
+    def shared(*ts: Tensor) -> Tensor:
+        by_shape = dict(zip(one, ts, strict=True))
+        return f(*(by_shape[x.shape] for x in real))
+
+    if len(real) > len(one):
+        names = _real_names(op, xs)
+        named = [" = ".join(n for n, x in zip(names, real, strict=True) if x.shape == shape) for shape in one]
+        compare(shared, list(one.values()), named, seed=seed)
+
+
+def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Later operands computed from the first: every path is counted, once."""
+    f, real = split_differentiable(op, xs, params)
+
+    def dependent(a: Tensor) -> Tensor:
+        return f(a, *(Tensor(x) + a.sum() * (0.03 / max(a.size, 1)) for x in real[1:]))
+
+    if len(real) > 1:
+        compare(dependent, real[:1], [f"{_real_names(op, xs)[0]}, which the others depend on"], seed=seed)
+
+
+def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Operands and cotangent stay as they are; two gradients share no memory; a gradient in float32 is float32."""
+    cast = [x if x is None else Tensor(x, requires_grad=op.differentiable and _is_real(x)) for x in cast_real(xs, "f4")]
+    y = apply(op, [t if t is None else t._data for t in cast] if op.updates else cast, params)[0]
+    overwritten = _overwritten(op)
+    fixed = [
+        (t, np.array(x))
+        for i, (t, x) in enumerate(zip(cast, cast_real(xs, "f4"), strict=True))
+        if t is not None and i not in overwritten
+    ]
+    for t, x in fixed:
+        np.testing.assert_array_equal(t.numpy(), x, "the forward pass changed an operand")
+    if not op.differentiable or not y.requires_grad:
+        return
+    g = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype)
+    before = g.numpy().copy()
+    y.backward(g)
+    np.testing.assert_array_equal(g.numpy(), before)
+    for t, x in fixed:
+        np.testing.assert_array_equal(t.numpy(), x, "the backward pass changed an operand")
+    gradients = [(t, t.grad) for t, _ in fixed if t.grad is not None]
+    for a, b in itertools.combinations([g, *(gradient for _, gradient in gradients)], 2):
+        assert not np.shares_memory(a.numpy(), b.numpy()), "two gradients share memory"
+    for t, gradient in gradients:
+        assert (gradient.dtype, gradient.shape) == (t.dtype, t.shape)
+
+
+def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Operands that are not contiguous give the same as contiguous copies, forwards and backwards."""
+    f, real = split_differentiable(op, xs, params)
+    if not real:
+        return
+    spread = []
+    for x in real:
+        wide = np.zeros((*x.shape, 2), x.dtype)
+        wide[..., 0] = x
+        spread.append(Tensor._of(wide[..., 0]))  # as a view, which an op's result may well be
+    results = []
+    for operands in (spread, [Tensor(x) for x in real]):
+        for t in operands:
+            t.requires_grad = True
+        y = f(*operands)
+        v = np.random.default_rng(seed).normal(size=y.shape)
+        results.append([y, *(grad(y, operands, v) if y.requires_grad else [])])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Each kernel, forward and backward, against the NumPy reference and the composition's gradient."""
+    for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
+        cast = cast_real(xs, dtype)
+        f, real = split_differentiable(op, cast, params)
+
+        def expect_close(a: Any, b: Any, what: str, tolerance: float = tolerance) -> None:
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=what)
+
+        if backend.find_kernel(op.name, device_of(cast[0])):
+            with kernels_disabled():
+                want = _results(op, cast_real(xs, dtype), params)
+            for got, exact in zip(_results(op, cast, params), want, strict=True):
+                expect_close(got, exact, f"the kernel {op.name!r}")
+        if backend.find_kernel(op.vjp, device_of(cast[0])):
+            ts = [Tensor(x, requires_grad=True) for x in real]
+            named = list(zip(ts, _real_names(op, xs), strict=True))
+            y = f(*ts)
+            v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=dtype)
+            for wanted in (named, *([t] for t in named)):  # a kernel may leave out gradients, or decline
+                by = [t for t, _ in wanted]
+                for (_, name), a, b in zip(wanted, grad(y, by, v), grad(y, by, v, create_graph=True), strict=True):
+                    expect_close(a.numpy(), b.numpy(), f"the kernel {op.vjp!r}, operand {name}")
+
+
+PROPERTIES: tuple[Callable[[Op, Operands, Params, int], None], ...] = (
+    forward_matches_reference,
+    first_and_second_gradients,
+    one_tensor_in_every_slot,
+    operands_that_depend_on_each_other,
+    nothing_is_mutated_or_shared,
+    layout_does_not_matter,
+    kernels_match_reference,
+)
