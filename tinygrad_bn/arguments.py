@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -105,3 +106,30 @@ def expect_eps(eps: float) -> None:
         raise TypeError(f"eps has to be a number; got {eps!r}")
     if not eps >= 0:
         raise ValueError(f"eps has to be 0 or more; got {eps}")
+
+
+def expect_integer(name: str, value: Any, least: int) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError if it is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} has to be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} has to be at least {least}; got {value}")
+
+
+def expect_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, finite: bool = True
+) -> None:
+    """Raise TypeError unless `value` is a number, ValueError if it is NaN, infinite or not in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} has to be a number; got {value!r}")
+    if not least <= value <= most:
+        wanted = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name} has to be {'a number' if least == -math.inf else wanted}; got {value}")
+    if finite and not math.isfinite(value):
+        raise ValueError(f"{name} has to be finite; got {value}")
+
+
+def expect_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is True or False; got {value!r}")

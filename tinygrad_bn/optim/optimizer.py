@@ -73,7 +73,7 @@ class Optimizer:
         self._runs = lay_out(self.param_groups, gradients, self.state, self._initial_state, self._runs)
         for run in self._runs:
             values, gradient = run.values(), run.gradient(gradients)
-            options = SimpleNamespace(step=run.next_step(), **run.group)
+            options = SimpleNamespace(step=run.next_step(), new=run.new, **run.group)
             run.assign(self._update(values, gradient, run.state, options))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +86,8 @@ class Optimizer:
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
         """The new values of p; overwrites the arrays of `state`. All arrays are flat and of one size.
 
-        `o` has the group's options and `step`, the number of this step, from 1.
+        `o` has the group's options; `step`, the number of this step, from 1; and `new`, the names of the state that
+        starts with this step.
         """
         raise TypeError(f"{type(self).__name__} defines no _update")
 
