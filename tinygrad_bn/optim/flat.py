@@ -43,9 +43,7 @@ def lay_out(
     return result
 
 
-def new_runs(
-    group: Group, params: list[Tensor], state: Mapping[Tensor, State], kept: Mapping[str, float]
-) -> list[Run]:
+def new_runs(group: Group, params: list[Tensor], state: Mapping[Tensor, State], kept: Mapping[str, float]) -> list[Run]:
     """A run for each dtype, device, step count and set of missing state, and for each large parameter."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
