@@ -105,4 +105,4 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
     expect_floats(x, "dropout")
     if not training or p == 0:
         return x
-    return dropout_by_key(x, p=p, key=int((rng or generator()).integers(2**63)))
+    return dropout_by_key(x, p=p, key=int(generator(rng).integers(2**63)))
