@@ -1,8 +1,7 @@
 """Initialisers, with PyTorch's names and formulas. Each fills a tensor in place and returns it.
 
-Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`. An
-initialiser raises TypeError unless it is given a floating-point tensor and options of the right type, and ValueError for
-options out of range.
+Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`. What is no
+floating-point tensor, and an option of the wrong type, is a TypeError; an option out of range is a ValueError.
 """
 
 import math

@@ -105,12 +105,12 @@ class Run:
     def values(self) -> Array:
         """The parameters, in the precision of the update."""
         if any(p._data is not view for p, view in zip(self.params, self.views, strict=True)):  # one was assigned to
-            self.array = _joined([p._data for p in self.params])
+            self.array = joined([p._data for p in self.params])
         return self.array.astype(self.wide, copy=False)
 
     def gradient(self, gradients: Gradients) -> Array:
         """The gradients of the parameters, in the precision of the update."""
-        return _joined([gradients[p] for p in self.params]).astype(self.wide, copy=False)
+        return joined([gradients[p] for p in self.params]).astype(self.wide, copy=False)
 
     def next_step(self) -> int:
         """Count a step; the first is 1."""
@@ -139,5 +139,6 @@ def state_array(p: Tensor, name: str, value: Any) -> Array:
     return array
 
 
-def _joined(arrays: list[Array]) -> Array:
+def joined(arrays: list[Array]) -> Array:
+    """All elements in one flat array; a view of a single array."""
     return join(arrays) if len(arrays) > 1 else arrays[0].reshape(-1)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.arguments import at_least_single, expect_number
-from tinygrad_bn.backend import Array, as_array, expect_one_place
+from tinygrad_bn.backend import Array, as_array, device_of, expect_one_place
 from tinygrad_bn.more_ops import clip
 from tinygrad_bn.ops import astype, mul
+from tinygrad_bn.optim.flat import LARGE, joined
 from tinygrad_bn.sample import REAL, elementwise
 from tinygrad_bn.tensor import Operand, Tensor, primitive
 
@@ -54,6 +55,14 @@ def squared_norm(g: Operand) -> Any:
     return np.sum(np.square(g, dtype=np.float64))
 
 
+def _norm(arrays: list[Array]) -> float:
+    """The 2-norm of all elements. Small arrays are joined, since a call costs more than their elements."""
+    alike: dict[Any, list[Array]] = {}
+    for i, a in enumerate(arrays):
+        alike.setdefault((a.dtype, device_of(a), i if a.size >= LARGE else None), []).append(a)
+    return math.sqrt(sum(float(squared_norm(joined(some))) for some in alike.values()))
+
+
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their common 2-norm is at most `max_norm`; return the norm before.
 
@@ -62,7 +71,7 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     """
     expect_number("max_norm", max_norm, 0, finite=False)
     gradients = _gradients(params)
-    norm = math.sqrt(sum(float(squared_norm(g)) for _, g in gradients))
+    norm = _norm([g for _, g in gradients])
     if math.isfinite(norm) and norm > max_norm:
         for p, g in gradients:
             scaled = mul(astype(g, dtype=at_least_single(g.dtype)), max_norm / (norm + 1e-6))
