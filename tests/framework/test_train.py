@@ -3,15 +3,17 @@
 import csv
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim
 from tinygrad_bn import functional as F
-from tinygrad_bn.train import Epoch, History, evaluate, fit, recalibrate, statistics_gap
+from tinygrad_bn.train import Epoch, History, NonFiniteError, evaluate, fit, recalibrate, statistics_gap
 
 IRIS = datasets.load("iris")
 QUIET = {"progress": False}
@@ -268,6 +270,303 @@ def test_one_column_of_outputs_has_no_accuracy():
     data = np.ones((4, 2), np.float32), np.zeros(4, np.int64)
     score = evaluate(nn.Linear(2, 1), data, loss=lambda y, t: F.mse_loss(y, t.reshape(-1, 1)))
     assert np.isnan(score.accuracy)
+
+
+# ---- scores over batches of different weight --------------------------------------------------------------
+
+
+@st.composite
+def labelled(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Samples for `Scorer`, targets of which some are −100, and a batch size."""
+    shape = draw(st.sampled_from([(), (3,), (2, 2)]))
+    n = draw(st.integers(1, 12))
+    y = draw(arrays(np.int64, (n, *shape), elements=st.sampled_from([-100, 0, 1, 2])))
+    return np.random.default_rng(n).normal(size=(n, 3, *shape)), y, draw(st.integers(1, n))
+
+
+class Scorer(nn.Module):
+    """The samples are the scores, scaled."""
+
+    def __init__(self) -> None:
+        self.scale = nn.Parameter(np.array(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+WEIGHTS = np.array([0.5, 1.0, 3.0])
+AVERAGED = {
+    "cross_entropy": F.cross_entropy,
+    "weighted": partial(F.cross_entropy, weight=WEIGHTS),
+    "weighted and smoothed in a function": lambda z, y: F.cross_entropy(z, y, WEIGHTS, label_smoothing=0.2),
+    "class 1 ignored": lambda z, y: F.cross_entropy(z, np.where(y < 0, 1, y), ignore_index=1),
+    "nll": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y, WEIGHTS),
+    "summed": partial(F.cross_entropy, reduction="sum"),
+    "sum divided by the samples": lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(y),
+    "with a term of the weights": lambda z, y: F.cross_entropy(z, y) * 3 + 0.5,
+    "pair": lambda z, y: (F.cross_entropy(z, y), np.count_nonzero(y >= 0)),
+    "mse": lambda z, y: F.mse_loss(z, z.numpy() * 0.5),
+    "summed mse": lambda z, y: F.mse_loss(z, z.numpy() * 0.5, reduction="sum"),
+    "two means alike": lambda z, y: F.mse_loss(z, z.numpy()) + F.l1_loss(z, z.numpy() + 1),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+@given(data=labelled())
+def test_scores_do_not_depend_on_the_batches(name, data):
+    x, y, size = data
+    model, loss = Scorer(), AVERAGED[name]
+    whole, cut = (evaluate(model, (x, y), loss=loss, batch_size=n) for n in (len(x), size))
+    np.testing.assert_allclose(cut, whole, rtol=1e-9)
+    counts = (y >= 0) & ((y != 1) | (name != "class 1 ignored"))
+    if counts.any():
+        assert whole.accuracy == np.mean((x.argmax(1) == y)[counts])
+    else:
+        assert math.isnan(whole.accuracy)
+    sgd = optim.SGD(model.parameters(), lr=0.0)
+    trained = fit(model, (x, y), epochs=1, batch_size=size, loss=loss, optimizer=sgd, **QUIET).epochs[0]
+    np.testing.assert_allclose((trained.loss, trained.accuracy), whole, rtol=1e-9)
+
+
+def test_the_mean_is_that_of_all_targets_together():
+    x, y = np.random.default_rng(0).normal(size=(5, 3)), np.array([0, -100, 2, 1, -100])
+    log_p = 2 * x - np.log(np.exp(2 * x).sum(1, keepdims=True))
+    each, weights, some = -log_p[np.arange(5), y.clip(0)], WEIGHTS[y.clip(0)], y >= 0
+    for size in (1, 2, 5):
+        options = {"batch_size": size}
+        assert evaluate(Scorer(), (x, y), **options).loss == pytest.approx(each[some].mean())
+        for reduction in ("mean", "sum"):
+            loss = partial(F.cross_entropy, weight=WEIGHTS, reduction=reduction)
+            got = evaluate(Scorer(), (x, y), loss=loss, **options).loss
+            assert got == pytest.approx(np.average(each[some], weights=weights[some]))
+    with pytest.warns(UserWarning, match="adds means over different numbers"):
+        evaluate(Scorer(), (x, y), loss=lambda z, y: F.cross_entropy(z, y) + F.mse_loss(z, z.numpy()))
+
+
+def test_a_batch_without_targets_that_count_takes_no_step():
+    x, y = samples(6)
+    y[:] = -100
+    model = network(batch_norm=False)
+    before = state(model)
+    optimizer = optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+    epoch = fit(model, (x, y), epochs=1, batch_size=3, optimizer=optimizer, **QUIET).epochs[0]
+    assert state(model) == before
+    assert math.isnan(epoch.loss)
+    assert math.isnan(epoch.accuracy)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: None, lambda z, y: "low", partial(F.cross_entropy, reduction="none"),
+        lambda z, y: (F.cross_entropy(z, y), 1, 2), lambda z, y: (None, 1),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_no_number_is_an_error(loss):
+    for function in (fit, evaluate):
+        with pytest.raises(TypeError, match="loss has to return one number"):
+            function(network(), samples(4), loss=loss)
+    with pytest.raises(ValueError, match="weight of a loss has to be 0 or more; got -1"):
+        evaluate(network(), samples(4), loss=lambda z, y: (F.cross_entropy(z, y), -1))
+    with pytest.raises(TypeError, match="has to return a Tensor"):
+        fit(network(), samples(4), loss=lambda z, y: F.cross_entropy(z.numpy(), y), **QUIET)
+
+
+# ---- the order of batches ---------------------------------------------------------------------------------
+
+
+def orders(**options: object) -> list[list[int]]:
+    """The order in which each of three calls of `fit` sees the samples."""
+    seen: list[list[int]] = []
+
+    def loss(z: Tensor, y: np.ndarray) -> Tensor:
+        seen[-1].extend(y.tolist())
+        return z.sum()
+
+    model = nn.Linear(4, 1, rng=np.random.default_rng(0))
+    for _ in range(3):
+        seen.append([])
+        fit(model, (samples(40)[0], np.arange(40)), epochs=1, batch_size=8, loss=loss, **options, **QUIET)
+    return seen
+
+
+def test_calls_in_a_loop_go_on_with_other_orders():
+    drawn = orders(seed=np.random.default_rng(0))
+    assert drawn == orders(seed=np.random.default_rng(0))
+    manual_seed(0)
+    assert orders() == drawn, "the default is the generator of manual_seed"
+    assert orders() != drawn
+    assert len(set(map(tuple, drawn))) == 3
+    assert len(set(map(tuple, orders(seed=0)))) == 1, "a number is one order"
+
+
+# ---- what is not finite -----------------------------------------------------------------------------------
+
+
+def poisoned(value: float = math.nan) -> tuple[np.ndarray, np.ndarray]:
+    """32 samples. With seed 0, one in the third of four batches is not finite."""
+    x, y = samples(32)
+    x[list(datasets.Batches(np.arange(32), y, 8, seed=0))[2][0][5]] = value
+    return x, y
+
+
+def whole_state(model: nn.Module, optimizer: optim.Optimizer) -> str:
+    return repr((state(model), optimizer.state_dict()))
+
+
+def infinite_gradient(z: Tensor, y: np.ndarray) -> Tensor:
+    """A finite loss whose gradient is infinite at 0, which it meets in the third call."""
+    calls.append(None)
+    return F.cross_entropy(z, y) + (F.abs(z * (len(calls) != 3)) ** 0.5).sum() * 1e-3
+
+
+calls: list[None] = []
+
+FAULTS = {
+    "sample": ({"data": poisoned(), "seed": 0}, "the loss is nan, since the samples are not finite"),
+    "infinite sample": ({"data": poisoned(value=-math.inf), "seed": 0}, "since the samples are not finite"),
+    "gradient": ({"data": samples(32), "loss": infinite_gradient}, r"the gradient of inner\.[0-9]\.\w+ is not finite"),
+}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:BatchNorm1d.*met a batch whose statistics are not finite:RuntimeWarning",
+    "ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning",
+)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_is_not_finite_stops_the_training_and_leaves_no_trace(fault, batch_norm, clip_norm):
+    options, words = FAULTS[fault]
+    calls.clear()
+    model = network(batch_norm)
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    states = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            states.append(whole_state(model, optimizer))
+            return self.inner(x)
+
+    options = {**options, "epochs": 2, "batch_size": 8, "optimizer": optimizer, "clip_norm": clip_norm}
+    with pytest.raises(
+        NonFiniteError, match=rf"^epoch 1, step (\d) of 4: .*{words}.*; parameters and running"
+    ) as error:
+        fit(Watched(), **options, **QUIET)
+    assert len(states) == int(error.value.args[0].split("step ")[1][0])
+    assert whole_state(model, optimizer) == states[-1]
+    assert len(set(states)) == len(states) > 1
+    assert (len(error.value.history), isinstance(error.value, ArithmeticError)) == (0, True)
+    assert np.isfinite(np.concatenate([p.numpy().ravel() for p in model.parameters()])).all()
+
+
+def test_batches_that_are_not_finite_are_skipped():
+    x, y = poisoned()
+    model, twin = network(), network()
+    options = {"epochs": 3, "batch_size": 1, "seed": 0}
+    for m in (model, twin):
+        m[1].freeze()  # batches of one sample
+    history = fit(model, (x, y), nonfinite="skip", **options, **QUIET)
+    rng_order = datasets.Batches(x, y, 1, seed=0)
+    optimizer = optim.Adam(twin.parameters())
+    for _ in range(3):
+        for xb, yb in rng_order:
+            if np.isfinite(xb).all():
+                twin.zero_grad()
+                F.cross_entropy(twin(xb), yb).backward()
+                optimizer.step()
+    assert (history.skipped, len(history)) == (3, 3)
+    assert all(map(math.isfinite, history["loss"]))
+    assert state(model) == state(twin)
+
+
+@pytest.mark.parametrize("optimizer", [optim.Adam, partial(optim.SGD, lr=0.1, momentum=0.9)])
+def test_the_last_epoch_is_restored(optimizer):
+    models, kept = [network(), network()], []
+    optimizers = [optimizer(model.parameters()) for model in models]
+    good, bad = samples(32), poisoned()
+    x = good[0].copy()
+    schedule = optim.StepLR(optimizers[0], 1, gamma=0.5)
+
+    def callback(history: History, model: nn.Module) -> None:
+        kept.append(whole_state(model, optimizers[0]))
+        if len(history) == 2:
+            x[:] = bad[0]
+
+    options = {"epochs": 5, "batch_size": 8, "nonfinite": "restore", "callbacks": callback, "schedule": schedule}
+    history = fit(models[0], (x, good[1]), optimizer=optimizers[0], **options, **QUIET)
+    assert len(history) == 2
+    assert history.diverged.startswith("epoch 3, step ")
+    assert not history.interrupted
+    assert whole_state(models[0], optimizers[0]) == kept[1]
+
+
+def test_parameters_that_overflowed_are_named_even_where_batches_are_skipped():
+    for nonfinite in ("raise", "skip"):
+        model = network(batch_norm=False)
+        optimizer = optim.SGD(model.parameters(), lr=3e38)
+        with pytest.raises(NonFiniteError, match=r"0\.weight is not finite itself, after the step before: lower"):
+            fit(model, samples(32, seed=1), optimizer=optimizer, loss=lambda z, y: F.cross_entropy(z, y) * 1e3,
+                batch_size=8, nonfinite=nonfinite, **QUIET)  # fmt: skip
+
+
+def test_what_is_not_finite_can_be_ignored():
+    history = fit(network(batch_norm=False), poisoned(), epochs=2, nonfinite="ignore", **QUIET)
+    assert all(map(math.isnan, history["loss"]))
+
+
+def test_large_finite_gradients_are_not_taken_for_infinite():
+    p = nn.Parameter(np.array([1.0]))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            self.p = p
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.p
+
+    sgd = optim.SGD([p], lr=1e-200)
+    fit(Model(), (np.full((1, 1), 1e200), np.zeros(1)), epochs=1, loss=lambda z, y: z.sum(), optimizer=sgd, **QUIET)
+    assert p.item() == 0.0
+
+
+def test_options_of_fit_are_checked():
+    model, data = network(), samples(8)
+    sgd, other = optim.SGD(model.parameters()), optim.SGD(network().parameters())
+    wrong = {
+        "epochs": [-1, 2.5, "3", True, math.nan], "batch_size": [0, 2.5, "8", None], "seed": ["0", -1, 1.5],
+        "drop_last": ["no", 1], "progress": ["no", 1], "clip_norm": ["1", -1.0, math.nan],
+        "nonfinite": ["stop", None, 3],
+        "callbacks": [[1], "ab", [None]], "loss": ["mse", None, 3], "optimizer": ["adam", optim.Adam],
+        "schedule": ["step", optim.StepLR(other, 1), optim.StepLR], "device": ["gpu", 3],
+    }  # fmt: skip
+    before = state(model)
+    for option, values in wrong.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=option):
+                fit(model, data, **{"optimizer": sgd, "progress": False, option: value})
+    with pytest.raises(ValueError, match="schedule belongs to another"):
+        fit(model, data, schedule=optim.StepLR(sgd, 1), **QUIET)
+    with pytest.raises(ValueError, match="no samples to evaluate on: validation"):
+        fit(model, data, validation=samples(0), **QUIET)
+    for function in (fit, evaluate, statistics_gap, recalibrate):
+        with pytest.raises(TypeError, match="model has to be a module; got a list"):
+            function([model], data)
+        for pair in (data[0], list(data), None, 3, (data[0],)):
+            if function is not recalibrate or pair is not data[0]:
+                with pytest.raises(TypeError, match="data has to be a Dataset or a pair"):
+                    function(model, pair)
+        for pair in ((3, 4), (None, data[1])):
+            with pytest.raises(TypeError, match="arrays of shape"):
+                function(model, pair)
+        if function is not fit:
+            for size in (0, 2.5, "8", None, True):
+                with pytest.raises((TypeError, ValueError), match="batch_size has to be"):
+                    function(model, data, batch_size=size)
+    assert state(model) == before
 
 
 # ---- BatchNorm's running statistics ------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _total(target: Any, weight: Operand, ignore_index: int) -> Any:
     """The sum of the targets' weights, of those that count."""
     counts = target != ignore_index
     if weight is None:
-        return sum(counts.astype(np.float64))
+        return sum(counts.astype(np.float64)) if device_of(counts) != "cpu" else np.float64(np.count_nonzero(counts))
     return sum(where(counts, widened(getitem(weight, index=where(counts, target, 0))), 0.0))
 
 

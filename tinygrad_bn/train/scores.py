@@ -103,7 +103,7 @@ def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
         summed = False
     else:
         weight, summed = _weight(value, made, len(y))
-    if not isinstance(value, Tensor | np.ndarray | np.generic | float | int) or np.size(value) != 1:
+    if not isinstance(value, Tensor | np.ndarray | np.generic | float | int) or getattr(value, "size", 1) != 1:
         raise TypeError(
             "loss has to return one number in a Tensor, or a pair of it and its weight; got "
             f"{f'the shape {value.shape}' if hasattr(value, 'shape') else f'a {type(value).__name__}'}"
