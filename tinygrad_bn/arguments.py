@@ -122,11 +122,12 @@ def expect_number(
     """Raise TypeError unless `value` is a number, ValueError if it is NaN, infinite or not in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} has to be a number; got {value!r}")
-    if not least <= value <= most:
+    within = least <= value <= most  # NaN is not
+    if not within and least > -math.inf:
         wanted = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
-        raise ValueError(f"{name} has to be {'a number' if least == -math.inf else wanted}; got {value}")
-    if finite and not math.isfinite(value):
-        raise ValueError(f"{name} has to be finite; got {value}")
+        raise ValueError(f"{name} has to be {wanted}; got {value}")
+    if not within or (finite and not math.isfinite(value)):
+        raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")
 
 
 def expect_bool(name: str, value: Any) -> None:

@@ -29,11 +29,12 @@ _listener: ContextVar[list[Reduced] | None] = ContextVar("listener", default=Non
 def reductions() -> Iterator[list[Reduced]]:
     """Yields a list to which every loss that is reduced inside this block is appended."""
     made: list[Reduced] = []
-    token = _listener.set(made)
-    try:
+    before = _listener.get()
+    try:  # from here on: Ctrl-C may come at any moment
+        _listener.set(made)
         yield made
     finally:
-        _listener.reset(token)
+        _listener.set(before)
 
 
 def note(result: Any, reduction: str, size: int, total: Callable[[], Any], ignored: int | None = None) -> None:

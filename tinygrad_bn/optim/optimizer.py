@@ -135,11 +135,11 @@ class Optimizer:
 
     def _loaded_group(self, group: Group, saved: Mapping[str, Any]) -> Group:
         """The group with the saved options, checked."""
-        kept = {"initial_lr"}  # of a schedule; there may be none on one side
-        if saved.keys() - kept != group.keys() - kept:
+        others = {"params", "initial_lr"}  # the second only under a schedule
+        if saved.keys() - others != group.keys() - others:
             raise ValueError(f"the saved options {', '.join(saved)} are not those of {type(self).__name__}")
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(f"a saved group of {len(saved['params'])} parameters, for {len(group['params'])}")
+        if (count := len(saved.get("params", group["params"]))) != len(group["params"]):
+            raise ValueError(f"a saved group of {count} parameters, for {len(group['params'])}")
         new = {**group, **saved, "params": group["params"]}
         _check_options(new)
         return new

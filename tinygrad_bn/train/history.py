@@ -62,7 +62,8 @@ class History:
         """Write the epochs to a `.json` or `.csv` file. Raises ValueError for another suffix."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps({"interrupted": self.interrupted, "epochs": self.rows()}, indent=1))
+            ending = {"interrupted": self.interrupted, "skipped": self.skipped, "diverged": self.diverged}
+            path.write_text(json.dumps({**ending, "epochs": self.rows()}, indent=1))
         elif path.suffix == ".csv":
             with path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, [f.name for f in fields(Epoch)])

@@ -94,7 +94,7 @@ def fit(
         raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {nonfinite!r}")
     if clip_norm is not None:
         expect_number("clip_norm", clip_norm, 0, finite=False)
-    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    callbacks = list(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else [callbacks]
     if not all(map(callable, callbacks)):
         raise TypeError(f"callbacks are functions (history, model); got {callbacks!r}")
     _expect_optimizer(optimizer, schedule)
@@ -134,6 +134,7 @@ def fit(
                     break
     except KeyboardInterrupt:
         history.interrupted = True
+        model.train()  # the validation may not have begun to restore it
     return history
 
 

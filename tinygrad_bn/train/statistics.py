@@ -11,6 +11,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_integer
 from tinygrad_bn.backend import Array
+from tinygrad_bn.datasets import expect_arrays
 from tinygrad_bn.modes import no_grad
 from tinygrad_bn.train.scores import Data, Loss, Score, arrays_of, expect_model, score
 
@@ -65,6 +66,7 @@ def recalibrate(model: nn.Module, data: Data | Array, *, batch_size: int = 1000)
     """
     expect_model(model)
     x = data if isinstance(data, np.ndarray) else arrays_of(data)[0]
+    expect_arrays(x)
     with nn.batch_statistics(model) as collected, no_grad():
         for chosen in _split(len(x), batch_size):
             model(x[chosen])
