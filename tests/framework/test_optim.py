@@ -247,6 +247,23 @@ def test_momentum_that_is_turned_on_later_begins_like_the_first_step():
     np.testing.assert_allclose(late.numpy(), np.array(START) - 1, rtol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"centered": True}, {"momentum": 0.5, "centered": True}])
+def test_rmsprop_takes_options_that_are_turned_on_later(options):
+    p = parameter()
+    optimizer = optim.RMSprop([p], lr=0.1, alpha=0.5, eps=0.0)
+    v, average, velocity = np.zeros(3), np.zeros(3), np.zeros(3)
+    for t, g in enumerate((G, 2 * G, -G, 3 * G)):
+        v = 0.5 * v + 0.5 * g**2
+        if t == 2:
+            optimizer.param_groups[0].update(options)
+        if t >= 2 and "centered" in options:
+            average = 0.5 * average + 0.5 * g
+        update = g / np.sqrt(v - average**2)
+        if t >= 2 and "momentum" in options:
+            velocity = update = 0.5 * velocity + update
+        np.testing.assert_allclose(step(optimizer, p, g), -0.1 * update, rtol=1e-9)
+
+
 def test_a_step_that_fails_does_not_count_as_the_first():
     p, q = parameter(), parameter()
     optimizer = optim.SGD([{"params": p}, {"params": q}], lr=1.0, momentum=0.5, dampening=0.5)

@@ -1,7 +1,7 @@
 """Initialisers, with PyTorch's names and formulas. Each fills a tensor in place and returns it.
 
-Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`. What is no
-floating-point tensor, and an option of the wrong type, is a TypeError; an option out of range is a ValueError.
+Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`. All raise
+TypeError unless they get a floating-point tensor and options of the right type, ValueError for options out of range.
 """
 
 import math

@@ -25,6 +25,9 @@ class Optimizer:
     A subclass defines `_initial_state` and `_update`, the new parameters as an elementwise function of parameters,
     gradients and state. A step replaces a parameter's array, so a graph that still needs the old values notices.
 
+    Options in `param_groups` may change between steps. The state of one that is turned on later begins then, as at the
+    first step.
+
     Args:
         params: tensors; or groups, `{"params": tensors, option: value, ...}`, whose options override `defaults`.
         defaults: the options of every group.

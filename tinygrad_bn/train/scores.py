@@ -24,7 +24,7 @@ Loss: TypeAlias = Callable[[Tensor, Any], Any]
 class Score(NamedTuple):
     """Mean loss, and accuracy: the fraction of targets whose class has the largest output (NaN without classes).
 
-    Only targets that count are in either: a negative class is none, nor is the `ignore_index` of the loss.
+    Both are over the targets that count. The loss's `ignore_index` does not, nor does a negative class for accuracy.
     """
 
     loss: float
@@ -52,7 +52,7 @@ class MeanScore:
         self.loss, self.weight, self.hits, self.counted = 0.0, 0.0, 0, 0
 
     def add(self, batch: Batch) -> None:
-        """Take in a batch. The loss of one without targets that count is 0 / 0, and is left out."""
+        """Take in a batch. Its loss is left out if no target counts, where it is 0 / 0."""
         if batch.weight:
             self.loss += batch.loss if batch.summed else batch.loss * batch.weight
             self.weight += batch.weight
@@ -112,9 +112,9 @@ def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
 
 
 def _weight(value: Any, made: list[Reduced], samples: int) -> tuple[float, bool]:
-    """What the mean of a loss was divided by, and whether it is no mean but a sum."""
+    """What the mean of a loss was divided by, and whether the loss is the sum instead."""
     if any(r.summed for r in made):
-        whole = [r for r in made if r.result is value]  # else it was divided since, by the samples
+        whole = [r for r in made if r.result is value]  # empty if the loss divided the sum: then by its samples
         return (whole[0].total, True) if whole else (samples, False)
     if len({round(r.total / r.size, 12) for r in made if r.size}) > 1:
         warnings.warn(
