@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> Run:
                 model = build(activation, weights, method == "with BatchNorm", run.args.seed)
                 norm[key] = norms(model, training.take(np.arange(min(200, len(training)))))
                 history = run.fit(
-                    model, training, None, method, progress=False,
+                    model, training, None, method, progress=False, nonfinite="ignore",
                     optimizer=optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9),
                     clip_norm=1.0 if method == "with clipping" else None,
                     callbacks=lambda history, _: not math.isfinite(history["loss"][-1]),

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> Run:
         for std in run.track(SCALES.tolist(), "panels"):
             for name, batch_norm in MODELS.items():
                 model = build(batch_norm, std, run.args.seed)
-                curves[name].append(run.fit(model, training, None, name, progress=False)["accuracy"])
+                history = run.fit(model, training, None, name, progress=False, nonfinite="ignore")
+                curves[name].append(history["accuracy"])
 
     figure, grid = viz.subplots(4, 4, 11, 10, sharex=True, sharey=True)
     for i, (axes, std) in enumerate(zip(grid.flat, SCALES, strict=True)):

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> Run:
                 model = build(batch_norm, run.args.seed)
                 optimizer = optim.SGD(model.parameters(), lr=lr, momentum=0.9)
                 history = run.fit(
-                    model, training, validation, name, optimizer=optimizer, progress=False,
+                    model, training, validation, name, optimizer=optimizer, progress=False, nonfinite="ignore",
                     callbacks=lambda history, _: not math.isfinite(history["loss"][-1]),
                 )  # fmt: skip
                 loss[name].append(history["loss"][-1])

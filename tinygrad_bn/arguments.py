@@ -128,29 +128,15 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     whole = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in each)
     if len(each) != ndim or not whole or min(each, default=least) < least:
         several = f", or {ndim} of them" if ndim > 1 else ""
-        raise ValueError(f"{name} is a whole number of {least} or more{several}; got {value!r}")
+        raise ValueError(f"{name} has to be an integer of at least {least}{several}; got {value!r}")
     return tuple(int(v) for v in each)
-
-
-def whole_number(value: Any, name: str, least: int) -> int:
-    """`value` as an integer. Raises ValueError unless it is one of `least` or more."""
-    return each_axis(value, 1, name, least)[0]
 
 
 def expect_flags(**flags: Any) -> None:
     """Raise TypeError unless each is True or False."""
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"{name} is True or False; got {value!r}")
-
-
-def expect_numbers(**numbers: Any) -> None:
-    """Raise TypeError unless each is a real number, ValueError unless it is finite."""
-    for name, value in numbers.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name} is a number; got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is a finite number; got {value!r}")
+            raise TypeError(f"{name} has to be True or False; got {value!r}")
 
 
 def expect_several(x: Any, parts: int, what: str) -> None:
@@ -181,3 +167,26 @@ def expect_eps(eps: float, zero: bool = True) -> None:
         raise TypeError(f"eps has to be a number; got {eps!r}")
     if not 0 <= eps < np.inf or not (eps or zero):
         raise ValueError(f"eps has to be {'0 or more' if zero else 'greater than 0'}, and finite; got {eps}")
+
+
+def expect_integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} has to be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} has to be at least {least}; got {value}")
+    return int(value)
+
+
+def expect_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, finite: bool = True
+) -> None:
+    """Raise TypeError unless `value` is a number, ValueError if it is NaN, infinite or not in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} has to be a number; got {value!r}")
+    within = least <= value <= most  # NaN is not
+    if not within and least > -math.inf:
+        wanted = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name} has to be {wanted}; got {value}")
+    if not within or (finite and not math.isfinite(value)):
+        raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")

@@ -1,23 +1,31 @@
-"""The default generator of initialisers and dropout, and Philox, a counter-based generator."""
+"""The default generator of initialisers, dropout and the order of batches; and Philox, a counter-based generator."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygrad_bn.arguments import expect_integer
+
 _generator = np.random.default_rng()
 
 
 def manual_seed(seed: int) -> np.random.Generator:
-    """Seed the default generator, for reproducible results, and return it."""
+    """Seed the default generator, for reproducible results, and return it.
+
+    Raises TypeError for a seed that is not an integer, ValueError for one below 0.
+    """
     global _generator
+    expect_integer("seed", seed, 0)
     _generator = np.random.default_rng(seed)
     return _generator
 
 
-def generator() -> np.random.Generator:
-    """The default generator."""
-    return _generator
+def generator(rng: np.random.Generator | None = None) -> np.random.Generator:
+    """The generator to draw from: `rng`, or else the default one. Raises TypeError if `rng` is no generator."""
+    if not (rng is None or isinstance(rng, np.random.Generator)):
+        raise TypeError(f"rng has to be a NumPy Generator, such as np.random.default_rng(0), or None; got {rng!r}")
+    return _generator if rng is None else rng
 
 
 def philox(key: int, count: int) -> NDArray[Any]:
@@ -28,6 +36,11 @@ def philox(key: int, count: int) -> NDArray[Any]:
     >>> [hex(word) for word in philox(0, 4)]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
+    expect_integer("count", count, 0)
+    expect_integer("key", key, 0)
+    if key >= 2**64:
+        raise ValueError(f"key has to be below 2**64; got {key}")
+    key = int(key)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     counters = np.arange(-(-count // 4), dtype=np.uint64)
     c0, c1, c2, c3 = counters & low, counters >> half, np.zeros_like(counters), np.zeros_like(counters)

@@ -52,7 +52,8 @@ def test_fit_and_evaluate_on_cuda_and_load_the_checkpoint_on_the_cpu():
     results = []
     for where in ("cuda", "cpu"):
         model = network()
-        history = train.fit(model, data, validation=data, epochs=2, batch_size=20, device=where, progress=False)
+        options = {"epochs": 2, "batch_size": 20, "seed": 0, "progress": False}
+        history = train.fit(model, data, validation=data, device=where, **options)
         assert {p.device for p in model.parameters()} == {where}
         results.append((history["loss"], history["val_loss"], model))
     np.testing.assert_allclose(results[0][:2], results[1][:2], rtol=1e-3)

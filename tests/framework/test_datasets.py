@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from tinygrad_bn import datasets
+from tinygrad_bn import datasets, manual_seed
 from tinygrad_bn.datasets import Batches, DataError, Dataset, fetch, load, read_csv, read_idx
 
 IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
@@ -291,6 +291,54 @@ def test_batches_errors():
         Batches(np.zeros(3), np.zeros(2), 1)
     with pytest.raises(ValueError, match="at least 1; got 0"):
         Batches(np.zeros(3), np.zeros(3), 0)
+    x = np.zeros(3)
+    for option, wrong in (
+        ("batch_size", [2.5, "2", True, None, math.nan]), ("shuffle", ["no", 1, None]), ("drop_last", ["no", 0, None]),
+        ("seed", [-1, "0", 1.5, True, np.random.RandomState(0)]),
+    ):  # fmt: skip
+        for value in wrong:
+            with pytest.raises((TypeError, ValueError), match=option):
+                Batches(x, x, **{"batch_size": 2, option: value})
+    for pair in (([1, 2], [1, 2]), (x, 3), (np.zeros(()), x), (None, x)):
+        with pytest.raises(TypeError, match=r"arrays of shape \(N, \.\.\.\)"):
+            Batches(*pair, 2)
+        with pytest.raises(TypeError, match=r"arrays of shape \(N, \.\.\.\)"):
+            Dataset("own", *pair, (), "memory")
+
+
+def test_a_generator_and_the_default_one_go_on():
+    def orders(seed: int | np.random.Generator | None) -> list[list[int]]:
+        return [next(iter(Batches(np.arange(50), np.arange(50), 50, seed=seed)))[0].tolist() for _ in range(3)]
+
+    manual_seed(3)
+    first = orders(None)
+    manual_seed(3)
+    assert orders(None) == first
+    assert orders(np.random.default_rng(3)) == first
+    assert len(set(map(tuple, first))) == 3
+    assert len(set(map(tuple, orders(0)))) == 1, "a number is a fixed order"
+
+
+def test_options_of_loading_and_splitting_are_checked():
+    flowers = load("iris")
+    for seed in (-1, None, "0", 1.5):
+        with pytest.raises((TypeError, ValueError), match="seed has to be"):
+            flowers.split(30, seed)
+    for held_out in ("30", None, math.nan, True):
+        with pytest.raises(ValueError, match="cannot hold out"):
+            flowers.split(held_out)
+    for name in (3, ["iris"], b"iris"):
+        with pytest.raises(TypeError, match="name has to be a name or a path"):
+            load(name)
+        with pytest.raises(TypeError, match="source has to be a name or a path"):
+            load("iris", name)
+    for part in (3, ["train"], None):
+        with pytest.raises(ValueError, match="iris has only one part"):
+            load("iris", part=part)
+        with pytest.raises(ValueError, match="part is 'train' or 'test'"):
+            load("mnist", part=part)
+    with pytest.raises((TypeError, ValueError), match="white has to be"):
+        Dataset("own", np.zeros(2), np.zeros(2), (), "memory", white=0)
 
 
 @pytest.mark.parametrize("header", [bytes([0, 0, 8, 255]) + b"\0\0\0\1" * 255 + b"x", bytes(4) + b"\xff" * 12])

@@ -201,8 +201,8 @@ def test_copies_of_a_model_after_steps_are_independent():
 @every_optimizer
 def test_large_parameters_keep_arrays_of_their_own(kind, options, monkeypatch):
     monkeypatch.setattr(flat, "LARGE", 1000)
-    joined, join = [], flat._joined
-    monkeypatch.setattr(flat, "_joined", lambda arrays: joined.append([a.size for a in arrays]) or join(arrays))
+    joined, join = [], flat.joined
+    monkeypatch.setattr(flat, "joined", lambda arrays: joined.append([a.size for a in arrays]) or join(arrays))
     params = parameters(shapes=[(1000,), (20, 60), (4,), (999,), (2, 3)])
     optimizer = kind(params, lr=0.1, **options)
     for step in range(3):

@@ -1,11 +1,13 @@
 """Modules: their attributes, state, modes and summary; layers; initialisers."""
 
 import copy
+import inspect
+import math
 
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, functional, manual_seed, nn, testing
+from tinygrad_bn import Tensor, functional, manual_seed, nn, random, testing
 from tinygrad_bn.nn import init
 
 
@@ -154,7 +156,7 @@ def test_linear():
     assert np.abs(nn.Linear(100, 50).weight.numpy()).max() <= 0.1
     with pytest.raises(ValueError, match=r"Linear\(3, 2, bias=True\) got an input of shape \(4, 5\)"):
         layer(np.ones((4, 5)))
-    with pytest.raises(ValueError, match="in_features is a whole number of 1 or more"):
+    with pytest.raises(ValueError, match="in_features has to be"):
         nn.Linear(0, 2)
 
 
@@ -289,6 +291,47 @@ def test_constants_fans_and_errors():
         init.gain("swish")
     with pytest.raises(ValueError, match="fan_in"):
         init.kaiming_normal_(t, mode="fan")
+
+
+@pytest.mark.parametrize("name", [*DEVIATIONS, "constant_", "zeros_", "ones_"])
+def test_arguments_of_an_initialiser_are_checked(name):
+    fill, t = getattr(init, name), Tensor(np.full((2, 3), 7.0))
+    value = [1.0] if name == "constant_" else []
+    for wrong in (t.numpy(), [[1.0]], None, Tensor(np.ones((2, 3), np.int64))):
+        with pytest.raises(TypeError, match="fills a"):
+            fill(wrong, *value)
+    options = [o for o in inspect.signature(fill).parameters if o != "t"]
+    for option in options:
+        wrong_values = [math.nan, "x", None, [1.0], t, True, *([math.inf, -math.inf] if option != "value" else [])]
+        if option == "rng":
+            wrong_values = [0, 42, "x", np.random.RandomState(0)]
+        elif option in ("mode", "nonlinearity"):
+            wrong_values = ["swish", 3, None, ["relu"]]
+        elif option in ("std", "gain") and name != "orthogonal_":
+            wrong_values.append(-1.0)
+        for wrong_value in wrong_values:
+            with pytest.raises((TypeError, ValueError), match=r"has to be|'fan_in'|no gain"):
+                fill(t, **({"value": 1.0} if value else {}) | {option: wrong_value})
+    assert (t.numpy() == 7).all()
+    assert not value or fill(t, -math.inf).numpy().max() == -math.inf
+    if name == "uniform_":
+        with pytest.raises(ValueError, match="high has to be"):
+            fill(t, 1.0, 0.0)
+    empty = Tensor(np.zeros((0, 0)))
+    assert fill(empty, *value) is empty
+
+
+def test_seeds_and_generators_are_checked():
+    for seed in (-1, None, "0", 1.5, True, [1, 2]):
+        with pytest.raises((TypeError, ValueError), match="seed has to be"):
+            manual_seed(seed)
+    for key, count in ((-1, 4), (2**64, 4), (0.5, 4), (0, -1), (0, 2.5)):
+        with pytest.raises((TypeError, ValueError), match="has to be"):
+            random.philox(key, count)
+    for rng in (0, 42, "x"):
+        for draw in (lambda rng: nn.Linear(2, 2, rng=rng), lambda rng: functional.dropout(Tensor([1.0]), rng=rng)):
+            with pytest.raises(TypeError, match="rng has to be a NumPy Generator"):
+                draw(rng)
 
 
 def test_parameters_that_would_not_be_found_are_refused():

@@ -1,5 +1,6 @@
 """Optimisers against their formulas, resuming, parameter groups, clipping and schedules."""
 
+import json
 import math
 
 import numpy as np
@@ -231,6 +232,215 @@ def test_schedules():
     assert rates(optim.CosineAnnealingLR, 5, T_max=4, eta_min=1.0) == pytest.approx(cosine)
     assert rates(optim.WarmupLR, warmup_steps=3) == [2, 4, 6, 8, 8, 8, 8]
     assert rates(warm_cosine, 6) == pytest.approx([2, 4, 6, 8, 4, 0])
+
+
+def test_momentum_that_is_turned_on_later_begins_like_the_first_step():
+    p, late = parameter(), parameter()
+    optimizer = optim.SGD([p, late], lr=1.0, dampening=0.5)
+    for momentum, without in ((0.0, late), (0.0, late), (0.9, late), (0.9, None)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        p.grad = late.grad = Tensor(np.ones(3))
+        if without is not None:
+            without.grad = None
+        optimizer.step()
+    np.testing.assert_allclose(p.numpy(), np.array(START) - 4.4, rtol=1e-12)
+    np.testing.assert_allclose(late.numpy(), np.array(START) - 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"centered": True}, {"momentum": 0.5, "centered": True}])
+def test_rmsprop_takes_options_that_are_turned_on_later(options):
+    p = parameter()
+    optimizer = optim.RMSprop([p], lr=0.1, alpha=0.5, eps=0.0)
+    v, average, velocity = np.zeros(3), np.zeros(3), np.zeros(3)
+    for t, g in enumerate((G, 2 * G, -G, 3 * G)):
+        v = 0.5 * v + 0.5 * g**2
+        if t == 2:
+            optimizer.param_groups[0].update(options)
+        if t >= 2 and "centered" in options:
+            average = 0.5 * average + 0.5 * g
+        update = g / np.sqrt(v - average**2)
+        if t >= 2 and "momentum" in options:
+            velocity = update = 0.5 * velocity + update
+        np.testing.assert_allclose(step(optimizer, p, g), -0.1 * update, rtol=1e-9)
+
+
+def test_a_step_that_fails_does_not_count_as_the_first():
+    p, q = parameter(), parameter()
+    optimizer = optim.SGD([{"params": p}, {"params": q}], lr=1.0, momentum=0.5, dampening=0.5)
+    p.grad = q.grad = Tensor(np.ones(3))
+    optimizer.state[q] = {"step": 1, "momentum_buffer": np.ones(2)}
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        optimizer.step()
+    assert p not in optimizer.state
+    del optimizer.state[q]
+    optimizer.step()
+    np.testing.assert_array_equal(p.numpy(), np.array(START) - 1)
+
+
+def stepped(optimizer: optim.Optimizer, *schedules: optim.Schedule, times: int = 1) -> float:
+    for _ in range(times):
+        for schedule in schedules:
+            schedule.step()
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_a_schedule_goes_on_from_the_rate_that_is_set():
+    optimizer = optim.SGD([parameter()], lr=1.0)
+    schedule = optim.StepLR(optimizer, 10)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert stepped(optimizer, schedule) == 0.5
+    assert stepped(optimizer, schedule, times=9) == 0.05
+
+
+def test_schedules_of_one_optimizer_multiply():
+    optimizer = optim.SGD([parameter()], lr=1.0)
+    assert stepped(optimizer, *(optim.StepLR(optimizer, 1, gamma=0.5) for _ in range(2)), times=2) == 0.0625
+
+
+SCHEDULES = [
+    lambda o: optim.StepLR(o, 2),
+    lambda o: optim.CosineAnnealingLR(o, 3, eta_min=0.1),
+    lambda o: optim.WarmupLR(o, 2),
+    lambda o: optim.WarmupLR(o, 2, after=optim.CosineAnnealingLR(o, 2)),
+]
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize("order", ["optimizer first", "schedule first", "schedule made last", "schedule alone"])
+@given(done=st.integers(0, 7))
+def test_a_resumed_schedule_goes_on(make, order, done):
+    def build() -> tuple[optim.Optimizer, optim.Schedule]:
+        optimizer = optim.SGD([{"params": [parameter()], "lr": 2.0}, {"params": [parameter()]}], lr=1.0)
+        return optimizer, make(optimizer)
+
+    optimizer, schedule = build()
+    stepped(optimizer, schedule, times=done)
+    saved, saved_optimizer = (json.loads(json.dumps(part.state_dict())) for part in (schedule, optimizer))
+    resumed, other = build()
+    if order == "schedule made last":
+        resumed = optim.SGD([{"params": [parameter()]}, {"params": [parameter()]}])
+        resumed.load_state_dict(saved_optimizer)
+        other = make(resumed)
+    other.load_state_dict(saved)
+    if order == "schedule first":
+        resumed.load_state_dict(saved_optimizer)
+    elif order == "optimizer first":
+        resumed.load_state_dict(saved_optimizer)
+        other.load_state_dict(saved)
+    for _ in range(8):
+        assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in optimizer.param_groups]
+        schedule.step()
+        other.step()
+
+
+def test_a_state_of_another_schedule_is_an_error_and_changes_nothing():
+    optimizer = optim.SGD([parameter()], lr=1.0)
+    schedule = optim.WarmupLR(optimizer, 2, after=optim.StepLR(optimizer, 2))
+    good = schedule.state_dict()
+    wrong = [
+        None, {}, optim.StepLR(optimizer, 2).state_dict(), {**good, "lr": [1.0, 2.0]}, {**good, "lr": 1.0},
+        {**good, "t": 1.5}, {**good, "t": -1}, {**good, "lr": ["1"]}, {**good, "initial_lr": [math.nan]},
+        {**good, "warmup_steps": 0}, {**good, "after": None}, {**good, "after": {**good["after"], "gamma": math.inf}},
+        {**good, "t": 9, "after": {**good["after"], "step_size": 2.5}},
+    ]  # fmt: skip
+    for state in wrong:
+        with pytest.raises((ValueError, TypeError), match=r"state of a|has to be"):
+            schedule.load_state_dict(state)
+        assert schedule.state_dict() == good
+
+
+def test_options_of_schedules_are_checked():
+    optimizer, other = optim.SGD([parameter()]), optim.SGD([parameter()])
+    before = dict(optimizer.param_groups[0])
+    wrong = [
+        (lambda: optim.StepLR(optimizer, 2.5), "step_size has to be an integer; got 2.5"),
+        (lambda: optim.StepLR(optimizer, True), "step_size has to be an integer"),
+        (lambda: optim.StepLR(optimizer, "2"), "step_size has to be an integer"),
+        (lambda: optim.StepLR(optimizer, 2, gamma=math.nan), "gamma has to be 0 or more; got nan"),
+        (lambda: optim.StepLR(optimizer, 2, gamma="0.1"), "gamma has to be a number"),
+        (lambda: optim.CosineAnnealingLR(optimizer, 2.0), "T_max has to be an integer"),
+        (lambda: optim.CosineAnnealingLR(optimizer, 2, eta_min=math.inf), "eta_min has to be finite"),
+        (lambda: optim.CosineAnnealingLR(optimizer, 2, eta_min=-1.0), "eta_min has to be 0 or more"),
+        (lambda: optim.WarmupLR(optimizer, math.nan), "warmup_steps has to be an integer"),
+        (lambda: optim.WarmupLR(optimizer, 2, after=optimizer), "after has to be a Schedule"),
+        (lambda: optim.WarmupLR(optimizer, 2, after=optim.StepLR(other, 1)), "another optimizer"),
+        (lambda: optim.StepLR([parameter()], 2), "takes an Optimizer; got a list"),
+        (lambda: optim.Schedule(optimizer).step(), "defines no next_lr"),
+    ]
+    for call, message in wrong:
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    assert {**optimizer.param_groups[0], "initial_lr": 0} == {**before, "initial_lr": 0}
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad])
+def test_every_option_of_an_optimizer_is_checked(kind):
+    p = parameter()
+    options = {k: v for k, v in kind([p]).param_groups[0].items() if k != "params"}
+    for option, default in options.items():
+        wrong = ["x", None, [1.0, 2.0, 3.0], Tensor(0.5)]
+        wrong += [0, 1.0] if isinstance(default, bool) else [True, math.nan, math.inf, 1j]
+        for value in wrong:
+            for make in (lambda o: kind([p], **o), lambda o: kind([{"params": [p], **o}])):
+                with pytest.raises((TypeError, ValueError), match=option):
+                    make({option: value})
+            optimizer = kind([p])
+            optimizer.param_groups[0][option] = value
+            p.grad = Tensor(G)
+            with pytest.raises((TypeError, ValueError), match=option):
+                optimizer.step()
+    assert p.numpy().tolist() == list(START)
+    with pytest.raises(ValueError, match=r"alpha has to be in \[0, 1\]"):
+        optim.RMSprop([p], alpha=1.5)
+
+
+def test_what_holds_no_parameters_is_refused():
+    p = parameter()
+    for groups in ([{"lr": 0.1}], [{"params": p}, {}], [{"params": p}, parameter()]):
+        with pytest.raises(ValueError, match='each group is a dictionary with "params"'):
+            optim.SGD(groups)
+    for wrong in ("weights", 3, None, [p, 1.0], [("weight", p)], [np.ones(3)], [{"params": [{"params": p}]}]):
+        with pytest.raises(TypeError, match=r"params are tensors, as model\.parameters\(\) gives them"):
+            optim.SGD(wrong)
+    assert optim.SGD({"params": p}).param_groups[0]["params"] == [p]
+    for clip in (optim.clip_grad_norm_, optim.clip_grad_value_):
+        with pytest.raises(TypeError, match="params are tensors"):
+            clip(nn.Linear(2, 2), 1.0)
+        for limit in ("1", None, Tensor(1.0), math.nan):
+            with pytest.raises((TypeError, ValueError), match=r"(max_norm|clip_value) has to be"):
+                clip([p], limit)
+    with pytest.raises(TypeError, match="decay has to be a number"):
+        optim.param_groups(nn.Linear(2, 2), "0.1")
+    with pytest.raises(TypeError, match="model has to be a module; got a list"):
+        optim.param_groups([p], 0.1)
+
+
+@pytest.mark.parametrize(("kind", "options"), ALL)
+def test_a_wrong_state_is_an_error_and_changes_nothing(kind, options):
+    p, q = parameter(), parameter((1.0, 2.0))
+    optimizer = kind([{"params": [p]}, {"params": [q]}], lr=0.1, **options)
+    p.grad, q.grad = Tensor(G), Tensor(G[:2])
+    optimizer.step()
+    good = optimizer.state_dict()
+    first, second = good["param_groups"]
+    wrong = [
+        None, {}, [], {"state": good["state"]}, {**good, "state": []}, {**good, "param_groups": [first]},
+        {**good, "param_groups": [first, 3]}, {**good, "param_groups": [first, {**second, "lr": -1.0}]},
+        {**good, "param_groups": [first, {k: v for k, v in second.items() if k != "lr"}]},
+        {**good, "param_groups": [first, {**second, "wrong": 1}]},
+        {**good, "param_groups": [{**first, "params": [0, 1]}, {**second, "params": []}]},
+        {**good, "state": {"x": good["state"][0]}},
+        {**good, "state": {-1: good["state"][0]}}, {**good, "state": {0: 1}}, {**good, "state": {0: {}}},
+        {**good, "state": {**good["state"], 1: {**good["state"][1], "step": 1.5}}},
+        {**good, "state": {**good["state"], 1: {**good["state"][1], "step": -1}}},
+        {**good, "state": {**good["state"], 1: {**good["state"][1], "old": np.ones(3)}}},
+    ]  # fmt: skip
+    if len(good["state"][0]) > 1:  # plain SGD keeps nothing that has a shape
+        wrong.append({**good, "state": {0: good["state"][1]}})
+    for state in wrong:
+        with pytest.raises((ValueError, TypeError), match=r"stat|group|option|lr has|step"):
+            optimizer.load_state_dict(state)
+        assert repr(optimizer.state_dict()) == repr(good)
 
 
 def test_options_that_would_train_nothing_or_wrongly_are_refused():

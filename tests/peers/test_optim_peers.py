@@ -119,6 +119,87 @@ def test_parameter_groups_and_schedules(kind, schedule):
     same_steps(ours, theirs, mine, their, rng, after)
 
 
+STEPPED = {
+    "StepLR": (lambda o, g: g.StepLR(o, 3, gamma=0.5)),
+    "CosineAnnealingLR": (lambda o, g: g.CosineAnnealingLR(o, 4, eta_min=0.01)),
+    "CosineAnnealingLR of one step": (lambda o, g: g.CosineAnnealingLR(o, 1)),
+}
+
+
+@given(
+    st.lists(st.sampled_from(list(STEPPED)), min_size=1, max_size=3),
+    st.lists(st.none() | st.floats(0.02, 1.0), min_size=1, max_size=14),
+    st.integers(0, 14),
+)
+def test_several_schedules_with_rates_set_by_hand_and_resumed(names, by_hand, resumed):
+    """A rate by hand (or None) before each step of all schedules; at step `resumed` ours go on from their states."""
+    ours, theirs = parameters("float64", np.random.default_rng(0))
+    groups = [{"lr": 0.8}, {"lr": 0.1}, {}]
+
+    def build(module, schedules, params):
+        optimizer = module.SGD([{"params": [p], **g} for p, g in zip(params, groups, strict=True)], lr=0.3)
+        return optimizer, [STEPPED[name](optimizer, schedules) for name in names]
+
+    mine, our_schedules = build(optim, optim, ours)
+    their, their_schedules = build(torch.optim, SCHEDULES, theirs)
+    their.step()  # PyTorch warns of schedules that are stepped before it
+    for i, rate in enumerate(by_hand):
+        if i == resumed:
+            states = [part.state_dict() for part in (mine, *our_schedules)]
+            mine, our_schedules = build(optim, optim, ours)
+            for part, state in zip((mine, *our_schedules), states, strict=True):
+                part.load_state_dict(state)
+        if rate is not None:
+            mine.param_groups[i % 3]["lr"] = their.param_groups[i % 3]["lr"] = rate
+        for schedule in (*our_schedules, *their_schedules):
+            schedule.step()
+        for a, b in zip(mine.param_groups, their.param_groups, strict=True):
+            assert a["lr"] == pytest.approx(b["lr"], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("after", [None, "StepLR", "CosineAnnealingLR"])
+def test_warmup_is_a_linear_schedule_followed_by_another(after):
+    ours, theirs = parameters("float64", np.random.default_rng(0))
+    mine, their = optim.SGD(ours, lr=0.8), torch.optim.SGD(theirs, lr=0.8)
+    warm = optim.WarmupLR(mine, 4, after=after and STEPPED[after](mine, optim))
+    linear = SCHEDULES.LinearLR(their, start_factor=1 / 5, total_iters=4)
+    then = STEPPED[after](their, SCHEDULES) if after else SCHEDULES.ConstantLR(their, 1.0)
+    both = SCHEDULES.SequentialLR(their, [linear, then], [4])
+    their.step()
+    for _ in range(15):
+        assert mine.param_groups[0]["lr"] == pytest.approx(their.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
+        warm.step()
+        both.step()
+
+
+CHANGES = {
+    "SGD": {
+        "momentum": [0.0, 0.9], "dampening": [0.0, 0.5], "weight_decay": [0.0, 0.1], "lr": [0.0, 0.1]
+    },
+    "Adam": {"betas": [(0.9, 0.99), (0.5, 0.9)], "eps": [1e-8, 0.1], "weight_decay": [0.0, 0.1], "lr": [0.0, 0.1]},
+    "AdamW": {"betas": [(0.9, 0.99), (0.0, 0.9)], "weight_decay": [0.0, 0.1], "lr": [0.0, 0.1]},
+    "RMSprop": {"alpha": [0.0, 0.5, 0.99], "eps": [1e-8, 0.1], "weight_decay": [0.0, 0.1], "lr": [0.0, 0.1]},
+    "Adagrad": {"lr_decay": [0.0, 0.5], "eps": [1e-8, 0.1], "weight_decay": [0.0, 0.1], "lr": [0.0, 0.1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@given(data=st.data())
+def test_options_changed_between_steps(kind, data):
+    rng = np.random.default_rng(0)
+    ours, theirs = parameters("float64", rng)
+    mine, their = getattr(optim, kind)(ours, lr=0.1), getattr(torch.optim, kind)(theirs, lr=0.1)
+    for step in range(6):
+        options = data.draw(st.fixed_dictionaries({k: st.sampled_from(v) for k, v in CHANGES[kind].items()}))
+        without = data.draw(st.sets(st.integers(0, len(ours) - 1), max_size=2))
+        mine.param_groups[0].update(options)
+        their.param_groups[0].update(options)
+        give_gradients(ours, theirs, rng, without)
+        mine.step()
+        their.step()
+        same_parameters(ours, theirs, f"after step {step}")
+
+
 @pytest.mark.parametrize("name", ["clip_grad_norm_", "clip_grad_value_"])
 @given(
     seed=st.integers(0, 2**32), dtype=st.sampled_from(list(TOLERANCE)), limit=st.sampled_from([1e-3, 0.5, 3.0, 100.0])

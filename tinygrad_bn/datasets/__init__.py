@@ -5,25 +5,39 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
+from tinygrad_bn.arguments import expect_flags, expect_integer
 from tinygrad_bn.datasets.catalogue import KNOWN, OWN
 from tinygrad_bn.datasets.fetch import find
 from tinygrad_bn.datasets.files import DataError, read_csv, read_idx
+from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Array
 
 __all__ = ["Batches", "DataError", "Dataset", "load", "read_csv", "read_idx"]
 
+Seed: TypeAlias = int | np.random.Generator | None
+
 _log = logging.getLogger(__name__)
+
+
+def expect_arrays(*arrays: object) -> None:
+    """Raise TypeError unless all are arrays with an axis of samples."""
+    for a in arrays:
+        if not getattr(a, "shape", ()):
+            raise TypeError(f"samples and targets are arrays of shape (N, ...); got {type(a).__name__} {a!r:.60}")
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Samples `x` (N, ...), int64 class labels `y` (N,), the names of the classes, and the source of the files.
 
-    `white` is the largest possible pixel value. Raises DataError if `x` and `y` differ in length.
+    `white` is the largest possible pixel value. Raises TypeError if `x` or `y` is no array, DataError if they differ in
+    length.
     """
 
     name: str
@@ -34,6 +48,8 @@ class Dataset:
     white: int = 255
 
     def __post_init__(self) -> None:
+        expect_arrays(self.x, self.y)
+        expect_integer("white", self.white, 1)
         if len(self.x) != len(self.y):
             raise DataError(f"{self.source}: {len(self.x)} samples, but {len(self.y)} labels")
 
@@ -44,7 +60,7 @@ class Dataset:
         return f"Dataset({self.name!r}: x {self.x.dtype} {self.x.shape}, {len(self.classes)} classes, {self.source})"
 
     def take(self, indices: Array) -> Dataset:
-        """The samples at `indices`."""
+        """The samples at `indices`, an array of integers, or of one boolean for each sample."""
         return replace(self, x=self.x[indices], y=self.y[indices])
 
     def complete(self) -> Dataset:
@@ -60,9 +76,11 @@ class Dataset:
     def split(self, held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Split at random into two parts with equal class proportions; the second part has `held_out` samples.
 
-        Raises ValueError if one part would be empty.
+        Raises ValueError if one part would be empty, or for a seed below 0.
         """
-        if not (isinstance(held_out, int | np.integer) and 0 < held_out < len(self)):
+        expect_integer("seed", seed, 0)
+        whole = isinstance(held_out, int | np.integer) and not isinstance(held_out, bool)
+        if not (whole and 0 < held_out < len(self)):
             raise ValueError(f"cannot hold out {held_out} of {len(self)} samples; give an integer, 1 … {len(self) - 1}")
         order = np.random.default_rng(seed).permutation(len(self))
         rank = np.empty(len(self))  # of each sample within its class, 0 … 1: a cut takes the same fraction of each
@@ -99,7 +117,11 @@ def load(name: str | Path | None = None, source: str | Path | None = None, part:
     Raises:
         DataError: unknown name, files that cannot be found or downloaded, or a damaged or wrong file.
         ValueError: the data set has no such part.
+        TypeError: `name` or `source` is no path.
     """
+    for option, value in (("name", name), ("source", source)):
+        if not (value is None or isinstance(value, str | PathLike)):
+            raise TypeError(f"{option} has to be a name or a path; got {value!r}")
     if name is None:
         name = "mnist5k" if source is None else Path(source).resolve().name
     elif source is None and name not in KNOWN:
@@ -107,7 +129,7 @@ def load(name: str | Path | None = None, source: str | Path | None = None, part:
             raise DataError(f"no data set or folder {str(name)!r}; the data sets are {', '.join(KNOWN)}")
         name, source = Path(name).resolve().name, name
     name, known = str(name), KNOWN.get(str(name), OWN)
-    if part not in known.parts:
+    if not isinstance(part, str) or part not in known.parts:
         one = f"{name} has only one part, 'train'; hold out samples with load({name!r}).split(...)"
         raise ValueError(one if len(known.parts) == 1 else f"part is 'train' or 'test'; got {part!r}")
     x, y, where = find(name, known, part, source)
@@ -123,11 +145,12 @@ class Batches:
     Args:
         x, y: arrays of the same length.
         batch_size: samples per batch.
-        seed: the order of an epoch depends only on `seed` and the number of the epoch.
+        seed: where the random order comes from. An integer: the order of an epoch depends only on it and the number of
+            the epoch. A NumPy Generator: the order is drawn from it. None: from the default generator (`manual_seed`).
         shuffle: shuffle the samples anew in every epoch.
         drop_last: skip the last batch if it is smaller than `batch_size`.
 
-    Raises ValueError for different lengths or a `batch_size` below 1.
+    Raises TypeError for options of the wrong type, ValueError for different lengths or a number that is too small.
 
     >>> batches = Batches(np.arange(5), np.arange(5), batch_size=2, shuffle=False)
     >>> [x.tolist() for x, y in batches], len(batches)
@@ -135,15 +158,19 @@ class Batches:
     """
 
     def __init__(
-        self, x: Array, y: Array, batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+        self, x: Array, y: Array, batch_size: int, *, seed: Seed = None, shuffle: bool = True, drop_last: bool = False
     ) -> None:
+        expect_arrays(x, y)
+        expect_integer("batch_size", batch_size, 1)
+        if not isinstance(seed, np.random.Generator | None):
+            expect_integer("seed", seed, 0)
+        expect_flags(shuffle=shuffle)
+        expect_flags(drop_last=drop_last)
         if len(x) != len(y):
             raise ValueError(f"{len(x)} samples, but {len(y)} targets")
-        if batch_size < 1:
-            raise ValueError(f"batch_size has to be at least 1; got {batch_size}")
         self.x, self.y, self.batch_size = x, y, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.epoch = 0  # number of epochs started; set it to resume
+        self.epoch = 0  # number of epochs started; with an integer as seed, set it to resume
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -158,7 +185,11 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         order = np.arange(len(self.x))
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.x))
+            if isinstance(seed := self.seed, int | np.integer):
+                rng = np.random.default_rng([seed, self.epoch])
+            else:
+                rng = generator(seed)
+            order = rng.permutation(len(self.x))
         self.epoch += 1
         for i in range(len(self)):
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size]

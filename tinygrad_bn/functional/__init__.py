@@ -5,7 +5,7 @@ Called with arrays, a function returns an array.
 
 # isort: off
 from tinygrad_bn.functional.basics import (
-    concatenate, dropout, elu, flatten, gelu, leaky_relu, log_softmax, silu, softmax, stack,
+    concatenate, dropout, elu, flatten, gelu, leaky_relu, log_softmax, logsumexp, silu, softmax, stack,
 )  # fmt: skip
 from tinygrad_bn.functional.batch_norm import (
     Normalization, batch_norm, batch_norm_inference, batch_norm_relu, batch_norm_steps, batch_norm_training,
@@ -19,7 +19,7 @@ from tinygrad_bn.functional.normalization import group_norm, instance_norm, laye
 from tinygrad_bn.functional.pooling import (
     adaptive_avg_pool, adaptive_max_pool, avg_pool1d, avg_pool2d, avg_pool3d, max_pool1d, max_pool2d, max_pool3d,
 )  # fmt: skip
-from tinygrad_bn.functional.statistics import logsumexp, mean, mean_and_var, std, sum_of_squares, var
+from tinygrad_bn.functional.statistics import mean, mean_and_var, std, sum_of_squares, var
 from tinygrad_bn.more_ops import (
     abs, argmax, argmin, clip, equal, erf, expm1, greater, greater_equal, less, less_equal, linear, max, maximum, min,
     minimum, not_equal, pad, pow, sigmoid, sign, softplus, tanh,

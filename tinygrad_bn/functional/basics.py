@@ -1,4 +1,4 @@
-"""Softmax, joining and flattening, activations, dropout."""
+"""Softmax and logsumexp, joining and flattening, activations, dropout."""
 
 from __future__ import annotations
 
@@ -6,19 +6,42 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
-from tinygrad_bn import more_ops
+from tinygrad_bn import backend, more_ops
 from tinygrad_bn.arguments import expect_array, expect_floats
-from tinygrad_bn.functional.statistics import largest
-from tinygrad_bn.more_ops import erfc, expm1, sigmoid
+from tinygrad_bn.functional.statistics import values
+from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
 from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
 from tinygrad_bn.random import generator, philox
-from tinygrad_bn.sample import REAL, elementwise
-from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
+from tinygrad_bn.sample import REAL, elementwise, reducing
+from tinygrad_bn.tensor import Axis, Operand, Tensor, fused, primitive
 
 # ---- softmax --------------------------------------------------------------------------------------------
+
+
+def largest(x: Operand, axis: Axis) -> Any:
+    """The largest element over `axis`, as an array that broadcasts with x; 0 where that is not finite."""
+    if not x.size:
+        return backend.full(sum(values(x), axis=axis, keepdims=True), 0)
+    top = max(values(x), axis=axis, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf − inf
+        return where(top - top == 0, top, 0.0)
+
+
+@fused(formula="y = log Σ eˣ over axis;  ∂x = g · e^(x − y)", sample=reducing(distinct=True))
+def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
+    """log Σ eˣ over `axis`, without overflow. Raises TypeError for integers.
+
+    The largest element, subtracted and added again, is a constant to the gradient; for any constant the formula
+    is the same function of x, so derivatives of every order are right.
+    """
+    expect_floats(x, "logsumexp")
+    top = largest(x, axis)
+    y = log(sum(exp(x - top), axis=axis, keepdims=True)) + top
+    return y if keepdims else reshape(y, shape=sum(values(x), axis=axis).shape)
 
 
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
@@ -134,4 +157,4 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
     expect_floats(x, "dropout")
     if not training or p == 0:
         return x
-    return dropout_by_key(x, p=p, key=int((rng or generator()).integers(2**63)))
+    return dropout_by_key(x, p=p, key=int(generator(rng).integers(2**63)))

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import at_least_single, each_axis, expect_array, expect_floats, whole_number
+from tinygrad_bn.arguments import at_least_single, each_axis, expect_array, expect_floats, expect_integer
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import getitem
@@ -248,7 +248,7 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
         expect_array(weight, f"the weight of conv{ndim}d")
         if x.ndim != ndim + 2 or np.ndim(values(weight)) != ndim + 2:
             raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
-        groups = whole_number(groups, "groups", 1)
+        groups = expect_integer("groups", groups, 1)
         if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
             raise ValueError(
                 f"channels of x {x.shape} and weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
@@ -309,7 +309,7 @@ def conv_transpose2d(
     """
     expect_floats(x, "conv_transpose2d")
     expect_array(weight, "the weight of conv_transpose2d")
-    groups = whole_number(groups, "groups", 1)
+    groups = expect_integer("groups", groups, 1)
     fits = x.ndim == weight.ndim == 4
     if not fits or x.shape[1] != weight.shape[0] or x.shape[1] % groups:
         raise ValueError(f"conv_transpose2d: x {x.shape}, weight {weight.shape} and {groups} groups do not fit")

@@ -9,7 +9,9 @@ import numpy as np
 
 from tinygrad_bn.arguments import expect_array, expect_floats
 from tinygrad_bn.backend import device_of
-from tinygrad_bn.functional.statistics import largest, mean, values
+from tinygrad_bn.functional.basics import largest
+from tinygrad_bn.functional.reductions import note
+from tinygrad_bn.functional.statistics import mean, values
 from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
 from tinygrad_bn.ops import astype, exp, log, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
@@ -26,7 +28,9 @@ def _expect_reduction(reduction: str) -> None:
 
 def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
     _expect_reduction(reduction)
-    return mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
+    reduced = mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
+    note(reduced, reduction, loss.size, lambda: loss.size)
+    return reduced
 
 
 def _difference(x: Operand, target: Operand) -> Operand:
@@ -118,8 +122,9 @@ def nll_loss(
     Arguments and errors are those of `cross_entropy`.
     """
     classes, weight = _classes(x, target, ignore_index), _class_weight(weight, x)
-    loss, _ = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
+    loss, total = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
     loss = astype(loss, dtype=x.dtype)
+    note(loss, reduction, classes.size, lambda: total, ignore_index)
     return reshape(loss, shape=classes.shape) if reduction == "none" else loss
 
 
@@ -140,17 +145,24 @@ def _picked(
         wrong = classes[(classes < 0) | (classes >= log_p.shape[1])]
         if wrong.size:
             raise ValueError(f"target {wrong[0]} is not one of the {log_p.shape[1]} classes 0 to {log_p.shape[1] - 1}")
-    loss, mass = -widened(log_p[np.arange(len(classes)), classes]), counts.astype(np.float64)
+    loss = -widened(log_p[np.arange(len(classes)), classes])
     if weight is not None:
-        at_target = widened(getitem(weight, index=classes))
-        loss, mass = loss * at_target, where(counts, at_target, 0.0)
+        loss = loss * widened(getitem(weight, index=classes))
     if smoothing > 0:  # not only a shortcut: 0 · log p is NaN for a class that is masked by −inf
         spread = mean(widened(log_p if weight is None else log_p * weight), axis=1)
         loss = loss * (1 - smoothing) - spread * smoothing
-    loss, total = where(counts, loss, 0.0), sum(mass)
+    loss, total = where(counts, loss, 0.0), _total(target, weight, ignore_index)
     if reduction == "none":
         return loss, total
     return (sum(loss) / total if reduction == "mean" else sum(loss)), total
+
+
+def _total(target: Any, weight: Operand, ignore_index: int) -> Any:
+    """The sum of the targets' weights, of those that count."""
+    counts = target != ignore_index
+    if weight is None:
+        return sum(counts.astype(np.float64)) if device_of(counts) != "cpu" else np.float64(np.count_nonzero(counts))
+    return sum(where(counts, widened(getitem(weight, index=where(counts, target, 0))), 0.0))
 
 
 def _sample_cross_entropy(d: Draw) -> Drawn:
@@ -228,4 +240,5 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
     )
+    note(loss, reduction, classes.size, lambda: _total(classes, weight, ignore_index), ignore_index)
     return reshape(loss, shape=classes.shape) if reduction == "none" and classes.ndim > 1 else loss

@@ -13,8 +13,8 @@ from tinygrad_bn.arguments import (
     expect_channels,
     expect_eps,
     expect_floats,
+    expect_integer,
     expect_several,
-    whole_number,
 )
 from tinygrad_bn.functional.batch_norm import batch_norm_steps
 from tinygrad_bn.functional.statistics import mean, values
@@ -80,7 +80,7 @@ def group_norm(
     Raises ValueError if the channels do not divide into the groups, or a group has one value.
     """
     expect_channels(x)
-    if whole_number(num_groups, "num_groups", 1) and x.shape[1] % num_groups:
+    if expect_integer("num_groups", num_groups, 1) and x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
     expect_several(x, x.shape[0] * num_groups, "group")
     planes = x.shape[1] // num_groups

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import expect_floats
-from tinygrad_bn.more_ops import max, stack
-from tinygrad_bn.ops import astype, exp, log, reshape, sqrt, sum, where
+from tinygrad_bn.more_ops import stack
+from tinygrad_bn.ops import astype, sqrt, sum, where
 from tinygrad_bn.sample import Draw, Drawn, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused
 
@@ -84,25 +83,3 @@ def sum_of_squares(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> 
     if x.dtype.kind != "f":
         raise TypeError(f"takes floating-point input; got {x.dtype}, which may not hold squares")
     return sum(x * x, axis=axis, keepdims=keepdims)
-
-
-def largest(x: Operand, axis: Axis) -> Any:
-    """The largest element over `axis`, as an array that broadcasts with x; 0 where that is not finite."""
-    if not x.size:
-        return backend.full(sum(values(x), axis=axis, keepdims=True), 0)
-    top = max(values(x), axis=axis, keepdims=True)
-    with np.errstate(invalid="ignore"):  # inf − inf
-        return where(top - top == 0, top, 0.0)
-
-
-@fused(formula="y = log Σ eˣ over axis;  ∂x = g · e^(x − y)", sample=reducing(distinct=True))
-def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
-    """log Σ eˣ over `axis`, without overflow. Raises TypeError for integers.
-
-    The largest element, subtracted and added again, is a constant to the gradient; for any constant the formula
-    is the same function of x, so derivatives of every order are right.
-    """
-    expect_floats(x, "logsumexp")
-    top = largest(x, axis)
-    y = log(sum(exp(x - top), axis=axis, keepdims=True)) + top
-    return y if keepdims else reshape(y, shape=sum(values(x), axis=axis).shape)

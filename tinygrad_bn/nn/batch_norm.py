@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, whole_number
+from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, expect_integer
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
@@ -35,14 +35,14 @@ class _BatchNorm(Module):
         running_var_correction: int = 1,
         virtual_batch_size: int | None = None,
     ) -> None:
-        num_features = whole_number(num_features, "num_features", 1)
+        num_features = expect_integer("num_features", num_features, 1)
         expect_eps(eps, zero=False)
         expect_flags(affine=affine, track_running_stats=track_running_stats)
-        running_var_correction = whole_number(running_var_correction, "running_var_correction", 0)
+        running_var_correction = expect_integer("running_var_correction", running_var_correction, 0)
         if not (momentum is None or (isinstance(momentum, Real) and 0 <= momentum <= 1)):
             raise ValueError(f"momentum has to be in [0, 1], or None for the cumulative mean; got {momentum!r}")
         if virtual_batch_size is not None:
-            virtual_batch_size = whole_number(virtual_batch_size, "virtual_batch_size", 1)
+            virtual_batch_size = expect_integer("virtual_batch_size", virtual_batch_size, 1)
         if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # not from a preset
             warnings.warn(
                 f"momentum={momentum} is the weight of the NEW batch here, as in PyTorch; did you mean "

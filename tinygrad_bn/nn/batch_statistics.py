@@ -36,9 +36,9 @@ def batch_statistics(model: Module) -> Iterator[dict[BatchNorm1d, list[BatchStat
     former = [layer._collect for layer in layers]  # of a block around this one
     collected: dict[Any, list[BatchStatistics]] = {layer: [] for layer in layers}
     with evaluating(model):
-        for layer, batches in collected.items():
-            layer.training, layer._collect = True, _appender(batches)
-        try:
+        try:  # from here on: Ctrl-C may come at any moment
+            for layer, batches in collected.items():
+                layer.training, layer._collect = True, _appender(batches)
             yield collected
         finally:
             for layer, collect in zip(layers, former, strict=True):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import each_axis, expect_array, expect_flags, whole_number
+from tinygrad_bn.arguments import each_axis, expect_array, expect_flags, expect_integer
 from tinygrad_bn.functional.convolution import Ints, Padding, pairs, transposed_options
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import Module, Parameter
@@ -37,9 +37,9 @@ class _Conv(Module):
         bias: bool = True,
         rng: np.random.Generator | None = None,
     ) -> None:
-        self.in_channels = whole_number(in_channels, "in_channels", 1)
-        self.out_channels = whole_number(out_channels, "out_channels", 1)
-        self.groups = whole_number(groups, "groups", 1)
+        self.in_channels = expect_integer("in_channels", in_channels, 1)
+        self.out_channels = expect_integer("out_channels", out_channels, 1)
+        self.groups = expect_integer("groups", groups, 1)
         expect_flags(bias=bias)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"{in_channels} and {out_channels} channels do not divide into {groups} groups")

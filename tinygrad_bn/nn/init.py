@@ -1,6 +1,7 @@
 """Initialisers, with PyTorch's names and formulas. Each fills a tensor in place and returns it.
 
-Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`.
+Weights have the layout (out, in, ...). Random numbers come from `rng`, by default from `random.generator()`. All raise
+TypeError unless they get a floating-point tensor and options of the right type, ValueError for options out of range.
 """
 
 import math
@@ -8,14 +9,24 @@ from typing import Literal
 
 import numpy as np
 
+from tinygrad_bn.arguments import expect_number
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Tensor
 
 Rng = np.random.Generator | None
 
 
+def _expect_weight(t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"an initialiser fills a Tensor; got a {type(t).__name__}")
+    if t.dtype.kind != "f":
+        raise TypeError(f"an initialiser fills a floating-point tensor; this one is {t.dtype}")
+
+
 def constant_(t: Tensor, value: float) -> Tensor:
     """Set every element to `value`."""
+    _expect_weight(t)
+    expect_number("value", value, finite=False)
     t.data = np.full(t.shape, value)
     return t
 
@@ -32,13 +43,19 @@ def ones_(t: Tensor) -> Tensor:
 
 def normal_(t: Tensor, mean: float = 0.0, std: float = 1.0, rng: Rng = None) -> Tensor:
     """Normal distribution with this mean and standard deviation."""
-    t.data = (rng or generator()).normal(mean, std, t.shape)
+    _expect_weight(t)
+    expect_number("mean", mean)
+    expect_number("std", std, 0)
+    t.data = generator(rng).normal(mean, std, t.shape)
     return t
 
 
 def uniform_(t: Tensor, low: float = 0.0, high: float = 1.0, rng: Rng = None) -> Tensor:
     """Uniform distribution on [low, high)."""
-    t.data = (rng or generator()).uniform(low, high, t.shape)
+    _expect_weight(t)
+    expect_number("low", low)
+    expect_number("high", high, low)
+    t.data = generator(rng).uniform(low, high, t.shape)
     return t
 
 
@@ -47,6 +64,7 @@ def fans(t: Tensor) -> tuple[int, int]:
 
     Raises ValueError for fewer than two axes.
     """
+    _expect_weight(t)
     if t.ndim < 2:
         raise ValueError(f"fan-in and fan-out need a weight of two axes or more; got shape {t.shape}")
     field = math.prod(t.shape[2:])
@@ -55,6 +73,7 @@ def fans(t: Tensor) -> tuple[int, int]:
 
 def gain(nonlinearity: str, slope: float = 0.01) -> float:
     """Factor for the standard deviation of weights that keeps the variance; `slope` is leaky_relu's negative slope."""
+    expect_number("slope", slope)
     gains = {
         "linear": 1.0,
         "sigmoid": 1.0,
@@ -62,26 +81,31 @@ def gain(nonlinearity: str, slope: float = 0.01) -> float:
         "relu": math.sqrt(2),
         "leaky_relu": math.sqrt(2 / (1 + slope**2)),
     }
-    if nonlinearity not in gains:
+    if not isinstance(nonlinearity, str) or nonlinearity not in gains:
         raise ValueError(f"no gain is known for {nonlinearity!r}; known are {', '.join(gains)}")
     return gains[nonlinearity]
 
 
+def _xavier_std(t: Tensor, gain: float) -> float:
+    expect_number("gain", gain, 0)
+    return gain * math.sqrt(2 / max(sum(fans(t)), 1))  # 1 for an empty weight
+
+
 def xavier_normal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
     """Normal with standard deviation gain · √(2 / (fan_in + fan_out)) (Glorot & Bengio 2010)."""
-    return normal_(t, 0.0, gain * math.sqrt(2 / sum(fans(t))), rng)
+    return normal_(t, 0.0, _xavier_std(t, gain), rng)
 
 
 def xavier_uniform_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
     """Uniform with the standard deviation of `xavier_normal_`; the default of Keras' Dense."""
-    bound = gain * math.sqrt(6 / sum(fans(t)))
+    bound = math.sqrt(3) * _xavier_std(t, gain)
     return uniform_(t, -bound, bound, rng)
 
 
 def _kaiming_std(t: Tensor, a: float, mode: str, nonlinearity: str) -> float:
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"mode is 'fan_in' or 'fan_out'; got {mode!r}")
-    return gain(nonlinearity, a) / math.sqrt(fans(t)[mode == "fan_out"])
+    return gain(nonlinearity, a) / math.sqrt(max(fans(t)[mode == "fan_out"], 1))
 
 
 def kaiming_normal_(
@@ -109,8 +133,9 @@ def kaiming_uniform_(
 
 def orthogonal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
     """`gain` times a matrix (out, fan_in) whose rows, or columns if fewer, are orthonormal (Saxe et al. 2013)."""
-    rows, columns = t.shape[0], fans(t)[0]
-    flat = (rng or generator()).normal(size=(max(rows, columns), min(rows, columns)))
+    expect_number("gain", gain)
+    columns, rows = fans(t)[0], t.shape[0]
+    flat = generator(rng).normal(size=(max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(flat)
     q *= np.sign(np.diag(r))  # QR prefers some signs; this makes all orthogonal matrices equally likely
     t.data = gain * (q if rows >= columns else q.T).reshape(t.shape)

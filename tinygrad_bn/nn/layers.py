@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_array, expect_flags, expect_numbers, whole_number
+from tinygrad_bn.arguments import expect_array, expect_flags, expect_integer, expect_number
 from tinygrad_bn.functional.basics import expect_probability
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import Module, Parameter
@@ -25,8 +25,8 @@ class Linear(Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, rng: np.random.Generator | None = None
     ) -> None:
-        in_features = whole_number(in_features, "in_features", 1)
-        out_features = whole_number(out_features, "out_features", 1)
+        in_features = expect_integer("in_features", in_features, 1)
+        out_features = expect_integer("out_features", out_features, 1)
         expect_flags(bias=bias)
         bound = 1 / math.sqrt(in_features)
         self.in_features, self.out_features = in_features, out_features
@@ -85,7 +85,7 @@ class LeakyReLU(Module):
     """x where x > 0, negative_slope · x elsewhere."""
 
     def __init__(self, negative_slope: float = 0.01) -> None:
-        expect_numbers(negative_slope=negative_slope)
+        expect_number("negative_slope", negative_slope)
         self.negative_slope = negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ELU(Module):
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
 
     def __init__(self, alpha: float = 1.0) -> None:
-        expect_numbers(alpha=alpha)
+        expect_number("alpha", alpha)
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:

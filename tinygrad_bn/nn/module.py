@@ -313,8 +313,8 @@ def being_observed() -> bool:
 def evaluating(model: Module) -> Iterator[None]:
     """Evaluation mode inside this block; afterwards each module is back in its mode."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    try:  # from here on: Ctrl-C may come at any moment
+        model.eval()
         yield
     finally:
         for module, mode in modes:

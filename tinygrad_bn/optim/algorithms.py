@@ -47,7 +47,7 @@ class SGD(Optimizer):
         return {"momentum_buffer": 0.0} if group["momentum"] else {}
 
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
-        dampening = o.dampening if o.step > 1 else 0.0  # the first gradient counts in full
+        dampening = 0.0 if "momentum_buffer" in o.new else o.dampening  # the first gradient counts in full
         return sgd(
             p, g, state.get("momentum_buffer"), lr=o.lr, momentum=o.momentum, dampening=dampening,
             decay=o.weight_decay, nesterov=bool(o.nesterov),

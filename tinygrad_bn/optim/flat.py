@@ -5,7 +5,7 @@ The arrays of such parameters, and those of their state, are views of the flat o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -27,55 +27,68 @@ def lay_out(
 ) -> list[Run]:
     """Runs of all parameters that have a gradient; reuses those of `before` that are still valid.
 
-    Raises ValueError or TypeError, before any parameter changes, if an assigned state does not fit its parameter.
+    Raises ValueError or TypeError, before anything changes, if an assigned state does not fit its parameter.
     """
     result: list[Run] = []
+    laid: list[Run] = []
     for group in groups:
         params, kept = [p for p in group["params"] if p in gradients], initial(group)
         runs = [run for run in before if run.group is group]
         same = {p for run in runs for p in run.params} == set(params)
         if not same or not all(run.is_valid(state, kept) for run in runs):
-            runs = new_runs(group, params, state, kept)
+            laid += (runs := new_runs(group, params, state, kept))
         result += runs
+    for run in laid:
+        run.show_state(state)
     return result
 
 
-def new_runs(group: Group, params: list[Tensor], state: dict[Tensor, State], kept: Mapping[str, float]) -> list[Run]:
-    """A run for each dtype, device and step count, and for each large parameter; fills in state that is missing."""
+def new_runs(group: Group, params: list[Tensor], state: Mapping[Tensor, State], kept: Mapping[str, float]) -> list[Run]:
+    """A run for each dtype, device, step count and set of missing state, and for each large parameter."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        own = state.setdefault(p, {})
-        own.setdefault("step", 0)
-        for name, value in kept.items():
-            if name not in own:
-                own[name] = full(p._data, value, at_least_single(p.dtype))
+        own = state.get(p, {})
         alone = id(p) if p.size >= LARGE else None
-        alike.setdefault((p.dtype, own["step"], p.device, alone), []).append(p)
-    return [Run(group, some, state, kept) for some in alike.values()]
+        missing = frozenset(kept.keys() - own.keys())
+        alike.setdefault((p.dtype, own.get("step", 0), p.device, missing, alone), []).append(p)
+    return [Run(group, some, [state.get(p, {}) for p in some], kept) for some in alike.values()]
 
 
 class Run:
-    """Parameters of one group, dtype, device and step count in one flat array, and their state likewise."""
+    """Parameters of one group, dtype, device and step count in one flat array, and their state likewise.
 
-    def __init__(self, group: Group, params: list[Tensor], state: Mapping[Tensor, State], kept: Iterable[str]) -> None:
-        self.group, self.params, self.states = group, params, [state[p] for p in params]
+    `new` are the names of the state that starts with the next step: that of an option that was turned on.
+    """
+
+    def __init__(self, group: Group, params: list[Tensor], states: list[State], kept: Mapping[str, float]) -> None:
+        self.group, self.params, self.states = group, params, states
         self.dtype, self.device, self.wide = params[0].dtype, params[0].device, at_least_single(params[0].dtype)
+        self.new = frozenset(kept.keys() - states[0].keys())
         ends = list(accumulate(p.size for p in params))
         self.slices = list(map(slice, [0, *ends], ends))
         self.state: State = {}
-        for name in kept:
-            arrays = [state_array(p, name, own[name]) for p, own in zip(params, self.states, strict=True)]
+        for name, value in kept.items():
+            if name in self.new:
+                arrays = [full(p._data, value, self.wide) for p in params]
+            else:
+                arrays = [state_array(p, name, own[name]) for p, own in zip(params, states, strict=True)]
             expect_one_place([params[0]._data, *arrays])
             self.state[name] = join(arrays)  # a copy, as the update writes into it
-        self.state_views = [
+        self.state_views: list[tuple[State, str, Any]] = [
             (own, name, view)
             for name, array in self.state.items()
-            for own, view in zip(self.states, self._views(array), strict=True)
+            for own, view in zip(states, self._views(array), strict=True)
         ]
-        for own, name, view in self.state_views:
-            own[name] = view
         self.array: Any = None
         self.views: list[Any] = [None] * len(params)
+
+    def show_state(self, state: dict[Tensor, State]) -> None:
+        """Put views of the flat arrays into the state of the parameters."""
+        for p, own in zip(self.params, self.states, strict=True):
+            own.setdefault("step", 0)
+            state[p] = own
+        for own, name, view in self.state_views:
+            own[name] = view
 
     def is_valid(self, state: Mapping[Tensor, State], kept: Mapping[str, float]) -> bool:
         """Whether one call can still update all parameters, and their state is still this run's."""
@@ -92,12 +105,12 @@ class Run:
     def values(self) -> Array:
         """The parameters, in the precision of the update."""
         if any(p._data is not view for p, view in zip(self.params, self.views, strict=True)):  # one was assigned to
-            self.array = _joined([p._data for p in self.params])
+            self.array = joined([p._data for p in self.params])
         return self.array.astype(self.wide, copy=False)
 
     def gradient(self, gradients: Gradients) -> Array:
         """The gradients of the parameters, in the precision of the update."""
-        return _joined([gradients[p] for p in self.params]).astype(self.wide, copy=False)
+        return joined([gradients[p] for p in self.params]).astype(self.wide, copy=False)
 
     def next_step(self) -> int:
         """Count a step; the first is 1."""
@@ -112,6 +125,7 @@ class Run:
         self.views = self._views(self.array)
         for p, view in zip(self.params, self.views, strict=True):
             p._data = view
+        self.new = frozenset()
 
     def _views(self, array: Array) -> list[Array]:
         return [array[part].reshape(p._data.shape) for part, p in zip(self.slices, self.params, strict=True)]
@@ -125,5 +139,6 @@ def state_array(p: Tensor, name: str, value: Any) -> Array:
     return array
 
 
-def _joined(arrays: list[Array]) -> Array:
+def joined(arrays: list[Array]) -> Array:
+    """All elements in one flat array; a view of a single array."""
     return join(arrays) if len(arrays) > 1 else arrays[0].reshape(-1)

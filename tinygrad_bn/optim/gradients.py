@@ -1,15 +1,16 @@
 """The gradients that an optimiser reads: checked, and clipped by norm or by value."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.arguments import at_least_single
-from tinygrad_bn.backend import Array, as_array, expect_one_place
+from tinygrad_bn.arguments import at_least_single, expect_number
+from tinygrad_bn.backend import Array, as_array, device_of, expect_one_place
 from tinygrad_bn.more_ops import clip
 from tinygrad_bn.ops import astype, mul
+from tinygrad_bn.optim.flat import LARGE, joined
 from tinygrad_bn.sample import REAL, elementwise
 from tinygrad_bn.tensor import Operand, Tensor, primitive
 
@@ -30,9 +31,22 @@ def gradient_of(p: Tensor) -> Any:
     return array
 
 
-def _gradients(params: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Array]]:
-    listed = [params] if isinstance(params, Tensor) else params
-    return [(p, g) for p in listed if (g := gradient_of(p)) is not None]
+def listed(params: Any) -> list[Any]:
+    """Tensors, or groups of them, as a list; one is a list of one."""
+    alone = isinstance(params, Tensor | str | Mapping) or not isinstance(params, Iterable)
+    return [params] if alone else list(params)
+
+
+def expect_tensors(params: list[Any]) -> None:
+    """Raise TypeError unless all are tensors."""
+    if wrong := [p for p in params if not isinstance(p, Tensor)]:
+        name = type(wrong[0]).__name__
+        raise TypeError(f"params are tensors, as model.parameters() gives them, or groups of tensors; got a {name}")
+
+
+def _gradients(params: Any) -> list[tuple[Tensor, Array]]:
+    expect_tensors(params := listed(params))
+    return [(p, g) for p in params if (g := gradient_of(p)) is not None]
 
 
 @primitive(None, formula="y = Σ g² of all elements", sample=elementwise(REAL))
@@ -41,16 +55,23 @@ def squared_norm(g: Operand) -> Any:
     return np.sum(np.square(g, dtype=np.float64))
 
 
+def _norm(arrays: list[Array]) -> float:
+    """The 2-norm of all elements. Small arrays are joined, since a call costs more than their elements."""
+    alike: dict[Any, list[Array]] = {}
+    for i, a in enumerate(arrays):
+        alike.setdefault((a.dtype, device_of(a), i if a.size >= LARGE else None), []).append(a)
+    return math.sqrt(sum(float(squared_norm(joined(some))) for some in alike.values()))
+
+
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their common 2-norm is at most `max_norm`; return the norm before.
 
     A norm that is not finite leaves the gradients unchanged, so that the fault shows. Raises ValueError for a
-    `max_norm` below 0.
+    `max_norm` below 0, TypeError for params that are not tensors.
     """
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm has to be 0 or more; got {max_norm}")
+    expect_number("max_norm", max_norm, 0, finite=False)
     gradients = _gradients(params)
-    norm = math.sqrt(sum(float(squared_norm(g)) for _, g in gradients))
+    norm = _norm([g for _, g in gradients])
     if math.isfinite(norm) and norm > max_norm:
         for p, g in gradients:
             scaled = mul(astype(g, dtype=at_least_single(g.dtype)), max_norm / (norm + 1e-6))
@@ -60,7 +81,6 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
 
 def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> None:
     """Limit every element of every gradient to [−clip_value, clip_value]; ValueError for a limit below 0."""
-    if not clip_value >= 0:
-        raise ValueError(f"clip_value has to be 0 or more; got {clip_value}")
+    expect_number("clip_value", clip_value, 0, finite=False)
     for p, g in _gradients(params):
         p.grad = Tensor._of(as_array(clip(g, min=-clip_value, max=clip_value)))

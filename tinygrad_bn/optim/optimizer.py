@@ -9,9 +9,10 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
-from tinygrad_bn.optim.gradients import gradient_of
+from tinygrad_bn.optim.gradients import expect_tensors, gradient_of, listed
 from tinygrad_bn.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -24,27 +25,28 @@ class Optimizer:
     A subclass defines `_initial_state` and `_update`, the new parameters as an elementwise function of parameters,
     gradients and state. A step replaces a parameter's array, so a graph that still needs the old values notices.
 
+    Options in `param_groups` may change between steps. The state of one that is turned on later begins then, as at the
+    first step.
+
     Args:
         params: tensors; or groups, `{"params": tensors, option: value, ...}`, whose options override `defaults`.
         defaults: the options of every group.
 
     Raises:
         ValueError: no parameters, one that is given twice, an unknown option, or one that is out of range.
-        TypeError: params that are not tensors, or an option that is not a number.
+        TypeError: params that are not tensors, or an option of the wrong type.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
-        given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
-        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
-        self.param_groups: list[Group] = [
-            {**defaults, **g, "params": [g["params"]] if isinstance(g["params"], Tensor) else list(g["params"])}
-            for g in groups
-        ]
+        given = listed(params)
+        groups = given if any(isinstance(g, Mapping) for g in given) else [{"params": given}]
+        if not all(isinstance(g, Mapping) and "params" in g for g in groups):
+            raise ValueError('each group is a dictionary with "params", such as {"params": tensors, "lr": 0.1}')
+        self.param_groups: list[Group] = [{**defaults, **g, "params": listed(g["params"])} for g in groups]
         self.state: dict[Tensor, State] = {}
         self._runs: list[Run] = []
         everything = self._params()
-        if not all(isinstance(p, Tensor) for p in everything):
-            raise TypeError("params are tensors, as model.parameters() gives them, or groups of tensors")
+        expect_tensors(everything)
         if not everything:
             raise ValueError("there are no parameters to optimise")
         if len(set(everything)) < len(everything):
@@ -53,7 +55,7 @@ class Optimizer:
             raise ValueError("a parameter is the result of an op, so an update would not last; give leaves")
         for group in self.param_groups:
             for option in group:
-                if option not in defaults and option != "params":
+                if option not in defaults and option not in ("params", "initial_lr"):
                     raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
             _check_options(group)
 
@@ -73,7 +75,7 @@ class Optimizer:
         self._runs = lay_out(self.param_groups, gradients, self.state, self._initial_state, self._runs)
         for run in self._runs:
             values, gradient = run.values(), run.gradient(gradients)
-            options = SimpleNamespace(step=run.next_step(), **run.group)
+            options = SimpleNamespace(step=run.next_step(), new=run.new, **run.group)
             run.assign(self._update(values, gradient, run.state, options))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +88,8 @@ class Optimizer:
     def _update(self, p: Array, g: Array, state: State, o: SimpleNamespace) -> Array:
         """The new values of p; overwrites the arrays of `state`. All arrays are flat and of one size.
 
-        `o` has the group's options and `step`, the number of this step, from 1.
+        `o` has the group's options; `step`, the number of this step, from 1; and `new`, the names of the state that
+        starts with this step.
         """
         raise TypeError(f"{type(self).__name__} defines no _update")
 
@@ -98,53 +101,74 @@ class Optimizer:
 
         Arrays are NumPy's, on whichever device the parameters are.
         """
+        position = {p: i for i, p in enumerate(self._params())}
         return {
             "state": {
                 i: {k: v if isinstance(v, int) else to_numpy(v) for k, v in self.state[p].items()}
-                for i, p in enumerate(self._params())
+                for p, i in position.items()
                 if p in self.state
             },
-            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+            "param_groups": [{**g, "params": [position[p] for p in g["params"]]} for g in self.param_groups],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`; arrays may have become lists, as in JSON.
+        """Take over a `state_dict`; arrays may have become lists, and integer keys strings, as in JSON.
 
-        Raises ValueError, and changes nothing, if the groups, the names or the shapes do not fit.
+        Raises ValueError or TypeError, and changes nothing, if the groups, options, names or shapes do not fit.
         """
+        if not _is_state(state):
+            raise ValueError("a state is what state_dict() gives: {'state': {position: {...}}, 'param_groups': [...]}")
         if len(state["param_groups"]) != len(self.param_groups):
             raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
-        initial: list[tuple[Tensor, dict[str, float]]] = []
-        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
-            if options.keys() != group.keys() - {"params"}:
-                raise ValueError(f"the saved options {', '.join(options)} are not those of {type(self).__name__}")
-            initial += [(p, self._initial_state({**group, **options})) for p in group["params"]]
+        groups = [self._loaded_group(*pair) for pair in zip(self.param_groups, state["param_groups"], strict=True)]
+        needed = [(p, self._initial_state(group)) for group in groups for p in group["params"]]
         loaded: dict[Tensor, State] = {}
         for i, saved in state["state"].items():
-            if not 0 <= int(i) < len(initial):
-                raise ValueError(f"there is a saved state of parameter {i}, for {len(initial)} parameters")
-            p, names = initial[int(i)]
+            if not (str(i).isdecimal() and int(i) < len(needed)):
+                raise ValueError(f"there is a saved state of parameter {i}, for {len(needed)} parameters")
+            p, names = needed[int(i)]
             if missing := {"step", *names} - saved.keys():
                 raise ValueError(f"the saved state of parameter {i} has no {', '.join(sorted(missing))}")
-            arrays = {name: move(state_array(p, name, saved[name]), p.device) for name in names}
-            loaded[p] = copy.deepcopy({**saved, **arrays})
-        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
-            group.update(options)
+            expect_integer(f"the step of parameter {i}", saved["step"], 0)
+            arrays = {k: move(state_array(p, k, v), p.device) for k, v in saved.items() if k != "step"}
+            loaded[p] = {"step": int(saved["step"]), **copy.deepcopy(arrays)}
+        for group, new in zip(self.param_groups, groups, strict=True):
+            group.update(new)
         self.state = loaded
+
+    def _loaded_group(self, group: Group, saved: Mapping[str, Any]) -> Group:
+        """The group with the saved options, checked."""
+        others = {"params", "initial_lr"}  # the second only under a schedule
+        if saved.keys() - others != group.keys() - others:
+            raise ValueError(f"the saved options {', '.join(saved)} are not those of {type(self).__name__}")
+        if (count := len(saved.get("params", group["params"]))) != len(group["params"]):
+            raise ValueError(f"a saved group of {count} parameters, for {len(group['params'])}")
+        new = {**group, **saved, "params": group["params"]}
+        _check_options(new)
+        return new
+
+
+def _is_state(state: Any) -> bool:
+    """Whether it has the form of a `state_dict`."""
+    own, groups = (state.get("state"), state.get("param_groups")) if isinstance(state, Mapping) else (None, None)
+    if not (isinstance(own, Mapping) and isinstance(groups, list | tuple)):
+        return False
+    return all(isinstance(part, Mapping) for part in (*own.values(), *groups))
+
+
+RANGES = dict.fromkeys(
+    ("lr", "initial_lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"), (0, math.inf)
+) | {"alpha": (0, 1), "dampening": (-math.inf, math.inf)}  # fmt: skip
 
 
 def _check_options(group: Group) -> None:
-    """Raise ValueError for an option that is out of range, and TypeError for one that is not a number."""
-    for option in (
-        "lr", "weight_decay", "eps", "momentum", "dampening", "alpha", "lr_decay", "initial_accumulator_value"
-    ):  # fmt: skip
-        value = group.get(option, 0)
-        if type(value) is not float and not isinstance(value, Real):  # isinstance of Real takes ten times as long
-            raise TypeError(f"{option} has to be a number; got {value!r}")
-        if not float(value) >= 0 and option != "dampening":  # also NaN
-            raise ValueError(f"{option} has to be 0 or more; got {value}")
-        if not math.isfinite(value):
-            raise ValueError(f"{option} has to be finite; got {value}")
+    """Raise ValueError for an option that is out of range, and TypeError for one of the wrong type."""
+    for option, (least, most) in RANGES.items():
+        value = group.get(option, 0.0)
+        if not (type(value) is float and 0 <= value < 1):  # the usual case, as every step asks
+            expect_number(option, value, least, most)
+    for option in ("nesterov", "centered"):
+        expect_flags(**{option: group.get(option, False)})
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
     betas = group.get("betas", (0, 0))
@@ -157,8 +181,12 @@ def param_groups(model: Module, decay: float) -> list[Group]:
     """Two groups for an optimiser: weights that decay by `decay`, and parameters that do not decay.
 
     Biases and the parameters of normalisations do not decay: shrinking them does not regularise, because the next
-    normalisation undoes it. They have fewer than two axes, or belong to LayerNorm or RMSNorm.
+    normalisation undoes it. They have fewer than two axes, or belong to LayerNorm or RMSNorm. Raises TypeError or
+    ValueError for a model that is no module, or a decay below 0.
     """
+    if not hasattr(model, "modules"):
+        raise TypeError(f"model has to be a module; got a {type(model).__name__}")
+    expect_number("decay", decay, 0)
     undecayed = {p for m in model.modules() if hasattr(m, "normalized_shape") for p in m.parameters()}
     undecayed |= {p for p in model.parameters() if p.ndim < 2}
     return [

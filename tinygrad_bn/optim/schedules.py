@@ -2,47 +2,107 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from tinygrad_bn.optim.optimizer import Optimizer
+from tinygrad_bn.arguments import expect_integer, expect_number
+from tinygrad_bn.optim.optimizer import Optimizer
+
+RATES = ("lr", "initial_lr")  # of each group
 
 
 class Schedule:
-    """Base of the schedules: `step()`, once an epoch (or a batch), sets each group's `lr` to factor(t) · its first."""
+    """Base of the schedules: `step()`, once an epoch (or a batch), sets the learning rate of each group.
+
+    A subclass defines `next_lr`, usually from the rate before. So a rate that is set by hand is the one that goes on,
+    and several schedules of one optimiser work together. `t` counts the steps.
+
+    Each group keeps the rate that its first schedule found as `group["initial_lr"]`.
+
+    Raises TypeError if `optimizer` is not an optimiser, TypeError or ValueError for options that do not fit.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.initial = [group["lr"] for group in optimizer.param_groups]
-        self.t = 0
-        self._set()
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"a schedule takes an Optimizer; got a {type(optimizer).__name__}")
+        self.optimizer, self.t = optimizer, 0
+        self._check()
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
 
-    def factor(self, t: int) -> float:
-        """The factor of the initial learning rates after `t` steps."""
-        return 1.0
+    def next_lr(self, lr: float, initial: float) -> float:
+        """The learning rate after `t` steps.
+
+        Args:
+            lr: the one after t − 1 steps.
+            initial: the first one.
+        """
+        raise TypeError(f"{type(self).__name__} defines no next_lr")
 
     def step(self) -> None:
         """Advance by one step."""
         self.t += 1
-        self._set()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.next_lr(group["lr"], group["initial_lr"])
 
-    def _set(self) -> None:
-        for group, lr in zip(self.optimizer.param_groups, self.initial, strict=True):
-            group["lr"] = lr * self.factor(self.t)
+    def state_dict(self) -> dict[str, Any]:
+        """The options, the step, and the learning rates of the groups: enough to resume exactly."""
+        own = {k: v.state_dict() if isinstance(v, Schedule) else v for k, v in self._attributes().items()}
+        return {**own, **{rate: [group[rate] for group in self.optimizer.param_groups] for rate in RATES}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`, with the learning rates of the optimiser's groups; before or after its own state.
+
+        Raises ValueError or TypeError, and changes nothing, if the state is that of another schedule or of another
+        number of groups, or if an option does not fit.
+        """
+        for schedule, values in self._loading(state):
+            vars(schedule).update(values)
+        for i, group in enumerate(self.optimizer.param_groups):
+            group.update({rate: state[rate][i] for rate in RATES})
+
+    def _attributes(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "optimizer"}
+
+    def _loading(self, state: Any) -> list[tuple[Schedule, dict[str, Any]]]:
+        """This schedule and those inside it, each with its new attributes, all checked."""
+        own, groups = self._attributes(), len(self.optimizer.param_groups)
+        if not isinstance(state, Mapping) or state.keys() != {*own, *RATES}:
+            raise ValueError(f"this is not the state of a {type(self).__name__}, which has {', '.join((*own, *RATES))}")
+        for rate in RATES:
+            if not isinstance(state[rate], list) or len(state[rate]) != groups:
+                raise ValueError(
+                    f"{rate} has to be a list of {groups} numbers, one for each group; got {state[rate]!r}"
+                )
+            for value in state[rate]:
+                expect_number(rate, value, 0)
+        expect_integer("t", state["t"], 0)
+        new = {k: state[k] for k, v in own.items() if not isinstance(v, Schedule)}
+        trial = copy.copy(self)
+        vars(trial).update(new)
+        trial._check()
+        inside = [pair for k, v in own.items() if isinstance(v, Schedule) for pair in v._loading(state[k])]
+        return [(self, new), *inside]
+
+    def _check(self) -> None:
+        """Raise TypeError or ValueError for an option that does not fit."""
 
 
 class StepLR(Schedule):
     """Multiplies the learning rate by `gamma` every `step_size` steps."""
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
-        if step_size < 1:
-            raise ValueError(f"step_size has to be at least 1; got {step_size}")
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer)
 
-    def factor(self, t: int) -> float:
-        return float(self.gamma ** (t // self.step_size))
+    def _check(self) -> None:
+        expect_integer("step_size", self.step_size, 1)
+        expect_number("gamma", self.gamma, 0)
+
+    def next_lr(self, lr: float, initial: float) -> float:
+        return lr if self.t % self.step_size else lr * self.gamma
 
 
 class CosineAnnealingLR(Schedule):
@@ -52,28 +112,41 @@ class CosineAnnealingLR(Schedule):
     """
 
     def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
-        if T_max < 1:
-            raise ValueError(f"T_max has to be at least 1; got {T_max}")
         self.T_max, self.eta_min = T_max, eta_min
         super().__init__(optimizer)
 
-    def _set(self) -> None:
-        wave = (1 + math.cos(math.pi * self.t / self.T_max)) / 2
-        for group, lr in zip(self.optimizer.param_groups, self.initial, strict=True):
-            group["lr"] = self.eta_min + (lr - self.eta_min) * wave
+    def _check(self) -> None:
+        expect_integer("T_max", self.T_max, 1)
+        expect_number("eta_min", self.eta_min, 0)
+
+    def next_lr(self, lr: float, initial: float) -> float:
+        before, now = (1 + math.cos(math.pi * t / self.T_max) for t in (self.t - 1, self.t))
+        if (self.t - 1) % (2 * self.T_max) == self.T_max:  # at the lowest point, where `before` is 0
+            return lr + (initial - self.eta_min) * now / 2
+        return (lr - self.eta_min) * now / before + self.eta_min
 
 
 class WarmupLR(Schedule):
-    """Raises the learning rate linearly over `warmup_steps`; then steps `after`, from its step 0."""
+    """Raises the learning rate linearly over `warmup_steps`; then steps `after`, from its step 0.
+
+    The first rate is 1 / (warmup_steps + 1) of the optimiser's.
+    """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, after: Schedule | None = None) -> None:
-        if warmup_steps < 1:
-            raise ValueError(f"warmup_steps has to be at least 1; got {warmup_steps}")
         self.warmup_steps, self.after = warmup_steps, after
         super().__init__(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] /= warmup_steps + 1
 
-    def factor(self, t: int) -> float:
-        return min(1.0, (t + 1) / (self.warmup_steps + 1))
+    def _check(self) -> None:
+        expect_integer("warmup_steps", self.warmup_steps, 1)
+        if not (self.after is None or isinstance(self.after, Schedule)):
+            raise TypeError(f"after has to be a Schedule or None; got {self.after!r}")
+        if self.after is not None and self.after.optimizer is not self.optimizer:
+            raise ValueError("after is a schedule of another optimizer")
+
+    def next_lr(self, lr: float, initial: float) -> float:
+        return lr * (self.t + 1) / self.t if self.t <= self.warmup_steps else lr
 
     def step(self) -> None:
         if self.after is not None and self.t >= self.warmup_steps:

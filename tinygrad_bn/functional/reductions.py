@@ -1,0 +1,44 @@
+"""How losses were reduced to one number: what a mean over several batches has to know of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+
+class Reduced(NamedTuple):
+    """A loss of `size` elements that was reduced to `result`: their mean, or their sum if `summed`.
+
+    `total` is what a mean was divided by: the number of elements, or of those that count, or the sum of their weights.
+    Elements whose target is `ignored` do not count.
+    """
+
+    result: Any
+    summed: bool
+    total: float
+    size: int
+    ignored: int | None
+
+
+_listener: ContextVar[list[Reduced] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def reductions() -> Iterator[list[Reduced]]:
+    """Yields a list to which every loss that is reduced inside this block is appended."""
+    made: list[Reduced] = []
+    before = _listener.get()
+    try:  # from here on: Ctrl-C may come at any moment
+        _listener.set(made)
+        yield made
+    finally:
+        _listener.set(before)
+
+
+def note(result: Any, reduction: str, size: int, total: Callable[[], Any], ignored: int | None = None) -> None:
+    """Tell the listener, if there is one, of a reduced loss."""
+    made = _listener.get()
+    if made is not None and reduction != "none":
+        made.append(Reduced(result, reduction == "sum", float(total()), size, ignored))

@@ -1,0 +1,251 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn import functional as F
+from tinygrad_bn import nn
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number
+from tinygrad_bn.backend import Array, to_numpy
+from tinygrad_bn.datasets import Batches, Seed
+from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
+from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.train.history import Epoch, History
+from tinygrad_bn.train.scores import Data, Loss, MeanScore, Score, arrays_of, evaluate, expect_model, measure
+
+Callback: TypeAlias = Callable[[History, nn.Module], bool | None]
+NonFinite: TypeAlias = Literal["raise", "skip", "restore", "ignore"]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, a gradient or a parameter became NaN or infinite. `history` holds the completed epochs."""
+
+    history: History
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    *,
+    validation: Data | None = None,
+    epochs: int = 10,
+    batch_size: int = 32,
+    optimizer: Optimizer | None = None,
+    loss: Loss = F.cross_entropy,
+    seed: Seed = None,
+    drop_last: bool = False,
+    schedule: Schedule | None = None,
+    clip_norm: float | None = None,
+    nonfinite: NonFinite = "raise",
+    callbacks: Callback | Iterable[Callback] = (),
+    progress: bool = True,
+    description: str = "training",
+    device: str | None = None,
+) -> History:
+    """Train `model`.
+
+    Args:
+        model: maps samples (N, ...) to the outputs that `loss` takes. It is left in training mode.
+        data: samples and targets: a `Dataset`, or two NumPy arrays of the same length. Each batch is copied to the
+            model's device.
+        validation: data to evaluate on after every epoch.
+        epochs: passes over the data.
+        batch_size: samples per batch.
+        optimizer: the default is `Adam(model.parameters())`.
+        loss: function (outputs, targets) that returns the mean loss of the batch. The mean over several batches is
+            exact for the losses of `functional`, with class weights, ignored targets and `reduction="sum"` too. Any
+            other loss counts by its samples; one that counts otherwise returns a pair (mean loss, weight of the batch).
+            A batch of weight 0, such as one whose targets are all ignored, takes no step of the optimizer.
+        seed: for shuffling. An integer gives the same batches in every call. From a NumPy Generator, or by default
+            from that of `manual_seed`, the orders go on: a second call sees others.
+        drop_last: skip the last batch if it is smaller than `batch_size`.
+        schedule: learning rate schedule of `optimizer`, stepped after every epoch.
+        clip_norm: upper limit of the norm of all gradients together.
+        nonfinite: what to do where a loss or a gradient is NaN or infinite, before the optimizer uses it. "raise" an
+            error, "skip" the batch, or "restore" the model and the optimizer as the last completed epoch left them,
+            and end the training. With "raise" and "skip" parameters and running statistics stay as they were before
+            that step. "ignore": do not look.
+        callbacks: functions (history, model), all called after every epoch. Training ends if one returns True.
+        progress: show a progress bar.
+        description: label of the progress bar.
+        device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
+
+    Returns:
+        The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates; one that was under
+        way may have reached only some of the parameters.
+
+    Raises:
+        ValueError: no data, data and targets of different lengths, or an option out of range.
+        TypeError: an argument has the wrong type, or the data are on a GPU.
+        NonFiniteError: see `nonfinite`. Also with "skip", where a parameter is not finite: no batch can help then.
+        RuntimeError: the device is not available; the message says why.
+    """
+    expect_model(model, loss)
+    expect_integer("epochs", epochs, 0)
+    expect_flags(progress=progress)
+    if nonfinite not in ("raise", "skip", "restore", "ignore"):
+        raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {nonfinite!r}")
+    if clip_norm is not None:
+        expect_number("clip_norm", clip_norm, 0, finite=False)
+    callbacks = list(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else [callbacks]
+    if not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks are functions (history, model); got {callbacks!r}")
+    _expect_optimizer(optimizer, schedule)
+    batches = Batches(*arrays_of(data), batch_size, seed=seed, drop_last=drop_last)
+    if not len(batches):
+        raise ValueError(f"no batches: {len(batches.x)} samples, batch_size={batch_size}, drop_last={drop_last}")
+    if validation is not None and not len(arrays_of(validation)[0]):
+        raise ValueError("no samples to evaluate on: validation is empty")
+    _warn_about_batch_of_one(model, batches)
+    if device is not None:
+        model.to(device)
+    optimizer = optimizer or Adam(model.parameters())
+    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite)
+    history = History()
+    model.train()
+    bar = _progress(progress)
+    task = bar.add_task(description, total=epochs * len(batches), status="")
+    try:
+        with bar:
+            for number in range(1, epochs + 1):
+                start = time.perf_counter()
+                mean = MeanScore()
+                steps.remember()
+                for i, (x, y) in enumerate(batches, 1):
+                    if fault := steps.take(x, y, mean):
+                        steps.handle(f"epoch {number}, step {i} of {len(batches)}: {fault}", history)
+                        if history.diverged:
+                            return history
+                    bar.update(task, advance=1, status=_status(number, epochs, mean.score()))
+                val = evaluate(model, validation, loss=loss) if validation is not None else Score(np.nan, np.nan)
+                history.epochs.append(Epoch(number, *mean.score(), *val, time.perf_counter() - start))
+                bar.update(task, status=_status(number, epochs, mean.score(), val))
+                if schedule is not None:
+                    schedule.step()
+                stop = [callback(history, model) for callback in callbacks]  # a list: all are called
+                if any(stop):
+                    break
+    except KeyboardInterrupt:
+        history.interrupted = True
+        model.train()  # the validation may not have begun to restore it
+    return history
+
+
+class _Steps:
+    """The steps of the optimizer, and what happens where one would not be finite."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, loss: Loss, clip_norm: float | None, nonfinite: NonFinite
+    ) -> None:
+        self.model, self.optimizer, self.loss, self.clip_norm = model, optimizer, loss, clip_norm
+        self.nonfinite = nonfinite
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def remember(self) -> None:
+        """Note what the epoch that begins may have to restore. Arrays of tensors are replaced, never written into."""
+        self.buffers = list(self.model.buffers())
+        if self.nonfinite == "restore":
+            tensors = {*self.params, *self.model.parameters(), *self.buffers}
+            self.epoch = [(t, t._data) for t in tensors], self.optimizer.state_dict()
+
+    def take(self, x: Array, y: Array, mean: MeanScore) -> str:
+        """Take a step on a batch, and its score into the mean; or say why not, with the model as it was before."""
+        before = [b._data for b in self.buffers]
+        batch = measure(self.model(x), y, self.loss)
+        if not isinstance(batch.value, Tensor):
+            raise TypeError(f"loss has to return a Tensor; got a {type(batch.value).__name__}")
+        self.optimizer.zero_grad()
+        if batch.weight:
+            fault = "" if math.isfinite(batch.loss) or self.nonfinite == "ignore" else f"the loss is {batch.loss}"
+            if not fault:
+                batch.value.backward()
+                fault = self._clipped()
+            if fault:
+                for b, array in zip(self.buffers, before, strict=True):
+                    b._data = array
+                return fault if np.isfinite(x).all() else f"{fault}, since the samples are not finite"
+            self.optimizer.step()
+        mean.add(batch)
+        return ""
+
+    def _clipped(self) -> str:
+        """Clip the gradients; why that is not possible, or "" if all are finite."""
+        if self.nonfinite == "ignore" and self.clip_norm is None:
+            return ""
+        norm = clip_grad_norm_(self.params, math.inf if self.clip_norm is None else self.clip_norm)
+        if math.isfinite(norm) or self.nonfinite == "ignore":
+            return ""
+        wrong = [p for p in self.params if p.grad is not None and not _is_finite(p.grad)]  # else the norm overflowed
+        return f"the gradient of {self._name(wrong[0])} is not finite" if wrong else ""
+
+    def handle(self, fault: str, history: History) -> None:
+        """Skip the step, or restore the last completed epoch, or raise the error."""
+        if self.nonfinite == "restore":
+            tensors, state = self.epoch
+            for t, array in tensors:
+                t._data = array
+            self.optimizer.load_state_dict(state)
+            history.diverged = fault
+            return
+        wrong = [p for p in self.params if not _is_finite(p)]
+        if self.nonfinite == "skip" and not wrong:
+            history.skipped += 1
+            return
+        kept = "parameters and running statistics are those before this step"
+        if wrong:
+            kept = f"{self._name(wrong[0])} is not finite itself, after the step before: lower the learning rate"
+        error = NonFiniteError(f"{fault}; {kept}. See the option nonfinite of fit")
+        error.history = history
+        raise error
+
+    def _name(self, p: Tensor) -> str:
+        names: dict[Tensor, str] = {q: name for name, q in self.model.named_parameters()}
+        return names.get(p, f"a parameter of shape {p.shape}")
+
+
+def _is_finite(t: Tensor) -> bool:
+    return bool(np.isfinite(to_numpy(t)).all())
+
+
+def _expect_optimizer(optimizer: Any, schedule: Any) -> None:
+    if not (optimizer is None or isinstance(optimizer, Optimizer)):
+        raise TypeError(f"optimizer has to be an Optimizer, such as optim.Adam(model.parameters()); got {optimizer!r}")
+    if schedule is None:
+        return
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule has to be a Schedule, such as optim.StepLR(optimizer, 10); got {schedule!r}")
+    if schedule.optimizer is not optimizer:
+        raise ValueError("schedule belongs to another optimizer than the one that is given")
+
+
+def _warn_about_batch_of_one(model: nn.Module, batches: Batches) -> None:
+    if batches.smallest == 1 and any(isinstance(m, nn.BatchNorm1d) and not m.stats_frozen for m in model.modules()):
+        warnings.warn(
+            f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one; BatchNorm1d cannot "
+            "normalise one sample (1, C) in training: use drop_last=True or another batch_size",
+            stacklevel=3,
+        )
+
+
+def _status(number: int, epochs: int, score: Score, val: Score | None = None) -> str:
+    text = f"{number:>3}/{epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
+    return text if val is None or math.isnan(val.accuracy) else f"{text}  valid {val.accuracy:.3f}"
+
+
+def _progress(show: bool) -> Any:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, disable=not show)

@@ -1,0 +1,164 @@
+"""Loss and accuracy of a model, exact over any number of batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn import functional as F
+from tinygrad_bn import nn
+from tinygrad_bn.arguments import expect_number
+from tinygrad_bn.backend import Array, device_of
+from tinygrad_bn.datasets import Batches, Dataset, expect_arrays
+from tinygrad_bn.functional.reductions import Reduced, reductions
+from tinygrad_bn.modes import no_grad
+from tinygrad_bn.tensor import Tensor
+
+Data: TypeAlias = Dataset | tuple[Array, Array]
+Loss: TypeAlias = Callable[[Tensor, Any], Any]
+
+
+class Score(NamedTuple):
+    """Mean loss, and accuracy: the fraction of targets whose class has the largest output (NaN without classes).
+
+    Both are over the targets that count. The loss's `ignore_index` does not, nor does a negative class for accuracy.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class Batch(NamedTuple):
+    """The loss of a batch and its weight in a mean over batches; and the targets that were hit, of those that count.
+
+    The loss is a mean, or the sum if `summed`.
+    """
+
+    value: Any
+    loss: float
+    weight: float
+    summed: bool
+    hits: int
+    counted: int
+
+
+class MeanScore:
+    """The mean score of all targets so far."""
+
+    def __init__(self) -> None:
+        self.loss, self.weight, self.hits, self.counted = 0.0, 0.0, 0, 0
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch. Its loss is left out if no target counts, where it is 0 / 0."""
+        if batch.weight:
+            self.loss += batch.loss if batch.summed else batch.loss * batch.weight
+            self.weight += batch.weight
+        self.hits += batch.hits
+        self.counted += batch.counted
+
+    def score(self) -> Score:
+        """NaN for what has no targets."""
+        return Score(
+            self.loss / self.weight if self.weight else float("nan"),
+            self.hits / self.counted if self.counted else float("nan"),
+        )
+
+
+def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batch_size: int = 1000) -> Score:
+    """Mean loss and accuracy of `data` in evaluation mode. Afterwards each module is back in its mode.
+
+    The result does not depend on `batch_size`, for the losses that `fit` can average.
+
+    Raises:
+        ValueError: no samples, or options out of range.
+        TypeError: an argument of the wrong type.
+    """
+    expect_model(model, loss)
+    with nn.evaluating(model):
+        return score(model, Batches(*arrays_of(data), batch_size, shuffle=False), loss)
+
+
+def score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) -> Score:
+    """Mean loss and accuracy in the model's present mode. Raises ValueError without samples."""
+    mean, samples = MeanScore(), 0
+    with no_grad():
+        for x, y in batches:
+            mean.add(measure(model(x), y, loss))
+            samples += len(x)
+    if not samples:
+        raise ValueError("no samples to evaluate on")
+    return mean.score()
+
+
+def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
+    """The loss and the hits of a batch."""
+    with reductions() as made, np.errstate(invalid="ignore"):  # 0 / 0 where no target counts
+        value = loss(outputs, y if outputs.device == "cpu" else Tensor(y).to(outputs.device))
+    if isinstance(value, tuple) and len(value) == 2:
+        value, weight = value[0], float(value[1])
+        expect_number("the weight of a loss", weight, 0)
+        summed = False
+    else:
+        weight, summed = _weight(value, made, len(y))
+    if not isinstance(value, Tensor | np.ndarray | np.generic | float | int) or getattr(value, "size", 1) != 1:
+        raise TypeError(
+            "loss has to return one number in a Tensor, or a pair of it and its weight; got "
+            f"{f'the shape {value.shape}' if hasattr(value, 'shape') else f'a {type(value).__name__}'}"
+        )
+    return Batch(value, float(value), weight, summed, *_hits(outputs, y, {r.ignored for r in made}))
+
+
+def _weight(value: Any, made: list[Reduced], samples: int) -> tuple[float, bool]:
+    """What the mean of a loss was divided by, and whether the loss is the sum instead."""
+    if any(r.summed for r in made):
+        whole = [r for r in made if r.result is value]  # empty if the loss divided the sum: then by its samples
+        return (whole[0].total, True) if whole else (samples, False)
+    if len({round(r.total / r.size, 12) for r in made if r.size}) > 1:
+        warnings.warn(
+            "the loss adds means over different numbers or weights of targets: its mean over batches is approximate. "
+            "Let it return a pair (loss, weight)",
+            stacklevel=2,
+        )
+        return samples, False
+    return (made[0].total if made else samples), False
+
+
+def _hits(outputs: Tensor, y: Array, ignored: set[int | None]) -> tuple[int, int]:
+    """How many targets have the largest output, and how many count; 0, 0 without classes."""
+    classes = outputs.shape[1] if outputs.ndim > 1 else 1
+    if y.dtype.kind not in "iu" or classes == 1 or outputs.shape[:1] + outputs.shape[2:] != y.shape:
+        return 0, 0
+    counts = y >= 0
+    for target in ignored - {None}:
+        counts &= y != target
+    hits = np.argmax(outputs.numpy(), axis=1) == y
+    return int(np.count_nonzero(hits & counts)), int(np.count_nonzero(counts))
+
+
+def expect_model(model: Any, loss: Any = F.cross_entropy) -> None:
+    """Raise TypeError unless these are a module and a function."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has to be a module; got a {type(model).__name__}")
+    if not callable(loss):
+        raise TypeError(f"loss has to be a function of outputs and targets; got {loss!r}")
+
+
+def arrays_of(data: Data) -> tuple[Array, Array]:
+    """Samples and targets as NumPy arrays, checked."""
+    if not isinstance(data, Dataset) and not (isinstance(data, tuple) and len(data) == 2):
+        raise TypeError(f"data has to be a Dataset or a pair of arrays (x, y); got a {type(data).__name__}")
+    x, y = (data.x, data.y) if isinstance(data, Dataset) else data
+    for a in (x, y):
+        if device_of(a) != "cpu":
+            raise TypeError(
+                "data has to be on the CPU, as each batch is copied to the model's device; got arrays on "
+                f"{device_of(a)}: copy them with .numpy()"
+            )
+    x, y = np.asarray(x), np.asarray(y)
+    expect_arrays(x, y)
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} samples, but {len(y)} targets")
+    return x, y
