@@ -328,6 +328,8 @@ def test_input_of_a_wrong_type_is_named(call, words):
         (lambda: F.softmax_cross_entropy(Tensor([[1.0, 2.0]]), np.array([0]), None, reduction="avg"), "reduction"),
         (lambda: F.softmax_cross_entropy(Tensor([[1.0, 2.0]]), np.array([0]), None, smoothing=-0.5), r"in \[0, 1\]"),
         (lambda: F.nll_loss(Tensor([[1.0, 2.0]]), np.array([0]), reduction=["mean"]), "reduction"),
+        (lambda: F.batch_norm_training(Tensor([[1.0], [2.0]]), None, None, eps=-0.1), "eps has to be 0 or more"),
+        (lambda: F.batch_norm_inference(Tensor([[1.0]]), *[np.ones(1)] * 2, None, None, eps=np.nan), "eps has to be"),
         (lambda: nn.BatchNorm1d(3, eps=np.inf), "eps has to be greater than 0, and finite"),
     ],
 )  # fmt: skip

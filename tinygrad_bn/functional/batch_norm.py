@@ -42,6 +42,7 @@ def batch_norm_steps(
         eps: added to the variance.
     """
     expect_channels(x, weight=weight, bias=bias)
+    expect_eps(eps)
     wide, axis = widened(x), (0, *range(2, x.ndim))
     mu = mean(wide, axis=axis, keepdims=True)
     mu = mu + mean(wide - mu, axis=axis, keepdims=True)  # the mean's rounding error, 0 in exact arithmetic
@@ -97,6 +98,7 @@ def batch_norm_inference(
 ) -> Operand:
     """BatchNorm of x (N, C, ...) by a given mean and variance, (C,) each."""
     expect_vectors(x, mean=mean, var=var, weight=weight, bias=bias)
+    expect_eps(eps)
     mean, var, weight, bias = (per_channel(v, x.ndim) for v in (mean, var, weight, bias))
     # (x − mean) first: x · a + b would lose as many digits as the mean is larger than the deviation.
     xhat = (x - mean) * rsqrt(var + eps)

@@ -392,7 +392,7 @@ def affine_or_default(x: Array, weight: Vector, bias: Vector) -> tuple[Array, Ar
 
 
 def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> Any:
-    if x.dtype.kind != "f" or x.ndim < 2:
+    if x.dtype.kind != "f" or x.ndim < 2 or not eps >= 0:
         return NotImplemented
     source, channels = compiled(x), x.shape[1]
     affine = affine_or_default(source, weight, bias)

@@ -66,7 +66,7 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
     statistics = compiled(mean, np.float64), compiled(var, np.float64)
     expect_channels(x, *statistics)
-    if x.dtype.kind != "f" or x.ndim < 2:
+    if x.dtype.kind != "f" or x.ndim < 2 or not eps >= 0:
         return NotImplemented
     source = compiled(x)
     affine = affine_or_default(source, weight, bias)
