@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from demos.common import natural
+from demos.options import natural
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

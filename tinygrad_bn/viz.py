@@ -63,6 +63,26 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
     return figure
 
 
+def plot_seeds(axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-") -> None:
+    """Plot one thin line per seed and their mean, in the colour of the model `name`.
+
+    Args:
+        axes: the axes to draw on.
+        x: positions (T,).
+        values: a line per seed (S, T). The mean is over the seeds that have a number there: NaN draws nothing.
+        name: the model.
+        label: text in the legend; the default is `name`.
+        style: matplotlib's line style and marker.
+    """
+    values = np.asarray(values, float)
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0).sum(axis=0), known.sum(axis=0)
+    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    if len(values) > 1:
+        axes.plot(x, values.T, style, color=colour(name), alpha=0.25, linewidth=1, markersize=3)
+    axes.plot(x, mean, style, color=colour(name), label=label or name)
+
+
 def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None:
     """Plot the 15th, 50th and 85th percentile of a distribution over time, as in Ioffe and Szegedy 2015, figure 1.
 
