@@ -6,7 +6,6 @@ which running statistics do not match the data. Each network is validated with b
 in training, with running statistics, and with running statistics after `train.recalibrate`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +17,7 @@ from demos.interval import number
 from demos.output import start
 from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
 
+Parts = tuple[datasets.Dataset, datasets.Dataset]  # training and validation
 STYLES = {"batch": ":x", "running": "-o", "recalibrated": "--s"}
 
 
@@ -44,18 +44,13 @@ def build(batch_norm: bool, seed: int, **options: Any) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(100, 10))
 
 
-def measure(
-    run: Run,
-    training: datasets.Dataset,
-    validation: datasets.Dataset,
-    seed: int,
-    batch_norm: bool = True,
-    transform: Callable[[datasets.Dataset], datasets.Dataset] = lambda data: data,
-    **options: Any,
-) -> list[float]:
+def measure(run: Run, data: Parts, seed: int, plan: dict[str, Any]) -> list[float]:
     """Train, then return the validation accuracies with batch, running, and recalibrated running statistics."""
+    options = {"batch_norm": True, "transform": lambda data: data, **plan}
     size, epochs, lr = (options.pop(name, getattr(run.args, name)) for name in ("batch_size", "epochs", "lr"))
-    model = build(batch_norm, seed, **options)
+    training, validation = data
+    transform = options.pop("transform")
+    model = build(seed=seed, **options)
     optimizer = optim.Adam(model.parameters(), lr=lr)
     run.fit(model, training, seed=seed, optimizer=optimizer, epochs=epochs, batch_size=size, drop_last=True)
     gap = train.statistics_gap(model, transform(validation), batch_size=size)
@@ -69,15 +64,14 @@ def main(argv: list[str] | None = None) -> Run:
         "batch_size", __doc__, argv,
         data="mnist5k", epochs=2, batch_size=32, lr=1e-3, seeds=3, check={"epochs": 1, "seeds": 4},
     )  # fmt: skip
-    training, validation = run.images()
-    data = training.take(np.arange(1200)) if run.args.check else training, validation
+    data = run.images(check=1200)
     sizes = [2, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]
     plan: dict[str, dict[str, Any]] = {f"batches of {n}": {"batch_size": n} for n in sizes}
     plan |= {f"ghost batches of {n}": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | CASES
     plan |= {f"without BatchNorm, batches of {n}": {"batch_size": n, "batch_norm": False} for n in sizes}
 
     def networks(seed: int) -> list[list[float]]:
-        return [measure(run, *data, seed, **options) for options in plan.values()]
+        return [measure(run, data, seed, options) for options in plan.values()]
 
     accuracy = np.array(run.each(networks, run.seeds, "seeds"))  # by seed, network, statistics
     of = {label: accuracy[:, i] for i, label in enumerate(plan)}
@@ -103,9 +97,7 @@ def main(argv: list[str] | None = None) -> Run:
     figure.suptitle(f"784-100-100-100-10 on {run.args.data}, epochs: {run.args.epochs}, seeds: {len(accuracy)}")
     run.save(figure, "batch_size")
 
-    rows = [
-        [label, *map(number, values.mean(axis=0))] for label, values in of.items() if not label.startswith("without")
-    ]
+    rows = [[label, *map(number, of[label].mean(axis=0))] for label in plan if "batch_norm" not in plan[label]]
     rows = [[*row, number(plain[:, i].mean()) if i < len(sizes) else ""] for i, row in enumerate(rows)]
     caption = "validation accuracy by statistics; ghost batches are parts of batches of 256"
     run.print(run.table(("", *STYLES, "without BatchNorm"), rows, caption=caption))
@@ -115,9 +107,8 @@ def main(argv: list[str] | None = None) -> Run:
     smallest = f"batches of {sizes[0]}"
     run.claim_mean(f"with {smallest}, accuracy is higher without BatchNorm", plain[:, 0] - batches[:, 0, 2], above=0)
     run.claim_mean("from batches of 16 on, higher with it, statistics recalibrated", ahead, above=0)
-    run.claim_mean(
-        f"ghost {smallest} lower the accuracy of batches of 256", batches[:, -1, 2] - ghosts[:, 0, 2], above=0
-    )
+    lost = batches[:, -1, 2] - ghosts[:, 0, 2]
+    run.claim_mean(f"ghost {smallest} lower the accuracy of batches of 256", lost, above=0)
     run.claim_mean("where running statistics are wrong, recalibration gains, mean of the cases", gain, above=0.05)
     run.claim_mean("and is then not below batch statistics", gap, above=-0.02)
     return run.finish(sizes=sizes, statistics=tuple(STYLES), accuracy={k: v.tolist() for k, v in of.items()})

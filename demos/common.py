@@ -93,8 +93,11 @@ class Run:
         except ValueError as error:  # also DataError
             self.parser.error(str(error))
 
-    def images(self) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """Training and validation images, (N, 28, 28) in [0, 1]; for `mnist5k` 4,000 and 1,000."""
+    def images(self, check: int | None = None) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Training and validation images, (N, 28, 28) in [0, 1]; for `mnist5k` 4,000 and 1,000.
+
+        Under `--check`, the first `check` training images.
+        """
         if self.args.data == "mnist5k":
             training, validation = self.load().split(1000, seed=self.args.seed)
         else:
@@ -102,6 +105,8 @@ class Run:
         for part in (training, validation):
             if part.x.shape[1:] != (28, 28) or len(part.classes) > 10:
                 self.parser.error(f"the network takes 28 × 28 images of at most 10 classes; got {part!r}")
+        if self.args.check and check:
+            training = training.take(np.arange(min(check, len(training))))
         self.console.print(f"{training!r}\n{len(training):,} training images, {len(validation):,} validation images")
         return training.scaled(), validation.scaled()
 
@@ -111,12 +116,12 @@ class Run:
         After Ctrl-C, the results of the finished items, if there are any: a network is compared with another only if
         both were trained to the end. Otherwise the epochs so far become CSV files, and KeyboardInterrupt is raised.
         """
-        _ = self.folder  # fail before the training if the folder is not writable
         results: list[Result] = []
         self._bar, items = bool(bar), list(items)
         try:
             for item in track(items, bar, disable=self.args.quiet, console=self.console) if bar else items:
-                results.append(work(item))  # noqa: PERF401  after Ctrl-C the finished ones stay
+                with np.errstate(over="ignore", invalid="ignore"):  # a network that diverges overflows
+                    results.append(work(item))
         except KeyboardInterrupt:
             self.interrupted = True
             if not results:
@@ -128,6 +133,14 @@ class Run:
             self.print(f"interrupted: results of {len(results)} of {len(items)} trainings")
         self._bar = False
         return results
+
+    def expect_batches(self, samples: int, size: int, drop_last: bool = False) -> None:
+        """Exit before a training that would fail: without a batch, with a batch of one, or without a folder for it."""
+        if drop_last and samples < size:
+            self.parser.error(f"{samples:,} samples do not fill a batch of {size}")
+        if size == 1 or (samples % size == 1 and not drop_last):
+            self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
+        _ = self.folder
 
     def fit(
         self,
@@ -149,9 +162,8 @@ class Run:
         if "optimizer" not in options:
             settings["optimizer"] = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
         settings |= options
-        samples, size = len(training if isinstance(training, datasets.Dataset) else training[0]), settings["batch_size"]
-        if size == 1 or (samples % size == 1 and not settings.get("drop_last")):
-            self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
+        samples = len(training if isinstance(training, datasets.Dataset) else training[0])
+        self.expect_batches(samples, settings["batch_size"], settings.get("drop_last", False))
         history = self.histories[name] = train.fit(model, training, **settings)
         model.to("cpu")
         if history.interrupted:

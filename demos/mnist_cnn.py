@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> Run:
         "mnist_cnn", __doc__, argv,
         data="mnist5k", epochs=5, batch_size=32, lr=1e-3, optimizer="adam", seeds=1, check={"epochs": 1, "seeds": 3},
     )  # fmt: skip
-    training, validation = (replace(part, x=part.x[:, None]) for part in run.images())
-    if run.args.check:
-        training = training.take(np.arange(min(1500, len(training))))
+    training, validation = (replace(part, x=part.x[:, None]) for part in run.images(check=1500))
     if not run.args.quiet:
         build(run.args.seed).summary((1, 28, 28))
 

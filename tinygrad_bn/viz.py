@@ -35,6 +35,7 @@ def subplots(rows: int, columns: int, width: float, height: float, **options: An
     grid: Array = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, grid
 
