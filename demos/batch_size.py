@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from demos.common import Run
+from demos.common import Run, recalibrate
 from demos.interval import number
 from demos.output import start
 from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
@@ -54,7 +54,7 @@ def measure(run: Run, data: Parts, seed: int, plan: dict[str, Any]) -> list[floa
     optimizer = optim.Adam(model.parameters(), lr=lr)
     run.fit(model, training, seed=seed, optimizer=optimizer, epochs=epochs, batch_size=size, drop_last=True)
     gap = train.statistics_gap(model, transform(validation), batch_size=size)
-    train.recalibrate(model, transform(training))
+    recalibrate(model, transform(training))
     return [gap.batch.accuracy, gap.running.accuracy, train.evaluate(model, transform(validation)).accuracy]
 
 

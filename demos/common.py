@@ -2,24 +2,23 @@
 
 import json
 import math
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from demos.interval import interval
 from demos.options import OPTIMIZERS, parser
-from demos.output import finite, replacing
+from demos.output import finite, replacing, table
 from tinygrad_bn import cuda, datasets, nn, train, viz
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class Run:
             if not results:
                 for name, history in self.histories.items():
                     if len(history):
-                        history.save(path := self.path(f"{name.replace(' ', '_')}.csv"))
+                        history.save(path := self.path(re.sub(r"\W+", "_", name) + ".csv"))
                         self.console.print(f"wrote {path}", soft_wrap=True)
                 raise
             self.print(f"interrupted: results of {len(results)} of {len(items)} trainings")
@@ -225,22 +224,8 @@ class Run:
     def table(
         self, head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", caption: str = ""
     ) -> RenderableType:
-        """A table for `print`. On a narrow terminal its heads are broken, or each row becomes a list under its name."""
-        for heads in (head, [name.replace(" ", "\n") for name in head]):
-            table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption)
-            for i, name in enumerate(heads):
-                table.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=True)
-            for row in rows:
-                table.add_row(*row)
-            wide = self.console.options.update(width=1000)
-            if self.console.measure(table, options=wide).maximum <= self.console.width:
-                return table
-        grid = Table.grid("", "", padding=(0, 2))
-        for name, *cells in rows:
-            grid.add_row(Text(name, style="bold"))
-            for pair in zip(head[1:], cells, strict=True):
-                grid.add_row(*pair)
-        return Group(title, grid, caption)
+        """A table for `print`; see `demos.output.table`."""
+        return table(self.console, head, rows, title, caption)
 
     def finish(self, **results: Any) -> "Run":
         """Write results.json with settings, claims and `results`, then print the report and which claims hold.
@@ -270,3 +255,9 @@ class Run:
         for failure in self._failures:
             print(failure, file=sys.stderr)
         return self
+
+
+def recalibrate(model: nn.Module, data: train.Data) -> None:
+    """`train.recalibrate`; a network that has overflowed keeps its running statistics."""
+    with suppress(ValueError):
+        train.recalibrate(model, data)

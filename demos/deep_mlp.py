@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> Run:
     means = {name: mean(of) for name, of in histories.items()}
     for seed, of in zip(run.seeds, trained, strict=False):
         for name, history in of.items():
-            run.write(f"{name.replace(' ', '_')}_{seed}.csv", history.save)
+            run.write(f"{name.replace(' ', '_')}_seed_{seed}.csv", history.save)
     title = f"784-256-128-512-64-128-256-10 on {run.args.data}, {run.args.optimizer}, mean of {len(trained)} seeds"
     run.save(viz.plot_histories(means, title), "history")
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import MODELS, Run
+from demos.common import MODELS, Run, recalibrate
 from demos.interval import interval, number
 from demos.output import start
 from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train, viz
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> Run:
         model = build(activation, weights, method == "with BatchNorm", seed)
         optimizer = optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9)
         run.fit(model, training, seed=seed, optimizer=optimizer, clip_norm=1.0 if method == "with clipping" else None)
-        train.recalibrate(model, training.x)  # running statistics lag behind after short training
+        recalibrate(model, training)  # running statistics lag behind after short training
         return train.evaluate(model, validation).accuracy
 
     def measure(seed: int) -> tuple[Array, Array, Array]:

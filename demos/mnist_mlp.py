@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks in turns for each seed, log every epoch, plot loss and accuracy."""
     run = Run(
         "mnist_mlp", __doc__, argv,
-        epochs=10, batch_size=32, lr=0.01, optimizer="adam", data="mnist5k", seeds=5, check={"epochs": 3},
+        epochs=10, batch_size=32, lr=0.01, optimizer="adam", data="mnist5k", seeds=5, check={"epochs": 3, "seeds": 10},
     )  # fmt: skip
     data = dict(zip(PARTS, run.images(), strict=True))
 

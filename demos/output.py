@@ -1,13 +1,18 @@
-"""Output that arrives: files that are replaced whole, text in any encoding, a pipe that closes early."""
+"""Output that arrives: files replaced whole, text in any encoding, tables of any width, pipes that close early."""
 
 import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 
 @contextmanager
@@ -23,20 +28,44 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def table(
+    console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", caption: str = ""
+) -> RenderableType:
+    """A table. On a narrow terminal its heads are broken, or each row becomes a list under its name."""
+    for heads in (head, [name.replace(" ", "\n") for name in head]):
+        table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption)
+        for i, name in enumerate(heads):
+            table.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        wide = console.options.update(width=1000)
+        if console.measure(table, options=wide).maximum <= console.width:
+            return table
+    grid = Table.grid("", "", padding=(0, 2))
+    for name, *cells in rows:
+        grid.add_row(Text(name, style="bold"))
+        for pair in zip(head[1:], cells, strict=True):
+            grid.add_row(*pair)
+    return Group(title, grid, caption)
+
+
 def start(main: Callable[[], int]) -> NoReturn:
-    """Call `main` as a program, and exit with its status: 130 after Ctrl-C, 141 if nobody reads the output."""
+    """Call `main` as a program, and exit with its status: 130 after Ctrl-C, 141 if nobody reads the output, 1 if the
+    output cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding may have no "−" or "✓"
     try:
         code = main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
+    except OSError as error:
+        code = 141 if isinstance(error, BrokenPipeError) else 1
+        if code == 1:
+            print(error, file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-        code = 141
     sys.exit(code)
 
 

