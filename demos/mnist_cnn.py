@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Print the summary, train, and plot the curves and the mistakes."""
     run = Run(
         "mnist_cnn", __doc__, argv,
-        data="mnist5k", epochs=5, batch_size=32, lr=1e-3, optimizer="adam", seeds=1, check={"epochs": 1, "seeds": 3},
+        data="mnist5k", epochs=5, batch_size=32, lr=1e-3, optimizer="adam", seeds=1, check={"epochs": 1, "seeds": 4},
     )  # fmt: skip
     training, validation = (replace(part, x=part.x[:, None]) for part in run.images(check=1500))
     if not run.args.quiet:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> Run:
         [counts[i] for i in (0, 1, 4, 5)] == [320, 128, 18496, 256],
     )
     if run.args.data in TARGETS:
-        target = TARGETS[run.args.data] if run.args.epochs >= 5 else 0.85
+        target = TARGETS[run.args.data] if run.args.epochs >= 5 else 0.8
         run.claim_mean(f"the validation accuracy is above {target}", accuracy, above=target)
     return run.finish(accuracy=accuracy, epochs=[h.rows() for h in histories], numbers_of_each_layer=counts)
 

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> Run:
                 lines = np.array([one[name, part] for one in scores])[:, :, i]
                 viz.plot_seeds(axes, range(1, lines.shape[1] + 1), lines, name, f"{name}, {of}", style)
         axes.set(xlabel="epoch", ylabel=measure)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     viz.legend_below(grid[0, 1])
     figure.suptitle(
         f"784-32-32-10 on {run.args.data}, {run.args.optimizer} {run.args.lr:g}; mean and {len(scores)} seeds"

@@ -1,9 +1,9 @@
-"""Titanic: BatchNorm gains a few points of accuracy, with raw inputs and with standardised ones.
+"""Titanic: BatchNorm gains one or two points of accuracy, which one run cannot show.
 
 The experiment of the second article: predict survival from class, age and fare, not scaled; two hidden layers of 32,
-plain gradient descent, 200 epochs. The article reports 69 % without and 71 % with BatchNorm, from one run each. Such a
-difference is smaller than the one between two splits of the data, so one run cannot show it: here are means over many
-splits, with 95 % intervals. Standardised inputs, without BatchNorm, gain about as much.
+plain gradient descent, 200 epochs. The article reports 69 % without and 71 % with BatchNorm, from one run each. Two
+splits of the data differ by more than that, so here are means over many splits, with 95 % intervals; also with
+standardised inputs, where the gain varies less, and with Adam.
 """
 
 from dataclasses import replace
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks for each setting and seed, and compare their test accuracies."""
     run = Run(
         "titanic_mlp", __doc__, argv,
-        data="titanic", epochs=200, batch_size=128, seeds=20, check={"epochs": 50, "seeds": 16},
+        data="titanic", epochs=200, batch_size=128, seeds=25, check={"epochs": 50, "seeds": 20},
     )  # fmt: skip
     passengers = run.load()
     if passengers.x.shape[1:] != (3,):
@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> Run:
         f"the inputs. Standardised inputs without BatchNorm differ from raw inputs with it by {simpler}.",
         f"The gain of a single seed varies by {gain[:, 0].std():.3f} (standard deviation, raw inputs).",
     )
-    run.claim_mean("BatchNorm gains accuracy, mean of the three settings", gain.mean(axis=1), above=0)
-    run.claim_mean("but less than 0.08", gain.mean(axis=1), below=0.08)
+    run.claim_mean("with standardised inputs, BatchNorm gains accuracy", gain[:, 1], above=0)
+    run.claim_mean("with raw inputs, it gains less than 0.06", gain[:, 0], below=0.06)
     return run.finish(settings=tuple(SETTINGS), models=tuple(MODELS), accuracy=accuracy.tolist())
 
 

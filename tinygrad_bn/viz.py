@@ -48,8 +48,6 @@ def legend_below(axes: Axes) -> None:
 
 def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
     """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, grid = subplots(1, 2, 11, 4.4)
     for axes, measure in zip(grid[0], ("loss", "accuracy"), strict=True):
         for position, (name, history) in enumerate(histories.items()):
@@ -58,7 +56,7 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
                 axes.plot(history["epoch"], history[column], style, color=hue, label=f"{name}, {of}", marker=marker)
         axes.set(xlabel="epoch", ylabel=measure)
         axes.set_ylim(bottom=0, top=1.02 if measure == "accuracy" else None)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     legend_below(axes)
     figure.suptitle(title)
     return figure
