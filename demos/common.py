@@ -157,6 +157,7 @@ class Run:
         settings = {
             "validation": validation, "epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed,
             "device": args.device, "progress": not (args.quiet or self._bar), "description": name,
+            "nonfinite": "ignore",  # a demo shows what becomes of a network that overflows
         }  # fmt: skip
         if "optimizer" not in options:
             settings["optimizer"] = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
