@@ -4,12 +4,19 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-HIDDEN = ("__init__", "__main__", "common", "gallery")
+from demos.output import start
+
+ORDER = (  # of learning
+    "bn_backward", "normalize_numbers", "deep_mlp", "mnist_mlp", "mnist_cnn", "init_scale", "learning_rates",
+    "gradient_flow", "iris_mlp", "titanic_mlp", "batch_size", "paper_figure1", "loss_landscape", "new_op",
+)  # fmt: skip
+HIDDEN = ("__init__", "__main__", "common", "gallery", "interval", "options", "output")
 
 
 def names() -> list[str]:
-    """The names of the demos."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in HIDDEN)
+    """The names of the demos, in the order of learning; one that is not in `ORDER` comes last."""
+    found = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in HIDDEN)
+    return sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
 def main(arguments: list[str]) -> int:
@@ -26,12 +33,8 @@ def main(arguments: list[str]) -> int:
     if name not in names():
         print(f"no demo {name!r}; the demos are {', '.join(names())}, and all", file=sys.stderr)
         return 2
-    try:
-        return int(import_module(f"demos.{name}").main(options).code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return int(import_module(f"demos.{name}").main(options).code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    start(lambda: main(sys.argv[1:]))

@@ -6,19 +6,19 @@ which running statistics do not match the data. Each network is validated with b
 in training, with running statistics, and with running statistics after `train.recalibrate`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from demos.common import Run
+from demos.common import Run, recalibrate
+from demos.interval import number
+from demos.output import start
 from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
 
-STYLES = {"batch": "x:", "running": "o-", "recalibrated": "s--"}
+Parts = tuple[datasets.Dataset, datasets.Dataset]  # training and validation
+STYLES = {"batch": ":x", "running": "-o", "recalibrated": "--s"}
 
 
 def low_contrast(data: datasets.Dataset) -> datasets.Dataset:
@@ -44,22 +44,17 @@ def build(batch_norm: bool, seed: int, **options: Any) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(100, 10))
 
 
-def measure(
-    run: Run,
-    training: datasets.Dataset,
-    validation: datasets.Dataset,
-    batch_norm: bool = True,
-    transform: Callable[[datasets.Dataset], datasets.Dataset] = lambda data: data,
-    **options: Any,
-) -> list[float]:
+def measure(run: Run, data: Parts, seed: int, plan: dict[str, Any]) -> list[float]:
     """Train, then return the validation accuracies with batch, running, and recalibrated running statistics."""
+    options = {"batch_norm": True, "transform": lambda data: data, **plan}
     size, epochs, lr = (options.pop(name, getattr(run.args, name)) for name in ("batch_size", "epochs", "lr"))
-    model = build(batch_norm, run.args.seed, **options)
+    training, validation = data
+    transform = options.pop("transform")
+    model = build(seed=seed, **options)
     optimizer = optim.Adam(model.parameters(), lr=lr)
-    settings = {"optimizer": optimizer, "epochs": epochs, "batch_size": size, "drop_last": True, "progress": False}
-    run.fit(model, training, **settings)
+    run.fit(model, training, seed=seed, optimizer=optimizer, epochs=epochs, batch_size=size, drop_last=True)
     gap = train.statistics_gap(model, transform(validation), batch_size=size)
-    train.recalibrate(model, transform(training))
+    recalibrate(model, transform(training))
     return [gap.batch.accuracy, gap.running.accuracy, train.evaluate(model, transform(validation)).accuracy]
 
 
@@ -67,51 +62,57 @@ def main(argv: list[str] | None = None) -> Run:
     """Train with each batch size, each ghost batch size, and each case of wrong running statistics."""
     run = Run(
         "batch_size", __doc__, argv,
-        data="mnist5k", epochs=2, batch_size=32, lr=1e-3, check={"epochs": 1},
+        data="mnist5k", epochs=2, batch_size=32, lr=1e-3, seeds=3, check={"epochs": 1, "seeds": 4},
     )  # fmt: skip
-    training, validation = run.images()
-    data = training.take(np.arange(min(2000, len(training)))) if run.args.check else training, validation
-    sizes = [3, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]
+    data = run.images(check=1200)
+    sizes = [2, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]
     plan: dict[str, dict[str, Any]] = {f"batches of {n}": {"batch_size": n} for n in sizes}
     plan |= {f"ghost batches of {n}": {"batch_size": 256, "virtual_batch_size": n} for n in sizes[:-1]} | CASES
-    accuracy = {label: measure(run, *data, **options) for label, options in run.track(list(plan.items()), "networks")}
-    plain = [measure(run, *data, batch_size=n, batch_norm=False)[1] for n in run.track(sizes, "without BatchNorm")]
+    plan |= {f"without BatchNorm, batches of {n}": {"batch_size": n, "batch_norm": False} for n in sizes}
 
-    caption = "validation accuracy by statistics; ghost batches are parts of batches of 256"
-    table = Table("", *STYLES, "without BatchNorm", box=box.SIMPLE_HEAD, caption=caption)
-    for (label, scores), beside in zip_longest(accuracy.items(), plain):
-        table.add_row(label, *(f"{score:.3f}" for score in scores), f"{beside:.3f}" if beside else "")
-    run.console.print(table)
+    def networks(seed: int) -> list[list[float]]:
+        return [measure(run, data, seed, options) for options in plan.values()]
 
-    batches, rest = np.split(np.array(list(accuracy.values())), [len(sizes)])
-    ghosts, wrong = [*rest[: -len(CASES)], batches[-1]], rest[-len(CASES) :]
-    figure, grid = viz.subplots(1, 3, 15, 4.8, sharey=True)
-    for axes, part, of in zip(
-        grid[0], (batches, ghosts, wrong), ("batch", "ghost batch, in batches of 256", ""), strict=True
-    ):
-        for values, (name, style) in zip(np.array(part).T, STYLES.items(), strict=True):
-            at, line = (sizes, style) if of else (range(len(CASES)), style[0])
-            axes.plot(at, values, line, color=viz.colour("with BatchNorm"), label=f"with BatchNorm, {name} statistics")
-        if of:
-            axes.set_xscale("log", base=2)
-            axes.set(xlabel=f"samples in a {of}", xticks=sizes, xticklabels=sizes)
+    accuracy = np.array(run.each(networks, run.seeds, "seeds"))  # by seed, network, statistics
+    of = {label: accuracy[:, i] for i, label in enumerate(plan)}
+    plain = np.stack([of[f"without BatchNorm, batches of {n}"][:, 1] for n in sizes], axis=1)
+    batches = np.stack([of[f"batches of {n}"] for n in sizes], axis=1)
+    ghosts = np.stack([*(of[f"ghost batches of {n}"] for n in sizes[:-1]), batches[:, -1]], axis=1)
+    wrong = np.stack([of[label] for label in CASES], axis=1)
+
+    figure, grid = viz.subplots(1, 3, 15, 5.2, sharey=True)
+    for axes, part in zip(grid[0], (batches, ghosts, wrong), strict=True):
+        at, dots = (range(len(CASES)), True) if part is wrong else (sizes, False)
+        for i, (name, style) in enumerate(STYLES.items()):
+            line = " " + style[-1] if dots else style
+            viz.plot_seeds(axes, at, part[..., i], "with BatchNorm", f"with BatchNorm, {name} statistics", line)
+    for axes, label in zip(grid[0, :2], ("batch", "ghost batch, in batches of 256"), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel=f"samples in a {label}", xticks=sizes, xticklabels=sizes)
     grid[0, 2].set_xticks(range(len(CASES)), [label.replace(", ", ",\n") for label in CASES], fontsize="small")
     grid[0, 2].set(xlabel="why running statistics are wrong", xlim=(-0.5, len(CASES) - 0.5))
-    grid[0, 0].plot(sizes, plain, "o-", color=viz.colour("without BatchNorm"), label="without BatchNorm")
+    viz.plot_seeds(grid[0, 0], sizes, plain, "without BatchNorm", style="-o")
     grid[0, 0].set(ylabel="validation accuracy", ylim=(0, 1))
-    grid[0, 0].legend(frameon=False, loc="lower right")
-    figure.suptitle(f"784-100-100-100-10 on {run.args.data}, {run.args.epochs} epochs")
+    viz.legend_below(grid[0, 0])
+    figure.suptitle(f"784-100-100-100-10 on {run.args.data}, epochs: {run.args.epochs}, seeds: {len(accuracy)}")
     run.save(figure, "batch_size")
 
-    run.claim("with the smallest batches, accuracy is higher without BatchNorm", batches[0, 2] < plain[0])
-    enough = [values[2] > beside for n, values, beside in zip(sizes, batches, plain, strict=True) if n >= 16]
-    run.claim("from batches of 16 on, it is higher with BatchNorm, statistics recalibrated", all(enough))
-    run.claim("in batches of 256, the smallest ghost batches lower the accuracy", ghosts[0][2] < batches[-1, 2])
-    gain = min(wrong[:, 2] - wrong[:, 1])
-    run.claim("where running statistics are wrong, recalibration gains at least 0.02", gain >= 0.02)
-    run.claim("and is then at most 0.02 below batch statistics", min(wrong[:, 2] - wrong[:, 0]) > -0.02)
-    return run.finish(sizes=sizes, without_batch_norm=plain, with_batch_norm=accuracy)
+    rows = [[label, *map(number, of[label].mean(axis=0))] for label in plan if "batch_norm" not in plan[label]]
+    rows = [[*row, number(plain[:, i].mean()) if i < len(sizes) else ""] for i, row in enumerate(rows)]
+    caption = "validation accuracy by statistics; ghost batches are parts of batches of 256"
+    run.print(run.table(("", *STYLES, "without BatchNorm"), rows, caption=caption))
+    large = [i for i, n in enumerate(sizes) if n >= 16]
+    ahead = (batches[:, large, 2] - plain[:, large]).mean(axis=1)
+    gain, gap = ((wrong[..., 2] - wrong[..., i]).mean(axis=1) for i in (1, 0))
+    smallest = f"batches of {sizes[0]}"
+    run.claim_mean(f"with {smallest}, accuracy is higher without BatchNorm", plain[:, 0] - batches[:, 0, 2], above=0)
+    run.claim_mean("from batches of 16 on, higher with it, statistics recalibrated", ahead, above=0)
+    lost = batches[:, -1, 2] - ghosts[:, 0, 2]
+    run.claim_mean(f"ghost {smallest} lower the accuracy of batches of 256", lost, above=0)
+    run.claim_mean("where running statistics are wrong, recalibration gains, mean of the cases", gain, above=0.05)
+    run.claim_mean("and is then not below batch statistics", gap, above=-0.02)
+    return run.finish(sizes=sizes, statistics=tuple(STYLES), accuracy={k: v.tolist() for k, v in of.items()})
 
 
 if __name__ == "__main__":
-    main()
+    start(lambda: main().code)

@@ -1,32 +1,37 @@
-"""Code shared by the demos: command-line options, data, output files."""
+"""Code shared by the demos: one run, its data, its trainings, its claims and its files."""
 
-import argparse
 import json
 import math
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import track
 
-from tinygrad_bn import cuda, datasets, nn, optim, train, viz
+from demos.interval import interval
+from demos.options import OPTIMIZERS, parser
+from demos.output import finite, replacing, table
+from tinygrad_bn import cuda, datasets, nn, train, viz
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
 MODELS = {"without BatchNorm": False, "with BatchNorm": True}
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Run:
-    """One run of a demo: its options, data, printed results and files.
+    """One run of a demo: its options, data, results and files.
 
     Args:
         name: name of the demo's module.
@@ -47,25 +52,38 @@ class Run:
     ) -> None:
         self.name, (self.title, *text) = name, (doc or "").splitlines()
         self.text = " ".join(text).strip()
-        self.parser = _parser(name, doc, defaults)
+        self.parser = parser(name, doc, defaults)
         argv = sys.argv[1:] if argv is None else argv
         if "--check" in argv:
             self.parser.set_defaults(**(check or {}))
         self.args = self.parser.parse_args(argv)
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
+        if self.args.check and getattr(self.args, "seeds", 2) < 2:
+            self.parser.error("--check needs at least 2 seeds: a claim is a statement about several")
         self.console = Console(quiet=self.args.quiet)
         self.histories: dict[str, train.History] = {}
         self.results: dict[str, Any] = {}
         self.claims: dict[str, bool] = {}
         self.files: list[Path] = []
+        self.interrupted = False
+        self._failures: list[str] = []  # files that could not be written
+        self._report: list[RenderableType] = []
+        self._bar = False  # whether a progress bar of `each` is shown
         self._started = time.perf_counter()
         self._folder: Path | None = None
 
     @property
     def code(self) -> int:
-        """The exit status: 1 if, under `--check`, a claim does not hold or there are no claims; otherwise 0."""
-        return int(self.args.check and not (self.claims and all(self.claims.values())))
+        """The exit status: 130 after Ctrl-C; 1 if a file is not written or, under `--check`, a claim fails; else 0."""
+        if self.interrupted:
+            return 130
+        return int(bool(self._failures) or (self.args.check and not (self.claims and all(self.claims.values()))))
+
+    @property
+    def seeds(self) -> range:
+        """The seeds: `--seeds` of them from `--seed` on."""
+        return range(self.args.seed, self.args.seed + self.args.seeds)
 
     def load(self, part: str = "train") -> datasets.Dataset:
         """Load the data set named by `--data`; exit with an error message if that fails."""
@@ -74,8 +92,11 @@ class Run:
         except ValueError as error:  # also DataError
             self.parser.error(str(error))
 
-    def images(self) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """Training and validation images, (N, 28, 28) in [0, 1]; for `mnist5k` 4,000 and 1,000."""
+    def images(self, check: int | None = None) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Training and validation images, (N, 28, 28) in [0, 1]; for `mnist5k` 4,000 and 1,000.
+
+        Under `--check`, the first `check` training images.
+        """
         if self.args.data == "mnist5k":
             training, validation = self.load().split(1000, seed=self.args.seed)
         else:
@@ -83,8 +104,42 @@ class Run:
         for part in (training, validation):
             if part.x.shape[1:] != (28, 28) or len(part.classes) > 10:
                 self.parser.error(f"the network takes 28 × 28 images of at most 10 classes; got {part!r}")
+        if self.args.check and check:
+            training = training.take(np.arange(min(check, len(training))))
         self.console.print(f"{training!r}\n{len(training):,} training images, {len(validation):,} validation images")
         return training.scaled(), validation.scaled()
+
+    def each(self, work: Callable[[Item], Result], items: Iterable[Item], bar: str = "") -> list[Result]:
+        """`work(item)` for every item, in order; `bar` labels a progress bar.
+
+        After Ctrl-C, the results of the finished items, if there are any: a network is compared with another only if
+        both were trained to the end. Otherwise the epochs so far become CSV files, and KeyboardInterrupt is raised.
+        """
+        results: list[Result] = []
+        self._bar, items = bool(bar), list(items)
+        try:
+            for item in track(items, bar, disable=self.args.quiet, console=self.console) if bar else items:
+                with np.errstate(over="ignore", invalid="ignore"):  # a network that diverges overflows
+                    results.append(work(item))
+        except KeyboardInterrupt:
+            self.interrupted = True
+            if not results:
+                for name, history in self.histories.items():
+                    if len(history):
+                        history.save(path := self.path(re.sub(r"\W+", "_", name) + ".csv"))
+                        self.console.print(f"wrote {path}", soft_wrap=True)
+                raise
+            self.print(f"interrupted: results of {len(results)} of {len(items)} trainings")
+        self._bar = False
+        return results
+
+    def expect_batches(self, samples: int, size: int, drop_last: bool = False) -> None:
+        """Exit before a training that would fail: without a batch, with a batch of one, or without a folder for it."""
+        if drop_last and samples < size:
+            self.parser.error(f"{samples:,} samples do not fill a batch of {size}")
+        if size == 1 or (samples % size == 1 and not drop_last):
+            self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
+        _ = self.folder
 
     def fit(
         self,
@@ -101,36 +156,32 @@ class Run:
         args = self.args
         settings = {
             "validation": validation, "epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed,
-            "device": args.device, "progress": not args.quiet, "description": name,
+            "device": args.device, "progress": not (args.quiet or self._bar), "description": name,
+            "nonfinite": "ignore",  # a demo shows what becomes of a network that overflows
         }  # fmt: skip
         if "optimizer" not in options:
             settings["optimizer"] = OPTIMIZERS[args.optimizer](model.parameters(), lr=args.lr)
         settings |= options
-        samples, size = len(training if isinstance(training, datasets.Dataset) else training[0]), settings["batch_size"]
-        if size == 1 or (samples % size == 1 and not settings.get("drop_last")):
-            self.parser.error(f"{samples:,} samples in batches of {size} leave a batch of one for BatchNorm")
-        _ = self.folder  # fail before the training if the folder is not writable
+        samples = len(training if isinstance(training, datasets.Dataset) else training[0])
+        self.expect_batches(samples, settings["batch_size"], settings.get("drop_last", False))
         history = self.histories[name] = train.fit(model, training, **settings)
         model.to("cpu")
         if history.interrupted:
             raise KeyboardInterrupt
         return history
 
-    def track(self, items: Iterable[Item], description: str) -> Iterable[Item]:
-        """Iterate over the items with a progress bar."""
-        _ = self.folder  # as in fit
-        return track(list(items), description, disable=self.args.quiet, console=self.console)
-
     @property
     def folder(self) -> Path:
         """`--out`, or a new folder runs/NAME/DATE-TIME, so that no run overwrites another."""
         if self._folder is None:
             date = datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
-            self._folder = self.args.out or Path("runs") / self.name / date
+            folder = self.args.out or Path("runs") / self.name / date
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
-                sys.exit(f"cannot write to {self._folder}: {error}")
+                sys.exit(f"cannot write to {folder}: {error.strerror}")
+            self._folder = folder
         return self._folder
 
     def path(self, filename: str) -> Path:
@@ -138,97 +189,76 @@ class Run:
         self.files.append(self.folder / filename)
         return self.files[-1]
 
+    def write(self, filename: str, make: Callable[[Path], Any]) -> None:
+        """Write an output file by `make(path)`. If that fails, the run goes on, and `finish` prints the error."""
+        try:
+            with replacing(path := self.folder / filename) as beside:
+                make(beside)
+            self.files.append(path)
+        except OSError as error:
+            self._failures.append(f"cannot write {path}: {error.strerror or error}")
+
     def save(self, figure: "Figure", name: str) -> None:
         """Write a figure as PNG, unless `--no-plot`."""
         if not self.args.no_plot:
-            viz.save(figure, self.path(f"{name}.png"))
+            self.write(f"{name}.png", lambda path: viz.save(figure, path))
 
     def claim(self, statement: str, holds: bool | np.bool) -> None:
-        """Record an expected result and whether it holds."""
+        """Record an expected result and whether it holds. For results of trainings see `claim_mean`."""
         self.claims[statement] = bool(holds)
 
+    def claim_mean(
+        self, statement: str, values: Sequence[float] | np.ndarray, above: float = -math.inf, below: float = math.inf
+    ) -> None:
+        """Claim that the 95 % interval of the mean lies between two bounds; `values` has one per seed.
+
+        One seed has no interval and an interrupted run has not all seeds, so nothing is claimed there.
+        """
+        if len(values) > 1 and not self.interrupted:
+            mean = interval(values)
+            self.claim(f"{statement}: {mean} ({len(values)} seeds)", above < mean.low and mean.high < below)
+
+    def print(self, *parts: RenderableType) -> None:
+        """Print text or tables at the end of the run, after the files are written."""
+        self._report += parts
+
+    def table(
+        self, head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", caption: str = ""
+    ) -> RenderableType:
+        """A table for `print`; see `demos.output.table`."""
+        return table(self.console, head, rows, title, caption)
+
     def finish(self, **results: Any) -> "Run":
-        """Print which claims hold; write results.json with settings, claims and `results`.
+        """Write results.json with settings, claims and `results`, then print the report and which claims hold.
 
         A demo that only prints writes results.json only with `--out`.
         """
         self.results = results
-        for statement, holds in self.claims.items():
-            mark = "[green]✓[/]" if holds else "[red]✗[/]"
-            self.console.print(f"{mark} {statement}", highlight=False)
-        if self._folder is None and self.args.out is None:
-            return self
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        seconds = time.perf_counter() - self._started
-        content = {
-            "demo": self.name,
-            "title": self.title,
-            "text": self.text,
-            "seconds": round(seconds, 1),
-            "settings": settings,
-        }
         figures = [path.name for path in self.files if path.suffix == ".png"]
-        content |= {"claims": self.claims, "figures": figures, "results": results}
-        self.path("results.json").write_text(json.dumps(_finite(content), indent=1, allow_nan=False))
+        seconds = time.perf_counter() - self._started
+        content = {"demo": self.name, "title": self.title, "text": self.text, "seconds": round(seconds, 1)}
+        content |= {"settings": settings, "interrupted": self.interrupted, "claims": self.claims}
+        content |= {"figures": figures, "results": results}
+        text = json.dumps(finite(content), indent=1, allow_nan=False)
+        if self._folder or self.args.out:
+            self.write("results.json", lambda path: path.write_text(text, encoding="utf-8"))
+        for part in self._report:
+            self.console.print(part, highlight=False, markup=False)
+        verdict = Console(highlight=False)
+        for statement, holds in self.claims.items():
+            verdict.print("[green]✓[/]" if holds else "[red]✗[/]", statement)
+        if getattr(self.args, "seeds", 2) == 1:
+            self.console.print("One seed has no interval, so nothing is claimed about trainings: use --seeds.")
         for path in self.files:
             self.console.print(f"wrote {path}", soft_wrap=True)
         self.console.print(f"total time: {seconds:.1f} s")
+        for failure in self._failures:
+            print(failure, file=sys.stderr)
         return self
 
 
-def _finite(content: Any) -> Any:
-    """Replace NaN and Inf by None: JSON has no such numbers."""
-    if isinstance(content, Mapping):
-        return {k: _finite(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(v) for v in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m demos {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    shared: dict[str, tuple[Any, str]] = {
-        "epochs": (positive, "passes over the training data"),
-        "batch_size": (positive, "samples per batch"),
-        "lr": (rate, "learning rate"),
-        "seeds": (positive, "number of runs to average"),
-        "data": (str, "name of a data set, or a folder of IDX files"),
-    }
-    for option, (convert, text) in shared.items():
-        if option in defaults:
-            text = f"{text} (default: {defaults[option]})"
-            parser.add_argument(f"--{option.replace('_', '-')}", type=convert, default=defaults[option], help=text)
-    if "epochs" in defaults:
-        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="training device (default: cpu)")
-    if "optimizer" in defaults:
-        text = f"(default: {defaults['optimizer']})"
-        parser.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults["optimizer"], help=text)
-    parser.add_argument("--seed", type=natural, default=0, help="the same seed gives the same numbers (default: 0)")
-    parser.add_argument("--out", type=Path, help="output folder (default: runs/NAME/DATE-TIME)")
-    parser.add_argument("--no-plot", action="store_true", help="write no figures")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables")
-    parser.add_argument("--check", action="store_true", help="a quick run that fails if a claim does not hold")
-    return parser
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"has to be at least 1; got {text}")
-    return value
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0, for argparse."""
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"has to be at least 0; got {text}")
-    return value
-
-
-def rate(text: str) -> float:
-    """A number greater than 0, for argparse."""
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"has to be greater than 0; got {text}")
-    return value
+def recalibrate(model: nn.Module, data: train.Data) -> None:
+    """`train.recalibrate`; a network that has overflowed keeps its running statistics."""
+    with suppress(ValueError):
+        train.recalibrate(model, data)

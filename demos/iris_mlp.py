@@ -7,7 +7,9 @@ epochs, 120 flowers to train on and 30 to test on. Each seed gives another split
 import numpy as np
 
 from demos.common import MODELS, Run
-from tinygrad_bn import manual_seed, nn, viz
+from demos.interval import interval, number
+from demos.output import start
+from tinygrad_bn import manual_seed, nn, train, viz
 
 
 def build(batch_norm: bool, features: int, classes: int) -> nn.Sequential:
@@ -23,54 +25,52 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks once per seed, and compare their test accuracies."""
     run = Run(
         "iris_mlp", __doc__, argv,
-        data="iris", epochs=150, batch_size=32, lr=1e-3, optimizer="adam", seeds=5, check={"epochs": 40, "seeds": 3},
+        data="iris", epochs=150, batch_size=32, lr=1e-3, optimizer="adam", seeds=12, check={"epochs": 20, "seeds": 16},
     )  # fmt: skip
     flowers = run.load().complete()
     if flowers.x.ndim != 2:
         run.parser.error(f"this network takes samples (N, features); got {flowers!r}")
     run.console.print(flowers)
+    tested = len(flowers) // 5
 
-    accuracy: dict[str, list[float]] = {name: [] for name in MODELS}
-    curves: dict[str, list[list[float]]] = {name: [] for name in MODELS}
-    seeds = range(run.args.seed, run.args.seed + run.args.seeds)
-    for seed in run.track(seeds, "seeds"):
-        training, test = flowers.split(len(flowers) // 5, seed=seed)
+    def both(seed: int) -> dict[str, train.History]:
+        training, test = flowers.split(tested, seed=seed)
+        histories = {}
         for name, batch_norm in MODELS.items():
             manual_seed(seed)
             model = build(batch_norm, flowers.x.shape[1], len(flowers.classes))
-            history = run.fit(model, training, test, name, seed=seed, progress=False)
-            accuracy[name].append(history["val_accuracy"][-1])
-            curves[name].append(history["val_loss"])
+            histories[name] = run.fit(model, training, test, name, seed=seed)
+        return histories
 
-    for name, values in accuracy.items():
-        each = " ".join(f"{value:.3f}" for value in values)
-        print(f"{name:17} test accuracy {np.mean(values):.3f} on average   ({each})")
-    one = 1 / len(test)
-    difference = abs(np.mean(accuracy["with BatchNorm"]) - np.mean(accuracy["without BatchNorm"]))
-    no_difference = difference < 1.5 * one
-    run.console.print(
-        f"One of {len(test)} flowers changes the accuracy by {one:.3f}. The means differ by {difference:.3f}, that is "
-        f"{difference / one:.1f} flowers" + (": BatchNorm makes no real difference here." if no_difference else ".")
-    )
+    trained = run.each(both, run.seeds, "seeds")
+    accuracy = {name: np.array([of[name]["val_accuracy"][-1] for of in trained]) for name in MODELS}
 
     figure, grid = viz.subplots(1, 2, 11, 4.2)
-    for position, (name, losses) in enumerate(curves.items()):
-        epochs = np.arange(1, run.args.epochs + 1)
-        for i, curve in enumerate(losses):
-            grid[0, 0].plot(epochs, curve, color=viz.colour(name), alpha=0.6, label=None if i else name)
-        offsets = position + np.linspace(-0.12, 0.12, len(losses))
-        grid[0, 1].plot(offsets, accuracy[name], "o", color=viz.colour(name), markersize=8)
-    grid[0, 0].set(xlabel="epoch", ylabel="test loss", ylim=(0, None), title="one line per seed")
+    for position, (name, values) in enumerate(accuracy.items()):
+        losses = [of[name]["val_loss"] for of in trained]
+        viz.plot_seeds(grid[0, 0], np.arange(1, run.args.epochs + 1), losses, name)
+        offsets = position + np.linspace(-0.2, 0.2, len(values))
+        grid[0, 1].plot(offsets, values, "o", color=viz.colour(name), markersize=7)
+    grid[0, 0].set(xlabel="epoch", ylabel="test loss", ylim=(0, None), title="one thin line per seed, and the mean")
     grid[0, 0].legend(frameon=False)
-    grid[0, 1].set(ylabel="test accuracy", xlim=(-0.5, 1.5), title="one dot per seed")
+    lowest = min(values.min() for values in accuracy.values())
+    grid[0, 1].set(ylabel="test accuracy", xlim=(-0.5, 1.5), ylim=(lowest - 0.03, 1.01), title="one dot per seed")
     grid[0, 1].set_xticks(range(len(MODELS)), list(MODELS))
     figure.suptitle(f"Dense 512 – Dense 512 – Dense {len(flowers.classes)} on {run.args.data}")
     run.save(figure, "accuracy")
 
-    run.claim("with BatchNorm the mean test accuracy is at least 0.93", np.mean(accuracy["with BatchNorm"]) >= 0.93)
-    run.claim("and differs by less than one and a half flowers from the one without", no_difference)
-    return run.finish(**accuracy)
+    for name, values in accuracy.items():
+        run.print(f"{name:17} test accuracy {interval(values)}   ({' '.join(f'{value:.3f}' for value in values)})")
+    gain, one = interval(accuracy["with BatchNorm"] - accuracy["without BatchNorm"]), 1 / tested
+    run.print(
+        f"One of {tested} flowers changes the accuracy by {number(one)}. BatchNorm changes it by {gain} on average, "
+        f"that is by {gain.mean / one:.1f} flowers."
+    )
+    flowers_gained = (accuracy["with BatchNorm"] - accuracy["without BatchNorm"]) * tested
+    run.claim_mean("with BatchNorm the test accuracy is above 0.9", accuracy["with BatchNorm"], above=0.9)
+    run.claim_mean(f"it differs by less than 2 of {tested} flowers from the one without", flowers_gained, -2, 2)
+    return run.finish(**{name: values.tolist() for name, values in accuracy.items()})
 
 
 if __name__ == "__main__":
-    main()
+    start(lambda: main().code)

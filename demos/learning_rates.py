@@ -1,22 +1,23 @@
 """Learning rates: with BatchNorm a network trains at rates at which it diverges without BatchNorm.
 
 After Bjorck et al. 2018: 784-100-100-100-100-100-10, ReLU, initial weights as in He et al. 2015, gradient descent with
-momentum 0.9, batches of 100; one training per learning rate. At small rates, both networks are about equally accurate:
-the gain of BatchNorm is that larger rates work.
+momentum 0.9, batches of 100; one training per learning rate and seed. At small rates, both networks are about equally
+accurate: the gain of BatchNorm is that larger rates work. A training has diverged if its loss overflows, or if it ends
+no better than guessing although a smaller rate does better.
 """
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from demos.common import MODELS, Run
-from tinygrad_bn import manual_seed, nn, optim, viz
+from demos.interval import interval, number
+from demos.output import start
+from tinygrad_bn import datasets, manual_seed, nn, optim, viz
+from tinygrad_bn.tensor import Array
 
 SIZES = (784, 100, 100, 100, 100, 100)
-CHANCE = math.log(10)  # loss of guessing among ten classes; a final training loss above it counts as diverged
 TRAINS = 0.8  # a rate trains if the validation accuracy reaches this
 
 
@@ -31,76 +32,87 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(SIZES[-1], 10))
 
 
+def guessing(validation: datasets.Dataset) -> float:
+    """The accuracy that guessing stays below: the share of the largest class, and three standard errors."""
+    share = float(np.bincount(validation.y).max()) / len(validation)
+    return share + 3 * math.sqrt(share * (1 - share) / len(validation))
+
+
+def diverged(accuracy: Array, guess: float) -> Array:
+    """Which trainings diverged. `accuracy` (…, rates), by rising rate, is NaN where the loss overflowed."""
+    best_below = np.fmax.accumulate(accuracy, axis=-1)
+    return np.asarray(np.isnan(accuracy) | ((accuracy <= guess) & (best_below > guess)))
+
+
 def main(argv: list[str] | None = None) -> Run:
     """Train both networks at every rate, and plot where each diverges."""
-    run = Run("learning_rates", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, check={"epochs": 2})
+    run = Run("learning_rates", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, seeds=4, check={"epochs": 2})
     training, validation = run.images()
-    rates = np.logspace(-3, 1, 9 if run.args.check else 13)
+    rates = np.logspace(-2, 1, 7) if run.args.check else np.logspace(-3, 1, 13)
 
-    loss: dict[str, list[float]] = {name: [] for name in MODELS}
-    accuracy: dict[str, list[float]] = {name: [] for name in MODELS}
-    with np.errstate(over="ignore", invalid="ignore"):  # diverging networks overflow
-        for lr in run.track(rates.tolist(), "learning rates"):
-            for name, batch_norm in MODELS.items():
-                model = build(batch_norm, run.args.seed)
-                optimizer = optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-                history = run.fit(
-                    model, training, validation, name, optimizer=optimizer, progress=False, nonfinite="ignore",
-                    callbacks=lambda history, _: not math.isfinite(history["loss"][-1]),
-                )  # fmt: skip
-                loss[name].append(history["loss"][-1])
-                accuracy[name].append(history["val_accuracy"][-1])
+    def one(seed: int, lr: float, batch_norm: bool) -> tuple[float, float]:
+        model = build(batch_norm, seed)
+        history = run.fit(
+            model, training, validation, seed=seed, optimizer=optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+            callbacks=lambda history, _: not math.isfinite(history["loss"][-1]),
+        )  # fmt: skip
+        loss, accuracy = history["loss"][-1], history["val_accuracy"][-1]
+        return (loss, accuracy) if math.isfinite(loss) else (math.nan, math.nan)
 
-    diverged = {name: [not value < CHANCE for value in values] for name, values in loss.items()}
-    table = Table("learning rate", box=box.SIMPLE_HEAD, caption="training loss, validation accuracy of the last epoch")
-    for name in MODELS:
-        table.add_column(name, justify="right")
-    for i, lr in enumerate(rates):
-        cells = [
-            f"{'diverged' if diverged[name][i] else f'{loss[name][i]:8.4f}'} {accuracy[name][i]:.3f}" for name in MODELS
-        ]
-        table.add_row(f"{lr:.4f}", *cells)
-    run.console.print(table)
+    def sweep(seed: int) -> list[list[tuple[float, float]]]:
+        return [[one(seed, lr, batch_norm) for lr in rates.tolist()] for batch_norm in MODELS.values()]
 
-    figure, grid = viz.subplots(1, 2, 11, 4.4)
-    for position, name in enumerate(MODELS):
-        mask, hue = np.array(diverged[name]), viz.colour(name)
-        for axes, values, bottom in zip(grid[0], (loss[name], accuracy[name]), (1.35 * CHANCE, 0.03), strict=True):
-            axes.semilogx(rates, np.where(mask, np.nan, values), "o-", color=hue, label=name)
-            height = bottom * 1.3**position if values is loss[name] else bottom + 0.05 * position
-            axes.plot(rates[mask], np.full(mask.sum(), height), "x", color=hue, markeredgewidth=2)
-            axes.set_xlabel("learning rate")
-    grid[0, 0].axhline(CHANCE, color="0.5", linewidth=1, linestyle=":")
-    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log", title="dotted: loss of guessing")
-    grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1), title="×: diverged")
+    measured = np.array(run.each(sweep, run.seeds, "seeds"))  # by seed, model, rate; loss and accuracy
+    loss, accuracy = measured[..., 0], measured[..., 1]
+    failed = diverged(accuracy, guessing(validation))
+
+    figure, grid = viz.subplots(1, 2, 11, 4.8)
+    for axes, values in zip(grid[0], (loss, accuracy), strict=True):
+        for j, name in enumerate(MODELS):
+            viz.plot_seeds(axes, rates, np.where(failed[:, j], np.nan, values[:, j]), name, style="-o")
+            some = failed[:, j].any(axis=0)  # marked above the axes: a training that diverged has no value to show
+            axes.plot(
+                rates[some], np.full(some.sum(), 1.03 + 0.05 * j), "x", color=viz.colour(name),
+                transform=axes.get_xaxis_transform(), clip_on=False, markeredgewidth=2,
+            )  # fmt: skip
+        axes.set(xlabel="learning rate", xscale="log", xlim=(rates[0] / 1.3, rates[-1] * 1.3))
+    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log")
+    grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1))
     viz.legend_below(grid[0, 1])
-    figure.suptitle(f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs: {run.args.epochs}")
+    figure.suptitle(
+        f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs: {run.args.epochs}, seeds: {len(measured)}\n"
+        "× above: at least one seed diverged"
+    )
     run.save(figure, "learning_rates")
 
-    largest = {
-        name: max((lr for lr, value in zip(rates, values, strict=True) if value >= TRAINS), default=0.0)
-        for name, values in accuracy.items()
-    }
-    best = int(np.argmax(accuracy["without BatchNorm"]))
-    for name in MODELS:
-        print(
-            f"{name:17} largest rate that trains {largest[name]:.3g}; accuracy {accuracy[name][best]:.3f} at rate "
-            f"{rates[best]:.3g} (best without BatchNorm), {max(accuracy[name]):.3f} at its best rate"
+    rows = [[f"{lr:.2g}"] for lr in rates]
+    for (i, row), j in product(enumerate(rows), range(len(MODELS))):
+        lost, left = failed[:, j, i].sum(), accuracy[~failed[:, j, i], j, i]
+        row.append((number(left.mean()) if len(left) else "") + (f" ({lost} diverged)" if lost else ""))
+    run.print(
+        run.table(
+            ("rate", *MODELS),
+            rows,
+            caption="validation accuracy of the last epoch, mean of the seeds that did not diverge",
         )
-    times = largest["with BatchNorm"] / (largest["without BatchNorm"] or math.nan)
-    ahead = accuracy["with BatchNorm"][best] - accuracy["without BatchNorm"][best]
-    run.console.print(
-        f"With BatchNorm, the largest rate that trains (to an accuracy of {TRAINS}) is {times:.1f} times larger."
     )
-    run.claim("with BatchNorm, the largest rate that trains is at least 5 times larger", times >= 5)
-    run.claim("at the best rate without BatchNorm, BatchNorm gains less than 0.08", ahead < 0.08)
+    trains = np.where(accuracy >= TRAINS, rates, 0).max(axis=2)  # the largest rate that trains, by seed and model
+    both = trains[trains.all(axis=1)]
+    times = np.log10(both[:, 1] / both[:, 0])
+    for j, name in enumerate(MODELS):
+        each = ", ".join(f"{lr:.2g}" if lr else "none" for lr in trains[:, j])
+        run.print(f"{name:17} largest rate that trains to an accuracy of {TRAINS}, by seed: {each}")
+    if len(times):
+        run.print(f"With BatchNorm it is {10 ** interval(times).mean:.1f} times larger (geometric mean).")
+        run.claim_mean("with BatchNorm, the largest rate that trains is larger, by powers of ten", times, above=0.3)
+    best = np.fmax.reduce(np.where(failed, np.nan, accuracy), axis=2)
+    gain = best[:, 1] - best[:, 0]
+    run.claim_mean("at the best rate of each, BatchNorm gains less than 0.12 in accuracy", gain, below=0.12)
     return run.finish(
-        rate=rates.tolist(),
-        loss={name: [value if math.isfinite(value) else None for value in values] for name, values in loss.items()},
-        accuracy=accuracy,
-        largest_rate_that_trains=largest,
-    )
+        rate=rates.tolist(), models=tuple(MODELS), loss=loss.tolist(), accuracy=accuracy.tolist(),
+        diverged=failed.tolist(), largest_rate_that_trains=trains.tolist(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    start(lambda: main().code)

@@ -1,46 +1,48 @@
 """Loss landscape: BatchNorm makes the loss smoother, which helps more than stable distributions do.
 
 After Santurkar et al. 2018: 784-100-100-100-100-100-10, ReLU, gradient descent. At every fifth step, points along the
-gradient are evaluated, from half a step to four steps ahead: the variation of the loss, the distance of the gradient
-from the present one, and this distance per step length (effective β-smoothness). In the third network, noise after each
-BatchNorm changes the mean and scale of each unit at every step: ReLU inputs shift more than without BatchNorm.
+gradient are evaluated, from half a step to four steps ahead. The effective β is the largest change of the gradient
+there, per length of step. In the third network, noise after each BatchNorm changes the mean and scale of each unit at
+every step. The paper of 2015 explains BatchNorm by inputs that shift less; noise tells that from a smoother loss.
 """
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
+from demos import learning_rates
 from demos.common import Run
-from tinygrad_bn import Tensor, datasets, functional, grad, manual_seed, nn, no_grad, viz
+from demos.interval import number
+from demos.output import start
+from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, viz
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Array
 
 MODELS = ("without BatchNorm", "with BatchNorm", "with noisy BatchNorm")
-MEASURES = ("training loss", "variation of the loss", "distance of gradients", "effective β", "shift in 5 steps")
-EVERY, AHEAD = 5, np.linspace(0.5, 4, 8)  # steps between measurements; steps ahead at each
+MEASURES = {  # name: unit
+    "training loss": "cross-entropy, mean of 5 steps",
+    "variation of the loss": "largest − smallest loss ahead",
+    "effective β": "‖change of gradient‖ / (‖step‖ · ‖gradient‖)",
+    "shift of ReLU inputs": "in 5 steps, in standard deviations",
+}
+EVERY, AHEAD = 5, np.array([0.5, 1, 2, 4])  # steps between measurements; steps ahead at each
 
 
 class Noise(nn.Module):
     """A random shift and scale for each of 100 units, the same for all images, until the next `draw`."""
 
     def draw(self) -> None:
-        self.shift = generator().uniform(-0.9, 0.9, 100).astype(np.float32)
-        self.scale = generator().uniform(0.8, 1.25, 100).astype(np.float32)
+        self.shift, self.scale = generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)).astype(np.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
 
 
 def build(name: str, seed: int) -> nn.Sequential:
-    """The network, initialised as in He et al. 2015."""
-    manual_seed(seed)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in pairwise((784, 100, 100, 100, 100, 100)):
-        linear = nn.Linear(fan_in, fan_out)
-        nn.init.kaiming_normal_(linear.weight)
-        norm = [] if name == "without BatchNorm" else [nn.BatchNorm1d(fan_out)]
-        layers += [linear, *norm, *([Noise()] if name == "with noisy BatchNorm" else []), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(100, 10))
+    """The network of `learning_rates`, in the third variant with noise behind each BatchNorm."""
+    model = learning_rates.build(name != "without BatchNorm", seed)
+    noisy = nn.BatchNorm1d if name == "with noisy BatchNorm" else ()
+    return nn.Sequential(*(m for layer in model for m in (layer, Noise())[: 1 + isinstance(layer, noisy)]))
 
 
 def gradient(model: nn.Module, at: Array, x: Array, y: Array) -> tuple[float, Array]:
@@ -60,60 +62,58 @@ def relu_inputs(model: nn.Module, x: Array) -> Array:
     return np.concatenate([np.asarray(y) for (_, y), (m, _) in pairwise(outputs) if isinstance(m, nn.ReLU)], axis=1)
 
 
-def descend(run: Run, name: str, training: datasets.Dataset, images: Array) -> dict[str, Array]:
-    """Train by gradient descent, and measure along the gradient: an array per name in MEASURES."""
-    model, lr, lengths = build(name, run.args.seed), run.args.lr, AHEAD * run.args.lr
-    batches = datasets.Batches(training.x, training.y, run.args.batch_size, seed=run.args.seed)
+def descend(run: Run, name: str, seed: int, training: datasets.Dataset, validation: datasets.Dataset) -> Array:
+    """Train by gradient descent, and measure along the gradient: an array (MEASURES, measurements)."""
+    model, lr, lengths = build(name, seed), run.args.lr, AHEAD * run.args.lr
+    batches = datasets.Batches(training.x, training.y, run.args.batch_size, seed=seed)
     here = np.concatenate([np.asarray(p).ravel() for p in model.parameters()])
     losses, rows, values = [], [], np.full((1, 1), np.nan)  # the first measurement has no predecessor
-    for _ in run.track(range(run.args.epochs), name):
-        for x, y in batches:
-            for noise in (layer for layer in model if isinstance(layer, Noise)):
-                noise.draw()
-            loss, g = gradient(model, here, x, y)
-            losses.append(loss)
-            if len(losses) % EVERY == 0:
-                before, values = values, relu_inputs(model, images)
-                shift = np.median(np.abs(values.mean(axis=0) - before.mean(axis=0)) / values.std(axis=0))
-                ahead, gradients = zip(*(gradient(model, here - s * g, x, y) for s in lengths), strict=True)
-                distances = np.linalg.norm(np.array(gradients) - g, axis=1)
-                beta = (distances / lengths).max() / np.linalg.norm(g)
-                rows.append((np.mean(losses[-EVERY:]), np.ptp(ahead), distances.max(), beta, shift))
-            here = here - lr * g
-    return dict(zip(MEASURES, np.array(rows).T, strict=True))
+    for x, y in chain.from_iterable([batches] * run.args.epochs):
+        for noise in (layer for layer in model if isinstance(layer, Noise)):
+            noise.draw()
+        loss, g = gradient(model, here, x, y)
+        losses.append(loss)
+        if len(losses) % EVERY == 0:
+            before, values = values, relu_inputs(model, validation.x[:500])
+            shift = np.median(np.abs(values.mean(axis=0) - before.mean(axis=0)) / values.std(axis=0))
+            ahead, gradients = zip(*(gradient(model, here - s * g, x, y) for s in lengths), strict=True)
+            beta = (np.linalg.norm(np.array(gradients) - g, axis=1) / lengths).max() / np.linalg.norm(g)
+            rows.append((np.mean(losses[-EVERY:]), np.ptp(ahead), beta, shift))
+        here = here - lr * g
+    return np.array(rows).T
 
 
 def main(argv: list[str] | None = None) -> Run:
     """Train the three networks, and plot the measurements."""
-    run = Run("loss_landscape", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=0.3, check={"epochs": 3})
+    run = Run("loss_landscape", __doc__, argv, {"epochs": 3}, data="mnist5k", epochs=5, batch_size=100, lr=0.3, seeds=4)
     training, validation = run.images()
-    measured = {name: descend(run, name, training, validation.x[:500]) for name in MODELS}
-    mean = {measure: [float(np.nanmean(measured[name][measure])) for name in MODELS] for measure in MEASURES}
-    print(f"{'mean over the training':23}", *(f"{name:>20}" for name in MODELS))
-    figure, grid = viz.subplots(2, 3, 14, 7.6)
-    for axes, (measure, values) in zip(grid.flat, mean.items(), strict=False):
-        print(f"{measure:23}", *(f"{value:20.3g}" for value in values))
-        for name, of in measured.items():
-            axes.semilogy(EVERY * np.arange(1, len(of[measure]) + 1), of[measure], color=viz.colour(name), label=name)
-        axes.set(xlabel="step", title=measure)
-    grid[1, 2].set_axis_off()
-    grid[1, 2].legend(*axes.get_legend_handles_labels(), loc="center", frameon=False)
-    figure.suptitle(f"784-100×5-10 on {run.args.data}, gradient descent with a rate of {run.args.lr:g}")
+    run.expect_batches(len(training), run.args.batch_size)
+
+    def networks(seed: int) -> list[Array]:
+        return [descend(run, name, seed, training, validation) for name in MODELS]
+
+    measured = np.array(run.each(networks, run.seeds, "seeds"))  # by seed, network, measure, step
+    figure, grid = viz.subplots(2, 2, 11, 8.4)
+    for i, (axes, (measure, unit)) in enumerate(zip(grid.flat, MEASURES.items(), strict=True)):
+        for j, name in enumerate(MODELS):
+            viz.plot_seeds(axes, EVERY * np.arange(1, measured.shape[-1] + 1), measured[:, j, i], name)
+        axes.set(xlabel="step", ylabel=unit, title=measure, yscale="log")
+    viz.legend_below(grid[0, 0])
+    figure.suptitle(f"784-100×5-10 on {run.args.data}, rate {run.args.lr:g}; {len(measured)} seeds and their mean")
     run.save(figure, "landscape")
-    loss, variation, _, beta, shift = mean.values()
-    run.claim("with noise, the distributions shift more than without BatchNorm", shift[2] > shift[0] > shift[1])
-    run.claim("and the mean loss is still lower than without", max(loss[1:]) < loss[0])
-    run.claim("with BatchNorm, noisy or not, the loss varies 5 times less", 5 * max(variation[1:]) < variation[0])
-    run.claim("and β, the change of the gradient per step length, is smaller", max(beta[1:]) < beta[0])
-    if all(run.claims.values()):
-        run.console.print(
-            "The paper of 2015 explains BatchNorm by a smaller shift of layer inputs. The shift is smaller: "
-            f"{shift[1]:.2g} standard deviations instead of {shift[0]:.2g}. But with noise it is {shift[2]:.2g}, and "
-            "the loss still falls faster than without BatchNorm. Both networks with BatchNorm have a smoother loss: it "
-            f"varies {variation[0] / variation[1]:.0f} times less, with noise {variation[0] / variation[2]:.0f} times."
-        )
-    return run.finish(models=MODELS, **mean)
+
+    logs = np.nanmean(np.log10(measured), axis=-1)  # by seed, network, measure; a difference is the ratio of two means
+    rows = [[measure, *map(number, 10 ** logs[:, :, i].mean(axis=0))] for i, measure in enumerate(MEASURES)]
+    run.print(run.table(("", *MODELS), rows, caption="geometric mean over the training"))
+    loss, variation, beta, _ = logs.transpose(2, 1, 0)
+    late = np.log10(measured[:, :, -1, -(measured.shape[-1] // 3) :]).mean(axis=-1).T
+    smoother, flatter = (of[0] - of[1:].max(axis=0) for of in (variation, beta))
+    run.claim_mean("noise shifts inputs more than without BatchNorm, last third; log₁₀", late[2] - late[0], above=0)
+    run.claim_mean("yet with noise the loss is lower than without BatchNorm; log₁₀", loss[0] - loss[2], above=0)
+    run.claim_mean("the loss varies 3 times less with BatchNorm, noisy or not; log₁₀", smoother, above=np.log10(3))
+    run.claim_mean("and β is smaller with BatchNorm, noisy or not; log₁₀ of the ratio", flatter, above=0)
+    return run.finish(models=MODELS, measures=tuple(MEASURES), log10=logs.tolist())
 
 
 if __name__ == "__main__":
-    main()
+    start(lambda: main().code)

@@ -35,6 +35,7 @@ def subplots(rows: int, columns: int, width: float, height: float, **options: An
     grid: Array = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, grid
 
@@ -47,8 +48,6 @@ def legend_below(axes: Axes) -> None:
 
 def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
     """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, grid = subplots(1, 2, 11, 4.4)
     for axes, measure in zip(grid[0], ("loss", "accuracy"), strict=True):
         for position, (name, history) in enumerate(histories.items()):
@@ -57,10 +56,30 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
                 axes.plot(history["epoch"], history[column], style, color=hue, label=f"{name}, {of}", marker=marker)
         axes.set(xlabel="epoch", ylabel=measure)
         axes.set_ylim(bottom=0, top=1.02 if measure == "accuracy" else None)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     legend_below(axes)
     figure.suptitle(title)
     return figure
+
+
+def plot_seeds(axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-") -> None:
+    """Plot one thin line per seed and their mean, in the colour of the model `name`.
+
+    Args:
+        axes: the axes to draw on.
+        x: positions (T,).
+        values: a line per seed (S, T). The mean is over the seeds that have a number there: NaN draws nothing.
+        name: the model.
+        label: text in the legend; the default is `name`.
+        style: matplotlib's line style and marker.
+    """
+    values = np.asarray(values, float)
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0).sum(axis=0), known.sum(axis=0)
+    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    if len(values) > 1:
+        axes.plot(x, values.T, style, color=colour(name), alpha=0.25, linewidth=1, markersize=3)
+    axes.plot(x, mean, style, color=colour(name), label=label or name)
 
 
 def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None:
