@@ -1,8 +1,15 @@
-"""Hypothesis profiles: HYPOTHESIS_PROFILE=dev (default), ci or intense; the same examples on every run but intense."""
+"""Hypothesis profiles, and what the suite needs on machines where others are missing it.
+
+HYPOTHESIS_PROFILE is dev (default), ci or intense; all but intense take the same examples on every run.
+"""
 
 import os
+import tempfile
 
+import numba
+import pytest
 from hypothesis import HealthCheck, settings
+from tinygrad_bn_kernels.cpu import jit
 
 collect_ignore = ["benchmarks"]  # a program, and it needs the peers
 
@@ -11,3 +18,20 @@ settings.register_profile("dev", max_examples=15, derandomize=True, **COMMON)
 settings.register_profile("ci", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("intense", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+NOT_COMPILED = [name for name in ("DISABLE_JIT", "BOUNDSCHECK") if getattr(numba.config, name)]
+
+
+def pytest_configure(config):
+    """Where no cache can be written, the processes of this run share one that ends with it."""
+    try:
+        jit.cache_folder()
+    except RuntimeError:
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ |= {"NUMBA_CACHE_DIR": folder.name, "MPLCONFIGDIR": folder.name}
+
+
+def pytest_runtest_setup(item):
+    if NOT_COMPILED and item.get_closest_marker("compiled"):
+        pytest.skip(f"needs compiled kernels, without NUMBA_{NOT_COMPILED[0]}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
-from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm import plane_statistics
 from tinygrad_bn_kernels.cpu.norm_terms import common_shift, is_ordinary, normalizer
@@ -23,7 +23,7 @@ Blocks = tuple[int, int, int, int]  # samples N, groups G, planes P, elements S:
 PARTS = 16
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _mean_square(block):
     total = 0.0
     for j in range(block.size):
@@ -53,12 +53,12 @@ def _forward(x, weight, bias, eps, centered, y, mean, var, start, stop):
                     target[j] = (source[j] - m) * scale + shift
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _xhat(x, m, a, r):
     return (x - m) * a + r
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _shifted(g, shift, w, extra):
     """g · w − shift · w₀, where w₀ is the block's first weight and extra = shift · (w − w₀)."""
     return (g - shift) * w + extra

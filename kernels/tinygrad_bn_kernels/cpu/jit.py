@@ -1,10 +1,10 @@
 """`njit` with the options of all loops, and a cache of compiled loops on disk."""
 
 import hashlib
+import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -63,10 +63,9 @@ def cache_folder() -> str:
 
 @cache
 def _warn_once() -> None:
-    warnings.warn(
-        "kernels cannot be cached and are compiled in every process; set NUMBA_CACHE_DIR to a writable folder",
-        RuntimeWarning,
-        stacklevel=4,
+    # Logged: a warning that a program turns into an error would break an import, on some machines only.
+    logging.getLogger(__name__).warning(
+        "kernels cannot be cached and are compiled in every process; set NUMBA_CACHE_DIR to a writable folder"
     )
 
 
@@ -104,7 +103,7 @@ def _save_safely(dispatcher: Any) -> None:
 def njit(**options: Any) -> Callable[[F], F]:
     """`numba.njit` with NumPy's division by zero, without the GIL, cached in `cache_folder()`.
 
-    If no folder is writable, every process compiles the loops and warns once.
+    If no folder is writable, every process compiles the loops and logs that once, as a warning.
     """
     options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, **options}
 
@@ -124,3 +123,12 @@ def njit(**options: Any) -> Callable[[F], F]:
         return compiled
 
     return compile_lazily
+
+
+def inlined(**options: Any) -> Callable[[F], F]:
+    """`njit` for a helper that rounds as `fastmath` allows: every loop that calls it is compiled with its code inside.
+
+    Otherwise each of these loops holds a copy of the helper. A process calls the copy that it loads first, and copies
+    may differ in the last bit; so results would depend on the cache and on the order of calls.
+    """
+    return njit(forceinline=True, **options)

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.jit import SUMS, inlined
 
 # A shift further from the mean than this many standard deviations loses digits.
 FAR = 16.0
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def moments(shift, s1, s2, n):
     """Mean and biased variance from Σ (x − shift) and Σ (x − shift)²; and whether the shift is too far off."""
     off = s1 / n

@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
-from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.norm_terms import (
@@ -38,15 +38,11 @@ CHUNK = 256
 # shift by chance, and all sums are computed twice.
 PROBES = 8
 
-# Loops called by several others are inlined. Otherwise each of the others holds a copy. The process uses the copy that
-# it loads first, and copies may differ in the last bit.
-SHARED: dict[str, Any] = {"fastmath": SUMS, "forceinline": True}
-
 
 # ---- planes: (N, C, S) ----------------------------------------------------------------------------------
 
 
-@njit(**SHARED)
+@inlined(fastmath=SUMS)
 def plane_statistics(x, c):
     """Mean and biased variance of channel c."""
     n, _, size = x.shape
@@ -67,7 +63,7 @@ def plane_statistics(x, c):
     return mean, var
 
 
-@njit(**SHARED)
+@inlined(fastmath=SUMS)
 def plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
     n, _, size = x.shape
     lowest = lower_bound(x, relu)
@@ -87,7 +83,7 @@ def _planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
         plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
     """Σ d and Σ d (x − m) · ivar of channel c."""
     n, _, size = x.shape
@@ -114,7 +110,7 @@ def _plane_gradient_sums(g, x, c, m, a, b, ivar, shift, relu):
     return s1, s2
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     """gx = ivar w · (d − mean d − x̂ · mean(d x̂)), where d = g − shift. An empty gx is not computed."""
     n, _, size = x.shape
@@ -128,10 +124,12 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
         v = relu_gradient(g[i, c, j], x[i, c, j] - m, a, b, relu)
         low, high = min(low, v), max(high, v)
     shift = common_shift(low, high)
-    s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, cast(ivar), shift, relu)
-    if is_bad_shift(shift, s1, n * size):
-        shift = cast(0)
+    s1 = s2 = 0.0
+    for _ in range(2):
         s1, s2 = _plane_gradient_sums(g, x, c, m, a, b, cast(ivar), shift, relu)
+        if not is_bad_shift(shift, s1, n * size):
+            break
+        shift = cast(0)
     s2 += r * s1
     gbias[c], gweight[c] = s1 + n * size * np.float64(shift), s2
     slope = s2 / (n * size)
@@ -159,14 +157,14 @@ def clear(sums):
         sums[0, j] = sums[1, j] = 0.0
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _first_row_shift(x, shift):
     """The first row, and 0 where it is not finite."""
     for j in range(shift.size):
         shift[j] = np.float64(x[0, j]) if np.isfinite(x[0, j]) else 0.0
 
 
-@njit(**SHARED)
+@inlined(fastmath=SUMS)
 def _rows_sums(x, shift, sums, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
@@ -188,7 +186,7 @@ def _rows_sums(x, shift, sums, start, stop):
             i += 1
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _rows_statistics(sums, n, shift, mean, var):
     """Mean and variance from the chunks' sums; False if a shift was too far from its mean. Shifts become the means."""
     good = True
@@ -204,7 +202,7 @@ def _rows_statistics(sums, n, shift, mean, var):
     return good
 
 
-@njit(**SHARED)
+@inlined(fastmath=SUMS)
 def rows_constants(x, weight, bias, mean, var, eps):
     """k (7, C): m, a and b with y = (x − m) · a + b, ivar, and space for the shift of g, p and q."""
     k = np.empty((7, mean.size), x.dtype)
@@ -214,7 +212,7 @@ def rows_constants(x, weight, bias, mean, var, eps):
     return k
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _gradient_shift(g, x, relu, k):
     """Choose the shift of g for each column, into k[4]."""
     for j in range(k.shape[1]):
@@ -226,7 +224,7 @@ def _gradient_shift(g, x, relu, k):
         k[4, j] = common_shift(low, high)
 
 
-@njit(**SHARED)
+@inlined(fastmath=SUMS)
 def rows_normalize(x, k, relu, y, start, stop):
     lowest = lower_bound(x, relu)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
@@ -264,7 +262,7 @@ def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, 
     split(rows_normalize, chunks, x.size, x, rows_constants(x, weight, bias, mean, var, eps), relu, y)
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
     """Σ d and Σ d (x − m) · ivar of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
@@ -290,7 +288,7 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
             i += 1
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
     """Gradients of weight and bias from the chunks' sums; p and q into k. False if a shift was bad; it becomes 0."""
     good = True
@@ -309,7 +307,7 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
     return good
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _rows_gradient(g, x, k, relu, gx, start, stop):
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         gs, row, out = g[i], x[i], gx[i]

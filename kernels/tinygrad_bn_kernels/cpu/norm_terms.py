@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinygrad_bn_kernels.cpu.arrays import Array
-from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 
 # Between these limits lie 1/√(var + eps) and the weights that the loops can multiply in the dtype.
 RANGE = {"f": (1e-18, 1e18), "d": (1e-150, 1e150)}
@@ -33,7 +33,7 @@ def lower_bound(x, relu):
     return x.dtype.type(0) if relu else x.dtype.type(-np.inf)
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def normalizer(x, mean, var, eps):
     """m in x's dtype, ivar and r in float64, with x̂ = (x − m) · ivar + r: r corrects the rounding of m."""
     m, ivar = x.dtype.type(mean), 1 / np.sqrt(var + eps)
@@ -55,13 +55,13 @@ def is_bad_shift(shift, total, n):
 # No reassociation below: the shift has to be subtracted from each term, not from the sum.
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def relu_gradient(g, u, a, b, relu):
     """g, but 0 where a ReLU's output is 0; u · a + b is its input, computed as in the forward pass. At NaN it is g."""
     return type(g)(0) if relu and u * a + b <= type(g)(0) else g
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def term(g, x, m, a, b, ivar, shift, relu):
     """d = g − shift, with g behind the ReLU; and d (x − m) · ivar."""
     u = x - m
@@ -69,7 +69,7 @@ def term(g, x, m, a, b, ivar, shift, relu):
     return d, d * (u * ivar)
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def four_terms(g0, g1, g2, g3, x0, x1, x2, x3, m, a, b, ivar, shift, relu):
     """The sums of four `term`s in float64. Adding four in x's dtype rounds less than the result does."""
     d0, h0 = term(g0, x0, m, a, b, ivar, shift, relu)
@@ -79,7 +79,7 @@ def four_terms(g0, g1, g2, g3, x0, x1, x2, x3, m, a, b, ivar, shift, relu):
     return np.float64((d0 + d1) + (d2 + d3)), np.float64((h0 + h1) + (h2 + h3))
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def gradient(g, x, m, a, b, shift, p, q, relu):
     """a · (d − mean d − x̂ · mean(d x̂)), with both means in p and q."""
     u = x - m

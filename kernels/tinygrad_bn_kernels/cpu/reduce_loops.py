@@ -7,7 +7,7 @@ column is loaded and stored once for several elements.
 import numpy as np
 from numba import config
 
-from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.moments import moments
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ BLOCK = 1 << 9
 # ---- sums ------------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _sum_of_short(row):
     total = 0.0
     for j in range(row.size):
@@ -36,7 +36,7 @@ def _sum_of_short(row):
     return total
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _sum_of_long(row):
     quarter = row.size // 4
     r0, r1, r2, r3 = row[:quarter], row[quarter:], row[2 * quarter :], row[3 * quarter :]

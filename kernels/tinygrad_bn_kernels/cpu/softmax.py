@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.exponential import exp
-from tinygrad_bn_kernels.cpu.jit import SUMS, njit
+from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import EXP_COST, split
 
@@ -22,7 +22,7 @@ _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 # ---- cross-entropy ---------------------------------------------------------------------------------------
 
 
-@njit(fastmath=SUMS)
+@inlined(fastmath=SUMS)
 def _log_normalizer(row):
     """The largest logit, and the log of the sum of exp(logit − largest), in float64."""
     largest = row[0]
