@@ -10,6 +10,7 @@ from tinygrad_bn_kernels import _kernels
 
 from tinygrad_bn import Tensor, composed, fused, grad, nn, optim, primitive, testing
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.sample import REAL, elementwise
 from tinygrad_bn.tensor import OPS
 
@@ -99,16 +100,32 @@ def test_a_dampening_that_is_not_finite_is_refused(value):
         optim.SGD([nn.Parameter([1.0])], momentum=0.9, dampening=value)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (20, 90), (2, 3, 5)])
-def test_no_product_warns_of_a_flag_that_some_processors_raise(shape):
+PRODUCTS = {
+    "matmul": (F.matmul, (3, 5), (5, 40)),
+    "large matmul": (F.matmul, (80, 90), (90, 80)),
+    "batched matmul": (F.matmul, (2, 3, 5), (5, 4)),
+    "linear": (F.linear, (20, 90), (40, 90)),
+    "batched linear": (F.linear, (2, 3, 5), (4, 5)),
+    "conv1d": (F.conv1d, (2, 3, 9), (4, 3, 2)),
+    "conv2d": (F.conv2d, (2, 3, 5, 6), (4, 3, 2, 2)),
+    "conv_transpose2d": (F.conv_transpose2d, (2, 3, 5, 6), (3, 4, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "reference"])
+@pytest.mark.parametrize("dtypes", ["ee", "ff", "dd", "fd"])
+@pytest.mark.parametrize(("product", "left", "right"), PRODUCTS.values(), ids=PRODUCTS)
+def test_no_product_warns_of_a_flag_that_some_processors_raise(product, left, right, dtypes, kernels):
     """BLAS pads vectors with 0, and 0 · inf raises the invalid flag; here a product raises it on every processor."""
-    a = np.full(shape, np.inf)
-    b = np.zeros((shape[-1], 40))
-    with warnings.catch_warnings():
+    a = Tensor(np.full(left, np.inf, dtypes[0]), requires_grad=True)
+    b = Tensor(np.zeros(right, dtypes[1]), requires_grad=True)
+    with nullcontext() if kernels else kernels_disabled(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.isnan(F.matmul(a, b)).all()
-        assert np.isnan(F.linear(a, b.T, np.zeros(40))).all()
-        assert np.isnan(F.linear(a, b.T)).all()
+        y = product(a, b)
+        assert np.isnan(y.numpy()).any()
+        db = grad(y, (a, b), np.zeros(y.shape, y.dtype), create_graph=True)[1]
+        assert np.isnan(db.numpy()).any()
+        grad(db, (a, b), np.zeros(db.shape, db.dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -31,6 +31,8 @@ Ints: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 Padding: TypeAlias = Any  # a number, one for each axis, a pair (before, after) for each axis, "same" or "valid"
 
+QUIET = np.errstate(invalid="ignore")  # BLAS raises this flag on some processors only
+
 
 def output_size(size: Ints, kernel: Ints, stride: Ints, padding: Pairs, dilation: Ints) -> Ints:
     """Lengths of the output's axes: ⌊(n + before + after − dilation · (k − 1) − 1) / stride⌋ + 1."""
@@ -100,6 +102,7 @@ def _sample_conv_weight(d: Draw) -> Drawn:
     formula="y[n, o, p] = Σ_c,k x[n, c, p · stride + k · dilation − before] · w[o, c, k]",
     sample=_sample_conv,
 )
+@QUIET
 def conv(x: Operand, weight: Operand, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int) -> Operand:
     """Convolution of x (N, C, *size) by weight (O, C / groups, *kernel): (N, O, *out)."""
     kernel, wide = weight.shape[2:], _wide(x)
@@ -123,6 +126,7 @@ def _conv_to(out: Ints, x: Any, weight: Any, **options: Any) -> Any:
     formula="y = the gradient g of conv's output, taken back to its input",
     sample=_sample_conv_input,
 )
+@QUIET
 def conv_input(
     g: Operand, weight: Operand, *, size: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Operand:
@@ -143,6 +147,7 @@ def conv_input(
     formula="y = the gradient g of conv's output, taken back to its weight",
     sample=_sample_conv_weight,
 )
+@QUIET
 def conv_weight(
     x: Operand, g: Operand, *, kernel: Ints, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Operand:

@@ -240,6 +240,7 @@ def _status(number: int, epochs: int, score: Score, val: Score | None = None) ->
 
 
 def _progress(show: bool) -> Any:
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns: Sequence[Any] = (
@@ -248,4 +249,5 @@ def _progress(show: bool) -> Any:
         TextColumn("{task.fields[status]}"),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, disable=not show)
+    console = Console(quiet=not show)  # older versions of Rich end a bar that is not shown with an empty line
+    return Progress(*columns, disable=not show, console=console)
