@@ -19,8 +19,6 @@ settings.register_profile("ci", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("intense", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-NOT_COMPILED = [name for name in ("DISABLE_JIT", "BOUNDSCHECK") if getattr(numba.config, name)]
-
 
 def pytest_configure(config):
     """Where no cache can be written, the processes of this run share one that ends with it."""
@@ -33,5 +31,5 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
-    if NOT_COMPILED and item.get_closest_marker("compiled"):
-        pytest.skip(f"needs compiled kernels, without NUMBA_{NOT_COMPILED[0]}")
+    if numba.config.DISABLE_JIT and item.get_closest_marker("compiled"):
+        pytest.skip("needs compiled kernels, without NUMBA_DISABLE_JIT")

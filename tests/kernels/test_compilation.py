@@ -13,6 +13,7 @@ from tinygrad_bn_kernels.cpu import jit
 
 from tests.tools.processes import output, python
 
+pytestmark = pytest.mark.compiled
 resource = pytest.importorskip("resource", reason="a limit for files is POSIX's")
 
 
@@ -178,7 +179,6 @@ def test_bits_depend_neither_on_the_cache_nor_on_the_loop_that_is_loaded_first()
     assert len(set(written)) == 1
 
 
-@pytest.mark.compiled
 def test_helpers_that_round_are_inlined():
     """Each loop that calls a helper out of line holds a copy of it, and copies may round differently."""
     for name, device in MODULES:

@@ -38,6 +38,7 @@ def plain(stride=1):
     return {"stride": (stride,) * 2, "padding": ((0, 0),) * 2, "dilation": (1, 1), "groups": 1}
 
 
+@pytest.mark.compiled
 @given(convolutions())
 @example((((40, 2, 6, 6), (5, 2, 3, 3), (5,)), plain(), np.float32, 0))  # several images in a run
 @example((((2, 1, 40, 40), (4, 1, 3, 3), (4,)), plain(), np.float32, 0))  # an image longer than a run
@@ -76,6 +77,7 @@ def poolings(draw):
     return size, (kernel, stride, padding, dilation), draw(st.booleans()), draw(DTYPES), draw(st.integers(0, 99))
 
 
+@pytest.mark.compiled
 @given(poolings())
 @example(((35, 35), ((2, 2), (2, 2), (0, 0), (1, 1)), False, np.float32, 0))
 @example(((16, 9), ((2, 2), (2, 2), (0, 0), (1, 1)), False, np.float64, 1))

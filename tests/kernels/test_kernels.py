@@ -138,6 +138,7 @@ GRADIENT_OF_CONSTANTS = {"softmax_cross_entropy.vjp": 200, "batch_norm_inference
 DECLINED = Counter(EMPTY_OR_ONE_TERM | TOO_SMALL_ROWS | NOT_TWO_MATRICES | GRADIENT_OF_CONSTANTS | NO_MOMENTUM)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", sorted({name.removesuffix(".vjp") for name, _ in MODULES} & OPS.keys()))
 def test_a_kernel_computes_its_samples_but_these(name, monkeypatch):
     kernels = {own: find_kernel(own, "cpu") for own in (name, f"{name}.vjp") if (own, "cpu") in MODULES}
@@ -297,6 +298,7 @@ def test_kernels_that_are_called_by_themselves_check_shapes():
             find_kernel(name, "cpu")(*operands, **options)
 
 
+@pytest.mark.compiled
 def test_read_only_operands_and_numpy_numbers_compile_nothing_new():
     x, target = np.random.default_rng(0).normal(size=(70, 80)).astype(np.float32), np.arange(70)
 

@@ -70,6 +70,7 @@ def test_tiles_that_are_not_whole_stay_within_the_matrices(monkeypatch, dtype, o
         assert np.isnan(memory[-32:]).all()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", MATRICES)
 def test_layouts_do_not_change_a_bit(dtype, size):

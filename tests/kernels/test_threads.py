@@ -15,6 +15,8 @@ from tests.tools.processes import on_threads, output, python
 from tests.tools.thresholds import thresholds
 from tests.tools.work import WORK
 
+pytestmark = pytest.mark.compiled
+compiled_only = pytest.mark.skipif(bool(numba.config.BOUNDSCHECK), reason="loops run on the calling thread")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 every_work = pytest.mark.parametrize("work", WORK.values(), ids=WORK)
 
@@ -103,7 +105,7 @@ def test_an_exception_in_any_part_reaches_the_caller_and_the_threads_work_on(wro
     assert (done == 1).all()
 
 
-@pytest.mark.compiled
+@compiled_only
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
     """Not even after an interrupt while it waits for another thread's part."""
@@ -133,7 +135,7 @@ def test_no_part_is_running_when_split_ends(monkeypatch, interrupted):
     assert bool(interrupts) == interrupted
 
 
-@pytest.mark.compiled
+@compiled_only
 def test_fewer_threads_than_requested_do_all_of_the_work(monkeypatch):
     """At the system's limit the first thread starts, the second does not."""
     start, started = threading.Thread.start, []
@@ -160,7 +162,7 @@ def test_work_while_another_thread_has_the_workers():
     assert (done == 1).all()
 
 
-@pytest.mark.compiled
+@compiled_only
 def test_parts_run_on_several_threads_at_once_and_sleeping_threads_are_woken():
     threads.set_num_threads(3)
     for _ in range(3):
@@ -272,7 +274,7 @@ def total(x, out, start, stop):
         out[i] = 2 * x[i]
 
 
-@pytest.mark.compiled
+@compiled_only
 def test_no_part_is_taken_twice():
     """Many parts of hardly any work, so that the threads race for each."""
     threads.set_num_threads(3)
@@ -322,7 +324,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-@pytest.mark.compiled
+@compiled_only
 @forks
 @pytest.mark.parametrize(
     ("lock", "seconds"),
@@ -350,7 +352,7 @@ print(len([name for name in compiled if name not in ("entry", "nrt")]))  # nrt i
 """
 
 
-@pytest.mark.compiled
+@compiled_only
 def test_cached_loops_are_not_compiled_again_for_threads(tmp_path):
     settings = {"NUMBA_CACHE_DIR": str(tmp_path), "TINYGRAD_BN_PARALLEL_FROM": 1, "TINYGRAD_BN_NUM_THREADS": 2}
     first, second = (int(output(python(WARM, **settings))) for _ in range(2))
