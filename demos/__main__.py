@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from demos.output import start
+from .output import start
 
 ORDER = (  # of learning
     "bn_backward", "normalize_numbers", "deep_mlp", "mnist_mlp", "mnist_cnn", "init_scale", "learning_rates",
@@ -22,18 +22,18 @@ def names() -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run the named demo with the remaining arguments; without a name, list the demos. Return the exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m demos NAME [options]\n")
+        print(f"usage: python -m {__package__} NAME [options]\n")
         for name in names():
-            print(f"  {name:18} {(import_module(f'demos.{name}').__doc__ or '').splitlines()[0]}")
+            print(f"  {name:18} {(import_module(f'.{name}', __package__).__doc__ or '').splitlines()[0]}")
         print(f"\n  {'all':18} run all demos, and write a page of their results")
         return 0
     name, *options = arguments
     if name == "all":
-        return int(import_module("demos.gallery").main(names(), options))
+        return int(import_module(".gallery", __package__).main(names(), options))
     if name not in names():
         print(f"no demo {name!r}; the demos are {', '.join(names())}, and all", file=sys.stderr)
         return 2
-    return int(import_module(f"demos.{name}").main(options).code)
+    return int(import_module(f".{name}", __package__).main(options).code)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from demos.common import Run, recalibrate
-from demos.interval import number
-from demos.output import start
 from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
+
+from .common import Run, recalibrate
+from .interval import number
+from .output import start
 
 Parts = tuple[datasets.Dataset, datasets.Dataset]  # training and validation
 STYLES = {"batch": ":x", "running": "-o", "recalibrated": "--s"}

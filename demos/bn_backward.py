@@ -7,10 +7,11 @@ from x to the output, their sum, and the closed form. The figure shows the steps
 
 import numpy as np
 
-from demos.common import Run
-from demos.output import start
 from tinygrad_bn import Tensor, functional, viz
 from tinygrad_bn.tensor import Array
+
+from .common import Run
+from .output import start
 
 # Step: its formula, and the formula of its gradient. ∂mu means ∂loss/∂mu.
 STEPS = {

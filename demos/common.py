@@ -16,10 +16,11 @@ import numpy as np
 from rich.console import Console, RenderableType
 from rich.progress import track
 
-from demos.interval import interval
-from demos.options import OPTIMIZERS, parser
-from demos.output import finite, replacing, table
 from tinygrad_bn import cuda, datasets, nn, train, viz
+
+from .interval import interval
+from .options import OPTIMIZERS, parser
+from .output import finite, replacing, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

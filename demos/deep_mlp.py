@@ -11,10 +11,11 @@ from itertools import pairwise
 import numpy as np
 from rich.columns import Columns
 
-from demos.common import MODELS, Run
-from demos.interval import interval, number
-from demos.output import start
 from tinygrad_bn import manual_seed, nn, train, viz
+
+from .common import MODELS, Run
+from .interval import interval, number
+from .output import start
 
 SIZES = (784, 256, 128, 512, 64, 128, 256, 10)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from demos.options import natural
-from demos.output import replacing
+from .options import natural
+from .output import replacing
 
 # A figure is a checkbox: ticked by a click or the space bar, it is shown in full size, in a box that scrolls.
 PAGE = Template("""<!doctype html>
@@ -43,7 +43,7 @@ SECTION = Template("""<h2 id="$name">$title</h2>
 <p>$text</p>
 <ul>$claims</ul>
 $figures
-<details$open><summary>output of <code>python -m demos $name</code>, $seconds s</summary><pre>$printed</pre></details>
+<details$open><summary>output of <code>$name</code>, $seconds s</summary><pre>$printed</pre></details>
 """)
 READ = ("bn_backward", "normalize_numbers")  # their output is what they show, so it is not folded
 
@@ -79,12 +79,12 @@ def section(name: str, folder: Path, printed: str) -> str:
 
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
     """Run the demos one after the other. Return 0; 1 if one failed; 130 after Ctrl-C, with a page of the finished."""
-    parser = argparse.ArgumentParser(prog="python -m demos all", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/all"), help="output folder (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0, help="first seed of every demo (default: 0)")
     parser.add_argument("--check", action="store_true", help="quick runs that fail if a claim does not hold")
     args = parser.parse_args(argv)
-    page, command = args.out / "index.html", html.escape(" ".join(["python -m demos all", *argv]))
+    page, command = args.out / "index.html", html.escape(" ".join([f"python -m {__package__} all", *argv]))
     console, sections, code = Console(), dict[str, str](), 0
     environment = os.environ | {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"}
     try:
@@ -96,7 +96,7 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
             start = time.perf_counter()
             with console.status(name):
                 done = subprocess.run(
-                    [sys.executable, "-m", "demos", name, *options],
+                    [sys.executable, "-m", str(__package__), name, *options],
                     capture_output=True, encoding="utf-8", errors="replace", env=environment,
                 )  # fmt: skip
             verdict = "FAILED" if done.returncode else "ok    "

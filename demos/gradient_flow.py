@@ -11,11 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import MODELS, Run, recalibrate
-from demos.interval import interval, number
-from demos.output import start
 from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+
+from .common import MODELS, Run, recalibrate
+from .interval import interval, number
+from .output import start
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "ReLU": nn.ReLU}
 GAINS = {"small": {"sigmoid": 1.0, "tanh": 0.5, "ReLU": 0.5}, "large": {"sigmoid": 20.0, "tanh": 2.0, "ReLU": 2.0}}

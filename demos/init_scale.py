@@ -9,10 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import MODELS, Run
-from demos.interval import interval
-from demos.output import start
 from tinygrad_bn import manual_seed, nn, viz
+
+from .common import MODELS, Run
+from .interval import interval
+from .output import start
 
 SCALES = np.logspace(0, -4, num=16)
 SUITS = 2  # the index of the scale that suits the network without BatchNorm

@@ -6,10 +6,11 @@ epochs, 120 flowers to train on and 30 to test on. Each seed gives another split
 
 import numpy as np
 
-from demos.common import MODELS, Run
-from demos.interval import interval, number
-from demos.output import start
 from tinygrad_bn import manual_seed, nn, train, viz
+
+from .common import MODELS, Run
+from .interval import interval, number
+from .output import start
 
 
 def build(batch_norm: bool, features: int, classes: int) -> nn.Sequential:

@@ -11,11 +11,12 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from demos.common import MODELS, Run
-from demos.interval import interval, number
-from demos.output import start
 from tinygrad_bn import datasets, manual_seed, nn, optim, viz
 from tinygrad_bn.tensor import Array
+
+from .common import MODELS, Run
+from .interval import interval, number
+from .output import start
 
 SIZES = (784, 100, 100, 100, 100, 100)
 TRAINS = 0.8  # a rate trains if the validation accuracy reaches this

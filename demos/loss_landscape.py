@@ -10,13 +10,14 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-from demos import learning_rates
-from demos.common import Run
-from demos.interval import number
-from demos.output import start
 from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, viz
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Array
+
+from . import learning_rates
+from .common import Run
+from .interval import number
+from .output import start
 
 MODELS = ("without BatchNorm", "with BatchNorm", "with noisy BatchNorm")
 MEASURES = {  # name: unit

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from demos.common import Run
-from demos.interval import interval, number
-from demos.options import OPTIMIZERS
-from demos.output import start
 from tinygrad_bn import Tensor, manual_seed, nn, no_grad, optim, train, viz
 from tinygrad_bn import functional as F
 from tinygrad_bn.datasets import Dataset
 from tinygrad_bn.tensor import Array
+
+from .common import Run
+from .interval import interval, number
+from .options import OPTIMIZERS
+from .output import start
 
 # Required validation accuracies; mnist5k holds out 1,000 of its 5,000 digits.
 TARGETS = {"mnist5k": 0.97, "mnist": 0.98, "fashion_mnist": 0.90}

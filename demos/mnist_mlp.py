@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import MODELS, Run
-from demos.interval import interval
-from demos.options import OPTIMIZERS
-from demos.output import start
 from tinygrad_bn import manual_seed, nn, train, viz
+
+from .common import MODELS, Run
+from .interval import interval
+from .options import OPTIMIZERS
+from .output import start
 
 PARTS = ("TRAIN", "VALID")
 

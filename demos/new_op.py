@@ -6,11 +6,12 @@ order and the tests of the built-in ops. Here it is the activation of a small ne
 
 import numpy as np
 
-from demos.common import Run
-from demos.interval import interval
-from demos.output import start
 from tinygrad_bn import functional, manual_seed, nn, primitive, testing
 from tinygrad_bn.sample import REAL, elementwise
+
+from .common import Run
+from .interval import interval
+from .output import start
 
 
 @primitive(

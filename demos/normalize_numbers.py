@@ -6,9 +6,10 @@ its input, so a network with BatchNorm can still learn the identity.
 
 import numpy as np
 
-from demos.common import Run
-from demos.output import start
 from tinygrad_bn import Tensor, functional, nn
+
+from .common import Run
+from .output import start
 
 
 def main(argv: list[str] | None = None) -> Run:

@@ -43,7 +43,7 @@ SHARED: dict[str, tuple[Callable[[str], Any], str]] = {
 def parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
     """The options that all demos have, and those of `SHARED` named in `defaults`."""
     out = argparse.ArgumentParser(
-        prog=f"python -m demos {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__} {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for option, (convert, text) in SHARED.items():
         if option in defaults:

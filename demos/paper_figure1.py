@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import MODELS, Run
-from demos.interval import interval
-from demos.output import start
 from tinygrad_bn import Tensor, manual_seed, nn, no_grad, train, viz
 from tinygrad_bn.tensor import Array
+
+from .common import MODELS, Run
+from .interval import interval
+from .output import start
 
 SIZES = (784, 100, 100, 100)
 UNIT = 0

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from demos.common import MODELS, Run
-from demos.interval import interval
-from demos.output import start
 from tinygrad_bn import manual_seed, nn, optim, train, viz
 from tinygrad_bn.datasets import Dataset
+
+from .common import MODELS, Run
+from .interval import interval
+from .output import start
 
 # Whether inputs are standardised, the optimiser, and its learning rate.
 SETTINGS = {

@@ -8,6 +8,8 @@ array([[-0.9258],
        [ 1.3887]], dtype=float32)
 """
 
+from typing import Any
+
 from tinygrad_bn import cuda, datasets, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.modes import composed, debug, is_recording, no_grad
@@ -18,3 +20,12 @@ __all__ = [
     "Tensor", "composed", "cuda", "datasets", "debug", "functional", "fused", "grad", "held_constant", "is_recording",
     "manual_seed", "nn", "no_grad", "optim", "primitive", "testing", "train",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`__version__`, from the installed package's metadata; read on demand, as that takes longer than the import."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("tinygrad-bn")

@@ -3,13 +3,20 @@
 import importlib
 import importlib.metadata
 import inspect
+import os
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
+import tinygrad_bn
+
 PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "backend", "kernels", "cuda")
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
 
 LAZY = """
@@ -63,6 +70,31 @@ def test_data_and_licenses_are_with_the_package():
     assert metadata["Requires-Python"] == ">=3.11"
     required = {r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
     assert required == {"numpy", "numba", "matplotlib", "rich", "pooch[progress]"}
+
+
+def test_all_packages_are_installed_under_names_of_our_own():
+    packages = PROJECT["tool"]["setuptools"]["packages"]
+    folders = {
+        ".".join(path.parent.relative_to(base).parts)
+        for base in (ROOT, ROOT / "kernels")
+        for path in base.glob("tinygrad_bn*/**/__init__.py")
+    }
+    assert sorted(packages) == sorted(folders | {"tinygrad_bn_demos"})
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert tinygrad_bn.__version__ == PROJECT["project"]["version"]
+    with pytest.raises(AttributeError, match="'tinygrad_bn' has no attribute 'nope'"):
+        tinygrad_bn.nope  # noqa: B018
+
+
+def test_the_installed_package_runs_the_demos_anywhere(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    for arguments, printed in ((), "usage: python -m tinygrad_bn_demos NAME"), (["normalize_numbers"], "[-1.64750894 "):
+        command = [sys.executable, "-m", "tinygrad_bn_demos", *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert printed in done.stdout
 
 
 @pytest.mark.parametrize("name", MODULES)
