@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos test test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos test test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +19,18 @@ demos: $(VENV)/.installed  ## run every demo, and make a page of their figures i
 
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
+
+# From the sdist, on one core, in a folder with a space, without a home or a place for compiled loops: HOME is not a
+# folder, and a file stands where __pycache__ would be made, which binds root too.
+OLDEST := build/oldest versions
+test-oldest: $(VENV)/.oldest  ## run the test-suite with the oldest versions that pyproject.toml allows, and little else
+	rm -rf "$(OLDEST)" && mkdir -p "$(OLDEST)"
+	$(BIN)/uv build --quiet --sdist --out-dir "$(OLDEST)"
+	tar -xzf "$(OLDEST)"/tinygrad_bn-*.tar.gz -C "$(OLDEST)" --strip-components=1
+	$(BIN)/uv venv --quiet --python $(BIN)/python "$(OLDEST)/.venv"
+	uv=$$PWD/$(BIN)/uv && cd "$(OLDEST)" && $$uv pip install --quiet --python .venv --resolution lowest-direct '.[test]'
+	cd "$(OLDEST)" && touch kernels/tinygrad_bn_kernels/cpu/__pycache__ && \
+	  env -u NUMBA_CACHE_DIR -u XDG_CACHE_HOME HOME=/dev/null $(ONE_CORE) .venv/bin/python -m pytest --ignore=tests/peers
 
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
@@ -62,6 +75,6 @@ $(VENV)/.gpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@
