@@ -9,7 +9,7 @@ import numpy as np
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled, expect_one_shape
 from tinygrad_bn_kernels.cpu.exponential import exp
-from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.jit import inlined, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.threads import ERF_COST, EXP_COST, PHILOX_COST, split
 
@@ -75,7 +75,7 @@ def erfc(x: Array) -> Array:
 # ---- SiLU and GELU, in float64 -------------------------------------------------------------------------
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _limited(x, limit):
     """x within ±limit; NaN for NaN."""
     return limit if x > limit else -limit if x < -limit else x

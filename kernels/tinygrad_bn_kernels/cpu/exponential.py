@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import config, types
 from numba.extending import intrinsic
 
-from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.jit import inlined
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
@@ -32,7 +32,7 @@ LN2_HIGH = 0.693147180369123816490  # its last 21 bits are 0, so that k · LN2_H
 LN2_LOW = 1.90821492927058770002e-10
 
 
-@njit(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def exp(x):
     """eˣ in float64, to 2 units in the last place; 0 for x ≤ −707, NaN for NaN.
 
