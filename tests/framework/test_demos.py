@@ -123,6 +123,7 @@ def test_bn_backward(tmp_path, capsys):
         assert shown["autograd"][i, j] == pytest.approx(((up - down) * _g).sum() / 2e-5, abs=6e-5)
 
 
+@pytest.mark.compiled
 def test_new_op_learns(tmp_path, capsys):
     run = new_op.main(["--seeds", "2", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -184,6 +185,7 @@ def test_titanic_with_one_seed_has_no_interval(tmp_path, capsys):
     assert re.search(r"raw inputs, SGD +0\.\d\d\d +0\.\d\d\d +-?0\.\d\d\d *$", printed, re.M)
 
 
+@pytest.mark.compiled
 def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
     options = ["--seed", "5", "--seeds", "2"]
     run = deep_mlp.main(["--epochs", "2", "--quiet", *options, "--out", str(tmp_path / "a")])
@@ -230,6 +232,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(optim.Adam, "step", stepped)
 
 
+@pytest.mark.compiled
 def test_ctrl_c_in_the_first_seed_keeps_the_epochs_so_far(tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, 30)  # of 24 in the first network of 3 epochs
     with pytest.raises(SystemExit) as end:
@@ -238,6 +241,7 @@ def test_ctrl_c_in_the_first_seed_keeps_the_epochs_so_far(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["without_BatchNorm_seed_0.csv"], "nothing to compare"
 
 
+@pytest.mark.compiled
 def test_ctrl_c_reports_the_finished_seeds_and_claims_nothing(tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, 40)  # of 16 in each network of 2 epochs
     run = deep_mlp.main(["--epochs", "2", "--seeds", "3", "--no-plot", "--out", str(tmp_path)])
@@ -338,6 +342,7 @@ def test_half_a_file_of_results_fails_alone(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+@pytest.mark.compiled
 def test_a_narrow_terminal_cuts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     options = ["--epochs", "1", "--seeds", "2", "--no-plot", "--out", str(tmp_path)]
@@ -351,6 +356,7 @@ def test_a_narrow_terminal_cuts_nothing(tmp_path, monkeypatch, capsys):
             assert name in printed
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:BatchNorm1d.*not finite")
 def test_a_network_that_overflows_is_shown_as_such(tmp_path, capsys):
     run = deep_mlp.main(["--epochs", "1", "--seeds", "2", "--optimizer", "sgd", "--lr", "1e9", "--out", str(tmp_path)])
@@ -390,6 +396,7 @@ def test_the_network_of_the_first_article(capsys):
     assert any("(N, 64, 5, 5)" in " ".join(row) for row in rows)
 
 
+@pytest.mark.compiled
 def test_the_log_of_the_third_article(tmp_path, capsys):
     run = mnist_mlp.main(["--epochs", "1", "--seeds", "2", "--no-plot", "--out", str(tmp_path)])
     printed, number = capsys.readouterr().out, r"\d+\.\d{5}"
@@ -404,6 +411,7 @@ def test_the_log_of_the_third_article(tmp_path, capsys):
             assert float(loss) == pytest.approx(run.results[f"{model}, {part}"][0][0].loss, abs=6e-6)
 
 
+@pytest.mark.compiled
 def test_the_page_of_all_demos(tmp_path, capsys):
     assert gallery.main(["bn_backward", "deep_mlp"], ["--out", str(tmp_path), "--check"]) == 0
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
