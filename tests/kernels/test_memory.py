@@ -1,6 +1,8 @@
 """Memory is reused once no array refers to it, and at most the limit is kept."""
 
 import gc
+import signal
+import sys
 import weakref
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tinygrad_bn_kernels.cpu import memory
 from tinygrad_bn_kernels.cpu.memory import ALIGNMENT, KEEP_FROM, MemoryCache
 
-from tests.tools.processes import on_threads
+from tests.tools.processes import on_threads, output, python
 from tinygrad_bn import Tensor, functional
 
 MEGABYTE = 1 << 20
@@ -62,15 +64,118 @@ def test_a_limit_of_0_keeps_nothing():
     assert cache.kept == 0
 
 
-def test_with_the_lock_held_memory_is_allocated_normally():
+def test_a_destructor_may_allocate_while_the_lock_is_held():
     cache = MemoryCache(64 * MEGABYTE)
     x = cache.empty((512, 512), np.float32)
     with cache._lock:
         y = cache.empty((512, 512), np.float32)
         y[:] = 1
+        where = place(x)
         del x
-    assert cache.kept == 0
+        assert place(cache.empty((512, 512), np.float32)) == where
     assert (y == 1).all()
+
+
+def test_memory_is_freed_without_python_code():
+    """Python ignores a Ctrl-C that comes in a destructor."""
+    cache = MemoryCache(64 * MEGABYTE)
+    arrays, calls = [cache.empty((512, 512), np.float32) for _ in range(3)], []
+    before = sys.gettrace()
+    sys.settrace(lambda *event: calls.append(event))
+    try:
+        arrays.clear()
+    finally:
+        sys.settrace(before)
+    assert cache.kept == 3 * (MEGABYTE + ALIGNMENT)
+    assert not calls
+
+
+def test_interrupts_reach_the_program_and_the_cache_works_on():
+    cache, delivered, caught = MemoryCache(8 * MEGABYTE), [], 0
+
+    def handler(number, frame):
+        delivered.append(number)
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, handler)
+    try:
+        for i in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 1e-6)
+                while len(delivered) == i:
+                    cache.empty((512, 512), np.float32)
+            except KeyboardInterrupt:
+                caught += 1
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert caught == len(delivered) == 200
+    where = place(cache.empty((512, 512), np.float32))
+    assert place(cache.empty((512, 512), np.float32)) == where
+    assert cache.kept <= cache.limit
+
+
+def test_memory_in_use_is_forgotten_when_newer_memory_needs_the_room():
+    cache = MemoryCache(3 * MEGABYTE + 3 * ALIGNMENT)
+    held, temporary = [cache.empty((MEGABYTE,), np.uint8) for _ in range(8)], set()
+    for _ in range(4):
+        temporary.add(place(cache.empty((MEGABYTE,), np.uint8)))
+    assert len(temporary) == 1
+    del held
+    assert 0 < cache.kept <= cache.limit
+    kept = cache.kept
+    assert cache.release() == kept
+    assert cache.kept == 0
+
+
+def test_sizes_that_do_not_come_again_leave_nothing():
+    cache = MemoryCache(4 * MEGABYTE)
+    for n in range(200):
+        cache.empty((MEGABYTE + n,), np.uint8)
+    assert len(cache._memory) + len(cache._free) + len(cache._gone) < 12
+
+
+FULL = """
+import resource
+import numpy as np
+import tinygrad_bn
+from tinygrad_bn import Tensor, functional as F
+from tinygrad_bn_kernels.cpu import memory
+
+x = np.ones((106 << 20) // 4, "f4")
+F.relu(Tensor(np.ones(1 << 20, "f4"), requires_grad=True)).backward(np.ones(1 << 20, "f4"))  # imports all
+
+def keep():
+    del (arrays := [memory.empty(x.shape, "f4") for _ in range(4)])[:]
+    assert memory.cache.kept > 420 << 20
+
+def in_use():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+keep()
+resource.setrlimit(resource.RLIMIT_AS, (in_use() + (20 << 20), -1))
+for needs_memory in NEEDS:
+    keep()
+    needs_memory()
+keep()
+assert tinygrad_bn.empty_cache() > 420 << 20
+assert memory.cache.kept == 0
+np.empty(200 << 20, "u1")
+try:
+    F.add(x, np.ones((8, 1), "f4"))
+except MemoryError:
+    print("too much")
+"""
+NEEDS = """[
+    lambda: memory.empty((50 << 20,), "f4"),
+    lambda: F.concatenate([x, x]),
+    lambda: Tensor(np.broadcast_to(np.float32(1), (50 << 20,))),
+    lambda: F.exp(np.broadcast_to(np.float32(1), (50 << 20,))),
+]"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit for memory")
+def test_memory_that_is_kept_is_given_up_before_memory_is_full():
+    assert output(python(FULL.replace("NEEDS", NEEDS))) == "too much"
 
 
 def test_threads_never_share_an_array():

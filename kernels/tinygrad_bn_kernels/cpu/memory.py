@@ -4,10 +4,11 @@ The system zeroes fresh pages one by one, which costs as much as the arithmetic 
 allocates the same sizes again and again.
 """
 
-import _thread
 import math
 import os
-from threading import Lock
+import weakref
+from collections import OrderedDict, deque
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -22,70 +23,88 @@ ALIGNMENT = 64
 
 
 class _Buffer:
-    """The base of an array: its memory returns to the cache when no array refers to it."""
+    """The base of an array. When no array refers to it, it is gone, and its memory is free.
 
-    memory: Array | None = None  # set in __init__, which may be interrupted
+    It has no `__del__`: Python would ignore a Ctrl-C that comes there.
+    """
 
-    def __init__(self, cache: "MemoryCache", memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.cache, self.memory = cache, memory
+    def __init__(self, memory: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.memory = memory
         start = memory.ctypes.data
         data = start + -start % ALIGNMENT, False
         self.__array_interface__ = {"version": 3, "shape": shape, "typestr": dtype.str, "data": data}
 
-    def __del__(self) -> None:
-        try:
-            if self.memory is not None:
-                self.cache.free(self.memory)
-        except KeyboardInterrupt:
-            _thread.interrupt_main()  # Python ignores exceptions in __del__
-
 
 class MemoryCache:
-    """Freed memory by size, at most `limit` bytes; the least recently allocated sizes are dropped first.
+    """The memory of buffers, lent again when they are gone: at most `limit` bytes, of those lent last.
 
-    If the lock is held (by another thread, or by this one when the garbage collector runs), memory is allocated and
-    freed normally; a thread hardly ever waits.
+    Memory that is in use when it is forgotten goes back to the system later.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.kept = 0  # bytes
-        self._sizes: dict[int, list[Array]] = {}
-        self._lock = Lock()
+        self._memory: OrderedDict[weakref.ref[_Buffer], Array] = OrderedDict()  # the one lent longest ago is first
+        self._gone: deque[weakref.ref[_Buffer]] = deque()  # each buffer that goes: `append` runs no Python code
+        self._free: dict[int, dict[weakref.ref[_Buffer], None]] = {}  # the same, sorted by the size of their memory
+        self._lock = RLock()  # a destructor, called here by the garbage collector, may allocate
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept and not in use."""
+        return sum(memory.size for buffer, memory in list(self._memory.items()) if buffer() is None)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        """`np.empty`, from cached memory if possible."""
+        """`np.empty`, from free memory if possible."""
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize + ALIGNMENT
-        memory = None
-        if not self._lock.locked():
+        free = self._take(size)
+        buffer = _Buffer(self._allocate(size) if free is None else free, shape, dtype)
+        if size <= self.limit:
             with self._lock:
-                free = self._sizes[size] = self._sizes.pop(size, [])
-                if free:
-                    self.kept -= size
-                    memory = free.pop()
-        if memory is None:
-            memory = np.empty(size, np.uint8)
-        return np.asarray(_Buffer(self, memory, shape, dtype))
+                self._memory[weakref.ref(buffer, self._gone.append)] = buffer.memory
+                if free is None:
+                    self._forget_oldest()
+        return np.asarray(buffer)
 
-    def free(self, memory: Array) -> None:
-        """Keep `memory` for another array."""
-        if memory.size > self.limit or self._lock.locked():
-            return
+    def release(self) -> int:
+        """Give all free memory back to the system. Returns its bytes."""
         with self._lock:
-            self._sizes.setdefault(memory.size, []).append(memory)
-            self.kept += memory.size
-            while self.kept > self.limit:
-                size, free = next(iter(self._sizes.items()))
-                if free:
-                    self.kept -= size
-                    free.pop()
-                else:
-                    del self._sizes[size]
+            free = [buffer for buffer in self._memory if buffer() is None]
+            self._free.clear()
+            return sum(self._memory.pop(buffer).size for buffer in free)
 
     def reset_after_fork(self) -> None:
         """A new lock: the old one may be held by a thread that the child does not have."""
-        self._lock = Lock()
+        self._lock = RLock()
+
+    def _allocate(self, size: int) -> Array:
+        """New memory. Gives up the free memory before it raises MemoryError."""
+        try:
+            return np.empty(size, np.uint8)
+        except MemoryError:
+            if not self.release():
+                raise
+        return self._allocate(size)
+
+    def _take(self, size: int) -> Array | None:
+        """Free memory of this size, no longer kept here."""
+        with self._lock:
+            while self._gone:
+                buffer = self._gone.popleft()
+                if buffer in self._memory:
+                    self._free.setdefault(self._memory[buffer].size, {})[buffer] = None
+            free = self._free.get(size)
+            return self._memory.pop(free.popitem()[0]) if free else None
+
+    def _forget_oldest(self) -> None:
+        excess = sum(memory.size for memory in self._memory.values()) - self.limit
+        while excess > 0:
+            buffer, memory = self._memory.popitem(last=False)
+            excess -= memory.size
+            free = self._free.get(memory.size, {})
+            free.pop(buffer, None)
+            if not free:
+                self._free.pop(memory.size, None)
 
 
 cache = MemoryCache(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)
