@@ -5,10 +5,14 @@ gradient for each operand, or None where `needs` is False. If there is no kernel
 runs its NumPy reference. Kernels ``array.…`` are the operators of device arrays.
 """
 
+import logging  # noqa: F401  # registers a lock that imports need; of locks at forks, the one registered last is taken first
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from threading import RLock
+from types import ModuleType
 from typing import Any, TypeVar
 
 Kernel = Callable[..., Any]
@@ -68,6 +72,42 @@ _kernels: dict[tuple[str, str], Kernel | None] = {}  # those that were looked up
 _enabled: ContextVar[bool] = ContextVar("enabled", default=True)
 
 
+# ---- imports and forks -----------------------------------------------------------------------------------
+
+
+importing = RLock()  # held during an import at first use: Python's own locks of modules stay held in a forked child
+
+# A fork waits for these locks, in this order: a child would have no thread to release a lock that is held.
+HELD_AT_FORKS: list[Any] = [importing]
+_held: list[Any] = []
+
+
+def _before_fork() -> None:
+    for lock in HELD_AT_FORKS:  # which grows if the import that the fork waits for adds a lock
+        lock.acquire()
+        _held.append(lock)
+
+
+def _after_fork() -> None:
+    global _held
+    held, _held = _held, []
+    for lock in reversed(held):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+def load(module: str) -> ModuleType:
+    """A module that is imported at the first call only."""
+    with importing:
+        return import_module(module)
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
 def kernel(name: str, device: str) -> Callable[[F], F]:
     """Register the decorated function as the kernel `name` ("mul", "mul.vjp") of `device`.
 
@@ -100,7 +140,7 @@ def lookup(name: str, device: str) -> Kernel | None:
     except KeyError:
         pass
     if module := _module(key):
-        import_module(module)  # registers the kernel
+        load(module)  # registers the kernel
     else:
         _kernels[key] = None
     return _kernels[key]

@@ -124,6 +124,42 @@ def test_a_damaged_file_is_compiled_anew(cache, kind, length):
     assert whole == {path: path.read_bytes() for path in damaged}
 
 
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+def test_one_flipped_bit_is_found_wherever_it_is(cache, kind):
+    compile_two()
+    for path in cache.rglob(kind):
+        whole = path.read_bytes()
+        for at in {*range(0, len(whole), max(len(whole) // 40, 1)), len(whole) - 1}:
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << at % 8
+            path.write_bytes(damaged)
+            with pytest.raises(OSError, match="is damaged"):
+                jit._Files._read(None, str(path))
+        path.write_bytes(whole)
+        jit._Files._read(None, str(path))
+
+
+def test_a_file_in_the_place_of_another_is_found(cache):
+    compile_two()
+    first, second = cache.rglob("*.nbc")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(OSError, match="is damaged"):
+        jit._Files._read(None, str(first))
+    compile_two()
+
+
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.95])
+def test_a_process_compiles_damaged_files_again(cache, kind, part):
+    compiled = output(python(COMPILING, NUMBA_CACHE_DIR=str(cache)))
+    whole = {path: path.read_bytes() for path in cache.rglob(kind)}
+    for path, content in whole.items():
+        at = int(part * len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+    assert output(python(COMPILING, NUMBA_CACHE_DIR=str(cache))) == compiled
+    assert output(python(COMPILING, NUMBA_CACHE_DIR=str(cache))) == "0"
+
+
 COMPILING = """
 import sys, numpy as np
 from numba.core import event

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core.caching import IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
+
+from tinygrad_bn_kernels import HELD_AT_FORKS
 
 try:
     import fcntl
@@ -24,10 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # reassoc lets LLVM vectorise sums; nnan and ninf are left out, as they would break NaN and Inf.
 SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
-if hasattr(os, "register_at_fork"):
-    # A fork waits for compilation to end: the child would inherit a lock that no thread releases.
-    release = global_compiler_lock.release
-    os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=release, after_in_child=release)
+HELD_AT_FORKS.append(global_compiler_lock)
 
 
 def _bases() -> Iterator[Path]:
@@ -69,23 +70,55 @@ def _warn_once() -> None:
     )
 
 
+class _Files(IndexDataCacheFile):
+    """Numba's files of one loop, each behind a checksum: machine code with a flipped bit would end the process.
+
+    A damaged file counts as missing, so the loop is compiled and written again.
+    """
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            stamp, names = self._read(self._index_path)
+        except OSError:
+            return {}
+        return names if stamp == self._source_stamp else {}
+
+    def _save_index(self, names: dict[Any, str]) -> None:
+        self._write(self._index_path, (self._source_stamp, names))
+
+    def _load_data(self, name: str) -> Any:
+        return self._read(self._data_path(name))  # after an OSError Numba compiles
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write(self._data_path(name), data)
+
+    def _read(self, path: str) -> Any:
+        content = Path(path).read_bytes()
+        if content[:32] != _checksum(path, content[32:]):
+            raise OSError(f"{path} is damaged")
+        return pickle.loads(content[32:])
+
+    def _write(self, path: str, data: Any) -> None:
+        content = self._dump(data)
+        with self._open_for_write(path) as file:
+            file.write(_checksum(path, content) + content)
+
+
+def _checksum(path: str, content: bytes) -> bytes:
+    """Of the contents and the name: a file in the place of another is as wrong."""
+    return hashlib.sha256(os.path.basename(path).encode() + b"\0" + content).digest()
+
+
 def _save_safely(dispatcher: Any) -> None:
     """Lock a loop's cache while writing: two processes that save different dtypes would corrupt it.
 
-    If writing fails (full disk, no locks) the loop is only compiled. A damaged file is compiled and written again.
+    If writing fails (full disk, no locks) the loop is only compiled.
     """
     cache = getattr(dispatcher, "_cache", None)  # None with NUMBA_DISABLE_JIT
     if cache is None:
         return
-    load, save = cache.load_overload, cache.save_overload
-
-    def load_if_whole(signature: Any, context: Any) -> Any:
-        try:
-            return load(signature, context)
-        except Exception:  # unpickling a damaged file may raise anything
-            with suppress(OSError):
-                cache.flush()
-            return None
+    save, names = cache.save_overload, cache._impl
+    cache._cache_file = _Files(cache.cache_path, names.filename_base, names.locator.get_source_stamp())
 
     def save_alone(signature: Any, data: Any) -> None:
         try:
@@ -97,7 +130,7 @@ def _save_safely(dispatcher: Any) -> None:
         except OSError:
             _warn_once()
 
-    cache.load_overload, cache.save_overload = load_if_whole, save_alone
+    cache.save_overload = save_alone
 
 
 def njit(**options: Any) -> Callable[[F], F]:

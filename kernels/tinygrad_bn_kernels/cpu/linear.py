@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels import kernel, load
 from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.reduce import sum_
 
@@ -21,9 +21,8 @@ def _product(a: Array, b: Array, bias: Array | None = None) -> Array:
         raise ValueError(f"matrices of {a.shape} and {b.shape} cannot be multiplied")
     large = a.size * b.shape[1] > SMALL and min(len(a), b.shape[1]) >= THIN
     if large and a.dtype == b.dtype and a.dtype.char in "fd":
-        from tinygrad_bn_kernels.cpu.products import product  # imports Numba
-
-        return product(a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias)
+        products = load("tinygrad_bn_kernels.cpu.products")  # imports Numba
+        return products.product(a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias)
     with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
         out = np.matmul(a, b)
     return out if bias is None else np.add(out, bias, out=out)

@@ -11,12 +11,11 @@ Sums are in float64. Other dtypes, empty arrays and wrong axes give `NotImplemen
 import math
 from collections.abc import Callable
 from functools import cache, lru_cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_bn_kernels import kernel
+from tinygrad_bn_kernels import kernel, load
 from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.threads import READING_COST, split
@@ -166,7 +165,7 @@ def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, 
 def _loop(name: str, rows: bool | None = None) -> Any:
     """A loop of `reduce_loops`, for rows or columns. The import is late: small sums need no Numba."""
     prefix = "" if rows is None else "row_" if rows else "column_"
-    return getattr(import_module("tinygrad_bn_kernels.cpu.reduce_loops"), prefix + name)
+    return getattr(load("tinygrad_bn_kernels.cpu.reduce_loops"), prefix + name)
 
 
 def _run(loop: str, x: Array, found: Plan, *args: Any) -> None:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from tinygrad_bn_kernels import importing
+
 if TYPE_CHECKING:
     from tinygrad_bn_kernels.cpu.thread_pool import ThreadPool
 
@@ -91,9 +93,10 @@ def _started_pool() -> "ThreadPool | None":
     """The pool with its workers; None without compilation, and with bounds checks, which may raise on any thread."""
     global _pool
     if _pool is None:
-        from numba import config  # not at the top: small reductions do not import Numba
+        with importing:  # not at the top: small reductions do not import Numba
+            from numba import config
 
-        from tinygrad_bn_kernels.cpu.thread_pool import ThreadPool
+            from tinygrad_bn_kernels.cpu.thread_pool import ThreadPool
 
         if config.DISABLE_JIT or config.BOUNDSCHECK:  # type: ignore[attr-defined]
             return None
