@@ -114,14 +114,20 @@ def _cache_folder() -> Path | None:
     return folder
 
 
+def _checksum(ptx: str) -> str:
+    return hashlib.sha256(ptx.encode()).hexdigest()
+
+
 def _cached_ptx(program: Program, signature: Signature, cc: tuple[int, int]) -> str:
     from tinygrad_bn_kernels.cuda import shim
 
     folder = _cache_folder()
     file_name = "_".join((program.name, *signature, f"sm{cc[0]}{cc[1]}")).replace("*", "s")
     path = folder / f"{file_name}.ptx" if folder else None
-    if path and path.exists() and ".entry" in (cached := path.read_text()):
-        return cached
+    if path and path.exists():
+        checksum, _, cached = path.read_text(errors="replace").partition("\n")
+        if checksum == _checksum(cached):
+            return cached
     ptx = shim.compile_ptx(program.build(shim.TYPES[signature[0].removesuffix("*")]), signature, cc)
     if not any(kind.startswith("f8") for kind in signature):  # a float64 takes two registers
         before, entry, rest = ptx.partition(".entry")
@@ -129,7 +135,7 @@ def _cached_ptx(program: Program, signature: Signature, cc: tuple[int, int]) -> 
     if path:
         temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         with suppress(OSError):  # on a full disk the next process compiles again
-            temporary.write_text(ptx)
+            temporary.write_text(f"{_checksum(ptx)}\n{ptx}")
             temporary.replace(path)  # atomic: another process may be reading
     return ptx
 
