@@ -2,8 +2,10 @@
 
 import gzip
 import math
+import os
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from tinygrad_bn import datasets, manual_seed
-from tinygrad_bn.datasets import Batches, DataError, Dataset, fetch, load, read_csv, read_idx
+from tinygrad_bn.datasets import Batches, DataError, Dataset, fetch, files, load, read_csv, read_idx
 
 IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 EMBEDDED = Path(datasets.__file__).parent / "data"
@@ -156,6 +158,57 @@ def test_wrong_magic(tmp_path, magic):
     (tmp_path / "magic").write_bytes(magic + b"\0\0\0\1x")
     with pytest.raises(DataError, match=f"magic is not an IDX file: it starts with {magic.hex(' ')}"):
         read_idx(tmp_path / "magic")
+
+
+def test_a_file_without_magic_of_any_length(tmp_path):
+    (tmp_path / "long").write_bytes(b"\1" * 5000)
+    with pytest.raises(DataError, match="long is not an IDX file: it starts with 01 01 01 01"):
+        read_idx(tmp_path / "long")
+
+
+def header(*shape):
+    return b"\0\0\x08" + bytes([len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+
+
+@pytest.mark.parametrize("announced", [(10,), (1020 - 4,), (1020 - 8,), (3, 5), (2000,)])
+@pytest.mark.parametrize("excess", [1, 1 << 26])
+def test_no_more_is_decompressed_than_the_header_announces(tmp_path, announced, excess):
+    content = header(*announced) + bytes(int(np.prod(announced)))
+    bomb = tmp_path / "bomb.gz"
+    bomb.write_bytes(gzip.compress(content))
+    assert read_idx(bomb).shape == announced
+    bomb.write_bytes(gzip.compress(content + bytes(excess)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=rf"bomb\.gz is damaged: it has more than the {len(content)} bytes"):
+            read_idx(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("written", [bytes, gzip.compress])
+def test_a_header_may_announce_what_is_not_there(tmp_path, written):
+    (tmp_path / "short").write_bytes(written(header(*[1 << 31] * 3) + bytes(100)))
+    with pytest.raises(DataError, match=r"short is damaged: it has 116 bytes, an array of shape .* needs"):
+        read_idx(tmp_path / "short")
+
+
+def test_a_table_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CSV_LIMIT", 1 << 20)
+    path = tmp_path / "bomb.csv"
+    path.write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * (1 << 19)))
+    with pytest.raises(DataError, match=r"bomb\.csv is damaged: it has more than the 1048576 bytes"):
+        read_csv(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
+def test_endless_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        for read in (read_idx, read_csv):
+            with pytest.raises(DataError, match=f"{path} is not a regular file"):
+                read(path)
 
 
 def test_missing_files_and_folders_in_their_place(tmp_path):

@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,11 @@ from tinygrad_bn.tensor import Array
 
 # The third byte of an IDX file is the code of its dtype, which is big-endian.
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+HEADER = 4 + 4 * 255  # bytes, the longest header of IDX
+CSV_LIMIT = 1 << 28  # bytes
+RATIO = 1032  # gzip compresses to no less
 
 
 class DataError(ValueError):
@@ -49,22 +54,42 @@ def locate(folder: Path, name: str) -> Path:
     raise MissingError(f"neither {name}.gz nor {name} exists in {folder}")
 
 
-def read_bytes(path: Path, sha256: str | None = None) -> bytes:
+def read_bytes(path: Path, sha256: str | None, limit: int | Callable[[bytes], int]) -> bytes:
     """The contents of a file, decompressed if it is gzip.
 
-    Raises DataError if the file cannot be read, is damaged, or does not have the given hash.
+    No more is read than `limit` bytes, as a small archive may decompress to any size: a number, or a function of the
+    first HEADER bytes (-1: no more than these). Raises DataError if there is more, or the file cannot be read, is
+    damaged, or has another hash.
     """
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except OSError as error:  # also gzip.BadGzipFile
-        raise DataError(f"cannot read {path}: {error}") from error
+        if not path.is_file():
+            raise DataError(f"{path} is not a regular file")
+        size = path.stat().st_size
+        with path.open("rb") as raw:
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            file = gzip.GzipFile(fileobj=raw) if zipped else raw
+            content = file.read(HEADER)
+            most = limit(content) if callable(limit) else limit
+            there = size * RATIO if zipped else size
+            content += file.read(min(most, there) + 1 - len(content)) if most >= len(content) else b""
+    except (OSError, MemoryError) as error:  # also gzip.BadGzipFile
+        raise DataError(f"cannot read {path}: {error or 'it is larger than the memory'}") from error
     except (EOFError, zlib.error) as error:
         raise DataError(f"{path} is a damaged or truncated gzip file: {error}") from error
+    if 0 <= most < len(content):
+        raise DataError(f"{path} is damaged: it has more than the {most} bytes that are expected")
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise DataError(f"{path} is not the expected file: its contents have SHA-256 {found}, not {sha256}")
     return content
+
+
+def _idx_size(content: bytes) -> int:
+    """Bytes of the IDX file that starts like this; -1 if it is none."""
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_DTYPES:
+        return -1
+    ndim = content[3]
+    shape = np.frombuffer(content[4 : 4 + 4 * ndim].ljust(4 * ndim, b"\0"), ">u4")
+    return 4 + 4 * ndim + math.prod(map(int, shape)) * np.dtype(IDX_DTYPES[content[2]]).itemsize
 
 
 def read_idx(path: str | Path, sha256: str | None = None) -> Array:
@@ -74,7 +99,7 @@ def read_idx(path: str | Path, sha256: str | None = None) -> Array:
         DataError: the file is missing, damaged or not IDX, or its contents do not have the given SHA-256.
     """
     path = Path(path)
-    content = read_bytes(path, sha256)
+    content = read_bytes(path, sha256, _idx_size)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_DTYPES:
         raise DataError(f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}")
     dtype, ndim = np.dtype(IDX_DTYPES[content[2]]), content[3]
@@ -93,13 +118,13 @@ def read_idx(path: str | Path, sha256: str | None = None) -> Array:
 
 
 def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a CSV file (UTF-8, plain or gzip).
+    """The header and the rows of a CSV file (UTF-8, plain or gzip) of at most 256 MiB.
 
     Raises:
         DataError: the file is missing, damaged or empty, or a row and the header differ in their number of fields.
     """
     path = Path(path)
-    content = read_bytes(path, sha256)
+    content = read_bytes(path, sha256, CSV_LIMIT)
     rows: list[list[str]] = []
     try:
         reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
