@@ -76,6 +76,43 @@ def test_one_window_needs_no_stride(stride):
     assert F.conv1d(Tensor(np.ones((1, 1, 3))), np.ones((1, 1, 2)), stride=stride).item() == 2
 
 
+@pytest.mark.parametrize("kernel", [12, 2**20, 2**40, 2**59])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_pooling_with_a_kernel_far_larger_than_the_input(kernel, create_graph):
+    x = Tensor(np.arange(12.0).reshape(1, 1, 3, 4), requires_grad=True)
+    for context in (nullcontext(), composed()):
+        with context:
+            assert F.max_pool2d(x, kernel, padding=kernel // 2).item() == 11
+            assert F.max_pool2d(x, kernel, stride=1, padding=kernel // 2).numpy()[..., 0, 0] == 11
+            assert F.max_pool2d(x, (2, kernel), stride=kernel, ceil_mode=True, padding=(0, 0)).item() == 7
+            assert F.avg_pool2d(x, kernel, padding=kernel // 2, count_include_pad=False).item() == 5.5
+            assert F.avg_pool2d(x, kernel, padding=kernel // 2).item() == pytest.approx(66 / kernel**2)
+    dx = grad(F.max_pool2d(x, kernel, padding=kernel // 2).sum(), x, create_graph=create_graph)
+    assert dx.numpy().reshape(-1).tolist() == [0] * 11 + [1]
+
+
+@pytest.mark.parametrize("dilation", [5, 2**40, 2**59])
+def test_pooling_with_a_dilation_far_larger_than_the_input(dilation):
+    x = Tensor(np.arange(16.0).reshape(1, 1, 4, 4))
+    for context in (nullcontext(), composed()):
+        with context:
+            y = F.max_pool2d(x, 2, stride=dilation, dilation=dilation, ceil_mode=True)
+            assert y.numpy().tolist() == [[[[0]]]]
+            with pytest.raises(ValueError, match="does not fit x"):
+                F.max_pool2d(x, 2, dilation=dilation)
+
+
+def test_sizes_that_no_memory_holds_are_errors_at_once():
+    x = Tensor(np.ones((1, 1, 4, 4), np.float32))
+    with pytest.raises(ValueError, match="pooling may be up to 1152921504606846976"):
+        F.max_pool2d(x, 2**70, padding=2**69)
+    for function in (F.adaptive_avg_pool, F.adaptive_max_pool):
+        with pytest.raises(MemoryError):
+            function(x, 2**44)
+    with pytest.raises(MemoryError):
+        F.pad(x, width=((0, 0), (0, 0), (2**44, 0), (0, 0)))
+
+
 def test_a_mean_of_integers_does_not_overflow():
     assert F.mean(Tensor(np.full(10, 17 * 10**17))).item() == pytest.approx(1.7e18)
 

@@ -23,6 +23,8 @@ from tinygrad_bn.ops import astype, reshape
 from tinygrad_bn.sample import Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
+LARGEST = 1 << 60  # of an option: sums and products with the size of an input stay below 2 ** 63
+
 
 def pooled_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> Ints:
     """Lengths of the output's axes; with `ceil_mode` windows may stick out, but none starts after x."""
@@ -32,6 +34,21 @@ def pooled_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation:
         count = (-(-span // s) if ceil_mode else span // s) + 1
         out.append(count - 1 if ceil_mode and (count - 1) * s >= n + p else count)
     return tuple(out)
+
+
+def _within(
+    size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Kernel, stride, padding and dilation of the same windows without most of what lies outside the input.
+
+    So work and memory are bounded by the input, however large the kernel and its padding are.
+    """
+    each = []
+    for n, k, m, s, p, d in zip(size, kernel, out, stride, padding, dilation, strict=True):
+        first, last = max((p - (m - 1) * s) // d, 0), min((n - 1 + p) // d, k - 1)
+        each.append((last - first + 1, s if m > 1 else 1, p - first * d, d if last > first else 1))
+    kernel, stride, padding, dilation = zip(*each, strict=True)
+    return kernel, stride, padding, dilation
 
 
 def _border(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Pairs:
@@ -90,17 +107,19 @@ def max_pool(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints
 
 def _averages(x: Operand, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, count_include_pad: bool) -> Tensor:
     """Average pooling of x (N, C, *size) to (N, C, *out): the sum of its shifted slices, one axis after the other."""
-    border = _border(x.shape[2:], kernel, out, stride, padding, (1,) * len(kernel))
-    wide = at_least_single(x.dtype)
+    once, wide = (1,) * len(kernel), at_least_single(x.dtype)
     total: Any = astype(x, dtype=wide)
-    if kernel == stride and math.prod(kernel) >= 16 and not any(map(any, border)):  # smaller ones are faster in slices
+    inside = not any(map(any, _border(x.shape[2:], kernel, out, stride, padding, once)))
+    if kernel == stride and math.prod(kernel) >= 16 and inside:  # smaller ones are faster in slices
         return astype(_tile_means(total, kernel, out), dtype=x.dtype)
-    total = pad(total, width=((0, 0), (0, 0), *border))
+    counts = _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)
+    kernel, stride, padding, once = _within(x.shape[2:], kernel, out, stride, padding, once)
+    total = pad(total, width=((0, 0), (0, 0), *_border(x.shape[2:], kernel, out, stride, padding, once)))
     for axis, (k, m, s) in enumerate(zip(kernel, out, stride, strict=True), start=2):
         before = (slice(None),) * axis
         shifted = [getitem(total, index=(*before, slice(at, at + (m - 1) * s + 1, s))) for at in range(k)]
         total = sum(shifted[1:], start=shifted[0])
-    shares = (1 / _counts(x.shape[2:], kernel, out, stride, padding, count_include_pad)).astype(wide)
+    shares = (1 / counts).astype(wide)
     return astype(total * backend.move(shares, backend.device_of(x)), dtype=x.dtype)
 
 
@@ -141,6 +160,8 @@ def window_options(
     kernel = each_axis(kernel_size, ndim, "kernel_size", 1)
     steps = kernel if stride is None else each_axis(stride, ndim, "stride", 1)
     around, spread = each_axis(padding, ndim, "padding", 0), each_axis(dilation, ndim, "dilation", 1)
+    if max(*kernel, *steps, *around, *spread) > LARGEST:
+        raise ValueError(f"kernel, stride, padding and dilation of pooling may be up to {LARGEST}")
     if any(2 * p > k for p, k in zip(around, kernel, strict=True)):
         raise ValueError(f"padding {around} is more than half of the kernel {kernel}: some windows would hold nothing")
     return kernel, steps, around, spread
@@ -153,8 +174,9 @@ def _out(x: Operand, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, 
         raise ValueError(f"a window of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padding}")
     for n, m, k, s, p, d in zip(x.shape[2:], out, kernel, stride, padding, dilation, strict=True):
         if d > 1:
-            at = np.arange(m)[:, None] * s - p + np.arange(k) * d
-            if not ((at >= 0) & (at < n)).any(axis=1).all():
+            start = np.arange(m) * s - p
+            first = np.maximum(-(start // d), 0)  # the first element of each window that does not lie before x
+            if not ((first < k) & (start + first * d < n)).all():
                 raise ValueError(
                     f"some windows of {kernel}, dilation {dilation}, hold nothing but padding of x {x.shape}"
                 )
@@ -186,6 +208,7 @@ def _max_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
         _expect_planes(x, ndim)
         kernel, steps, around, spread = window_options(ndim, kernel_size, stride, padding, dilation)
         out = _out(x, kernel, steps, around, spread, ceil_mode)
+        kernel, steps, around, spread = _within(x.shape[2:], kernel, out, steps, around, spread)
         return max_pool(x, kernel=kernel, out=out, stride=steps, padding=around, dilation=spread)
 
     pool.__name__ = pool.__qualname__ = f"max_pool{ndim}d"
