@@ -102,6 +102,20 @@ def holds_numbers(x: object) -> bool:
     return hasattr(x, "dtype") or isinstance(x, int | float | list | tuple)
 
 
+def is_floating(x: Any) -> bool:
+    """Whether x is a tensor or an array of floating-point numbers."""
+    return hasattr(x, "shape") and x.dtype.kind == "f"
+
+
+def expect_leaf(x: Any) -> None:
+    """Raise RuntimeError if an op computed the tensor x: a copy of its graph would lead to other leaves."""
+    if not x.is_leaf:
+        raise RuntimeError(
+            f"only leaf tensors can be copied or pickled; this result of {x.node.op.name!r} has a graph behind it: "
+            "copy its detach()"
+        )
+
+
 def expect_array(x: Any, caller: str) -> None:
     """Raise TypeError unless x is a tensor or an array of real numbers or booleans."""
     if not hasattr(x, "dtype"):

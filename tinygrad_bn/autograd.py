@@ -10,19 +10,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from tinygrad_bn import backend
-from tinygrad_bn.modes import recording
+from tinygrad_bn.modes import call_recording, recording
 from tinygrad_bn.tensor import OPS, Node, Tensor, apply
 
 
 def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, create_graph: bool = False) -> None:
     """See `Tensor.backward`."""
-    cotangent = _cotangent(y, g)
+    keep = create_graph if retain_graph is None else retain_graph
+    call_recording(create_graph, _accumulate, y, _cotangent(y, g), create_graph, not keep)
+
+
+def _accumulate(y: Tensor, g: Tensor, create_graph: bool, free: bool) -> None:
     order = _topological(y)
     wanted = [t for t in order if (t.node is None and t._requires_grad) or t._retains_grad]
-    keep = create_graph if retain_graph is None else retain_graph
-    with recording(create_graph):
-        grads = _backprop(y, cotangent, order, wanted, create_graph, free=not keep)
-        for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, cotangent).items():
+    grads = _backprop(y, g, order, wanted, create_graph, free)
+    for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, g).items():
+        with backend.updating:
             t.grad = gt if t.grad is None else t.grad + gt
 
 
@@ -61,8 +64,8 @@ def grad(y: Tensor, xs: Any, g: object = None, create_graph: bool = False) -> Te
         if not x.requires_grad:
             raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")
     cotangent = _cotangent(y, g)
-    with recording(create_graph):
-        grads = _separate(_backprop(y, cotangent, _topological(y), wanted, create_graph), cotangent)
+    walk = y, cotangent, _topological(y), wanted, create_graph
+    grads = call_recording(create_graph, lambda: _separate(_backprop(*walk), cotangent))
     out = [grads[x] if x in grads else Tensor._of(backend.full(x._data, 0)) for x in wanted]
     return out[0] if isinstance(xs, Tensor) else out
 
@@ -120,7 +123,7 @@ def _backprop(
 ) -> dict[Tensor, Any]:
     """The gradient of every wanted tensor: arrays, or tensors with `create_graph`. Empties `order`.
 
-    To be called inside `recording(create_graph)`.
+    To be called by `call_recording(create_graph, …)`.
     """
     run = apply if create_graph else backend.forward  # on tensors, or on arrays
     wanted = set(wanted)

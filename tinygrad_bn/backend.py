@@ -8,25 +8,90 @@ On "cpu" an array is NumPy's. On "cuda" it is a `DeviceArray` of `tinygrad_bn_ke
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, TypeAlias
+import os
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from functools import wraps
+from threading import RLock
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from tinygrad_bn_kernels import disabled as kernels_disabled
 from tinygrad_bn_kernels import lookup as find_kernel
+from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "Array", "as_array", "device_of", "expect_broadcast", "expect_one_place", "find_kernel", "forward", "full", "join",
-    "kernels_disabled", "move", "to_numpy", "vjp",
+    "Array", "as_array", "by_one_thread", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
+    "find_kernel", "forward", "full", "join", "kernels_disabled", "move", "to_numpy", "updating", "vjp",
 ]  # fmt: skip
 
 Array: TypeAlias = NDArray[Any]
+P = ParamSpec("P")
+R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
 IN_KERNELS = "?bhilqBHILQefd"  # NumPy's characters of the dtypes that kernels take: not of long doubles
 REPORTED = (IndexError, ValueError, TypeError, AttributeError)  # errors that `forward` explains with the op's operands
+
+
+# ---- memory --------------------------------------------------------------------------------------------
+
+
+def empty_cache() -> int:
+    """Give memory of freed results, which is kept for later results, back to the system. Returns its bytes.
+
+    That of a GPU stays in the pool of its driver.
+    """
+    return memory.release()
+
+
+def _gave_memory(error: MemoryError) -> bool:
+    """Whether the system got memory back, so that what failed may be tried again."""
+    traceback.clear_frames(error.__traceback__)  # they hold arrays
+    return empty_cache() > 0
+
+
+def _again_with_freed_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, called again after a MemoryError if memory was kept here."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except MemoryError as error:
+            if not _gave_memory(error):
+                raise
+        return function(*args, **kwargs)
+
+    return call
+
+
+# ---- threads that share a model -------------------------------------------------------------------------
+
+updating = RLock()  # held while a gradient or running statistics are read, changed and stored
+
+
+def by_one_thread(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run by one thread at a time."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with updating:
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _reset_after_fork() -> None:
+    """A new lock: the old one may be held by a thread that the child does not have."""
+    global updating
+    updating = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 # ---- running an op --------------------------------------------------------------------------------------
@@ -39,6 +104,10 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
             result = op.forward(*arrays, **params)
+    except MemoryError as error:
+        if op.updates or not _gave_memory(error):
+            raise
+        return forward(op, arrays, params)
     except REPORTED as error:
         expect_one_place(arrays)
         expect_numbers(op.name, arrays)
@@ -77,6 +146,7 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     return y.astype(widest) if own.itemsize > widest.itemsize else y
 
 
+@_again_with_freed_memory
 def vjp(
     op: Op,
     g: Any,
@@ -122,6 +192,7 @@ def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:
 # ---- arrays ---------------------------------------------------------------------------------------------
 
 
+@_again_with_freed_memory
 def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
     """A copy of `data` as an array: NumPy's dtype for typed data; float32 for Python floats, int64 for integers.
 
@@ -140,6 +211,7 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
     return array
 
 
+@_again_with_freed_memory
 def new_values(value: Any, old: Any) -> Any:
     """A copy of `value` to replace the array `old`: on its device, in its dtype; the shape has to be the same."""
     given = as_array(value)
@@ -158,6 +230,7 @@ def as_array(value: Any) -> Any:
     return value if type(value) is np.ndarray or device_of(value) != "cpu" else np.asarray(value)
 
 
+@_again_with_freed_memory
 def full(like: Any, value: float, dtype: DTypeLike | None = None) -> Any:
     """An array full of one value, with the shape, device and, by default, dtype of the array `like`."""
     dtype = like.dtype if dtype is None else dtype
@@ -166,6 +239,7 @@ def full(like: Any, value: float, dtype: DTypeLike | None = None) -> Any:
     return device_arrays().full(like.shape, value, dtype)
 
 
+@_again_with_freed_memory
 def join(arrays: Sequence[Any]) -> Any:
     """The elements of arrays of one device, one after the other, on one axis."""
     if device_of(arrays[0]) == "cpu":
@@ -207,6 +281,7 @@ def index_copy(part: Any, indexed: Any) -> Any:
     return array if array.size or isinstance(part, np.ndarray) else array.astype(np.intp)  # NumPy makes [] a float
 
 
+@_again_with_freed_memory
 def to_numpy(array: Any) -> Any:
     """A copy as a NumPy array, from any device; of a tensor too."""
     return np.array(np.asarray(array)) if device_of(array) == "cpu" else array.numpy()

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import io
+import operator
+import os
+import traceback
 import types
 from collections.abc import Callable
 from contextlib import ContextDecorator
-from contextvars import ContextVar, Token
-from functools import wraps
+from contextvars import ContextVar, copy_context
+from functools import partial, wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import Any, Self, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 COMPOSED: ContextVar[bool] = ContextVar("composed", default=False)
 DEBUGGING: ContextVar[bool] = ContextVar("debugging", default=False)
 
 
-class _Mode(ContextDecorator):
-    """A setting for a block or a decorated function. A class, as a generator takes three times as long to enter."""
+class _Mode(io.IOBase, ContextDecorator):
+    """A setting for a block or a decorated function.
+
+    Ctrl-C may come before the first line of any method in Python, and an `__exit__` in Python would then do nothing.
+    That of IOBase is written in C, and calls `close`. Here `close` takes the last of `undo` and calls it, in C too.
+    """
+
+    closed = True  # nothing is left to do when this object goes
 
     def __init__(self, variable: ContextVar[bool], value: bool) -> None:
-        self.variable, self.value, self.tokens = variable, value, list[Token[bool]]()  # several if entered twice
+        self.variable, self.value = variable, value
+        self.undo: list[Callable[[], None]] = []  # several if entered twice
+        self.close = map(operator.call, iter(self.undo.pop, None)).__next__  # type: ignore[method-assign]
 
-    def __enter__(self) -> None:
-        self.tokens.append(self.variable.set(self.value))
-
-    def __exit__(self, *error: object) -> None:
-        self.variable.reset(self.tokens.pop())
+    def __enter__(self) -> Self:
+        before = self.variable.get()
+        try:
+            self.undo.append(partial(self.variable.reset, self.variable.set(self.value)))
+        except BaseException:  # Ctrl-C: `with` does not call `__exit__` then
+            self.variable.set(before)
+            raise
+        return self
 
     def _recreate_cm(self) -> Self:
         return type(self)(self.variable, self.value)  # a new one for each call of a decorated function: for threads
@@ -85,18 +101,31 @@ class _Pausing:
         """Run `body` from pause to pause, passing on what is sent and thrown in; its result."""
         step, sent = body.send, None
         while True:
-            token = self.variable.set(self.inside)
+            before = self.variable.get()
             try:
+                self.variable.set(self.inside)
                 result = step(sent)
             except StopIteration as end:
                 return end.value
             finally:
-                self.inside = self.variable.get()  # the body may have paused in a block of its own
-                self.variable.reset(token)
+                try:
+                    self.inside = self.variable.get()  # the body may have paused in a block of its own
+                finally:  # after a Ctrl-C too
+                    self.variable.set(before)
             try:
                 step, sent = body.send, (yield result)
             except BaseException as error:
                 step, sent = body.throw, error
+
+
+def call_recording(on: bool, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, in which ops record or do not. In a context of its own: the caller's never changes."""
+    return copy_context().run(_call_recording, on, function, args)
+
+
+def _call_recording(on: bool, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    RECORDING.set(on)
+    return function(*args)
 
 
 def recording(on: bool) -> _Mode:
@@ -125,3 +154,9 @@ def composed() -> _Mode:
 def debug() -> _Mode:
     """Inside `with debug():` an error in the backward pass of an op says where the op was called."""
     return _Mode(DEBUGGING, True)
+
+
+def calling_lines() -> str:
+    """The innermost lines of the program outside this package."""
+    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(os.path.dirname(__file__))]
+    return "".join(traceback.format_list(frames[-2:]))

@@ -7,8 +7,6 @@ gradients come from one rule per operand (`primitive`), or from the composition 
 from __future__ import annotations
 
 import operator
-import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -19,9 +17,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import bind, checked_option, expect_declaration, holds_numbers
+from tinygrad_bn.arguments import bind, checked_option, expect_declaration, expect_leaf, holds_numbers, is_floating
 from tinygrad_bn.backend import Array as Array
-from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, is_recording
+from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
 from tinygrad_bn.sample import Sample, completed
 
 P = ParamSpec("P")
@@ -110,7 +108,7 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
     if RECORDING.get() and op.differentiable and result.dtype.kind == "f":
         needs = [isinstance(o, Tensor) and o._requires_grad for o in inputs]
         if True in needs:
-            caller = _caller() if DEBUGGING.get() else None
+            caller = calling_lines() if DEBUGGING.get() else None
             y._requires_grad, y.node = True, Node(op, inputs, needs, arrays, result, saved, params, caller)
     return y, saved
 
@@ -120,12 +118,6 @@ def _constant(operand: Any) -> Any:
     if isinstance(operand, np.generic) and operand.dtype.kind in "fiub":
         return operand.item()
     return operand if operand is None or isinstance(operand, bool | int | float | Tensor) else Tensor(operand)
-
-
-def _caller() -> str:
-    """The innermost lines of the program outside this package."""
-    frames = [f for f in traceback.extract_stack() if not f.filename.startswith(os.path.dirname(__file__))]
-    return "".join(traceback.format_list(frames[-2:]))
 
 
 # ---- declaring an op ------------------------------------------------------------------------------------
@@ -245,8 +237,8 @@ def _in_float64(composition: Callable[..., Any]) -> Callable[..., Any]:
     def compute(*operands: Any, **params: Any) -> Any:
         result = composition(*map(widened, operands), **params)
         y, *saved = result if isinstance(result, tuple) else (result,)
-        dtype = next((o.dtype.newbyteorder("=") for o in operands if _is_floating(o)), np.dtype(np.float32))
-        if dtype.itemsize < 8 and _is_floating(y):
+        dtype = next((o.dtype.newbyteorder("=") for o in operands if is_floating(o)), np.dtype(np.float32))
+        if dtype.itemsize < 8 and is_floating(y):
             y = apply(OPS["astype"], (y,), {"dtype": dtype})[0]
         return (y, *saved) if isinstance(result, tuple) else y
 
@@ -255,11 +247,7 @@ def _in_float64(composition: Callable[..., Any]) -> Callable[..., Any]:
 
 def widened(x: Operand) -> Operand:
     """`x` in float64 if it is floating-point of less precision, else as it is."""
-    return apply(OPS["astype"], (x,), {"dtype": np.float64})[0] if _is_floating(x) and x.dtype.itemsize < 8 else x
-
-
-def _is_floating(x: Operand) -> bool:
-    return hasattr(x, "shape") and x.dtype.kind == "f"
+    return apply(OPS["astype"], (x,), {"dtype": np.float64})[0] if is_floating(x) and x.dtype.itemsize < 8 else x
 
 
 # ---- the tensor -----------------------------------------------------------------------------------------
@@ -452,6 +440,11 @@ class Tensor:
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
         return backend.converted(self._data, dtype, copy)
+
+    def __getstate__(self) -> object:
+        """For `copy` and `pickle`. Raises RuntimeError for a result with a graph: detach() it first."""
+        expect_leaf(self)
+        return super().__getstate__()
 
     def __float__(self) -> float:
         return float(self.item())

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -102,6 +103,16 @@ def test_deepcopy_is_independent():
     b = copy.deepcopy(a)
     b[0].weight.data = np.zeros((8, 4))
     assert a[0].weight.numpy().any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_model_that_keeps_a_result_says_so_when_it_is_copied(copied):
+    model = network()
+    model[2].kept = model(np.ones((4, 4), np.float32))
+    with pytest.raises(RuntimeError, match=rf"{type(model[2]).__name__}\.kept is a result with a graph.*detach\(\)"):
+        copied(model)
+    model[2].kept = model[2].kept.detach()
+    copied(model)
 
 
 def test_summary_counts_4c_for_batch_norm_as_keras_does(capsys):

@@ -242,13 +242,37 @@ def test_indexing_with_tensors_and_with_arrays_that_change_later():
         x[3]
 
 
-def test_copies_and_pickles():
-    x = Tensor([1.0, 2.0], requires_grad=True)
-    for twin in (copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
-        assert twin.requires_grad
-        assert twin.numpy().tolist() == [1, 2]
-        update_in_place(twin)
+COPIES = [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))]
+
+
+@pytest.mark.parametrize("kind", [Tensor, nn.Parameter, nn.Buffer])
+@pytest.mark.parametrize("copied", COPIES)
+def test_copies_and_pickles(copied, kind):
+    x = kind([1.0, 2.0])
+    x.requires_grad = True
+    (x * x).sum().backward()
+    twin = copied(x)
+    assert type(twin) is kind
+    assert twin.requires_grad
+    assert twin.is_leaf
+    assert twin.numpy().tolist() == [1, 2]
+    assert twin.grad.numpy().tolist() == [2, 4]
+    update_in_place(twin)
     assert x.numpy().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("length", [1, 100, 100_000])
+def test_a_result_with_a_graph_is_not_copied(copied, length):
+    x = y = Tensor([1.0], requires_grad=True)
+    for _ in range(length):
+        y = y + 1
+    with pytest.raises(RuntimeError, match=r"only leaf tensors .* result of 'add' has a graph .* detach\(\)"):
+        copied(y)
+    assert copied(y.detach()).item() == length + 1
+    assert copied([x, y.data])[0] is not None
+    y.backward()
+    assert x.grad.item() == 1
 
 
 ERRORS = [

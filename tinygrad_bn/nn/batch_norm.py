@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, expect_integer
+from tinygrad_bn.backend import by_one_thread
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
@@ -98,6 +99,7 @@ class _BatchNorm(Module):
             )
         return True
 
+    @by_one_thread
     def track(self, mean: Any, var: Any, count: int) -> None:
         """In training, move the running statistics towards those of a batch, (C,) each, unless these are not finite.
 
@@ -129,7 +131,7 @@ class _BatchNorm(Module):
                 f"{type(self).__name__}({self.num_features}) met a batch whose statistics are not finite; the "
                 "running statistics stay as they were (num_batches_skipped counts such batches)",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _by_ghost_batches(self, x: Tensor, parts: int) -> Tensor:

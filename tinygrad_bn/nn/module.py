@@ -66,6 +66,16 @@ class Module:
                 )
         object.__setattr__(self, name, value)
 
+    def __getstate__(self) -> object:
+        """For `copy` and `pickle`. Raises RuntimeError if an attribute is a result with a graph."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise RuntimeError(
+                    f"{type(self).__name__}.{name} is a result with a graph, which cannot be copied or pickled; "
+                    "keep its detach(), or set the attribute to None before"
+                )
+        return super().__getstate__()
+
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Compute the output; `module(x)` calls this."""
         raise TypeError(f"{type(self).__name__} defines no forward")
