@@ -88,7 +88,7 @@ def _cases(op: str) -> list[Case]:
     if op == "sgd":
         return [((p, g, m), {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "decay": 0.01, "nesterov": True})]
     if op == "running_statistics":
-        return [((p, v, m, v), {"momentum": 0.1, "unbias": 1.01})]
+        return [((p, v, np.array(3), m, v), {"momentum": 0.1, "unbias": 1.01})]
     if op == "squared_norm":
         return [((p,), {})]
     if op in ("relu", "erf", "erfc", "silu", "gelu"):

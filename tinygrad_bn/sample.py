@@ -258,4 +258,8 @@ def for_batch_norm_inference(d: Draw) -> Drawn:
 def for_running_statistics(d: Draw) -> Drawn:
     """Running statistics, and those of a batch."""
     mean, var = (tuple(d.array(domain, (3,)) for _ in range(2)) for domain in (REAL, POSITIVE))
-    return (mean[0], var[0], mean[1], var[1]), {"momentum": d.choice([0.1, 1.0]), "unbias": d.choice([1.0, 1.5])}
+    tracked = d.integers(0, 9, ())
+    return (mean[0], var[0], tracked, mean[1], var[1]), {
+        "momentum": d.choice([0.1, 1.0]),
+        "unbias": d.choice([1.0, 1.5]),
+    }

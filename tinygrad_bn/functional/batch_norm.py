@@ -107,19 +107,20 @@ def batch_norm_inference(
 
 
 @primitive(
-    *[None] * 4,
-    saves=("new_var", "finite"),
+    *[None] * 5,
+    saves=("new_var", "new_tracked", "finite"),
     formula="y = (1 − momentum) · running_mean + momentum · mean;  likewise the variance, of var · unbias",
     sample=sample.for_running_statistics,
 )
 def running_statistics(
-    running_mean: Operand, running_var: Operand, mean: Operand, var: Operand, *, momentum: float, unbias: float
-) -> Any:
-    """The new running mean (C,). By-products: the new running variance, and whether all numbers are finite."""
+    running_mean: Operand, running_var: Operand, tracked: Operand, mean: Operand, var: Operand, *, momentum: float,
+    unbias: float,
+) -> Any:  # fmt: skip
+    """The new running mean (C,). By-products: the new variance, `tracked` + 1, and whether all numbers are finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         new_mean = ((1 - momentum) * running_mean + momentum * mean).astype(running_mean.dtype)
         new_var = ((1 - momentum) * running_var + momentum * (var * unbias)).astype(running_var.dtype)
-    return new_mean, new_var, bool(np.isfinite(new_mean).all() and np.isfinite(new_var).all())
+    return new_mean, new_var, np.asarray(tracked + 1), bool(np.isfinite(new_mean).all() and np.isfinite(new_var).all())
 
 
 # ---- the function ---------------------------------------------------------------------------------------

@@ -113,17 +113,14 @@ class _BatchNorm(Module):
             return
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        tracked, _ = F.add.run(self.num_batches_tracked._data, 1)
-        new_mean, (new_var, finite) = F.running_statistics.run(
-            self.running_mean._data,
-            self.running_var._data,
-            mean,
-            var,
-            momentum=1 / float(tracked) if self.momentum is None else float(self.momentum),
-            unbias=count / (count - self.running_var_correction),
-        )
+        buffers = self.running_mean, self.running_var, self.num_batches_tracked
+        arrays = [b._data for b in buffers]
+        momentum = 1 / (float(arrays[2]) + 1) if self.momentum is None else float(self.momentum)
+        unbias = count / (count - self.running_var_correction)
+        new_mean, (*others, finite) = F.running_statistics.run(*arrays, mean, var, momentum=momentum, unbias=unbias)
         if finite:
-            self.running_mean._data, self.running_var._data, self.num_batches_tracked._data = new_mean, new_var, tracked
+            for buffer, new in zip(buffers, (new_mean, *others), strict=True):
+                buffer._data = new
             return
         self.num_batches_skipped += 1
         if self.num_batches_skipped == 1:

@@ -468,9 +468,9 @@ def batch_norm_relu_vjp(*arrays: Any, **options: Any) -> Any:
 
 @kernel("running_statistics", "cpu")
 def running_statistics(
-    running_mean: Array, running_var: Array, mean: Array, var: Array, *, momentum: float, unbias: float
+    running_mean: Array, running_var: Array, tracked: Array, mean: Array, var: Array, *, momentum: float, unbias: float
 ) -> Any:
-    """New (C,) mean and variance, (1 − momentum) · running + momentum · batch, and whether all are finite.
+    """New (C,) mean and variance, (1 − momentum) · running + momentum · batch; tracked + 1; whether all are finite.
 
     The batch's variance is multiplied by `unbias`.
     """
@@ -482,4 +482,9 @@ def running_statistics(
         return NotImplemented
     new_mean, new_var = np.empty_like(running_mean), np.empty_like(running_var)
     old, numbers = (compiled(running_mean), compiled(running_var)), (float(momentum), float(unbias))
-    return new_mean, new_var, _track(*old, compiled(mean), compiled(var), *numbers, new_mean, new_var)
+    return (
+        new_mean,
+        new_var,
+        np.asarray(tracked + 1),
+        _track(*old, compiled(mean), compiled(var), *numbers, new_mean, new_var),
+    )

@@ -369,12 +369,13 @@ def batch_norm_relu_vjp(
 
 @kernel("running_statistics", "cuda")
 def running_statistics(
-    running_mean: DeviceArray, running_var: DeviceArray, mean: DeviceArray, var: DeviceArray, *, momentum: float,
-    unbias: float,
-) -> tuple[DeviceArray, DeviceArray, bool]:  # fmt: skip
+    running_mean: DeviceArray, running_var: DeviceArray, tracked: DeviceArray, mean: DeviceArray, var: DeviceArray, *,
+    momentum: float, unbias: float,
+) -> tuple[DeviceArray, DeviceArray, DeviceArray, bool]:  # fmt: skip
     """(1 − momentum) · running + momentum · batch, of mean and unbias · variance (C,); the old ones if not finite.
 
-    The third result, whether they are finite, is always True: reading it from the device would wait.
+    The third result is tracked + 1. The last, whether they are finite, is always True: reading it from the device
+    would wait.
     """
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
         raise ValueError(
@@ -385,4 +386,4 @@ def running_statistics(
     arrays = [a.astype(dtype, copy=False) for a in (running_mean, running_var, mean, var)]
     numbers = *u4(mean.size), running_mean.number(momentum), running_mean.number(unbias)
     launch(RUNNING, 1, *arrays, new_mean, new_var, *numbers)
-    return new_mean, new_var, True
+    return new_mean, new_var, maps.add(tracked, 1), True

@@ -102,7 +102,8 @@ def batch_norm(shape: tuple[int, ...], relu: str) -> None:
 
 
 def running_statistics() -> None:
-    run("running_statistics", *(numbers(600, seed=k) for k in range(4)), momentum=0.1, unbias=1.1)
+    old_mean, old_var, mean, var = (numbers(600, seed=k) for k in range(4))
+    run("running_statistics", old_mean, old_var, np.array(2), mean, var, momentum=0.1, unbias=1.1)
 
 
 def block_norm() -> None:

@@ -313,7 +313,8 @@ def test_running_statistics(channels, finite, seed):
     old_mean, old_var, mean, var = (numbers(channels, "plain", seed + k) for k in range(4))
     if not finite:
         var[seed % channels] = np.nan
-    found = run("running_statistics", old_mean, old_var, mean, var, momentum=0.1, unbias=1.25)
+    found = run("running_statistics", old_mean, old_var, np.array(6), mean, var, momentum=0.1, unbias=1.25)
+    assert found[2] == 7
     wide = double(old_mean, old_var, mean, var)
     expected = 0.9 * wide[0] + 0.1 * wide[2], 0.9 * wide[1] + 0.1 * 1.25 * wide[3]
     for f, e, old in zip(found, expected, (old_mean, old_var), strict=False):
