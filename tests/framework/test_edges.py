@@ -138,6 +138,16 @@ def test_gradients_of_silu_and_gelu_far_out(function, dtype, g, route):
     assert y.numpy().tolist() == [100, 0, np.inf, 0]
 
 
+@pytest.mark.parametrize("function", [F.silu, F.gelu])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_gradients_of_silu_and_gelu_of_denormals(function, dtype):
+    """Where y has fewer digits than x, or none."""
+    x = leaf(np.finfo(dtype).smallest_subnormal * np.array([1, -1, 3, -7, 17, 901]), dtype)
+    for create_graph in (False, True):
+        (gx,) = gradients(function(x), x, g=1.0, create_graph=create_graph)
+        np.testing.assert_allclose(gx, np.full(6, 0.5, dtype), rtol=2 * np.finfo(dtype).eps)
+
+
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=9), st.integers(0, 9))
 def test_kernels_of_silu_and_gelu_are_their_compositions(values, seed):
     x, g = leaf(values), np.random.default_rng(seed).normal(size=len(values))

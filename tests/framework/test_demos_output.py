@@ -1,0 +1,90 @@
+"""The output of demos where it cannot be written, or not as it is."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from demos import bn_backward, deep_mlp, gallery, iris_mlp, learning_rates, titanic_mlp
+
+ROOT = Path(deep_mlp.__file__).parents[1]
+MODELS = ("without BatchNorm", "with BatchNorm")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_output_in_any_encoding(encoding, tmp_path):
+    for arguments in (["bn_backward", "--out", str(tmp_path)], ["gradient_flow", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "demos", *arguments],
+            cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.decode(encoding)
+    assert json.loads((tmp_path / "results.json").read_text())["claims"]
+
+
+def test_a_pipe_that_closes_early_and_results_before_text(tmp_path):
+    script = f"{shlex.join([sys.executable, '-u', '-m', 'demos', 'bn_backward', '--out', str(tmp_path)])} | head -3"
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert (len(done.stdout.splitlines()), done.stderr) == (3, "")
+    assert {"results.json", "steps.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_text_that_cannot_be_written_is_an_error_in_a_line(tmp_path):
+    for redirect, code, error in ((">/dev/full", 1, "No space left"), (">&-", 0, "")):
+        command = [sys.executable, "-m", "demos", "normalize_numbers", "--out", str(tmp_path)]
+        script = f"{shlex.join(command)} {redirect}"
+        done = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8")
+        assert done.returncode == code
+        assert error in done.stderr
+        assert len(done.stderr.splitlines()) == code, "no traceback"
+        (tmp_path / "results.json").unlink()
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_text(tmp_path, monkeypatch, capsys):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "results.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    run = bn_backward.main(["--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert run.code == 1
+    assert printed.err.count("cannot write") == 2, "the figure and the results"
+    assert "results.json: No space left on device" in printed.err
+    assert "largest difference" in printed.out
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "nothing half-written"
+    assert (tmp_path / "results.json").read_text() == "old"
+
+
+def test_half_a_file_of_results_fails_alone(tmp_path, monkeypatch):
+    def writes_half(command, **options):
+        folder = Path(command[command.index("--out") + 1])
+        folder.joinpath("results.json").write_text('{"demo": "x", ' if "iris_mlp" in command else "{}")
+        return subprocess.CompletedProcess(command, 1, "printed <this>", "")
+
+    monkeypatch.setattr(subprocess, "run", writes_half)
+    folder = tmp_path / "normalize_numbers"
+    assert gallery.main(["iris_mlp"], ["--out", str(tmp_path)]) == 1
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "printed &lt;this&gt;" in page
+    assert not folder.exists()
+
+
+@pytest.mark.compiled
+def test_a_narrow_terminal_cuts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    options = ["--epochs", "1", "--seeds", "2", "--no-plot", "--out", str(tmp_path)]
+    for demo in (titanic_mlp, deep_mlp, iris_mlp, learning_rates):
+        demo.main([*options, "--check"] if demo is learning_rates else options)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "/1  loss" not in line]  # not the bars
+        printed = "\n".join(lines)
+        assert "…" not in printed
+        assert all(len(line) <= 40 for line in lines if not line.startswith("wrote"))
+        for name in MODELS:
+            assert name in printed
