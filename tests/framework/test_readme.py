@@ -7,8 +7,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 PAGES = [*ROOT.glob("*.md"), *(page for part in ("demos", "kernels", "tests") for page in (ROOT / part).rglob("*.md"))]
 PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES]
