@@ -1,23 +1,52 @@
-"""The README's Python runs as it stands there, and its layout names files that exist."""
+"""The README's Python runs as it stands there, and its pages link to files and headings that exist."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = [*ROOT.glob("*.md"), *(page for part in ("demos", "kernels", "tests") for page in (ROOT / part).rglob("*.md"))]
+PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
 def test_every_python_block_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
-    for block in blocks:
+    assert len(BLOCKS) == 4
+    for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_files_and_tests_that_the_readme_names_exist():
-    headings = {"#" + heading.lower().replace(" ", "-") for heading in re.findall(r"^##+ (.*)", README, re.M)}
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert link in headings or (ROOT / link).exists(), link
+def test_the_derivation_comes_first_and_has_15_lines_and_the_result_that_it_names():
+    imports, derivation = BLOCKS[0].rstrip().split("\n\n")
+    assert README.index(BLOCKS[0]) < README.index("\n## ")
+    assert len(derivation.splitlines()) == 15
+    names: dict = {}
+    exec(f"{imports}\n{derivation}", names)
+    shown = [float(number) for number in derivation.splitlines()[-1].split("# ")[1].replace("−", "-").split(", ")]
+    assert names["dx"].ravel().round(4).tolist() == shown
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return "#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_every_page_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert f"#{anchor}" in map(slug, re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M)), link
+
+
+def test_tests_that_the_readme_names_exist():
     named = re.findall(r"`pytest ([\w/. ]+?)(?: -k \"?(\w+)\"?)?`", README)
     assert len(named) >= 8
     for paths, keyword in named:
