@@ -124,6 +124,7 @@ def test_gelu_has_its_digits_where_it_is_near_0(x, dtype, want, route):
         assert F.gelu(leaf(x, dtype)).item() == pytest.approx(want, rel=1e-3 if dtype == "f2" else 1e-4)
 
 
+@pytest.mark.compiled  # uncompiled, NumPy's scalars warn
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("function", [F.silu, F.gelu])
 @pytest.mark.parametrize(("dtype", "g"), [("f2", 1024), ("f4", 3e38)])
@@ -171,6 +172,7 @@ SIBLINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.compiled  # uncompiled, NumPy's scalars warn
 @pytest.mark.parametrize("name", SIBLINGS)
 @pytest.mark.parametrize(("scale", "eps"), [(3e38, 1e-5), (1e30, 1e-5), (1e-40, 0.0), (1e-30, 0.0), (1, 1e-5)])
 def test_normalisation_of_any_scale(name, scale, eps):
@@ -198,6 +200,7 @@ def test_an_extreme_weight_gives_the_numbers_of_the_composition(shape, weight):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.compiled  # uncompiled, NumPy's scalars warn
 def test_a_batch_beyond_the_square_root_of_float64():
     x, bias = leaf([[1e300], [2e300], [-1e300]]), leaf([0.0])
     with np.errstate(over="ignore"):
