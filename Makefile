@@ -28,7 +28,7 @@ test-oldest: $(VENV)/.oldest  ## run the test-suite with the oldest versions tha
 	$(BIN)/uv build --quiet --sdist --out-dir "$(OLDEST)"
 	tar -xzf "$(OLDEST)"/tinygrad_bn-*.tar.gz -C "$(OLDEST)" --strip-components=1
 	$(BIN)/uv venv --quiet --python $(BIN)/python "$(OLDEST)/.venv"
-	uv=$$PWD/$(BIN)/uv && cd "$(OLDEST)" && $$uv pip install --quiet --python .venv --resolution lowest-direct '.[test]'
+	uv="$$PWD/$(BIN)/uv" && cd "$(OLDEST)" && "$$uv" pip install --quiet --python .venv --resolution lowest-direct '.[test]'
 	cd "$(OLDEST)" && touch kernels/tinygrad_bn_kernels/cpu/__pycache__ && \
 	  env -u NUMBA_CACHE_DIR -u XDG_CACHE_HOME HOME=/dev/null $(ONE_CORE) .venv/bin/python -m pytest --ignore=tests/peers
 
