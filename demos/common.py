@@ -17,10 +17,11 @@ from rich.console import Console, RenderableType
 from rich.progress import track
 
 from tinygrad_bn import cuda, datasets, nn, train, viz
+from tinygrad_bn.files import replacing
 
 from .interval import interval
 from .options import OPTIMIZERS, parser
-from .output import finite, replacing, table
+from .output import finite, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

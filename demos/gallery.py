@@ -16,8 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
+from tinygrad_bn.files import replacing
+
 from .options import natural
-from .output import replacing
 
 # A figure is a checkbox: ticked by a click or the space bar, it is shown in full size, in a box that scrolls.
 PAGE = Template("""<!doctype html>

@@ -1,31 +1,16 @@
-"""Output that arrives: files replaced whole, text in any encoding, tables of any width, pipes that close early."""
+"""Output that arrives: text in any encoding, tables of any width, pipes that close early."""
 
 import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. At the end it replaces `path`; an error, as of a full disk, leaves `path`."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def table(

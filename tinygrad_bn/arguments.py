@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from inspect import unwrap
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -46,13 +45,15 @@ def bind(
     return operands, params
 
 
-def checked_option(name: str, option: str, value: Any) -> Any:
+def checked_option(name: str, option: str, value: Any, default: Any) -> Any:
     """An option of the op `name`, NumPy's scalars as Python's.
 
-    Raises TypeError for a tensor, for None, and for a wrong axis.
+    Raises TypeError for a tensor, None, a text unless its default is one, and a wrong axis.
     """
     if value is None:
         raise TypeError(f"{name}(): {option} may not be None")
+    if isinstance(value, str) and not isinstance(default, str) and option != "axis":
+        raise TypeError(f"{name}(): {option} may not be a text; got {value!r}")
     if hasattr(value, "requires_grad"):
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option != "axis":
@@ -177,10 +178,9 @@ def expect_vectors(x: Any, **vectors: Any) -> None:
 
 def expect_eps(eps: float, zero: bool = True) -> None:
     """Raise TypeError unless eps is a number, ValueError if it is negative, not finite, or 0 without `zero`."""
-    if not isinstance(eps, Real):
-        raise TypeError(f"eps has to be a number; got {eps!r}")
-    if not 0 <= eps < np.inf or not (eps or zero):
-        raise ValueError(f"eps has to be {'0 or more' if zero else 'greater than 0'}, and finite; got {eps}")
+    expect_number("eps", eps, 0)
+    if not (eps or zero):
+        raise ValueError("eps has to be greater than 0")
 
 
 def expect_integer(name: str, value: Any, least: int) -> int:

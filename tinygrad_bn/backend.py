@@ -23,7 +23,7 @@ from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
 __all__ = [
-    "Array", "as_array", "by_one_thread", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
+    "Array", "as_array", "atomic", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
     "find_kernel", "forward", "full", "join", "kernels_disabled", "move", "to_numpy", "updating", "vjp",
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ def _again_with_freed_memory(function: Callable[P, R]) -> Callable[P, R]:
 updating = RLock()  # held while a gradient or running statistics are read, changed and stored
 
 
-def by_one_thread(function: Callable[P, R]) -> Callable[P, R]:
+def atomic(function: Callable[P, R]) -> Callable[P, R]:
     """The function, run by one thread at a time."""
 
     @wraps(function)
@@ -97,7 +97,7 @@ if hasattr(os, "register_at_fork"):
 # ---- running an op --------------------------------------------------------------------------------------
 
 
-def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool = False) -> tuple[Any, Sequence[Any]]:
     """The result of `op` and its by-products: from its kernel, or from the reference without one or if it declines."""
     kernel = _kernel(op.name, arrays)
     try:
@@ -105,9 +105,9 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
         if result is NotImplemented:
             result = op.forward(*arrays, **params)
     except MemoryError as error:
-        if op.updates or not _gave_memory(error):
+        if again or op.updates or not _gave_memory(error):
             raise
-        return forward(op, arrays, params)
+        return forward(op, arrays, params, again=True)
     except REPORTED as error:
         expect_one_place(arrays)
         expect_numbers(op.name, arrays)

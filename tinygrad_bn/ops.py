@@ -212,6 +212,8 @@ def _matmul_by_right(g: Any, y: Any, a: Any, b: Any) -> Any:
 )
 def matmul(a: Operand, b: Operand) -> Operand:
     """Matrix product (..., n, k) @ (..., k, m) with broadcast leading axes; 1-D operands as in NumPy."""
+    if not np.ndim(a) or not np.ndim(b):
+        raise ValueError("matmul takes operands of at least one axis; for a number use *")
     with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
         return np.matmul(a, b)
 

@@ -216,7 +216,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
         for option, value in params.items():
             plain = type(value) is int or (type(value) is float and option != "axis")
             if not plain and (value is not None or defaults.get(option) is not None):
-                params[option] = checked_option(name, option, value)
+                params[option] = checked_option(name, option, value, defaults.get(option, value))
         return apply(op, operands, {**defaults, **params})
 
     @wraps(function)

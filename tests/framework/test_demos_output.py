@@ -65,15 +65,13 @@ def test_a_full_disk_leaves_the_old_file_and_the_text(tmp_path, monkeypatch, cap
 def test_half_a_file_of_results_fails_alone(tmp_path, monkeypatch):
     def writes_half(command, **options):
         folder = Path(command[command.index("--out") + 1])
-        folder.joinpath("results.json").write_text('{"demo": "x", ' if "iris_mlp" in command else "{}")
+        folder.joinpath("results.json").write_text('{"demo": "x", ')
         return subprocess.CompletedProcess(command, 1, "printed <this>", "")
 
     monkeypatch.setattr(subprocess, "run", writes_half)
-    folder = tmp_path / "normalize_numbers"
-    assert gallery.main(["iris_mlp"], ["--out", str(tmp_path)]) == 1
+    assert gallery.main(["iris_mlp", "new_op"], ["--out", str(tmp_path)]) == 1
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "printed &lt;this&gt;" in page
-    assert not folder.exists()
+    assert page.count("printed &lt;this&gt;") == 2
 
 
 @pytest.mark.compiled

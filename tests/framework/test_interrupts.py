@@ -1,13 +1,13 @@
 """Ctrl-C at any moment: the modes are as before, and no interrupt is lost."""
 
 import dis
-import signal
 import sys
 from contextlib import ExitStack, nullcontext
 from functools import cache
 
 import pytest
 
+from tests.tools.interrupts import caught_interrupts
 from tinygrad_bn import Tensor, autograd, composed, debug, grad, is_recording, modes, no_grad
 from tinygrad_bn import functional as F
 
@@ -112,26 +112,10 @@ def test_modes_are_as_before_at_whatever_moment_an_interrupt_comes(work, recordi
 
 
 def test_modes_are_as_before_under_real_interrupts():
-    delivered = []
+    def recording():
+        assert is_recording()
 
-    def handler(number, frame):
-        delivered.append(number)
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGALRM, handler)
-    caught = 0
-    try:
-        for i in range(300):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 1e-6)
-                while len(delivered) == i:
-                    block()
-            except KeyboardInterrupt:
-                caught += 1
-            assert is_recording()
-    finally:
-        signal.signal(signal.SIGALRM, former)
-    assert caught == len(delivered) == 300
+    assert caught_interrupts(300, block, recording) == 300
 
 
 def test_a_mode_is_left_in_every_way():

@@ -1,15 +1,16 @@
 """Memory is reused once no array refers to it, and at most the limit is kept."""
 
 import gc
-import signal
 import sys
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
 from tinygrad_bn_kernels.cpu import memory
 from tinygrad_bn_kernels.cpu.memory import ALIGNMENT, KEEP_FROM, MemoryCache
 
+from tests.tools.interrupts import caught_interrupts
 from tests.tools.processes import on_threads, output, python
 from tinygrad_bn import Tensor, functional
 
@@ -91,24 +92,9 @@ def test_memory_is_freed_without_python_code():
 
 
 def test_interrupts_reach_the_program_and_the_cache_works_on():
-    cache, delivered, caught = MemoryCache(8 * MEGABYTE), [], 0
-
-    def handler(number, frame):
-        delivered.append(number)
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGALRM, handler)
-    try:
-        for i in range(200):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 1e-6)
-                while len(delivered) == i:
-                    cache.empty((512, 512), np.float32)
-            except KeyboardInterrupt:
-                caught += 1
-    finally:
-        signal.signal(signal.SIGALRM, former)
-    assert caught == len(delivered) == 200
+    cache = MemoryCache(8 * MEGABYTE)
+    work = partial(cache.empty, (512, 512), np.float32)
+    assert caught_interrupts(200, work, lambda: None) == 200
     where = place(cache.empty((512, 512), np.float32))
     assert place(cache.empty((512, 512), np.float32)) == where
     assert cache.kept <= cache.limit

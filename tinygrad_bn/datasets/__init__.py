@@ -164,8 +164,7 @@ class Batches:
         expect_integer("batch_size", batch_size, 1)
         if not isinstance(seed, np.random.Generator | None):
             expect_integer("seed", seed, 0)
-        expect_flags(shuffle=shuffle)
-        expect_flags(drop_last=drop_last)
+        expect_flags(shuffle=shuffle, drop_last=drop_last)
         if len(x) != len(y):
             raise ValueError(f"{len(x)} samples, but {len(y)} targets")
         self.x, self.y, self.batch_size = x, y, batch_size

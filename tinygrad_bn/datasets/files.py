@@ -62,9 +62,9 @@ def read_bytes(path: Path, sha256: str | None, limit: int | Callable[[bytes], in
     damaged, or has another hash.
     """
     try:
+        size = path.stat().st_size
         if not path.is_file():
             raise DataError(f"{path} is not a regular file")
-        size = path.stat().st_size
         with path.open("rb") as raw:
             zipped = raw.peek(2)[:2] == b"\x1f\x8b"
             file = gzip.GzipFile(fileobj=raw) if zipped else raw

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn import backend, more_ops
-from tinygrad_bn.arguments import expect_array, expect_floats
+from tinygrad_bn.arguments import expect_array, expect_flags, expect_floats, expect_number
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
 from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
@@ -90,12 +89,14 @@ def flatten(x: Operand, start_axis: int = 1) -> Tensor:
 def leaky_relu(x: Operand, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, negative_slope · x elsewhere."""
     expect_array(x, "leaky_relu")
+    expect_number("negative_slope", negative_slope)
     return where(x > 0, x, x * negative_slope)
 
 
 def elu(x: Operand, alpha: float = 1.0) -> Tensor:
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
     expect_array(x, "elu")
+    expect_number("alpha", alpha)
     positive = x > 0
     return where(positive, x, alpha * expm1(where(positive, 0.0, x)))  # no overflow in the branch not taken
 
@@ -139,9 +140,8 @@ def dropout_by_key(x: Operand, *, p: float, key: int) -> Operand:
 
 
 def expect_probability(p: float) -> None:
-    """Raise ValueError unless p is a number in [0, 1]."""
-    if not isinstance(p, Real) or not 0 <= p <= 1:
-        raise ValueError(f"a dropout probability has to be in [0, 1]; got {p!r}")
+    """Raise TypeError unless p is a number, ValueError unless it is in [0, 1]."""
+    expect_number("p", p, 0, 1)
 
 
 def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Generator | None = None) -> Operand:
@@ -154,6 +154,7 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
         TypeError: x is not floating-point.
     """
     expect_probability(p)
+    expect_flags(training=training)
     expect_floats(x, "dropout")
     if not training or p == 0:
         return x

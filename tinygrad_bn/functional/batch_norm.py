@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn import sample
-from tinygrad_bn.arguments import expect_channels, expect_eps, expect_several, expect_vectors
+from tinygrad_bn.arguments import expect_channels, expect_eps, expect_flags, expect_several, expect_vectors
 from tinygrad_bn.functional.statistics import mean
 from tinygrad_bn.ops import astype, relu, reshape, rsqrt, sqrt
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive, widened
@@ -157,6 +157,7 @@ def batch_norm(
             [ 0.       ],
             [ 1.2247357]], shape=(3, 1), dtype=float32, leaf)
     """
+    expect_flags(training=training)
     expect_channels(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     expect_eps(eps)
     if (running_mean is None) != (running_var is None):

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_array, expect_floats
+from tinygrad_bn.arguments import expect_floats, expect_number
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.basics import largest
 from tinygrad_bn.functional.reductions import note
@@ -18,11 +18,10 @@ from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-REDUCTIONS = "mean", "sum", "none"
 
 
 def _expect_reduction(reduction: str) -> None:
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is one of 'mean', 'sum' and 'none'; got {reduction!r}")
 
 
@@ -34,7 +33,7 @@ def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
 
 
 def _difference(x: Operand, target: Operand) -> Operand:
-    expect_array(x, "a loss")
+    expect_floats(x, "a loss")
     if x.shape != np.shape(values(target)):
         raise ValueError(f"prediction and target differ in shape: {x.shape} and {np.shape(values(target))}")
     return x - target
@@ -53,6 +52,7 @@ def l1_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tenso
 
 def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduction = "mean") -> Tensor:
     """½ d² where |d| ≤ delta, delta · (|d| − ½ delta) elsewhere, with d = x − target (Huber 1964)."""
+    expect_number("delta", delta, finite=False)
     if not delta > 0:
         raise ValueError(f"delta has to be greater than 0; got {delta}")
     d = _difference(x, target)
@@ -137,8 +137,7 @@ def _picked(
     `ignore_index` count 0 in both.
     """
     _expect_reduction(reduction)
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"label smoothing is in [0, 1]; got {smoothing}")
+    expect_number("label_smoothing", smoothing, 0, 1)
     counts = target != ignore_index
     classes = where(counts, target, 0)
     if device_of(classes) == "cpu":  # on another device a look would wait for it: there a wrong class gives NaN
@@ -230,6 +229,7 @@ def cross_entropy(
     >>> cross_entropy(Tensor([[0.0, 0.0]]), np.array([1])).item()  # log 2
     0.6931471824645996
     """
+    expect_number("label_smoothing", label_smoothing, 0, 1)
     classes = _classes(x, target, ignore_index)
     weight = _class_weight(weight, x)
     loss = softmax_cross_entropy(

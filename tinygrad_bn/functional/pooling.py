@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import at_least_single, each_axis, expect_floats
+from tinygrad_bn.arguments import at_least_single, each_axis, expect_flags, expect_floats
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.convolution import Ints, Pairs, windows
 from tinygrad_bn.functional.statistics import mean, values
@@ -206,6 +206,7 @@ def _max_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
             TypeError: x is not floating-point.
         """
         _expect_planes(x, ndim)
+        expect_flags(ceil_mode=ceil_mode)
         kernel, steps, around, spread = window_options(ndim, kernel_size, stride, padding, dilation)
         out = _out(x, kernel, steps, around, spread, ceil_mode)
         kernel, steps, around, spread = _within(x.shape[2:], kernel, out, steps, around, spread)
@@ -229,6 +230,7 @@ def _avg_pool_of_rank(ndim: int) -> Callable[..., Tensor]:
         `count_include_pad`: whether padding, which is 0, counts as elements.
         """
         _expect_planes(x, ndim)
+        expect_flags(ceil_mode=ceil_mode, count_include_pad=count_include_pad)
         kernel, steps, around, once = window_options(ndim, kernel_size, stride, padding)
         out = _out(x, kernel, steps, around, once, ceil_mode)
         return _averages(x, kernel=kernel, out=out, stride=steps, padding=around, count_include_pad=count_include_pad)

@@ -38,7 +38,10 @@ def reductions() -> Iterator[list[Reduced]]:
 
 
 def note(result: Any, reduction: str, size: int, total: Callable[[], Any], ignored: int | None = None) -> None:
-    """Tell the listener, if there is one, of a reduced loss."""
+    """Tell the listener of a loss of `size` elements that was reduced to `result`; for the arguments see `Reduced`.
+
+    `total` is a function, since reading the number may wait for the device: it is called only if someone listens.
+    """
     made = _listener.get()
     if made is not None and reduction != "none":
         made.append(Reduced(result, reduction == "sum", float(total()), size, ignored))

@@ -8,15 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from numbers import Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, expect_integer
-from tinygrad_bn.backend import by_one_thread
+from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, expect_integer, expect_number
+from tinygrad_bn.backend import atomic
 from tinygrad_bn.nn.module import Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
@@ -39,9 +38,10 @@ class _BatchNorm(Module):
         num_features = expect_integer("num_features", num_features, 1)
         expect_eps(eps, zero=False)
         expect_flags(affine=affine, track_running_stats=track_running_stats)
-        running_var_correction = expect_integer("running_var_correction", running_var_correction, 0)
-        if not (momentum is None or (isinstance(momentum, Real) and 0 <= momentum <= 1)):
-            raise ValueError(f"momentum has to be in [0, 1], or None for the cumulative mean; got {momentum!r}")
+        if running_var_correction not in (0, 1):
+            raise ValueError(f"running_var_correction has to be 0 or 1; got {running_var_correction!r}")
+        if momentum is not None:  # which is the cumulative mean
+            expect_number("momentum", momentum, 0, 1)
         if virtual_batch_size is not None:
             virtual_batch_size = expect_integer("virtual_batch_size", virtual_batch_size, 1)
         if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # not from a preset
@@ -99,7 +99,7 @@ class _BatchNorm(Module):
             )
         return True
 
-    @by_one_thread
+    @atomic
     def track(self, mean: Any, var: Any, count: int) -> None:
         """In training, move the running statistics towards those of a batch, (C,) each, unless these are not finite.
 

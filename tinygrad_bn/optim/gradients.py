@@ -1,5 +1,6 @@
 """The gradients that an optimiser reads: checked, and clipped by norm or by value."""
 
+import builtins
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,8 +9,8 @@ import numpy as np
 
 from tinygrad_bn.arguments import at_least_single, expect_number
 from tinygrad_bn.backend import Array, as_array, device_of, expect_one_place
-from tinygrad_bn.more_ops import clip
-from tinygrad_bn.ops import astype, mul
+from tinygrad_bn.more_ops import abs, clip, max
+from tinygrad_bn.ops import astype, div, mul
 from tinygrad_bn.optim.flat import LARGE, joined
 from tinygrad_bn.sample import REAL, elementwise
 from tinygrad_bn.tensor import Operand, Tensor, primitive
@@ -56,11 +57,21 @@ def squared_norm(g: Operand) -> Any:
 
 
 def _norm(arrays: list[Array]) -> float:
-    """The 2-norm of all elements. Small arrays are joined, since a call costs more than their elements."""
+    """The 2-norm of all elements. Small arrays are joined, since a call costs more than their elements.
+
+    Elements whose squares overflow, or vanish, are divided by the largest first.
+    """
     alike: dict[Any, list[Array]] = {}
     for i, a in enumerate(arrays):
         alike.setdefault((a.dtype, device_of(a), i if a.size >= LARGE else None), []).append(a)
-    return math.sqrt(sum(float(squared_norm(joined(some))) for some in alike.values()))
+    groups = [joined(some) for some in alike.values()]
+    total = sum(float(squared_norm(a)) for a in groups)
+    if 1e-200 < total < math.inf:
+        return math.sqrt(total)
+    top = builtins.max((float(max(abs(a))) for a in groups if a.size), default=0.0)
+    if not 0 < top < math.inf:
+        return top
+    return top * math.sqrt(sum(float(squared_norm(div(astype(a, dtype=np.float64), top))) for a in groups))
 
 
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:

@@ -167,13 +167,12 @@ def _check_options(group: Group) -> None:
         value = group.get(option, 0.0)
         if not (type(value) is float and 0 <= value < 1):  # the usual case, as every step asks
             expect_number(option, value, least, most)
-    for option in ("nesterov", "centered"):
-        expect_flags(**{option: group.get(option, False)})
+    expect_flags(nesterov=group.get("nesterov", False), centered=group.get("centered", False))
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
     betas = group.get("betas", (0, 0))
     two = isinstance(betas, tuple | list) and len(betas) == 2
-    if not two or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
+    if not two or not all(isinstance(b, Real) and not isinstance(b, bool) and 0 <= float(b) < 1 for b in betas):
         raise ValueError(f"betas have to be two numbers in [0, 1); got {betas!r}")
 
 

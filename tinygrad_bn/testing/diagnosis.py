@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.backend import expect_broadcast, kernels_disabled
 from tinygrad_bn.modes import recording
 from tinygrad_bn.sample import Shape
@@ -67,7 +68,7 @@ def operand_names(op: Op, count: int) -> list[str]:
 
 def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
     """What is wrong with the form of an op's gradients for these float64 operands; "" for nothing."""
-    tensors = [Tensor(x, requires_grad=True) if _is_real(x) else x for x in xs]
+    tensors = [Tensor(x, requires_grad=True) if is_floating(x) else x for x in xs]
     if op.fused:
         with recording(True), _conversions() as converted:
             failed = _fails(lambda: op.forward(*tensors, **params))
@@ -76,7 +77,7 @@ def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
         y = apply(op, xs, params)[0]
     g = np.asarray(np.random.default_rng(0).normal(size=y.shape))
     for i, name in enumerate(operand_names(op, len(xs))):
-        needs = [i == j and _is_real(x) for j, x in enumerate(xs)]
+        needs = [i == j and is_floating(x) for j, x in enumerate(xs)]
         whose = f"the rule of operand {name} of {op.name!r}"
         if op.each:
             whose = f"the rule of {op.name!r}, for operand {name},"
@@ -99,10 +100,6 @@ NUMPY = (
     "calls NumPy on tensors: its gradient cannot be differentiated again. Use operators, and the functions of "
     "tinygrad_bn.functional"
 )
-
-
-def _is_real(x: Any) -> bool:
-    return x is not None and x.dtype.kind == "f"
 
 
 def _fails(call: Callable[[], Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
+from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import device_of, kernels_disabled
 from tinygrad_bn.sample import Array
@@ -21,19 +22,15 @@ Operands = tuple[Array | None, ...]
 Params = dict[str, Any]
 
 
-def _is_real(x: Any) -> bool:
-    return x is not None and x.dtype.kind == "f"
-
-
 def cast_real(xs: Operands, dtype: Any) -> tuple[Any, ...]:
     """Copies of the operands, the real ones in `dtype`."""
-    return tuple(x if x is None else x.astype(dtype if _is_real(x) else x.dtype) for x in xs)
+    return tuple(x if x is None else x.astype(dtype if is_floating(x) else x.dtype) for x in xs)
 
 
 def positions(op: Op, xs: Sequence[Any]) -> list[int]:
     """Positions of the operands that the op is differentiable in."""
     fixed = [i for i, rule in enumerate(op.rules) if rule in (None, held_constant)]
-    return [i for i, x in enumerate(xs) if _is_real(x) and i not in fixed]
+    return [i for i, x in enumerate(xs) if is_floating(x) and i not in fixed]
 
 
 def split_differentiable(op: Op, xs: Sequence[Any], params: Params) -> tuple[Function, list[Any]]:
@@ -73,7 +70,7 @@ def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -
     exact = np.asarray(reference[0] if op.saves else reference)
     np.testing.assert_allclose(want[0], exact, rtol=1e-12, atol=1e-12)
     asked = params.get("dtype") is not None
-    if exact.dtype.kind == "f" and not asked and any(map(_is_real, xs)):
+    if exact.dtype.kind == "f" and not asked and any(map(is_floating, xs)):
         assert exact.dtype == np.float64, f"float64 operands gave {exact.dtype}: the forward narrows"
     if exact.dtype == np.float64 and not asked:
         got = apply(op, cast_real(xs, np.float32), params)[0]
@@ -99,7 +96,7 @@ def _real_names(op: Op, xs: Operands) -> list[str]:
 
 def _expect_constant_where_there_is_no_rule(op: Op, xs: Sequence[Any], params: Params, seed: int) -> None:
     for i, (x, rule) in enumerate(zip(xs, op.rules, strict=False)):
-        if x is None or not _is_real(x) or rule is not None:
+        if x is None or not is_floating(x) or rule is not None:
             continue
         rng = np.random.default_rng(seed)
         direction = away_from_zero(rng, x.shape)
@@ -145,7 +142,9 @@ def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, see
 
 def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """Operands and cotangent stay as they are; two gradients share no memory; a gradient in float32 is float32."""
-    cast = [x if x is None else Tensor(x, requires_grad=op.differentiable and _is_real(x)) for x in cast_real(xs, "f4")]
+    cast = [
+        x if x is None else Tensor(x, requires_grad=op.differentiable and is_floating(x)) for x in cast_real(xs, "f4")
+    ]
     y = apply(op, [t if t is None else t._data for t in cast] if op.updates else cast, params)[0]
     overwritten = _overwritten(op)
     fixed = [

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tinygrad_bn.files import replacing
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -63,9 +65,11 @@ class History:
         path = Path(path)
         if path.suffix == ".json":
             ending = {"interrupted": self.interrupted, "skipped": self.skipped, "diverged": self.diverged}
-            path.write_text(json.dumps({**ending, "epochs": self.rows()}, indent=1))
+            text = json.dumps({**ending, "epochs": self.rows()}, indent=1)
+            with replacing(path) as beside:
+                beside.write_text(text)
         elif path.suffix == ".csv":
-            with path.open("w", newline="") as file:
+            with replacing(path) as beside, beside.open("w", newline="") as file:
                 writer = csv.DictWriter(file, [f.name for f in fields(Epoch)])
                 writer.writeheader()
                 writer.writerows(self.rows())

@@ -182,8 +182,10 @@ class _Steps:
         norm = clip_grad_norm_(self.params, math.inf if self.clip_norm is None else self.clip_norm)
         if math.isfinite(norm) or self.nonfinite == "ignore":
             return ""
-        wrong = [p for p in self.params if p.grad is not None and not _is_finite(p.grad)]  # else the norm overflowed
-        return f"the gradient of {self._name(wrong[0])} is not finite" if wrong else ""
+        wrong = [p for p in self.params if p.grad is not None and not _is_finite(p.grad)]
+        return (
+            f"the gradient of {self._name(wrong[0])} is not finite" if wrong else "the norm of the gradients overflows"
+        )
 
     def handle(self, fault: str, history: History) -> None:
         """Skip the step, or restore the last completed epoch, or raise the error."""

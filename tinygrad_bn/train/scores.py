@@ -134,7 +134,8 @@ def _hits(outputs: Tensor, y: Array, ignored: set[int | None]) -> tuple[int, int
     counts = y >= 0
     for target in ignored - {None}:
         counts &= y != target
-    hits = np.argmax(outputs.numpy(), axis=1) == y
+    scores = outputs.numpy()
+    hits = (np.argmax(scores, axis=1) == y) & ~np.isnan(scores).any(axis=1)  # argmax takes NaN for the largest
     return int(np.count_nonzero(hits & counts)), int(np.count_nonzero(counts))
 
 

@@ -36,9 +36,9 @@ class _Buffer:
 
 
 class MemoryCache:
-    """The memory of buffers, lent again when they are gone: at most `limit` bytes, of those lent last.
+    """Reuses the memory of buffers that are gone.
 
-    Memory that is in use when it is forgotten goes back to the system later.
+    `limit` counts memory in use too. Beyond it, the memory allocated longest ago is dropped first.
     """
 
     def __init__(self, limit: int) -> None:

@@ -12,5 +12,7 @@ FAR = 16.0
 def moments(shift, s1, s2, n):
     """Mean and biased variance from Σ (x − shift) and Σ (x − shift)²; and whether the shift is too far off."""
     off = s1 / n
-    var = np.maximum(s2 / n - off * off, 0.0)
+    square = s2 / n
+    overflows = np.isinf(square) and np.isfinite(off)  # finite data, whose squares are not: then ∞ − ∞ would be NaN
+    var = square if overflows else np.maximum(square - off * off, 0.0)
     return shift + off, var, off * off > FAR * FAR * var

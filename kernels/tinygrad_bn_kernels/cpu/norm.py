@@ -17,6 +17,7 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.moments import moments
 from tinygrad_bn_kernels.cpu.norm_terms import (
+    are_finite,
     common_shift,
     four_terms,
     gradient,
@@ -438,6 +439,8 @@ def _backward(
             _rows_backward(*arguments)
         else:
             split(_planes_backward, channels, x.size, *arguments)
+        if not (are_finite(gweight, gbias) or np.isnan(mean).any() or not np.isfinite(g).all()):
+            return NotImplemented  # a sum of four overflowed in x's dtype
     by_weight = None if weight is None or not needs[1] else gweight.astype(weight.dtype)
     return gx, by_weight, None if bias is None or not needs[2] else gbias.astype(bias.dtype)
 

@@ -19,6 +19,14 @@ def _is_ordinary(weight, mean, var, eps, low, high):
     return good
 
 
+@njit()
+def are_finite(a, b):
+    good = True
+    for i in range(a.size):
+        good = good and np.isfinite(a[i]) and np.isfinite(b[i])
+    return good
+
+
 def is_ordinary(x: Array, weight: Array, mean: Array, var: Array, eps: float) -> bool:
     """Whether the loops are right for x. If not, as with numbers near 1e38, a kernel has to decline.
 

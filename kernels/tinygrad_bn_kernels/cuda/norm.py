@@ -374,8 +374,8 @@ def running_statistics(
 ) -> tuple[DeviceArray, DeviceArray, DeviceArray, bool]:  # fmt: skip
     """(1 − momentum) · running + momentum · batch, of mean and unbias · variance (C,); the old ones if not finite.
 
-    The third result is tracked + 1. The last, whether they are finite, is always True: reading it from the device
-    would wait.
+    The third result is tracked + 1. The last, whether all numbers are finite, is always True: reading it from the
+    device would wait.
     """
     if not running_mean.shape == running_var.shape == mean.shape == var.shape:
         raise ValueError(
