@@ -102,7 +102,7 @@ def shown(text: str) -> Any:
 def inline(name: str, value: Any, spec: str | None) -> str:
     """A value inside a text. In the browser a number carries its name, so that a test can read it back."""
     if hasattr(value, "_mime_"):
-        return f"{value.value}" if is_script() else str(mo.as_html(value).text)
+        return f"({value.value})" if is_script() else str(mo.as_html(value).text)
     if isinstance(value, str):
         return value
     return f'<span class="number" data-name="{name}">{written(value, spec or ".4g")}</span>'
@@ -132,8 +132,7 @@ def table(rows: Mapping[str, Any], head: tuple[str, ...] = (), spec: str = ".4f"
     body = "".join(line[2] for line in lines)
     return mo.Html(
         f'<div class="table" role="region" tabindex="0" aria-label="{escaped(head[0] if head else "table")}"'
-        f' style="overflow-x:auto"><table class="numbers" style="font-variant-numeric:tabular-nums;text-align:right;'
-        f'border-spacing:0.9em 0.2em;border-collapse:separate"><thead><tr>{heads}</tr></thead>'
+        f'><table class="numbers"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -144,7 +143,7 @@ def picture(figure: Figure, alternative: str) -> Any:
     figure.savefig(file, format="png", dpi=110)
     data = base64.b64encode(file.getvalue()).decode()
     return mo.Html(
-        f'<img style="width:100%;max-width:{figure.get_figwidth() * 80:.0f}px;border-radius:6px"'
+        f'<img class="picture" style="max-width:{figure.get_figwidth() * 80:.0f}px"'
         f' alt="{escaped(alternative)}" src="data:image/png;base64,{data}">'
     )
 

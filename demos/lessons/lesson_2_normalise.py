@@ -1,6 +1,6 @@
 import marimo
 
-app = marimo.App(app_title="2. Normalise 1 … 20 / 1부터 20까지 정규화")
+app = marimo.App(app_title="2. Normalise 1 … 20 / 1부터 20까지 정규화", css_file="lessons.css")
 
 with app.setup:
     import marimo as mo

@@ -1,6 +1,6 @@
 import marimo
 
-app = marimo.App(app_title="4. Train and eval / 학습 모드와 평가 모드")
+app = marimo.App(app_title="4. Train and eval / 학습 모드와 평가 모드", css_file="lessons.css")
 
 with app.setup:
     import marimo as mo
@@ -263,7 +263,7 @@ def _(batch_size, epochs, say):
 
 
 @app.cell
-def _(batch_size, epochs, say):
+def _(batch_size, epochs):
     digits, held_out = datasets.load("mnist5k").scaled().split(1000, seed=0)
     training = digits.take(np.arange(2000))
 
@@ -279,6 +279,11 @@ def _(batch_size, epochs, say):
 
     by_batch, by_running, recalibrated = np.array([scores(seed) for seed in range(5)]).T
     steps = epochs.value * -(-len(training) // batch_size.value)
+    return by_batch, by_running, recalibrated, steps
+
+
+@app.cell
+def _(by_batch, by_running, recalibrated, say, steps):
     mo.vstack([
         table(
             {
