@@ -155,9 +155,9 @@ def editor(code: str) -> Any:
 
 def verdict(code: str, names: Mapping[str, Any], check: Check) -> tuple[str, str] | None:
     """Run the learner's code: what is wrong with it, in both languages, or None."""
-    variables = dict(names)
+    variables = {"__name__": "answer", **names}
     try:
-        exec(code, variables)
+        exec(compile(code, "<answer>", "exec"), variables)  # under this name the engine lets an op be declared again
         return check(variables)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"

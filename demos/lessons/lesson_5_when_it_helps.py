@@ -241,7 +241,7 @@ def _(panels, rate, say, std):
 
         [[rate]]
 
-        All panels at this learning rate, one seed each, in half a minute: [[panels]]
+        All panels at this learning rate, one seed each; it takes a while: [[panels]]
         """,
         r"""
         ## 초기 가중치와 학습률: 열여섯 칸
@@ -253,7 +253,7 @@ def _(panels, rate, say, std):
 
         [[rate]]
 
-        이 학습률로 열여섯 칸을 모두, 시드 하나씩, 30초 안에 학습합니다: [[panels]]
+        이 학습률로 열여섯 칸을 모두, 시드 하나씩 학습합니다. 잠시 걸립니다: [[panels]]
         """,
         std=std, rate=rate, panels=panels,
     )  # fmt: skip
