@@ -72,12 +72,12 @@ class Say:
                 passes the code that the editor begins with.
             check: takes the variables of the code; what is wrong with them, in both languages, or None.
         """
-        names = {"np": np, **names}
+        names, question = {"np": np, **names}, inspect.cleandoc(self.pick(english, korean))
         if is_script():
             assert not verdict(solution, names, check), verdict(solution, names, check)
             assert verdict(editor.value, names, check), "the exercise is solved before it begins"
             right = self.pick("The engine agrees.", "엔진의 값과 같습니다.")
-            return shown(f"{self.pick(english, korean)}\n\n```python\n{solution.strip()}\n```\n\n{right}")
+            return shown(f"{question}\n\n```python\n{solution.strip()}\n```\n\n{right}")
         wrong = verdict(editor.value, names, check)
         if not wrong:
             kind, result = "success", self.pick("✓ The engine agrees.", "✓ 엔진의 값과 같습니다.")
@@ -85,9 +85,9 @@ class Say:
             kind, result = "warn", self.pick(*wrong)
         answer = self.pick("One way to do it", "풀이 보기")
         return mo.vstack([
-            mo.md(self.pick(english, korean)),
+            mo.md(question),
             editor,
-            mo.callout(mo.Html(f'<div class="verdict" role="status">{escaped(result)}</div>'), kind=kind),
+            mo.callout(mo.Html(f'<div class="verdict" role="status" style="white-space:pre-wrap">{escaped(result)}</div>'), kind=kind),
             mo.accordion({answer: mo.md(f"```python\n{solution.strip()}\n```")}),
         ])  # fmt: skip
 
