@@ -68,8 +68,8 @@ class Say:
         Args:
             english, korean: the question.
             editor: from `editor`; its code is run with NumPy as `np` and with `names`.
-            solution: code that is right. A script prints it, and raises AssertionError if the check does not pass it, or
-                passes the code that the editor begins with.
+            solution: code that is right. A script prints it, and raises AssertionError if the check does not pass it,
+                or passes the code that the editor begins with.
             check: takes the variables of the code; what is wrong with them, in both languages, or None.
         """
         names, question = {"np": np, **names}, inspect.cleandoc(self.pick(english, korean))
@@ -87,7 +87,7 @@ class Say:
         return mo.vstack([
             mo.md(question),
             editor,
-            mo.callout(mo.Html(f'<div class="verdict" role="status" style="white-space:pre-wrap">{escaped(result)}</div>'), kind=kind),
+            mo.callout(mo.Html(f'<div class="verdict" role="status">{escaped(result)}</div>'), kind=kind),
             mo.accordion({answer: mo.md(f"```python\n{solution.strip()}\n```")}),
         ])  # fmt: skip
 
@@ -179,7 +179,7 @@ def expects(**right: Any) -> Check:
 
 
 def difference(name: str, mine: Any, right: np.ndarray) -> tuple[str, str] | None:
-    """How an answer differs from the engine's value: its shape, its sign, a factor, or where most; None if it agrees."""
+    """How an answer differs from the engine's value: its shape, sign, a factor, or where most; None if it agrees."""
     mine = np.asarray(getattr(mine, "data", mine) if hasattr(mine, "requires_grad") else mine, float)
     if mine.shape != right.shape:
         return (

@@ -103,9 +103,9 @@ def _(b, say, w, x):
     values = {name: t.item() for name, t in nodes.items()}
     gradients = {name: t.grad.item() for name, t in nodes.items()}
     places = {"w": (0, 2), "x": (0, 1), "b": (1, 0), "p": (1, 1.5), "s": (2, 1), "y": (3, 1)}
-    figure, ((axes,),) = viz.subplots(1, 1, 7, 3.2)
+    figure, ((axes,),) = viz.subplots(1, 1, 7, 3.6)
     for tail, head in (("w", "p"), ("x", "p"), ("p", "s"), ("b", "s"), ("s", "y")):
-        arrow = {"arrowstyle": "-|>", "color": viz.COLOURS[1], "linewidth": 2, "shrinkA": 24, "shrinkB": 24}
+        arrow = {"arrowstyle": "-|>", "color": viz.COLOURS[1], "linewidth": 2, "shrinkA": 30, "shrinkB": 40}
         axes.annotate("", places[head], places[tail], arrowprops=arrow)
     for name, place in places.items():
         axes.annotate(

@@ -233,8 +233,9 @@ def _(gradient, say, value):
 
         Put the three together, with $\partial\hat x = g\,\gamma$:
 
-        $$\partial x_i = \frac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i - \frac1N\sum_j \partial\hat x_j
-        - \hat x_i\,\frac1N\sum_j \partial\hat x_j\,\hat x_j\Big)$$
+        $$\partial x_i = \frac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i
+        {}- \tfrac1N\textstyle\sum_j \partial\hat x_j
+        {}- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)$$
 
         It agrees with autograd to [[off]]. Read it so: BatchNorm takes from the gradient two parts that it could not use.
 
@@ -247,8 +248,9 @@ def _(gradient, say, value):
 
         $\partial\hat x = g\,\gamma$라 하고 세 길을 합치면 다음과 같습니다.
 
-        $$\partial x_i = \frac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i - \frac1N\sum_j \partial\hat x_j
-        - \hat x_i\,\frac1N\sum_j \partial\hat x_j\,\hat x_j\Big)$$
+        $$\partial x_i = \frac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i
+        {}- \tfrac1N\textstyle\sum_j \partial\hat x_j
+        {}- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)$$
 
         자동 미분과의 차이는 [[off]]입니다. 이렇게 읽으면 됩니다. 배치 정규화는 기울기에서 쓸모없는 두 부분을 빼냅니다.
 

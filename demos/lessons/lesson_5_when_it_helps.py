@@ -312,7 +312,9 @@ def _(panels, race, say):
             axes.plot(range(1, len(line) + 1), line, color=viz.colour(model), label=model)
         axes.set(title=f"std {init_scale.SCALES[panel]:.2g}", ylim=(0, 1.02))
     viz.legend_below(grid[0, 0])
-    picture(all_panels, say.pick("Training accuracy for sixteen scales of weights", "초기 가중치 열여섯 가지의 학습 정확도"))
+    picture(
+        all_panels, say.pick("Training accuracy for sixteen scales of weights", "초기 가중치 열여섯 가지의 학습 정확도")
+    )
     return
 
 
