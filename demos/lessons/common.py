@@ -79,15 +79,13 @@ class Say:
             right = self.pick("The engine agrees.", "엔진의 값과 같습니다.")
             return shown(f"{question}\n\n```python\n{solution.strip()}\n```\n\n{right}")
         wrong = verdict(editor.value, names, check)
-        if not wrong:
-            kind, result = "success", self.pick("✓ The engine agrees.", "✓ 엔진의 값과 같습니다.")
-        else:
-            kind, result = "warn", self.pick(*wrong)
+        result = self.pick(*wrong) if wrong else self.pick("✓ The engine agrees.", "✓ 엔진의 값과 같습니다.")
+        message = mo.Html(f'<div class="verdict" role="status">{escaped(result)}</div>')
         answer = self.pick("One way to do it", "풀이 보기")
         return mo.vstack([
             mo.md(question),
             editor,
-            mo.callout(mo.Html(f'<div class="verdict" role="status">{escaped(result)}</div>'), kind=kind),
+            mo.callout(message, kind="warn" if wrong else "success"),
             mo.accordion({answer: mo.md(f"```python\n{solution.strip()}\n```")}),
         ])  # fmt: skip
 

@@ -75,7 +75,7 @@ def _(b, say, w, x):
 
         $$p = w\,x \qquad s = p + b \qquad y = \tanh s$$
 
-        슬라이더를 움직여 보세요. 값(순전파)은 왼쪽에서 오른쪽으로, 기울기(역전파)는 오른쪽에서 왼쪽으로 읽습니다. ∂s는
+        슬라이더를 움직여 보세요. 값(순전파)은 왼쪽에서 오른쪽으로, 그래디언트(역전파)는 오른쪽에서 왼쪽으로 읽습니다. ∂s는
         $\partial y / \partial s$, 곧 s가 조금 변할 때 y가 얼마나 변하는지를 뜻합니다.
 
         [[w]]
@@ -115,7 +115,7 @@ def _(b, say, w, x):
     axes.set(xlim=(-0.4, 3.4), ylim=(-0.5, 2.5))
     axes.set_axis_off()
     mo.vstack([
-        picture(figure, say.pick("The graph with values and gradients", "값과 기울기를 적은 계산 그래프")),
+        picture(figure, say.pick("The graph with values and gradients", "값과 그래디언트를 적은 계산 그래프")),
         say(
             r"""
             The machine begins with ∂y = 1. At each node it multiplies by one local derivative:
@@ -132,8 +132,8 @@ def _(b, say, w, x):
             기계는 ∂y = 1에서 출발합니다. 노드를 지날 때마다 그 연산의 미분 하나를 곱합니다.
 
             - tanh: $\partial s = \partial y\,(1 - y^2)$ = [[ds]]. s = [[s]]에서 곡선의 기울어진 정도입니다. s를 크게 해 보세요.
-              그곳의 tanh는 평평해서 아무것도 전해지지 않습니다. 이것이 기울기 소실(vanishing gradient)입니다.
-            - 덧셈은 받은 기울기를 양쪽에 그대로 넘깁니다: ∂p = ∂b = [[db]].
+              그곳의 tanh는 평평해서 아무것도 전해지지 않습니다. 이것이 그래디언트 소실(vanishing gradient)입니다.
+            - 덧셈은 받은 그래디언트를 양쪽에 그대로 넘깁니다: ∂p = ∂b = [[db]].
             - 곱셈은 서로 바꾸어 곱합니다: $\partial w = \partial p\cdot x$ = [[dw]], $\partial x = \partial p\cdot w$ = [[dx]].
 
             그래프는 계산 결과 안에 있습니다. 연산으로 만들어진 텐서에는 `node`가 있고, 그 안에 연산과 피연산자가 들어
@@ -157,7 +157,7 @@ def _(a, say):
         [[a]]
         """,
         r"""
-        ## 기울기는 왜 더하고, 순서는 왜 중요한가
+        ## 그래디언트는 왜 더하고, 순서는 왜 중요한가
 
         `b = a + a`, 그리고 `c = b + b`. a에서 c로 가는 길은 네 갈래이고, 길마다 미분은 1입니다.
 
@@ -195,11 +195,11 @@ def _(a, say):
         **topological order**: a node comes after everything that uses it.
         """,
         r"""
-        a가 h만큼 변하면 `a + a`의 두 피연산자가 모두 h만큼 변하고, 그 효과는 **더해집니다**. 기울기도 마찬가지입니다. 뒤로
-        돌아가다 길이 만나는 곳에서는 기울기를 더합니다. 그래서 ∂b = [[db]], ∂a = [[da]]입니다. $a \cdot a$도 두 피연산자가
+        a가 h만큼 변하면 `a + a`의 두 피연산자가 모두 h만큼 변하고, 그 효과는 **더해집니다**. 그래디언트도 마찬가지입니다. 뒤로
+        돌아가다 길이 만나는 곳에서는 그래디언트를 더합니다. 그래서 ∂b = [[db]], ∂a = [[da]]입니다. $a \cdot a$도 두 피연산자가
         모두 a이므로 ∂a = a + a = [[dsq]]입니다.
 
-        기울기가 다 모이기 전에 다음 노드로 넘기면 안 됩니다. b가 받는 대로 바로 넘긴다면 a가 받는 값은 [[da]]가 아니라
+        그래디언트가 다 모이기 전에 다음 노드로 넘기면 안 됩니다. b가 받는 대로 바로 넘긴다면 a가 받는 값은 [[da]]가 아니라
         [[hasty]]입니다. b의 첫 몫을 두 번 세기 때문입니다. 그래서 엔진은 **위상 정렬(topological order)** 순서로 노드를
         방문합니다. 어떤 노드를 쓰는 것들을 모두 방문한 뒤에 그 노드를 방문합니다.
         """,
@@ -226,12 +226,12 @@ def _(g_1, g_2, g_3, say):
         [[g_3]]
         """,
         r"""
-        ## cotangent란
+        ## 코탄젠트(cotangent)란
 
         지금까지 y는 수 하나였습니다. 이번에는 샘플 세 개에 대해 $\hat x$ = BN(x)라고 합시다. 미분을 모두 모으면 행렬, 곧
-        **야코비안(Jacobian)** $J_{ij} = \partial \hat x_i / \partial x_j$이 됩니다. 실제 레이어에서는 너무 커서 적을 수도 없습니다.
+        **야코비 행렬(Jacobian)** $J_{ij} = \partial \hat x_i / \partial x_j$이 됩니다. 실제 레이어에서는 너무 커서 적을 수도 없습니다.
         하지만 손실은 수 하나이고, 물어보는 것도 하나뿐입니다. $\hat x_i$ 하나하나의 영향이 $g_i$일 때 $x_j$ 하나하나의 영향은
-        얼마인가? 이 $g$를 **cotangent**라 하고, $g^\top J$를 **벡터-야코비안 곱(vector-Jacobian product)**이라 합니다. 역전파
+        얼마인가? 이 $g$를 **코탄젠트(cotangent)**라 하고, $g^\top J$를 **벡터-야코비 곱(vector-Jacobian product)**이라 합니다. 역전파
         규칙이 계산하는 것은 이 곱뿐입니다.
 
         [[g_1]]
@@ -259,7 +259,7 @@ def _(g_1, g_2, g_3, say):
     mo.vstack([
         say(
             "With x = [[samples:.0f]] the Jacobian is, one backward pass for each row:",
-            "x = [[samples:.0f]]일 때의 야코비안입니다. 한 행을 구하는 데 역전파를 한 번 합니다.",
+            "x = [[samples:.0f]]일 때의 야코비 행렬입니다. 한 행을 구하는 데 역전파를 한 번 합니다.",
             samples=samples,
         ),
         table(
@@ -274,8 +274,8 @@ def _(g_1, g_2, g_3, say):
             """,
             r"""
             마지막 두 행이 같습니다. 엔진은 행렬을 만든 적이 없습니다. g를 모두 1로 해 보세요. `.sum().backward()`와 같은데,
-            반올림 오차([[ones]])를 빼면 기울기가 0입니다. x가 무엇이든 $\hat x$의 합은 0이라 배울 것이 없기 때문입니다. 그러니
-            배치 정규화의 기울기를 시험할 때는 cotangent를 무작위로 고르세요.
+            반올림 오차([[ones]])를 빼면 그래디언트가 0입니다. x가 무엇이든 $\hat x$의 합은 0이라 배울 것이 없기 때문입니다. 그러니
+            배치 정규화의 그래디언트를 시험할 때는 코탄젠트를 무작위로 고르세요.
             """,
             ones=np.abs(vjp(np.ones(3))).max(),
         ),
@@ -301,12 +301,12 @@ def _(b, say, w, x):
         derivatives tell how far a gradient can be trusted; some losses contain a gradient, and need them to train.
         """,
         r"""
-        ## 기울기의 기울기
+        ## 그래디언트의 그래디언트
 
         위의 규칙들도 덧셈, 곱셈, tanh입니다. 그러니 역전파 자체도 기록할 수 있습니다. `grad(y, x, create_graph=True)`가
         돌려주는 텐서에는 자신의 그래프가 있습니다. 위의 뉴런에서 dy/dx = [[first]], d²y/dx² = [[second]]입니다. 가까운 두 점의
-        기울기를 빼서 거리로 나누면 [[numeric]]입니다. 2차 미분은 기울기를 어디까지 믿어도 되는지 알려 줍니다. 손실 안에
-        기울기가 들어 있어서 학습할 때 2차 미분이 필요한 경우도 있습니다.
+        그래디언트를 빼서 거리로 나누면 [[numeric]]입니다. 2차 미분은 그래디언트를 어디까지 믿어도 되는지 알려 줍니다. 손실 안에
+        그래디언트가 들어 있어서 학습할 때 2차 미분이 필요한 경우도 있습니다.
         """,
         first=first.item(), second=second.item(), numeric=(slopes[1] - slopes[0]) / (2 * h),
     )  # fmt: skip

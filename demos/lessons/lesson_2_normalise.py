@@ -292,7 +292,7 @@ def _(say, size):
             """,
             first=biased[0], second=unbiased[0], stored=tracking.running_var.numpy()[0],
             now=size.value / (size.value - 1), later=32 / 31,
-        ),  # fmt: skip
+        ),
     ])  # fmt: skip
     return
 

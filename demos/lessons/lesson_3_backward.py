@@ -50,7 +50,7 @@ def _(language):
         # 3. 배치 정규화의 역전파
 
         샘플 다섯 개, 채널 두 개입니다. 입력 하나를 움직이면 순전파와 역전파의 모든 수가 따라 움직입니다. 끝까지 따라오면 배치
-        정규화의 기울기를 직접 유도하고, 왜 그런 모양인지도 알게 됩니다. 15분쯤 걸립니다.
+        정규화의 그래디언트를 직접 유도하고, 왜 그런 모양인지도 알게 됩니다. 15분쯤 걸립니다.
         """,
     )
     return (say,)
@@ -69,7 +69,7 @@ def _(say, x_11):
         r"""
         ## 입력 하나를 움직여 보기
 
-        슬라이더는 채널 1의 샘플 1입니다. 손실에서 들어오는 기울기, 곧 cotangent g는 그대로 둡니다.
+        슬라이더는 채널 1의 샘플 1입니다. 손실에서 들어오는 그래디언트, 곧 코탄젠트 g는 그대로 둡니다.
 
         [[x_11]]
         """,
@@ -104,9 +104,9 @@ def _(gradient, say, value):
             $x_{11}$ far out: it takes the whole variance for itself, and the gradients of the channel shrink.
             """,
             r"""
-            입력 하나를 바꾸었는데 이 채널의 기울기 다섯 개가 모두 움직였습니다. 샘플 하나하나가 μ와 σ²를 거쳐 다른 모든 샘플에
+            입력 하나를 바꾸었는데 이 채널의 그래디언트 다섯 개가 모두 움직였습니다. 샘플 하나하나가 μ와 σ²를 거쳐 다른 모든 샘플에
             영향을 주기 때문입니다. 다른 채널은 그대로입니다. 슬라이더가 어디에 있든 배치 전체의 ∂x의 합은 [[total]]입니다. 이제
-            $x_{11}$을 멀리 보내 보세요. 그 값이 분산을 혼자 다 차지해서 채널의 기울기가 모두 작아집니다.
+            $x_{11}$을 멀리 보내 보세요. 그 값이 분산을 혼자 다 차지해서 채널의 그래디언트가 모두 작아집니다.
             """,
             total=np.round(gradient["x"][:, 0].sum(), 12) + 0.0,
         ),
@@ -131,15 +131,15 @@ def _(gradient, say, value):
             r"""
             ## 아홉 단계
 
-            채널 1, 샘플 1의 단계별 값과 기울기입니다. 값은 위에서 아래로, 기울기는 아래에서 위로 읽습니다. 기울기는 저마다 그
-            단계의 미분에 아래에서 올라온 기울기를 곱한 것입니다. **왜 1/N이 나오는지**는 `sq`에서 볼 수 있습니다. 분산은 `sq`의
+            채널 1, 샘플 1의 단계별 값과 그래디언트입니다. 값은 위에서 아래로, 그래디언트는 아래에서 위로 읽습니다. 그래디언트는 저마다 그
+            단계의 미분에 아래에서 올라온 그래디언트를 곱한 것입니다. **왜 1/N이 나오는지**는 `sq`에서 볼 수 있습니다. 분산은 `sq`의
             평균이므로 샘플마다 ∂var의 N분의 1을 받습니다.
             """,
         ),
         table(
             {name: (formula, *(f"{number:.4f}".replace("-", "−") for number in first(name)), rule)
              for name, (formula, rule) in STEPS.items()},
-            head=("", say.pick("step", "단계"), say.pick("value", "값"), "∂", say.pick("gradient", "기울기")),
+            head=("", say.pick("step", "단계"), say.pick("value", "값"), "∂", say.pick("gradient", "그래디언트")),
         ),
     ])  # fmt: skip
     return
@@ -190,11 +190,11 @@ def _(gradient, say, shares):
             ## 세 갈래 길
 
             x가 출력에 이르는 길은 세 갈래입니다. 곧장 가는 길, 분산을 거치는 길, 평균을 거치는 길이 있습니다. 길이 만나는 곳에서는
-            기울기를 더합니다(1과). 길마다 몫을 알아보려고, 여기서는 길마다 x의 복사본을 하나씩 주고 복사본의 기울기를 엔진에
+            그래디언트를 더합니다(1과). 길마다 몫을 알아보려고, 여기서는 길마다 x의 복사본을 하나씩 주고 복사본의 그래디언트를 엔진에
             물어봅니다.
             """,
         ),
-        picture(figure, say.pick("The share of each path in the gradient", "기울기에서 길마다 차지하는 몫")),
+        picture(figure, say.pick("The share of each path in the gradient", "그래디언트에서 길마다 차지하는 몫")),
         table({**{name: share[:, 0] for name, share in shares.items()},
                say.pick("their sum", "합"): total[:, 0], "autograd": gradient["x"][:, 0]}, head=SAMPLES),
         say(
@@ -252,11 +252,11 @@ def _(gradient, say, value):
         {}- \tfrac1N\textstyle\sum_j \partial\hat x_j
         {}- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)$$
 
-        자동 미분과의 차이는 [[off]]입니다. 이렇게 읽으면 됩니다. 배치 정규화는 기울기에서 쓸모없는 두 부분을 빼냅니다.
+        자동 미분과의 차이는 [[off]]입니다. 이렇게 읽으면 됩니다. 배치 정규화는 그래디언트에서 쓸모없는 두 부분을 빼냅니다.
 
-        - 기울기의 **평균**. 모든 x에 같은 수를 더해도 출력은 변하지 않으므로 그 방향의 기울기는 없어야 합니다:
+        - 그래디언트의 **평균**. 모든 x에 같은 수를 더해도 출력은 변하지 않으므로 그 방향의 그래디언트는 없어야 합니다:
           Σ∂x = [[sum_dx]].
-        - 기울기에서 **x̂ 방향**의 성분. 평균을 중심으로 x를 늘여도 eps의 영향을 빼면 출력은 변하지 않습니다:
+        - 그래디언트에서 **x̂ 방향**의 성분. 평균을 중심으로 x를 늘여도 eps의 영향을 빼면 출력은 변하지 않습니다:
           Σ∂x·x̂ = [[along]]. 이론값은 eps가 남기는 몫인 [[expected]]입니다.
         """,
         off=np.abs(closed - dx).max(), sum_dx=np.round(dx.sum(0)[0], 12) + 0.0, along=left[0], expected=expected[0, 0],
@@ -287,7 +287,7 @@ def _(data, say):
         ## 합성 = 융합 = 수치 미분
 
         `nn.BatchNorm1d`는 아홉 단계를 따로 실행하지 않고, 메모리를 되도록 적게 읽는 융합 연산(fused op) 하나로 계산합니다.
-        `with composed():` 안에서는 같은 레이어가 아홉 단계로 계산합니다. 두 기울기의 차이는 [[off]]입니다. `testing.gradcheck`는
+        `with composed():` 안에서는 같은 레이어가 아홉 단계로 계산합니다. 두 그래디언트의 차이는 [[off]]입니다. `testing.gradcheck`는
         출력의 수치 미분과 비교합니다: `[[report]]`.
         """,
         off=np.abs(fused_gradient - composed_gradient).max(), report=" ".join(map(str, report)),
@@ -319,9 +319,9 @@ def _(data, say):
             r"""
             ## 2차 미분
 
-            손실 Σ g·BN(x)는 출력에 대해서는 일차식이지만 x에 대해서는 아닙니다. x가 움직이면 기울기도 변합니다.
-            `create_graph=True`를 쓰면 기울기도 그래프를 가진 텐서가 되고, 그것을 방향 v로 다시 `grad`하면 H·v가 나옵니다. 이
-            규칙을 누가 따로 적은 것이 아니라 아홉 단계에서 저절로 나옵니다. 아래는 채널 1이고, 두 기울기의 차로 구한 값도 함께
+            손실 Σ g·BN(x)는 출력에 대해서는 일차식이지만 x에 대해서는 아닙니다. x가 움직이면 그래디언트도 변합니다.
+            `create_graph=True`를 쓰면 그래디언트도 그래프를 가진 텐서가 되고, 그것을 방향 v로 다시 `grad`하면 H·v가 나옵니다. 이
+            규칙을 누가 따로 적은 것이 아니라 아홉 단계에서 저절로 나옵니다. 아래는 채널 1이고, 두 그래디언트의 차로 구한 값도 함께
             적었습니다.
             """,
         ),

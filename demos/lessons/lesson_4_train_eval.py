@@ -68,7 +68,7 @@ def _(batches, momentum, say):
         ## 이동 평균과 이동 분산 (running statistics)
 
         평가할 때 한 샘플의 결과가 같은 배치에 우연히 들어온 다른 샘플에 따라 달라지면 곤란합니다. 그래서 학습하는 동안 레이어는
-        지금까지 본 배치들의 통계를 이동 평균으로 기억해 둡니다.
+        지금까지 본 배치들의 통계량을 이동 평균으로 기억해 둡니다.
 
         $$\text{running} \leftarrow (1 - m)\cdot\text{running} + m\cdot\text{batch}$$
 
@@ -206,9 +206,9 @@ def _(say):
             $$\frac{\partial L}{\partial x_i} = \frac{\gamma\, g_i}{\sqrt{\text{running var} + \varepsilon}}$$
             """,
             r"""
-            ## 평가 모드의 기울기
+            ## 평가 모드의 그래디언트
 
-            학습 모드에서는 x가 μ와 σ²에도 영향을 주므로 기울기가 세 갈래로 들어옵니다(3과). 평가 모드에서는 이동 평균과 이동
+            학습 모드에서는 x가 μ와 σ²에도 영향을 주므로 그래디언트가 세 갈래로 들어옵니다(3과). 평가 모드에서는 이동 평균과 이동
             분산이 상수입니다. 길은 하나만 남고, 샘플끼리 서로 영향을 주지 않습니다.
 
             $$\frac{\partial L}{\partial x_i} = \frac{\gamma\, g_i}{\sqrt{\text{running var} + \varepsilon}}$$
@@ -222,7 +222,7 @@ def _(say):
             """,
             r"""
             배치 전체에 대한 ∂x의 합은 학습 모드에서 [[train_sum]], 평가 모드에서 [[eval_sum]]입니다. 배치 정규화를 고정하고
-            미세 조정(fine-tuning)을 하면 두 번째 기울기로 학습하게 됩니다.
+            미세 조정(fine-tuning)을 하면 두 번째 그래디언트로 학습하게 됩니다.
             """,
             train_sum=gradients["train"].sum().round(12) + 0.0, eval_sum=gradients["eval"].sum(),
         ),
@@ -246,11 +246,11 @@ def _(batch_size, epochs, say):
         [[batch_size]]
         """,
         r"""
-        ## 두 통계의 차이 재기
+        ## 두 통계량의 차이 재기
 
         학습은 잘 되는데 왜 첫 epoch의 검증 정확도는 뒤처질까요? MNIST 숫자 2,000장으로 784-64-64-10 네트워크를 Adam으로,
         시드 다섯 개로 학습합니다. `train.statistics_gap`은 학습에 쓰지 않은 숫자 1,000장을 두 번 채점합니다. 한 번은 배치의
-        통계로, 한 번은 이동 통계로 정규화하고 나머지는 모두 같습니다. 그다음 `train.recalibrate`가 이동 통계를 학습 데이터
+        통계량으로, 한 번은 이동 통계량으로 정규화하고 나머지는 모두 같습니다. 그다음 `train.recalibrate`가 이동 통계량을 학습 데이터
         전체에서 다시 구한 값으로 바꿉니다.
 
         [[epochs]]
@@ -287,8 +287,8 @@ def _(by_batch, by_running, recalibrated, say, steps):
     mo.vstack([
         table(
             {
-                say.pick("batch statistics", "배치의 통계"): [str(interval(by_batch))],
-                say.pick("running statistics", "이동 통계"): [str(interval(by_running))],
+                say.pick("batch statistics", "배치의 통계량"): [str(interval(by_batch))],
+                say.pick("running statistics", "이동 통계량"): [str(interval(by_running))],
                 say.pick("recalibrated", "recalibrate 후"): [str(interval(recalibrated))],
             },
             head=("", say.pick("accuracy, 95 % interval", "정확도, 95 % 구간")),
@@ -301,10 +301,10 @@ def _(by_batch, by_running, recalibrated, say, steps):
             another gap: their own statistics are noisy, and then the running ones are the better.
             """,
             r"""
-            지금까지 [[steps]]번 갱신했고, 이동 통계는 목표까지 [[share]]만큼 다가갔습니다. 앞의 두 줄의 차이는
-            [[gap]]입니다(시드 다섯 개의 평균과 95 % 구간). 이 구간이 0에서 멀다면 가중치에는 문제가 없고 이동 통계가 늦은
+            지금까지 [[steps]]번 갱신했고, 이동 통계량은 목표까지 [[share]]만큼 다가갔습니다. 앞의 두 줄의 차이는
+            [[gap]]입니다(시드 다섯 개의 평균과 95 % 구간). 이 구간이 0에서 멀다면 가중치에는 문제가 없고 이동 통계량이 늦은
             것입니다. 더 오래 학습하거나, momentum을 키우거나, recalibrate를 쓰세요. 배치가 작으면 반대의 차이가 생깁니다. 배치
-            자체의 통계가 흔들리기 때문에 이동 통계 쪽이 더 낫습니다.
+            자체의 통계량이 흔들리기 때문에 이동 통계량 쪽이 더 낫습니다.
             """,
             steps=steps, share=1 - 0.9**steps, gap=interval(by_batch - by_running),
         ),
@@ -351,7 +351,7 @@ def _(a, b, fresh, say, two):
     fixed(x_eval).backward(b)
     say.exercise(
         "**2.** The layer is in evaluation mode, and `g` arrives at its output. Compute `dx`, the gradient of `x`.",
-        "**2.** 레이어가 평가 모드이고 출력에 기울기 `g`가 들어옵니다. `x`의 기울기 `dx`를 구하세요.",
+        "**2.** 레이어가 평가 모드이고 출력에 그래디언트 `g`가 들어옵니다. `x`의 그래디언트 `dx`를 구하세요.",
         two,
         "dx = g * weight / np.sqrt(running_var + eps)",
         expects(dx=x_eval.grad.numpy()),

@@ -109,14 +109,14 @@ def _(factor, say):
           Write `nn.Linear(…, bias=False)`; β does its work.
         """,
         r"""
-        k = [[k]]일 때 두 출력의 차이는 최대 [[difference]]입니다(eps 때문에 생기는 차이입니다). 가중치의 기울기는 1/k배, 곧
+        k = [[k]]일 때 두 출력의 차이는 최대 [[difference]]입니다(eps 때문에 생기는 차이입니다). 가중치의 그래디언트는 1/k배, 곧
         [[ratio]]배가 됩니다. 그리고 W · ∂W = [[inner]]입니다. 가중치 방향으로는 아무리 움직여도 손실이 변하지 않으므로
-        기울기는 가중치와 직각입니다. 여기서 세 가지를 알 수 있습니다.
+        그래디언트는 가중치와 직각입니다. 여기서 세 가지를 알 수 있습니다.
 
         - 초기 가중치가 커도 문제는 없지만 천천히 배웁니다. lr·∂W만큼 갱신하면 방향이 lr / k²에 비례하는 각도만큼 바뀝니다.
         - 갱신할 때마다 W는 길어지고(피타고라스의 정리), 그만큼 실제 학습률은 학습이 진행될수록 낮아집니다. 배치 정규화 앞의
-          **weight decay**는 함수를 규제하지 않습니다. W를 짧게 유지해서 실제 학습률을 높게 유지할 뿐입니다.
-        - 배치 정규화 앞의 **편향(bias)**은 쓸모가 없습니다. μ를 뺄 때 함께 사라지기 때문입니다. b의 기울기는 가장 큰 것이
+          **가중치 감소(weight decay)**는 함수를 규제하지 않습니다. W를 짧게 유지해서 실제 학습률을 높게 유지할 뿐입니다.
+        - 배치 정규화 앞의 **편향(bias)**은 쓸모가 없습니다. μ를 뺄 때 함께 사라지기 때문입니다. b의 그래디언트는 가장 큰 것이
           [[dead]]로, 반올림 오차일 뿐입니다. `nn.Linear(…, bias=False)`로 쓰세요. 편향이 할 일은 β가 합니다.
         """,
         k=factor.value, difference=np.abs(y_k - y_1).max(), ratio=np.linalg.norm(dw_k) / np.linalg.norm(dw_1),
@@ -145,7 +145,7 @@ def _(activation, depth, gain, say):
         ## 깊이와 포화
 
         숫자 그림 200장이 유닛 100개짜리 층들을 지나갑니다. 아직 학습하기 전이고, 가중치는 표준편차가 gain / √fan_in인
-        정규분포입니다. 배치 정규화가 없을 때 gain이 크면 tanh와 sigmoid의 값이 양 끝에 몰리는데, 그곳은 평평해서 기울기가
+        정규분포입니다. 배치 정규화가 없을 때 gain이 크면 tanh와 sigmoid의 값이 양 끝에 몰리는데, 그곳은 평평해서 그래디언트가
         거의 전해지지 않습니다(포화). gain이 작으면 신호가 사라집니다.
 
         [[activation]]
@@ -207,7 +207,7 @@ def _(activation, depth, flows, say):
     viz.legend_below(row[1])
     growth = [[(g[0] / max(g[-1], 1e-300)) ** (1 / (depth.value - 1)) for _, g in flows[bn]] for bn in (False, True)]
     mo.vstack([
-        picture(figure, say.pick("Outputs of the last layer, and gradients by layer", "마지막 층의 출력과 층별 기울기")),
+        picture(figure, say.pick("Outputs of the last layer, and gradients by layer", "마지막 층의 출력과 층별 그래디언트")),
         say(
             r"""
             On the way back the gradient changes per layer by a factor of [[without]] without BatchNorm, and of [[with_bn]]
@@ -216,8 +216,8 @@ def _(activation, depth, flows, say):
             [[with_bn_again]] to the power of 100 is [[hundred]]. Residual connections were the cure.
             """,
             r"""
-            뒤로 한 층 갈 때마다 기울기는 배치 정규화가 없으면 [[without]]배, 있으면 [[with_bn]]배가 됩니다. 배치 정규화를
-            쓰면 gain은 상관이 없고 기울기가 소실되지 않습니다. 하지만 배율이 1보다 큽니다. ReLU에서는 이론적으로 약 1.2입니다
+            뒤로 한 층 갈 때마다 그래디언트는 배치 정규화가 없으면 [[without]]배, 있으면 [[with_bn]]배가 됩니다. 배치 정규화를
+            쓰면 gain은 상관이 없고 그래디언트가 소실되지 않습니다. 하지만 배율이 1보다 큽니다. ReLU에서는 이론적으로 약 1.2입니다
             (Yang 등, 2019). 열 층에서는 괜찮지만 백 층에서는 폭주합니다. [[with_bn_again]]의 100제곱은 [[hundred]]입니다.
             이 문제는 잔차 연결(residual connection)로 풀었습니다.
             """,
@@ -379,7 +379,7 @@ def _(noisy, say):
             r"""
             잡음을 넣은 네트워크는 분포가 가장 심하게 흔들리는데도 배치 정규화가 없는 네트워크보다 손실이 [[ahead]]만큼 낮습니다.
             그러니 분포가 안정되는 것이 주된 이유는 아닙니다. Santurkar 등이 찾은 이유는 손실 함수가 더 매끄러워진다는 것입니다.
-            그래서 기울기를 믿고 더 크게 움직일 수 있습니다. `python -m demos loss_landscape`로 재 볼 수 있습니다.
+            그래서 그래디언트를 믿고 더 크게 움직일 수 있습니다. `python -m demos loss_landscape`로 재 볼 수 있습니다.
             """,
             ahead=interval(without_bn - with_noisy),
         ),
@@ -477,7 +477,7 @@ def _(one, say):
     say.exercise(
         "**1.** `dw_1` is the gradient of the weights `w` before BatchNorm (eps = 0). What is it, `dw`, at the weights "
         "`4 * w`?",
-        "**1.** `dw_1`은 배치 정규화(eps = 0) 앞의 가중치 `w`의 기울기입니다. 가중치가 `4 * w`라면 기울기 `dw`는 얼마일까요?",
+        "**1.** `dw_1`은 배치 정규화(eps = 0) 앞의 가중치 `w`의 그래디언트입니다. 가중치가 `4 * w`라면 그래디언트 `dw`는 얼마일까요?",
         one,
         "dw = dw_1 / 4",
         expects(dw=gradient_at(4)),
