@@ -91,9 +91,9 @@ def read(page, name):
 
 
 def press(page, slider, key, times, changed):
-    """Move a slider by keyboard, and wait until the number `changed` has another value."""
+    """Move the slider of this label by keyboard, and wait until the number `changed` has another value."""
     before = read(page, changed).tolist()
-    page.get_by_role("slider").nth(slider).focus()
+    page.get_by_role("slider", name=slider, exact=True).focus()
     for _ in range(times):
         page.keyboard.press(key)
     end = time.monotonic() + PATIENCE / 1000
@@ -145,12 +145,12 @@ def test_the_solutions_typed_into_the_editors_are_accepted(open_lesson, lesson):
 
 def test_lesson_1_follows_its_sliders_and_keeps_them_in_the_other_language(open_lesson):
     page = open_lesson(LESSONS[0])
-    press(page, 0, "ArrowRight", 3, "dw")
+    press(page, "w", "ArrowRight", 3, "dw")
     w, x, b = 1.1, 1.5, -0.5
     for name, at in (("dw", w), ("dx", x), ("db", b)):
         others = {"dw": lambda t: t * x + b, "dx": lambda t: w * t + b, "db": lambda t: t + w * x}[name]
         assert read(page, name)[0] == pytest.approx(gradient(lambda t, f=others: F.tanh(f(t)), at, 1.0), rel=1e-3)
-    press(page, 5, "ArrowRight", 2, "gᵀ J")
+    press(page, "g₂", "ArrowRight", 2, "gᵀ J")
     rows = np.array([read(page, f"∂x̂{i}") for i in "₁₂₃"])
     assert read(page, "gᵀ J") == pytest.approx(rows[0] + rows[1], abs=2e-4)
     assert read(page, "backward(g)") == pytest.approx(rows[0] + rows[1], abs=2e-4)
@@ -161,7 +161,7 @@ def test_lesson_1_follows_its_sliders_and_keeps_them_in_the_other_language(open_
 
 def test_lesson_2_shows_the_deviation_that_the_weight_asks_for(open_lesson):
     page = open_lesson(LESSONS[1])
-    press(page, 0, "ArrowRight", 2, "out_std")
+    press(page, "weight γ", "ArrowRight", 2, "out_std")
     y = F.batch_norm(Tensor(np.arange(1.0, 21).reshape(20, 1)), weight=Tensor([3.0]), bias=Tensor([1.0]), training=True)
     assert read(page, "out_std")[0] == pytest.approx(y.numpy().std(), rel=1e-3)
     assert read(page, "out_mean")[0] == pytest.approx(y.numpy().mean(), rel=1e-3)
@@ -173,7 +173,7 @@ def test_lesson_3_moves_the_gradients_of_all_samples(open_lesson):
     x, g = rng.normal(3, 2, (5, 2)).round(1), rng.normal(size=(5, 2)).round(1)
     weight = Tensor(np.array([1.5, -0.5]))
     before = read(page, "∂x")
-    press(page, 0, "ArrowLeft", 20, "∂x")
+    press(page, "x₁₁", "ArrowLeft", 20, "∂x")
     x[0, 0] -= 2
     expected = gradient(lambda t: F.batch_norm(t, weight=weight, training=True), x, g)[:, 0]
     assert read(page, "∂x") == pytest.approx(expected, abs=1e-4)
@@ -183,7 +183,7 @@ def test_lesson_3_moves_the_gradients_of_all_samples(open_lesson):
 
 def test_lesson_4_normalises_by_the_batch_and_by_the_running_statistics(open_lesson):
     page = open_lesson(LESSONS[3])
-    press(page, 2, "ArrowRight", 2, "train()")
+    press(page, "N", "ArrowRight", 2, "train()")
     x = np.array([[4.0], [1.0], [6.0], [2.5], [3.5], [9.0], [-2.0]])
     assert read(page, "train()") == pytest.approx(F.batch_norm(Tensor(x), training=True).numpy()[:, 0], abs=1e-3)
     assert read(page, "eval()") == pytest.approx((x[:, 0] - 3) / 2, abs=1e-3)
@@ -191,7 +191,7 @@ def test_lesson_4_normalises_by_the_batch_and_by_the_running_statistics(open_les
 
 def test_lesson_5_divides_the_gradient_by_the_scale_of_the_weights(open_lesson):
     page = open_lesson(LESSONS[4])
-    press(page, 0, "ArrowRight", 1, "ratio")
+    press(page, "k", "ArrowRight", 1, "ratio")
     assert read(page, "k")[0] == 10
     assert read(page, "ratio")[0] == pytest.approx(0.1, rel=1e-3)
     assert abs(read(page, "dead")[0]) < 1e-12
@@ -199,7 +199,7 @@ def test_lesson_5_divides_the_gradient_by_the_scale_of_the_weights(open_lesson):
 
 def test_lesson_6_clips_the_correction(open_lesson):
     page = open_lesson(LESSONS[5])
-    press(page, 0, "ArrowLeft", 8, "renorm")
+    press(page, "r max", "ArrowLeft", 8, "renorm")
     x = np.array([[4.0], [7.5], [5.0], [6.5]])
     xhat = F.batch_norm(Tensor(x), training=True).numpy()[:, 0]
     assert read(page, "renorm") == pytest.approx(xhat + (x.mean() - 3) / 2, abs=1e-3)
