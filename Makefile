@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos test test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos lessons test test-lessons test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,8 +17,14 @@ demo: $(VENV)/.installed  ## train the six-hidden-layer network with and without
 demos: $(VENV)/.installed  ## run every demo, and make a page of their figures in runs/all
 	$(BIN)/python -m demos all
 
+lessons: $(VENV)/.lessons  ## open six lessons in a browser, in English and Korean
+	$(BIN)/marimo run demos/lessons/lesson_*.py
+
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
+
+test-lessons: $(VENV)/.lessons $(VENV)/.browser  ## run the lessons as scripts, and use them in a browser (needs chromium)
+	$(BIN)/python -m pytest -rs -n auto tests/framework/test_lessons.py tests/lessons
 
 # From the sdist, on one core, in a folder with a space, without a home or a place for compiled loops: HOME is not a
 # folder, and a file stands where __pycache__ would be made, which binds root too.
@@ -75,6 +81,6 @@ $(VENV)/.gpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.lessons $(VENV)/.browser $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@

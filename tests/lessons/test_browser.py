@@ -1,0 +1,208 @@
+"""The lessons in a real browser: sliders moved by keyboard, numbers read back, exercises solved, on two widths.
+
+Needs the extras `lessons` and `browser`, and chromium; skipped by name without them.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinygrad_bn import Tensor
+from tinygrad_bn import functional as F
+
+pytest.importorskip("marimo", reason="needs pip install 'tinygrad-bn[lessons]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install 'tinygrad-bn[browser]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    pytest.skip("needs chromium", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+LESSONS = sorted(path.stem for path in (ROOT / "demos" / "lessons").glob("lesson_*.py"))
+PATIENCE = 120_000  # milliseconds; the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The address of a marimo server of the lessons."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    lessons = [f"demos/lessons/{lesson}.py" for lesson in LESSONS]
+    command = [sys.executable, "-m", "marimo", "run", *lessons, "--headless", "--no-token", "-p", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    log = (tmp_path_factory.mktemp("marimo") / "log").open("w+")
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/health").close()
+            break
+        except OSError:
+            assert server.poll() is None, Path(log.name).read_text()
+            time.sleep(0.2)
+    yield url
+    server.send_signal(signal.SIGTERM)
+    server.wait(30)
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_lesson(browser, address):
+    """Open a lesson and wait until both exercises have a verdict. In the end there is no error in the console."""
+    errors, pages = [], []
+
+    def opened(lesson, language="en", width=1200):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        pages.append(page)
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{address}/?file={lesson}.py&lang={language}")
+        sync_api.expect(page.locator(".verdict")).to_have_count(2, timeout=PATIENCE)
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert errors == []
+
+
+def read(page, name):
+    """The number, or the row of numbers, with this name."""
+    cells = page.locator(f'[data-name="{name}"], [data-name^="{name}["]').all_inner_texts()
+    return np.array([float(cell.replace("−", "-")) for cell in cells])
+
+
+def press(page, slider, key, times, changed):
+    """Move the slider of this label by keyboard, and wait until the number `changed` has another value."""
+    before = read(page, changed).tolist()
+    page.get_by_role("slider", name=slider, exact=True).focus()
+    for _ in range(times):
+        page.keyboard.press(key)
+    end = time.monotonic() + PATIENCE / 1000
+    while read(page, changed).tolist() == before:
+        assert time.monotonic() < end, f"{changed} stays {before}"
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(1500)  # the last key's numbers follow those of the first
+
+
+def gradient(f, x, g):
+    t = Tensor(np.asarray(x, float), requires_grad=True)
+    f(t).backward(np.asarray(g, float))
+    return t.grad.numpy()
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_is_shown_whole_on_two_widths_and_in_both_languages(open_lesson, lesson):
+    page = open_lesson(lesson)
+    for exercises, switch in (("exercise", None), ("연습 문제", "한국어")):
+        if switch:
+            page.get_by_text(switch).click()
+        sync_api.expect(page.get_by_text(exercises).first).to_be_visible(timeout=PATIENCE)
+        page.wait_for_timeout(2000)
+        for width in (390, 1200):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(200)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        text = page.inner_text("body")
+        for fault in ("$$", r"\frac", "[[", "Traceback", "An ancestor"):
+            assert fault not in text
+        assert page.locator("img.picture:not([alt])").count() == 0
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_the_solutions_typed_into_the_editors_are_accepted(open_lesson, lesson):
+    page = open_lesson(lesson)
+    verdicts = page.locator(".verdict")
+    for i in range(2):
+        assert "✓" not in verdicts.nth(i).inner_text()
+        page.locator("marimo-accordion").nth(i).get_by_role("button").click()
+        solution = page.locator("marimo-accordion").nth(i).get_by_role("region").locator("pre").inner_text()
+        editor = page.locator("marimo-code-editor .cm-content").nth(i)
+        for _ in range(20):  # a page that is still being drawn takes the focus away
+            editor.click()
+            page.keyboard.press("Control+a")
+            page.keyboard.insert_text(solution)
+            page.wait_for_timeout(500)
+            if editor.inner_text().split() == solution.split():
+                break
+        sync_api.expect(verdicts.nth(i)).to_contain_text("✓", timeout=PATIENCE)
+
+
+def test_lesson_1_follows_its_sliders_and_keeps_them_in_the_other_language(open_lesson):
+    page = open_lesson(LESSONS[0])
+    press(page, "w", "ArrowRight", 3, "dw")
+    w, x, b = 1.1, 1.5, -0.5
+    for name, at in (("dw", w), ("dx", x), ("db", b)):
+        others = {"dw": lambda t: t * x + b, "dx": lambda t: w * t + b, "db": lambda t: t + w * x}[name]
+        assert read(page, name)[0] == pytest.approx(gradient(lambda t, f=others: F.tanh(f(t)), at, 1.0), rel=1e-3)
+    press(page, "g₂", "ArrowRight", 2, "gᵀ J")
+    rows = np.array([read(page, f"∂x̂{i}") for i in "₁₂₃"])
+    assert read(page, "gᵀ J") == pytest.approx(rows[0] + rows[1], abs=2e-4)
+    assert read(page, "backward(g)") == pytest.approx(rows[0] + rows[1], abs=2e-4)
+    page.get_by_text("한국어").click()
+    sync_api.expect(page.locator("h1")).to_contain_text("연쇄 법칙", timeout=PATIENCE)
+    assert float(page.get_by_role("slider").first.get_attribute("aria-valuenow")) == pytest.approx(w)
+
+
+def test_lesson_2_shows_the_deviation_that_the_weight_asks_for(open_lesson):
+    page = open_lesson(LESSONS[1])
+    press(page, "weight γ", "ArrowRight", 2, "out_std")
+    y = F.batch_norm(Tensor(np.arange(1.0, 21).reshape(20, 1)), weight=Tensor([3.0]), bias=Tensor([1.0]), training=True)
+    assert read(page, "out_std")[0] == pytest.approx(y.numpy().std(), rel=1e-3)
+    assert read(page, "out_mean")[0] == pytest.approx(y.numpy().mean(), rel=1e-3)
+
+
+def test_lesson_3_moves_the_gradients_of_all_samples(open_lesson):
+    page = open_lesson(LESSONS[2])
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(3, 2, (5, 2)).round(1), rng.normal(size=(5, 2)).round(1)
+    weight = Tensor(np.array([1.5, -0.5]))
+    before = read(page, "∂x")
+    press(page, "x₁₁", "ArrowLeft", 20, "∂x")
+    x[0, 0] -= 2
+    expected = gradient(lambda t: F.batch_norm(t, weight=weight, training=True), x, g)[:, 0]
+    assert read(page, "∂x") == pytest.approx(expected, abs=1e-4)
+    assert read(page, "their sum") == pytest.approx(expected, abs=1e-4)
+    assert (read(page, "∂x") != before).all()
+
+
+def test_lesson_4_normalises_by_the_batch_and_by_the_running_statistics(open_lesson):
+    page = open_lesson(LESSONS[3])
+    press(page, "N", "ArrowRight", 2, "train()")
+    x = np.array([[4.0], [1.0], [6.0], [2.5], [3.5], [9.0], [-2.0]])
+    assert read(page, "train()") == pytest.approx(F.batch_norm(Tensor(x), training=True).numpy()[:, 0], abs=1e-3)
+    assert read(page, "eval()") == pytest.approx((x[:, 0] - 3) / 2, abs=1e-3)
+
+
+def test_lesson_5_divides_the_gradient_by_the_scale_of_the_weights(open_lesson):
+    page = open_lesson(LESSONS[4])
+    press(page, "k", "ArrowRight", 1, "ratio")
+    assert read(page, "k")[0] == 10
+    assert read(page, "ratio")[0] == pytest.approx(0.1, rel=1e-3)
+    assert abs(read(page, "dead")[0]) < 1e-12
+
+
+def test_lesson_6_clips_the_correction(open_lesson):
+    page = open_lesson(LESSONS[5])
+    press(page, "r max", "ArrowLeft", 8, "renorm")
+    x = np.array([[4.0], [7.5], [5.0], [6.5]])
+    xhat = F.batch_norm(Tensor(x), training=True).numpy()[:, 0]
+    assert read(page, "renorm") == pytest.approx(xhat + (x.mean() - 3) / 2, abs=1e-3)
