@@ -16,7 +16,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.explain import hooks, names
 from tinygrad_bn.explain.paths import Way, parting, ways
 from tinygrad_bn.explain.recorder import Recorder
-from tinygrad_bn.explain.steps import Pass, Step
+from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.modes import composed
 from tinygrad_bn.nn.module import Module, being_observed, observe
 from tinygrad_bn.tensor import Array, Tensor
@@ -65,6 +65,11 @@ class View:
     def users(self) -> list[str]:
         """The names of the steps that were computed from it."""
         return [self._explanation.path_of(s) for s in self._explanation.steps if self.step in s.sources]
+
+    @property
+    def neighbours(self) -> list[Step]:
+        """The steps of the same scope, of the same module or fused op."""
+        return [s for s in self._explanation.steps if s.scope == self.step.scope]
 
     @property
     def paths(self) -> Ways:
@@ -139,6 +144,7 @@ class Explanation:
     def __init__(self) -> None:
         self._recorder = Recorder()
         self._paths: dict[str, Step] | None = None
+        self._by_step: dict[Step, str] | None = None
         self._undo = ExitStack()
 
     # ---- recording --------------------------------------------------------------------------------------
@@ -166,7 +172,10 @@ class Explanation:
                 self._call(t, name)
 
     def name(self, name: str, t: Tensor) -> None:
-        """Call a tensor of the computation so. Raises KeyError if it is not part of it, ValueError for another's name."""
+        """Call a tensor of the computation so.
+
+        Raises KeyError for a tensor that is not part of it, and ValueError for the name of another step.
+        """
         if id(t) not in self._recorder.steps:
             raise KeyError(f"this tensor of shape {t.shape} took no part in the computation, so {name!r} names nothing")
         taken = self.paths.get(name)
@@ -181,11 +190,10 @@ class Explanation:
             step.home, step.names = "", [name, *(n for n in step.names if n != name)]
         elif name not in step.aliases:
             step.aliases.append(name)
-        self._paths = None
+        self._paths = self._by_step = None
 
     def _module_scopes(self) -> set[str]:
-        modules = {path for m in self._recorder.modules for path, _ in m.named_modules()}
-        return modules - {""}
+        return set(self.modules()) - {""}
 
     # ---- asking -----------------------------------------------------------------------------------------
 
@@ -213,7 +221,9 @@ class Explanation:
 
     def path_of(self, step: Step) -> str:
         """The name of a step, by which `e[name]` finds it."""
-        return next(path for path, s in self.paths.items() if s is step)
+        if self._by_step is None or len(self._by_step) != len(self.paths):
+            self._by_step = {s: path for path, s in self.paths.items()}
+        return self._by_step[step]
 
     def __getitem__(self, name: str) -> View:
         """The step of this name. Raises KeyError, with near names, for one that no step or several steps have."""
@@ -237,11 +247,28 @@ class Explanation:
         """The sum of two arrays, on their device."""
         return self._recorder.added(a, b)
 
-    def check(self, **mine: Any) -> Verdict:
-        """Compare gradients derived by hand, `e.check(dvar=…, dxmu=…)`, with those of the engine: see `Verdict`."""
+    def check(self, mine: Mapping[str, Any] | None = None, **more: Any) -> Verdict:
+        """Compare gradients derived by hand with those of the engine, and say of each whether it is right, or why not.
+
+        `e.check(dvar=…, dxmu=…)`, or `e.check({"1.var": …})` where several layers have such steps. See `check.check`.
+        """
         from tinygrad_bn.explain.check import check
 
-        return check(self, mine)
+        return check(self, {**(mine or {}), **more})
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every call below the seam, in the order of the run."""
+        return self._recorder.calls
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The calls of ops as a plain run makes them, fused where they can be."""
+        return self._recorder.layers
+
+    def modules(self) -> dict[str, Module]:
+        """The modules that were called, by their paths."""
+        return {path: m for outer in self._recorder.modules for path, m in outer.named_modules()}
 
     # ---- showing ----------------------------------------------------------------------------------------
 

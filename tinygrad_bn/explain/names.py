@@ -88,17 +88,15 @@ def find(paths: Mapping[str, Step], name: str) -> Step:
     if name in paths:
         return paths[name]
     scope, _, last = name.rpartition(".")
-    for fits in (
-        lambda path, s: name in s.aliases or (s.scope == scope and last in s.names),
-        lambda path, s: (
-            path.endswith(f".{name}") or (last in s.names and (not scope or f".{s.scope}".endswith(f".{scope}")))
-        ),
-    ):
-        found = {path: s for path, s in paths.items() if fits(path, s)}
-        if len(found) == 1:
-            return next(iter(found.values()))
-        if found:
-            raise KeyError(f"{name!r} is the name of {len(found)} steps: {', '.join(list(found)[:12])}")
+    exact = {p: s for p, s in paths.items() if name in s.aliases or (s.scope == scope and last in s.all_names)}
+    by_end = {
+        p: s for p, s in paths.items() if last in s.all_names and f".{s.scope}".endswith(f".{scope}" * bool(scope))
+    }
+    found = exact or by_end or {p: s for p, s in paths.items() if p.endswith(f".{name}")}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise KeyError(f"{name!r} is the name of {len(found)} steps: {', '.join(list(found)[:12])}")
     ends = {path.rpartition(".")[2]: path for path in paths}
     near = get_close_matches(name, paths, n=5, cutoff=0.5) or [
         ends[e] for e in get_close_matches(last, ends, n=5, cutoff=0.5)

@@ -19,7 +19,7 @@ PACKAGE = str(Path(tensor.__file__).parent)
 
 
 class Recorder:
-    """The steps, passes and calls of a block. Its methods with an `original` stand in for that function of the engine."""
+    """The steps, passes and calls of a block. A method with an `original` stands in for that function of the engine."""
 
     def __init__(self) -> None:
         self.steps: dict[int, Step] = {}  # by the identity of the tensor, which the step keeps alive
@@ -142,9 +142,9 @@ class Recorder:
             grads = original(y, g, order, wanted, create_graph, free)
         finally:
             self._pass, self._quiet = None, quiet
-        if create_graph:
-            for t, gt in grads.items():
-                self._name_derivative(gt, self.steps[id(t)])
+        for t, gt in grads.items():
+            self.passes[-1].grads[self.steps[id(t)]] = gt._data if isinstance(gt, Tensor) else gt
+            self._name_derivative(gt, self.steps[id(t)])
         return grads
 
     def pull(
@@ -156,27 +156,27 @@ class Recorder:
             return original(t, node, g, needs, create_graph)
         if create_graph:
             self._name_derivative(g, step)
+        p.grads[step] = g._data if isinstance(g, Tensor) else g
         with self._scope(step.scope):
-            gxs = original(t, node, g, needs, create_graph)
-        p.nodes[step] = Node(
-            node.op, tuple(node.inputs), needs, tuple(node.arrays), node.output, node.saved, node.params, None
-        )
-        for i, (x, gx) in enumerate(zip(node.inputs, gxs, strict=True)):
-            if gx is not None:
-                operand = self.steps[id(x)]
-                share = p.edges[step, i] = self.fitted(gx, x)
-                p.grads[operand] = self.added(p.grads[operand], share) if operand in p.grads else share
+            gxs = list(original(t, node, g, needs, create_graph))
+            for i, (x, gx) in enumerate(zip(node.inputs, gxs, strict=True)):
+                if gx is not None and create_graph:
+                    p.edges[step, i] = self.fitted(gx._data if isinstance(gx, Tensor) else gx, x)
+                elif gx is not None:  # as the engine would after this
+                    gxs[i] = p.edges[step, i] = autograd._fit(gx, x, backend.forward)
+        inputs, arrays = tuple(node.inputs), tuple(node.arrays)  # a graph that is freed loses them
+        p.nodes[step] = Node(node.op, inputs, needs, arrays, node.output, node.saved, node.params, None)
         return gxs
 
     def _name_derivative(self, g: object, step: Step) -> None:
         found = self.steps.get(id(g))
-        if found is not None and found.op is not None and not found.named:
-            found.derivative_of = step
+        if found is not None and found.op is not None and not found.names:
+            found.derivative_of.append(step)
 
     def fitted(self, gx: Any, x: Tensor) -> Any:
-        """The gradient of x as an array of its shape and dtype."""
+        """The gradient of x in its shape and dtype."""
         with self._off_the_record():
-            return autograd._fit(gx._data if isinstance(gx, Tensor) else gx, x, backend.forward)
+            return autograd._fit(gx, x, backend.forward)
 
     def added(self, a: Any, b: Any) -> Any:
         """The sum of two arrays, by the op that the engine adds gradients with."""

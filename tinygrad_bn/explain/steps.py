@@ -23,7 +23,7 @@ class Step:
     home: str = ""  # path of the module that computed it; outside modules the fused op that it is a step of
     names: list[str] = field(default_factory=list)  # within the scope, the first is the usual one
     aliases: list[str] = field(default_factory=list)  # what the program calls it
-    derivative_of: Step | None = None
+    derivative_of: list[Step] = field(default_factory=list)  # several where a step passes its gradient on as it is
     number: int = 0  # in the order of the forward pass
     line: tuple[str, int] | None = None  # of the program that uses the package
 
@@ -47,18 +47,21 @@ class Step:
 
     @property
     def scope(self) -> str:
-        """Where its name belongs: the path of a module, a fused op, or "" for the program. A derivative's is its step's."""
-        return self.derivative_of.scope if self.derivative_of and not self.names else self.home
+        """Where its name belongs: the path of a module, a fused op, or "" for the program."""
+        return self.derivative_of[0].scope if self.derivative_of and not self.names else self.home
+
+    @property
+    def all_names(self) -> list[str]:
+        """Every name that the code or the program has for it."""
+        return [*self.names, *self.aliases, *(f"∂{name}" for s in self.derivative_of for name in s.all_names)]
 
     @property
     def name(self) -> str:
-        """Its name within its scope."""
-        if self.names:
-            return self.names[0]
-        if self.aliases:
-            return self.aliases[0]
+        """Its usual name within its scope; without any, that of its op."""
+        if self.all_names:
+            return self.all_names[0]
         if self.derivative_of:
-            return f"∂{self.derivative_of.name}"
+            return f"∂{self.derivative_of[0].name}"
         return self.op.name if self.op else "constant"
 
     @property
