@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from tinygrad_bn import backend
 from tinygrad_bn.explain.steps import Step
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.tensor import Array
 
 if TYPE_CHECKING:
     from tinygrad_bn.explain.explanation import Explanation
@@ -50,7 +52,9 @@ def shown_steps(e: Explanation) -> dict[str, Shown]:
             place[step] = step if step.all_names or any(step in p.grads for p in e.passes) else None
         else:
             one = next(iter(into)) if len(into) == 1 else None
-            place[step] = one if one and not step.named and one.scope == step.scope and step not in roots else step
+            place[step] = (
+                one if one and not step.named and step.origin in (one.scope, one.origin) and step not in roots else step
+            )
     shown: dict[str, Shown] = {}
     for step in e.steps:
         if place[step] is step:
@@ -115,10 +119,20 @@ def folded(e: Explanation, expand: Expand) -> dict[str, Shown]:
         if k == path:
             out[k] = Shown(k, node.name, node.scope, node.step, node.steps)
         elif k not in out:
-            out[k] = Shown(k, f"{k[4:]} {e.kinds[k[4:]]}", around[k[4:]], None)
+            out[k] = Shown(k, label(e, k[4:]), around[k[4:]], None)
         if k != path:
             out[k].steps += node.steps
         for source in map(key, node.sources):
             if source != k and source not in out[k].sources:
                 out[k].sources.append(source)
     return out
+
+
+def label(e: Explanation, scope: str) -> str:
+    """A box in words: `1 BatchNorm1d`; only the op of a fused op, whose path it is."""
+    return " ".join(dict.fromkeys((scope, e.kinds[scope])))
+
+
+def last_gradient(e: Explanation, step: Step) -> Array | None:
+    """The gradient of a step in the last backward pass that reached it; None if none did."""
+    return next((backend.numpy_view(p.grads[step]) for p in reversed(e.passes) if step in p.grads), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tinygrad_bn.explain.graph import label
 from tinygrad_bn.explain.steps import Layer, size_of
 from tinygrad_bn.explain.table import Table
 
@@ -37,10 +38,7 @@ def memory_table(e: Explanation) -> Table:
     """`memory` as a table, with the sum of each column."""
     held = memory(e)
     columns = ("result", "kept", "gradient")
-    rows = [
-        (" ".join(dict.fromkeys((name, e.kinds.get(name, name)))), *(f"{m[c]:,}" for c in columns))
-        for name, m in held.items()
-    ]
+    rows = [(label(e, name) if name in e.kinds else name, *(f"{m[c]:,}" for c in columns)) for name, m in held.items()]
     total = ("together", *(f"{sum(m[c] for m in held.values()):,}" for c in columns))
     head = ("layer", "result", "kept for backward", "gradient")
     return Table("Memory of each layer of a plain run, in bytes", head, [*rows, total])

@@ -28,6 +28,7 @@ class Step:
     line: tuple[str, int] | None = None  # of the program that uses the package
 
     def __post_init__(self) -> None:
+        self.origin = self.home  # where it was computed; the program may call it otherwise
         self.array = self.tensor._data  # an update replaces a tensor's array and leaves this one as it is
 
     @property

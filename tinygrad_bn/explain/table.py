@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_bn import backend
-from tinygrad_bn.explain.graph import Expand, folded, shown_steps
+from tinygrad_bn.explain.graph import Expand, folded, last_gradient, shown_steps
 from tinygrad_bn.explain.steps import Step
 
 if TYPE_CHECKING:
@@ -69,8 +68,8 @@ def steps_table(e: Explanation, expand: Expand) -> Table:
         if step is None:
             rows.append((node.name, f"{len(node.steps)} ops, folded", "", "", "", sources))
             continue
-        grad = next((p.grads[step] for p in reversed(e.passes) if step in p.grads), None)
-        gradient = "" if grad is None else numbers(backend.numpy_view(grad))
+        grad = last_gradient(e, step)
+        gradient = "" if grad is None else numbers(grad)
         rows.append((path, ops, shape_of(step), numbers(step.value), gradient, sources))
     return Table("What was computed", ("step", "ops", "shape", "value", "gradient", "from"), rows)
 
