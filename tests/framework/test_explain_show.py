@@ -95,7 +95,7 @@ def test_places_are_in_layers_without_overlap():
         "v": [],
         "e": ["d", "v"],
     }
-    placed = layout(sources, ["x", "w", "v"])
+    placed = layout(sources, {"x": "", "w": "", "v": ""}, {})
     for key, from_ in sources.items():
         assert all(placed.place[s][0] < placed.place[key][0] for s in from_)
     assert len({(layer, round(at, 6)) for layer, at in placed.place.values()}) == len(sources)
@@ -103,7 +103,9 @@ def test_places_are_in_layers_without_overlap():
     assert {placed.place[k][1] for k in "abcde"} == {0}, "the longest way is straight"
     assert len(placed.routes["x", "d"]) == 5
     assert all(at != 0 for _, at in placed.routes["x", "d"][1:-1])
-    assert layout({}, []).place == {}
+    assert layout({}, {}, {}).place == {}
+    boxed = layout({"x": [], "w": [], "a": ["x", "w"]}, {"x": "", "w": "box"}, {"a": "box"})
+    assert [boxed.place[k][0] for k in "xwa"] == [0, 1, 2], "x is not in the box"
 
 
 # ---- tables and the program -----------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def test_the_page_has_every_number_and_asks_no_network(e, tmp_path):
         assert data["nodes"][name]["grad"]["rows"] == np.atleast_2d(e[name].grad)[:12, :8].tolist()
     assert data["nodes"]["1.xhat"]["line"].startswith("test_explain.py:")
     assert [k for k, box in data["boxes"].items() if box["open"]] == ["1"]
-    assert list(data["paths"]) == ["x", "0.out"]
+    assert list(data["paths"]) == ["x", "0.out", "1.out", "2.out", "3.out"]  # the last ones part in the softmax
     shares = np.sum([p["share"]["rows"] for p in data["paths"]["x"]], axis=0)
     np.testing.assert_allclose(shares, e["x"].grad, atol=1e-15)
     assert data["paths"]["x"][0]["steps"] == ["x", "1.xmu", "1.xhat", "1.gammax", "1.out"]

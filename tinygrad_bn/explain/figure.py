@@ -26,8 +26,8 @@ def figure(e: Explanation, expand: Expand = None) -> Figure:
     nodes = folded(e, expand)
     if not nodes:
         raise ValueError("nothing was computed in the block, so there is no figure of it")
-    given = [k for k, n in nodes.items() if n.step is not None and n.step.op is None]
-    places = layout({k: n.sources for k, n in nodes.items()}, given)
+    given = {k: n.scope for k, n in nodes.items() if n.step is not None and n.step.op is None}
+    places = layout({k: n.sources for k, n in nodes.items()}, given, {k: n.scope for k, n in nodes.items()})
     xs, ys = zip(*[p for route in (*places.routes.values(), list(places.place.values())) for p in route], strict=True)
     width, height = max(xs) - min(xs) + 1.4, max(ys) - min(ys) + 1.6
     fig = Figure(figsize=(1.12 * width, 1.12 * height), layout="constrained")

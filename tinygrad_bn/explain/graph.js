@@ -48,7 +48,7 @@ function sorted(nodes) {
 
 const lines = name => name.length > 12 && name.includes(" ") ? [name.slice(0, name.indexOf(" ")), name.slice(name.indexOf(" ") + 1)] : [name]
 const nameOf = n => n.scope && !(n.scope in DATA.boxes) ? n.key : n.name
-const widthOf = n => n.box === undefined ? Math.max(isPhone() ? 78 : 70, 12 + 6.7 * Math.max(n.shape.join("×").length, nameOf(n).length * 1.1)) : Math.max(70, 22 + 7.3 * Math.max(...lines(n.name).map(t => t.length)))
+const widthOf = n => n.box === undefined ? Math.max(isPhone() ? 78 : 70, 12 + 6.7 * Math.max(n.shape.join("×").length, nameOf(n).length * 1.1)) : Math.max(80, 22 + 7.3 * Math.max(...lines(n.name).map(t => t.length)))
 
 function draw() {
   const focus = document.activeElement?.dataset?.key, phone = isPhone(), nodes = visible(), width = k => widthOf(nodes.get(k))
@@ -79,7 +79,7 @@ function drawBox(picture, scope, nodes, L, at, phone) {
   const grow = 7 + 6 * deep, top = 20 + 18 * deep
   const x = Math.min(...ends.map(e => e[0] - e[2])) - grow, y = Math.min(...ends.map(e => e[1] - e[3])) - top
   const right = Math.max(...ends.map(e => e[0] + e[2])) + grow, bottom = Math.max(...ends.map(e => e[1] + e[3])) + grow
-  picture.append(svg("rect", { class: "module", x, y, width: right - x, height: bottom - y, rx: 10 }))
+  picture.append(svg("rect", { class: "module", "data-scope": scope, x, y, width: right - x, height: bottom - y, rx: 10 }))
   const { label } = DATA.boxes[scope], title = svg("g", { class: "title", tabindex: 0, role: "button", "data-key": "title:" + scope, "aria-label": `${label}, open; fold the box` })
   title.append(svg("rect", { x: x + 4, y: y + 1, width: Math.min(right - x - 8, 14 + 6.5 * label.length), height: 18 }), svg("text", { x: x + 8, y: y + 14 }, label))
   press(title, () => fold(scope))

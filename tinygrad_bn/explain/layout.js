@@ -1,6 +1,6 @@
 "use strict"
 // Places for the steps, as in layout.py: layers by the longest way, a dummy in each layer that an edge passes, order by
-// the mean of the neighbours, and the longest way of all as a straight line. `nodes` is a Map of keys to {from, given}.
+// the mean of the neighbours, and the longest way of all as a straight line. `nodes` is a Map of keys to {from, given, scope}.
 
 function place(nodes, size, gap) {
   const layer = layers(nodes), chains = bend(nodes, layer), rows = [], before = new Map(), after = new Map(), at = new Map()
@@ -33,18 +33,23 @@ function place(nodes, size, gap) {
 function layers(nodes) {
   const layer = new Map(), users = new Map()
   for (const [k, n] of nodes) layer.set(k, Math.max(-1, ...n.from.map(f => layer.get(f) ?? 0)) + 1)  // in an order of computation
-  for (const [k, n] of nodes) for (const f of n.from) users.set(f, Math.min(users.get(f) ?? Infinity, layer.get(k)))
-  for (const [k, n] of nodes) if (!n.from.length && users.has(k)) layer.set(k, users.get(k) - 1)  // beside its first use
+  for (const [k, n] of nodes) for (const f of n.from) if (!users.has(f) || layer.get(k) < layer.get(users.get(f))) users.set(f, k)
+  for (const [k, n] of nodes) if (!n.from.length && users.has(k)) {  // beside its first use, but outside a box that it is not in
+    const user = nodes.get(users.get(k)), outside = user.scope !== n.scope && user.from.some(f => nodes.get(f).given && nodes.get(f).scope === user.scope)
+    layer.set(k, layer.get(users.get(k)) - (outside ? 2 : 1))
+  }
   const least = Math.min(0, ...layer.values())
   for (const [k, l] of layer) layer.set(k, l - least)
   return layer
 }
 
+const dummy = (f, k, l) => `${f} to ${k}, layer ${l}`
+
 function bend(nodes, layer) {
   const chains = []
   for (const [k, n] of nodes) for (const f of n.from) {
     const chain = [f]
-    for (let l = layer.get(f) + 1; l < layer.get(k); l++) { const d = `${f} to ${k}, layer ${l}`; layer.set(d, l); chain.push(d) }
+    for (let l = layer.get(f) + 1; l < layer.get(k); l++) { layer.set(dummy(f, k, l), l); chain.push(dummy(f, k, l)) }
     chains.push([...chain, k])
   }
   return chains
@@ -55,7 +60,9 @@ function longest(nodes, layer) {
   for (let k = last([...nodes.keys()]); k !== undefined;) {
     spine.add(k)
     const from = nodes.get(k).from, computed = from.filter(f => !nodes.get(f).given)
-    k = last(computed.length ? computed : from.slice(0, 1))
+    const f = last(computed.length ? computed : from.slice(0, 1))
+    if (f !== undefined) for (let l = layer.get(f) + 1; l < layer.get(k); l++) spine.add(dummy(f, k, l))
+    k = f
   }
   return spine
 }

@@ -23,9 +23,13 @@ class Layout:
     routes: dict[tuple[str, str], list[Point]]
 
 
-def layout(sources: Mapping[str, Sequence[str]], given: Sequence[str]) -> Layout:
-    """Places for the keys of `sources`, which has the sources of each in an order of computation."""
-    layers = _layers(sources)
+def layout(sources: Mapping[str, Sequence[str]], given: Mapping[str, str], boxes: Mapping[str, str]) -> Layout:
+    """Places for the keys of `sources`, which has the sources of each in an order of computation.
+
+    `given` are the keys that nothing computed, with their boxes, and `boxes` those of the others: a given tensor stands
+    outside a box that it is not in.
+    """
+    layers = _layers(sources, given, boxes)
     chains = _chains(sources, layers)
     rows: list[list[str]] = [[] for _ in range(max(layers.values(), default=-1) + 1)]
     before: dict[str, list[str]] = {k: [] for k in layers}
@@ -36,7 +40,7 @@ def layout(sources: Mapping[str, Sequence[str]], given: Sequence[str]) -> Layout
         for a, b in pairwise(chain):
             after[a].append(b)
             before[b].append(a)
-    spine = _spine(sources, layers, set(given))
+    spine = _spine(sources, layers, given)
     side = {k: 0 if k in spine else -1 if k in given else 1 for k in layers}
     at: dict[str, float] = {}
     for row in rows:
@@ -56,17 +60,20 @@ def layout(sources: Mapping[str, Sequence[str]], given: Sequence[str]) -> Layout
     return Layout(place, routes)
 
 
-def _layers(sources: Mapping[str, Sequence[str]]) -> dict[str, int]:
+def _layers(sources: Mapping[str, Sequence[str]], given: Mapping[str, str], boxes: Mapping[str, str]) -> dict[str, int]:
     layers: dict[str, int] = {}
     for key, from_ in sources.items():  # in an order of computation, so no recursion
         layers[key] = max((layers.get(s, 0) for s in from_), default=-1) + 1
-    users: dict[str, list[int]] = {}
+    first: dict[str, str] = {}  # user of each
     for key, from_ in sources.items():
         for s in from_:
-            users.setdefault(s, []).append(layers[key])
-    for key, from_ in sources.items():
-        if not from_ and key in users:
-            layers[key] = min(users[key]) - 1  # beside its first use
+            if s not in first or layers[key] < layers[first[s]]:
+                first[s] = key
+    for key in given:
+        if key in first:  # beside its first use, or before the given tensors that are in the box of that
+            box = boxes.get(first[key], "")
+            outside = box != given[key] and any(given.get(s) == box for s in sources[first[key]])
+            layers[key] = layers[first[key]] - (2 if outside else 1)
     least = min(layers.values(), default=0)
     return {key: layer - least for key, layer in layers.items()}
 
@@ -76,19 +83,26 @@ def _chains(sources: Mapping[str, Sequence[str]], layers: dict[str, int]) -> dic
     chains = {}
     for key, from_ in sources.items():
         for s in from_:
-            dummies = [f"{s} to {key}, layer {i}" for i in range(layers[s] + 1, layers[key])]
-            layers.update({d: layers[s] + 1 + i for i, d in enumerate(dummies)})
+            dummies = {_dummy(s, key, i): i for i in range(layers[s] + 1, layers[key])}
+            layers.update(dummies)
             chains[s, key] = [s, *dummies, key]
     return chains
 
 
-def _spine(sources: Mapping[str, Sequence[str]], layers: dict[str, int], given: set[str]) -> set[str]:
+def _dummy(source: str, target: str, layer: int) -> str:
+    return f"{source} to {target}, layer {layer}"
+
+
+def _spine(sources: Mapping[str, Sequence[str]], layers: dict[str, int], given: Mapping[str, str]) -> set[str]:
     key = max(sources, key=lambda k: layers[k], default="")
     spine = set()
     while key:
         spine.add(key)
-        computed = [s for s in sources[key] if s not in given]
-        key = max(computed or (sources[key][:1] if sources[key] else []), key=lambda k: layers[k], default="")
+        computed = [s for s in sources[key] if s not in given] or list(sources[key][:1])
+        before = max(computed, key=lambda k: layers[k], default="")
+        if before:
+            spine |= {_dummy(before, key, i) for i in range(layers[before] + 1, layers[key])}
+        key = before
     return spine
 
 
