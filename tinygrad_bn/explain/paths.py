@@ -51,12 +51,12 @@ def ways(p: Pass, x: Step, chosen: Collection[Step], add: Callable[[Any, Any], A
 
 
 def parting(p: Pass, x: Step) -> list[Step]:
-    """The named steps that tell ways from x apart: those of the scope in which they part first."""
+    """The named steps that tell ways from x apart: those of the scopes in which they part first."""
     before, users = {x}, p.users(x)
     while len(users) == 1:
         before.add(users[0])
         users = p.users(users[0])
     if not users:
         return []
-    scope = users[0].scope
-    return [s for s in p.nodes if s.scope == scope and s.named and s not in before]
+    scopes = {user.scope for user in users}
+    return [s for s in p.nodes if s.scope in scopes and s.named and s not in before]
