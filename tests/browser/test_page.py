@@ -189,7 +189,7 @@ def test_nested_boxes_hold_each_other(browser, tmp_path):
         step(page, "title:blocks.0").click()
         assert step(page, "box:blocks.0").count() == 1
         page.select_option("#of", "x")
-        ways = [steps for steps in e["x"].paths.steps.values()]
+        ways = list(e["x"].paths.steps.values())
         for way in ways[:2]:
             page.click("#next")
             lit = page.evaluate("[...document.querySelectorAll('.node.lit')].map(n => n.dataset.key)")

@@ -297,6 +297,7 @@ def test_a_function_is_explained_with_the_names_of_its_parameters():
     e = explain(lambda weight, x: (weight * x).sum(), np.array([1.0, 2.0]), np.array([3.0, 4.0]))
     assert e["weight"].grad.tolist() == [3, 4]
     assert e["x"].formula == "given"
+    assert e["result"].value == 11
     bn = nn.BatchNorm1d(2).astype(np.float64)
     x, g = np.random.default_rng(0).normal(size=(2, 5, 2))
     e = explain(bn, x, g=g)
@@ -360,6 +361,19 @@ def test_another_thread_is_not_recorded():
     assert y.item() == 2
 
 
+def test_a_block_in_a_block_records_for_itself():
+    x = Tensor([2.0], requires_grad=True)
+    with explain() as outer:
+        a = x * 2
+        with explain() as inner:
+            b = a + 1
+        c = b * a
+    assert [k for k in inner if k != "x"] == ["a", "b"]
+    assert {"a", "c"} <= set(outer)
+    assert outer["a"].users == ["b", "c"]
+    assert c.item() == 20
+
+
 COST = """
 import sys
 import numpy as np
@@ -396,7 +410,11 @@ from tinygrad_bn.explain import explain
 imported = bytecodes()
 with explain() as e:
     step()
-print(before, imported, bytecodes(), len(e))
+steps = len(e)
+del e  # it keeps arrays, whose memory steps reuse
+for _ in range(5):
+    step()
+print(before, imported, bytecodes(), steps)
 """
 
 

@@ -79,15 +79,15 @@ def compare_gradients(layer: Module, x: Any, g: Any = None) -> Comparison:
         g: the gradient of the output; by default random numbers, as BatchNorm's gradient of a sum is 0.
 
     Returns:
-        A `Comparison`, which prints as a table and is true if all agree. Differences are taken in float64, of at most
-        40 elements of each tensor, by Ridders' method, which estimates their error.
+        A `Comparison`, which prints as a table and is true if all agree. All is computed on the CPU. Differences are
+        taken in float64, of at most 40 elements of each tensor, by Ridders' method, which estimates their error.
 
     Raises:
         TypeError: the layer is no module, or x is not floating-point.
     """
     if not isinstance(layer, Module):
         raise TypeError(f"compare_gradients takes a module; got a {type(layer).__name__}")
-    x = to_numpy(x)
+    layer, x = copy.deepcopy(layer).to("cpu"), to_numpy(x)
     if x.dtype.kind != "f":
         raise TypeError(f"compare_gradients differentiates by x, which has to be floating-point; got {x.dtype}")
     with no_grad():

@@ -167,6 +167,7 @@ class Explanation:
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
+        self._paths = self._by_step = None
         for name, t in names.caller_variables(sys._getframe(1)).items():
             if id(t) in self._recorder.steps:
                 self._call(t, name)
