@@ -66,7 +66,7 @@ def ask(e: Explanation, known: dict[str, Any], name: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Ask for each gradient, or print all answers with their verdicts. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m demos quiz", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} quiz", description=__doc__)
     parser.add_argument("--answers", action="store_true", help="print right answers instead of asking")
     parser.add_argument("--seed", type=int, default=0, help="of the batch")
     args = parser.parse_args(argv)
@@ -86,5 +86,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
         known[f"d{name}"] = e[name].grad
     if not args.answers:
-        print("\nThat is the backward pass of BatchNorm. python -m demos bn_backward shows every number of it.")
+        print(
+            f"\nThat is the backward pass of BatchNorm. python -m {__package__} bn_backward shows every number of it."
+        )
     return 0

@@ -16,9 +16,12 @@ from tinygrad_bn.explain import explain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if os.environ.get("TINYGRAD_BN_BROWSER") == "required":
+    import axe_playwright_python.sync_playwright as axe
     import playwright.sync_api as sync_api
 else:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install 'tinygrad-bn[browser]'")
+    why = "needs pip install 'tinygrad-bn[browser]'"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=why)
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=why)
     if CHROMIUM is None:
         pytest.skip("needs chromium", allow_module_level=True)
 
@@ -166,6 +169,16 @@ def test_everything_is_reached_and_named(page):
         assert page.evaluate(CONTRAST, seen) >= 4.5, (text, seen)
     page.click("summary")
     assert page.locator("#memory").inner_text().startswith("layer")
+
+
+def test_axe_finds_no_barrier(page):
+    page.click("#next")
+    step(page, "1.xhat").focus()
+    page.keyboard.press("Enter")
+    page.evaluate("document.querySelector('details').open = true")
+    found = axe.Axe().run(page).response
+    assert len(found["passes"]) > 10
+    assert [(v["id"], v["help"]) for v in found["violations"]] == []
 
 
 def test_nested_boxes_hold_each_other(browser, tmp_path):

@@ -197,6 +197,20 @@ def test_names_of_the_program():
     assert "other" not in e
 
 
+def test_variables_of_functions_of_the_program_are_names():
+    program = """
+def f(x):
+    hidden = x * 3
+    x = hidden + 1
+    return (hidden * x).sum()
+"""
+    functions: dict = {}
+    exec(compile(program, "<stdin>", "exec"), functions)
+    e = explain(functions["f"], np.array([1.0, 2.0]))
+    assert list(e) == ["x", "hidden", "add", "mul", "result"], "an argument that is assigned again keeps its meaning"
+    assert e["hidden"].grad.tolist() == [7, 13]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("1.xhta", "near ones are 1.xhat"), ("xhatt", "near ones are 1.xhat"), ("weight", "is the name of 3 steps"),
@@ -309,10 +323,27 @@ def test_a_graph_from_before_the_block_is_one_box_for_each_op():
     x = Tensor(np.random.default_rng(0).normal(size=(4, 2)), requires_grad=True)
     before = functional.batch_norm(x, training=True)
     with explain() as e:
-        (before * before * before).sum().backward()
+        (before * before * before).backward(np.ones((4, 2)))
     assert e["before"].formula == OPS["batch_norm_training"].formula
+    assert [c.phase for c in e.calls].index("backward") == 2, "two products, then the pass"
+    assert {c.phase for c in e.calls[2:]} == {"backward"}
     np.testing.assert_array_equal(e["x"].grad, x.grad.numpy())
     expect_shares_that_sum(e["x"], via=[])
+
+
+def test_a_deep_graph():
+    x = Tensor([1.0], requires_grad=True)
+    y = x
+    for _ in range(1500):
+        y = y * 1.0
+    with explain() as e:
+        z = y + 1
+        for _ in range(1500):
+            z = z * 1.0
+        z.backward()
+    assert len(e) == 3002
+    assert e["x"].grad.tolist() == [1]
+    assert [share.tolist() for share in e["x"].paths(via=["y"]).values()] == [[1]]
 
 
 def test_values_stay_those_of_the_block():

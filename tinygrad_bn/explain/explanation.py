@@ -331,7 +331,7 @@ def explain(f: Callable[..., Any] | None = None, *inputs: Any, g: Any = None) ->
     >>> e["mu"].value
     array([[3.]])
     >>> list(e["x"].paths)[0]
-    'x → xmu → xhat → out'
+    'x → xmu → xhat → y'
     """
     e = Explanation()
     if f is None:

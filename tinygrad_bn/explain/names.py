@@ -56,7 +56,7 @@ def _own_variables(code: CodeType) -> frozenset[str] | None:
     """The variables that a function assigns, without its arguments; None for code of the engine and of libraries."""
     file = code.co_filename
     ours = file.startswith(PACKAGE) and file not in ENGINE and not file.startswith(HERE)
-    if code.co_name.startswith("<") or not (ours or not (file.startswith(("<", PACKAGE, *LIBRARIES)))):
+    if code.co_name.startswith("<") or not (ours or not file.startswith(("<frozen", PACKAGE, *LIBRARIES))):
         return None
     given = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
     return frozenset((*code.co_varnames[given:], *code.co_cellvars)) - set(code.co_varnames[:given])

@@ -58,5 +58,5 @@ def parting(p: Pass, x: Step) -> list[Step]:
         users = p.users(users[0])
     if not users:
         return []
-    scopes = {user.scope for user in users}
-    return [s for s in p.nodes if s.scope in scopes and s.named and s not in before]
+    scopes = {scope for user in users for scope in (user.scope, user.origin)}
+    return [s for s in p.nodes if (s.scope in scopes or s.origin in scopes) and s.named and s not in before]

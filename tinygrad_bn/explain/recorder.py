@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,7 +35,8 @@ class Recorder:
         self._modules = 0  # how many are running
         self._fused = 0
         self._quiet = False  # a plain backward pass: its ops are no steps
-        self._pass: Pass | None = None
+        self._backward = False
+        self._pass: Pass | None = None  # that is running; None inside a fused op from before the block
         self._unlogged = 0
 
     # ---- forward ----------------------------------------------------------------------------------------
@@ -65,18 +66,24 @@ class Recorder:
 
     def meet(self, t: Tensor) -> Step:
         """The step of a tensor. One from before the block is given, or has the op of its node and no steps inside."""
-        if id(t) in self.steps:
-            return self.steps[id(t)]
-        step = Step(t, home=self._scopes[-1] if self._scopes else "", line=_line())
+        todo = [] if id(t) in self.steps else [t]
+        while todo:  # no recursion, as a graph may be deep
+            new = [o for o in _operands(todo[-1]) if isinstance(o, Tensor) and id(o) not in self.steps]
+            if new:
+                todo += new
+            elif id(last := todo.pop()) not in self.steps:
+                self.steps[id(last)] = self._from_before(last)
+        return self.steps[id(t)]
+
+    def _from_before(self, t: Tensor) -> Step:
+        scope = self._scopes[-1] if self._scopes else ""
         if id(t._data) in self._owned:
-            _, step.home, name = self._owned[id(t._data)]
-            step.names.append(name)
-        elif t.node is not None and t.node.inputs:
-            step.op, step.params, step.home = t.node.op, t.node.params, ""
-            step.operands = tuple(self.meet(o) if isinstance(o, Tensor) else o for o in t.node.inputs)
-        step.number = len(self.steps)
-        self.steps[id(t)] = step
-        return step
+            _, scope, name = self._owned[id(t._data)]
+            return Step(t, home=scope, names=[name], number=len(self.steps), line=_line())
+        operands = tuple(self.steps[id(o)] if isinstance(o, Tensor) else o for o in _operands(t))
+        if t.node is None or not operands:
+            return Step(t, home=scope, number=len(self.steps), line=_line())
+        return Step(t, t.node.op, operands, t.node.params, number=len(self.steps), line=_line())
 
     def module(self, original: Callable[..., Any], m: Module, *args: Any, **options: Any) -> Tensor:
         """The steps of a module are in the scope of its path."""
@@ -126,7 +133,7 @@ class Recorder:
         create_graph: bool, free: bool = False,
     ) -> Any:  # fmt: skip
         """A backward pass; the one inside a fused op from before the block is part of that op."""
-        if self._pass is not None:
+        if self._backward:
             outer, self._pass = self._pass, None
             try:
                 return original(y, g, order, wanted, create_graph, free)
@@ -136,12 +143,15 @@ class Recorder:
             self.meet(t)
         self._pass = Pass(self.steps[id(y)], g._data)
         self.passes.append(self._pass)
-        quiet, self._quiet = self._quiet, not create_graph
-        wanted = list(wanted)
+        self._backward, self._quiet = True, not create_graph
+        wanted, watching = list(wanted), sys.getprofile()
+        if not create_graph:
+            sys.setprofile(None)  # no step gets a name here, and watching is slow
         try:
             grads = original(y, g, order, wanted, create_graph, free)
         finally:
-            self._pass, self._quiet = None, quiet
+            sys.setprofile(watching)
+            self._pass, self._backward, self._quiet = None, False, False
         for t, gt in grads.items():
             self.passes[-1].grads[self.steps[id(t)]] = gt._data if isinstance(gt, Tensor) else gt
             self._name_derivative(gt, self.steps[id(t)])
@@ -198,7 +208,7 @@ class Recorder:
         with self._off_the_record():  # a kernel may call others
             y, saved = original(op, arrays, params)
         if not self._unlogged:
-            phase = "backward" if self._pass else "update" if op.updates else "forward"
+            phase = "backward" if self._backward else "update" if op.updates else "forward"
             self._log(phase, op.name, arrays, params, (y, *saved))
         return y, saved
 
@@ -215,6 +225,11 @@ class Recorder:
     def _log(self, phase: str, name: str, operands: Any, params: dict[str, Any], results: tuple[Any, ...]) -> None:
         scope = self._scopes[-1] if self._scopes else ""
         self.calls.append(Call(phase, name, tuple(operands), dict(params), results, scope))
+
+
+def _operands(t: Tensor) -> Sequence[Any]:
+    """The operands of a tensor from before the block; none if its graph was freed."""
+    return t.node.inputs if t.node is not None else ()
 
 
 def _line() -> tuple[str, int] | None:
