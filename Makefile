@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos lessons test test-lessons test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos lessons test test-browser test-lessons test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test-oldest: $(VENV)/.oldest  ## run the test-suite with the oldest versions tha
 
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
+
+test-browser: $(VENV)/.browser  ## use the pages of explanations in Chromium (needs it: apt install chromium)
+	TINYGRAD_BN_BROWSER=required $(BIN)/python -m pytest tests/browser
 
 test-cuda: $(VENV)/.cuda-test  ## execute every CUDA kernel without a GPU (installs numba-cuda; needs the CUDA 13 toolkit)
 	TINYGRAD_BN_CUDA_TOOLS=required $(BIN)/python -m pytest -n auto tests/cuda

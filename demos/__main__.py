@@ -10,7 +10,7 @@ ORDER = (  # of learning
     "bn_backward", "normalize_numbers", "deep_mlp", "mnist_mlp", "mnist_cnn", "init_scale", "learning_rates",
     "gradient_flow", "iris_mlp", "titanic_mlp", "batch_size", "paper_figure1", "loss_landscape", "new_op",
 )  # fmt: skip
-HIDDEN = ("__init__", "__main__", "common", "gallery", "interval", "options", "output")
+HIDDEN = ("__init__", "__main__", "common", "gallery", "interval", "options", "output", "quiz")
 
 
 def names() -> list[str]:
@@ -26,12 +26,15 @@ def main(arguments: list[str]) -> int:
         for name in names():
             print(f"  {name:18} {(import_module(f'.{name}', __package__).__doc__ or '').splitlines()[0]}")
         print(f"\n  {'all':18} run all demos, and write a page of their results")
+        print(f"  {'quiz':18} {(import_module('.quiz', __package__).__doc__ or '').splitlines()[0]}")
         return 0
     name, *options = arguments
     if name == "all":
         return int(import_module(".gallery", __package__).main(names(), options))
+    if name == "quiz":
+        return int(import_module(".quiz", __package__).main(options))
     if name not in names():
-        print(f"no demo {name!r}; the demos are {', '.join(names())}, and all", file=sys.stderr)
+        print(f"no demo {name!r}; the demos are {', '.join(names())}, and all, and quiz", file=sys.stderr)
         return 2
     return int(import_module(f".{name}", __package__).main(options).code)
 

@@ -65,7 +65,7 @@ def test_the_list_has_every_demo_with_its_first_line():
     for name in names():
         doc = importlib.import_module(f"demos.{name}").__doc__
         assert re.search(rf"^  {name} +{re.escape(doc.splitlines()[0])}$", done.stdout, re.M)
-    assert re.findall(r"^  (\w+)", done.stdout, re.M) == [*ORDER, "all"], "in the order of learning"
+    assert re.findall(r"^  (\w+)", done.stdout, re.M) == [*ORDER, "all", "quiz"], "in the order of learning"
     scripts = {path.stem for path in (ROOT / "demos").glob("*.py") if "Run(" in path.read_text(encoding="utf-8")}
     assert set(ORDER) == scripts - {"common"}
 

@@ -101,7 +101,8 @@ def batch_norm_inference(
     expect_eps(eps)
     mean, var, weight, bias = (per_channel(v, x.ndim) for v in (mean, var, weight, bias))
     # (x − mean) first: x · a + b would lose as many digits as the mean is larger than the deviation.
-    xhat = (x - mean) * rsqrt(var + eps)
+    xmu, ivar = x - mean, rsqrt(var + eps)
+    xhat = xmu * ivar
     gammax = xhat if weight is None else xhat * weight
     return gammax if bias is None else gammax + bias
 

@@ -1,0 +1,457 @@
+"""Explanations: what they record, its names, and the ways of gradients. Their numbers are those of plain autograd."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from tinygrad_bn import Tensor, functional, grad, nn, no_grad, optim
+from tinygrad_bn.explain import explain, hooks
+from tinygrad_bn.sample import RandomDraw
+from tinygrad_bn.tensor import OPS
+
+STEPS = ["mu", "xmu", "sq", "var", "sqrtvar", "ivar", "xhat", "gammax", "out"]
+BATCH_NORM_WAYS = [
+    "xmu → xhat → gammax → out",
+    "xmu → sq → var → sqrtvar → ivar → xhat → gammax → out",
+    "mu → xmu → xhat → gammax → out",
+    "mu → xmu → sq → var → sqrtvar → ivar → xhat → gammax → out",
+]
+
+
+def network(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    layers = nn.Linear(3, 4, rng=rng), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3, rng=rng)
+    x = Tensor(rng.normal(2, 1.5, (8, 3)).astype(dtype), requires_grad=True)
+    return nn.Sequential(*layers).astype(dtype), x, rng.integers(0, 3, 8)
+
+
+def images():
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, rng=rng), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2, rng=rng),
+        nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 5, rng=rng),
+    ).astype(np.float64)  # fmt: skip
+    return model, Tensor(rng.normal(size=(6, 1, 12, 12)), requires_grad=True), rng.integers(0, 5, 6)
+
+
+def explained(make=network, dtype=None):
+    model, x, target = make() if dtype is None else make(dtype)
+    with explain() as e:
+        loss = functional.cross_entropy(model(x), target)
+        loss.backward()
+    return e, model, x, loss
+
+
+def off(a, b):
+    """The largest difference, relative to the largest number."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-300))
+
+
+def expect_shares_that_sum(view, via=None):
+    """The shares sum to the gradient, to 1e-12 of the largest gradient of the pass: shares may cancel to 0."""
+    shares = list((view.paths if via is None else view.paths(via)).values())
+    size = max(np.abs(np.asarray(g)).max(initial=0) for g in view._explanation.passes[-1].grads.values())
+    assert np.abs(sum(shares) - view.grad).max(initial=0) <= 1e-12 * size, view
+
+
+@pytest.mark.parametrize("make", [network, images])
+def test_a_network_is_that_of_plain_autograd(make):
+    e, model, x, loss = explained(make)
+    plain, x2, target = make()
+    want = functional.cross_entropy(plain(x2), target)
+    want.backward()
+    assert off(loss, want) < 1e-14
+    for (key, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        size = max(1e-3, float(np.abs(q.grad.numpy()).max()))  # the bias before a BatchNorm has none
+        assert np.abs(p.grad.numpy() - q.grad.numpy()).max() < 1e-12 * size, key
+        np.testing.assert_array_equal(e[key].grad, p.grad.numpy(), err_msg="the engine's own gradient")
+    for (key, a), (_, b) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12, err_msg=key)
+    assert off(x.grad, x2.grad) < 1e-12
+    np.testing.assert_array_equal(e["x"].grad, x.grad.numpy())
+
+
+@pytest.mark.parametrize("make", [network, images])
+def test_the_shares_of_the_ways_sum_to_the_gradient_of_every_step(make):
+    e, *_ = explained(make)
+    tried = 0
+    for path in e:
+        if e[path].grad is not None:
+            expect_shares_that_sum(e[path])
+            tried += 1
+    assert tried > 30
+
+
+@pytest.mark.parametrize("name", sorted(name for name, op in OPS.items() if op.differentiable))
+def test_every_op(name):
+    """Values and gradients are those of plain autograd, and shares sum to the gradients."""
+    tried = 0
+    for example in range(6):
+        xs, params = OPS[name].sample(RandomDraw(example))
+
+        def tensors(xs=xs):
+            return [Tensor(x, requires_grad=x.dtype.kind == "f") if hasattr(x, "dtype") else x for x in xs]
+
+        plain, ours = tensors(), tensors()
+        y = OPS[name].function(*plain, **params)
+        if not y.requires_grad or not y.size:
+            continue
+        g = np.random.default_rng(example).normal(size=y.shape)
+        y.backward(g)
+        with explain() as e:
+            z = OPS[name].function(*ours, **params)
+            z.backward(g)
+        assert off(e["z"].value, y) < 1e-12
+        for i, (p, t) in enumerate(zip(plain, ours, strict=True)):
+            if isinstance(p, Tensor) and p.grad is not None and p.size:
+                e.name(f"operand{i}", t)
+                size = max(1.0, np.abs(p.grad.numpy()).max())
+                assert np.abs(e[f"operand{i}"].grad - p.grad.numpy()).max() < 1e-12 * size
+                expect_shares_that_sum(e[f"operand{i}"])
+                expect_shares_that_sum(e[f"operand{i}"], via=[])
+                tried += 1
+    assert tried or name in ("sign", "astype"), "a sample with a gradient"
+
+
+def test_the_second_derivative():
+    x = Tensor(np.random.default_rng(0).normal(size=(6, 2)), requires_grad=True)
+    x2 = Tensor(x, requires_grad=True)
+
+    def second(x):
+        dx = grad((functional.batch_norm(x, training=True) ** 3).sum(), x, create_graph=True)
+        (dx * dx).sum().backward()
+        return dx
+
+    with explain() as e:
+        dx = second(x)
+    want = second(x2)
+    first, last = e["x"].grads
+    assert off(first, want) < 1e-12
+    assert off(last, x2.grad) < 1e-12
+    assert off(dx, want) < 1e-12
+    for name in ("x", "mu", "xhat", "∂xhat", "∂ivar"):  # the steps of the gradient have names, and gradients
+        expect_shares_that_sum(e[name], via=["mu", "var"])
+    assert e["∂xhat"].value.shape == e["xhat"].value.shape
+    np.testing.assert_array_equal(e["∂xhat"].value, e["xhat"].grads[0])
+
+
+# ---- names ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_steps_of_batch_norm_have_their_names(dtype):
+    e, model, x, _ = explained(network, dtype)
+    h = model[0](x)
+    want = functional.batch_norm_steps(h, model[1].weight, model[1].bias)
+    for name in STEPS:
+        assert off(e[f"1.{name}"].value, getattr(want, name)) < 1e-6, name
+        assert e[f"1.{name}"].grad is not None
+    assert e["1.out"].value.dtype == dtype
+    model.eval()
+    with explain() as e:
+        model(x)
+    for name in ("xmu", "ivar", "xhat", "gammax", "out"):
+        assert e[f"1.{name}"].value.shape in [(8, 4), (4,)]
+    rm, rv = model[1].running_mean.numpy(), model[1].running_var.numpy()
+    np.testing.assert_array_equal(e["1.running_mean"].value, rm)
+    assert off(e["1.xmu"].value, e["0.out"].value - rm.astype(np.float64)) < 1e-6
+    assert off(e["1.ivar"].value, 1 / np.sqrt(rv.astype(np.float64) + 1e-5)) < 1e-6
+    assert e["1.out"].value.dtype == dtype
+    assert [k for k in e if k.startswith("1.out")] == ["1.out"]
+
+
+def test_steps_without_weight_and_bias_are_found_by_both_names():
+    x = Tensor(np.random.default_rng(0).normal(size=(6, 2)), requires_grad=True)
+    with explain() as e:
+        y = functional.batch_norm(x, training=True)
+        y.backward(np.ones((6, 2)))
+    assert e["gammax"].path == e["xhat"].path
+    assert e["y"].path == "y"
+    assert e["out"].path == "y"
+
+
+def test_names_of_the_program():
+    x = Tensor([1.0, 2.0], requires_grad=True)
+    with explain() as e:
+        hidden = x * 3
+        kept = [hidden + 1]
+        (kept[0] * hidden).sum().backward()
+    assert e["hidden"].value.tolist() == [3, 6]
+    e.name("shifted", kept[0])
+    assert e["shifted"].inputs == ["hidden"]
+    assert e["hidden"].users == ["shifted", "mul"]
+    assert dict(e["hidden"].paths) == {
+        "hidden → shifted": pytest.approx(e["hidden"].value),
+        "hidden": pytest.approx(e["shifted"].value),
+    }
+    with pytest.raises(KeyError, match="took no part"):
+        e.name("other", Tensor([1.0]))
+    with pytest.raises(ValueError, match="the name of another step"):
+        e.name("hidden", kept[0])
+    assert "hidden" in e
+    assert "other" not in e
+
+
+def test_variables_of_functions_of_the_program_are_names():
+    program = """
+def f(x):
+    hidden = x * 3
+    x = hidden + 1
+    return (hidden * x).sum()
+"""
+    functions: dict = {}
+    exec(compile(program, "<stdin>", "exec"), functions)
+    e = explain(functions["f"], np.array([1.0, 2.0]))
+    assert list(e) == ["x", "hidden", "add", "mul", "result"], "an argument that is assigned again keeps its meaning"
+    assert e["hidden"].grad.tolist() == [7, 13]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("1.xhta", "near ones are 1.xhat"), ("xhatt", "near ones are 1.xhat"), ("weight", "is the name of 3 steps"),
+     ("!", "there are x, 0.weight")],
+)  # fmt: skip
+def test_unknown_names(name, message):
+    e, *_ = explained()
+    with pytest.raises(KeyError, match=message):
+        e[name]
+    with pytest.raises(TypeError, match="found by its name"):
+        e[3]
+
+
+def test_modules_in_modules_and_a_module_that_is_called_twice():
+    class Block(nn.Module):
+        def __init__(self):
+            self.norm, self.lin = nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x + self.lin(self.norm(x)).relu()
+
+    class Net(nn.Module):
+        def __init__(self):
+            self.blocks = [Block(), Block()]
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.blocks[1](x)
+
+    net, x = Net().astype(np.float64), Tensor(np.random.default_rng(0).normal(size=(5, 3)), requires_grad=True)
+    with explain() as e:
+        net(x).backward(np.random.default_rng(1).normal(size=(5, 3)))
+    for path in ("blocks.0.norm.xhat", "blocks.1.norm.xhat", "blocks.1.norm.xhat@2", "blocks.1.out@2", "blocks.0.out"):
+        assert e[path].value.shape == (5, 3)
+    assert e.kinds["blocks.0.norm"] == "BatchNorm1d"
+    assert len(e["x"].paths) > 1
+    expect_shares_that_sum(e["x"])
+    np.testing.assert_array_equal(e["x"].grad, x.grad.numpy())
+
+
+# ---- ways -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x", "0.out"])
+def test_batch_norm_has_four_ways(name):
+    e, *_ = explained()
+    ways = e[name].paths
+    assert list(ways) == [f"{name} → {way}" for way in BATCH_NORM_WAYS]
+    assert np.abs(ways[f"{name} → {BATCH_NORM_WAYS[3]}"]).max() < 1e-16, "Σ xmu = 0"
+    if name == "0.out":  # by hand
+        dxhat, ivar, xmu, dsq = e["1.xhat"].grad, e["1.ivar"].value, e["1.xmu"].value, e["1.sq"].grad
+        direct, variance, mean, _ = ways.values()
+        assert off(direct, dxhat * ivar) < 1e-12
+        assert off(variance, dsq * 2 * xmu) < 1e-12
+        assert off(mean, np.broadcast_to(-(dxhat * ivar).mean(0), mean.shape)) < 1e-12
+    assert list(e[name].paths(via=["1.var", "1.mu"])) == [name, f"{name} → var", f"{name} → mu", f"{name} → mu → var"]
+    with pytest.raises(KeyError, match="there is no way"):
+        ways["x"]
+
+
+def test_a_tensor_that_is_used_twice_by_one_op():
+    a = Tensor([3.0], requires_grad=True)
+    with explain() as e:
+        b = a + a
+        c = b * b
+        c.backward()
+    assert e["a"].grad.tolist() == [24]
+    assert {way: share.tolist() for way, share in e["a"].paths(via=["b"]).items()} == {"a → b": [24]}
+
+
+def test_too_many_ways_and_none():
+    x = Tensor([1.0], requires_grad=True)
+    with explain() as e:
+        y = x
+        names = {}
+        for i in range(8):
+            p, q = y * 1, y * 0.5
+            names |= {f"p{i}": p, f"q{i}": q}
+            y = p + q
+        y.backward()
+        z = x * 2
+    for name, t in names.items():
+        if name not in e:
+            e.name(name, t)
+    with pytest.raises(ValueError, match="more than 64 ways"):
+        len(e["x"].paths)
+    assert len(e["x"].paths(via=["p0"])) == 2
+    with pytest.raises(ValueError, match="no backward pass reached 'z'"):
+        len(e["z"].paths)
+    assert z.item() == 2
+
+
+# ---- recording ------------------------------------------------------------------------------------------
+
+
+def test_a_function_is_explained_with_the_names_of_its_parameters():
+    e = explain(lambda weight, x: (weight * x).sum(), np.array([1.0, 2.0]), np.array([3.0, 4.0]))
+    assert e["weight"].grad.tolist() == [3, 4]
+    assert e["x"].formula == "given"
+    assert e["result"].value == 11
+    bn = nn.BatchNorm1d(2).astype(np.float64)
+    x, g = np.random.default_rng(0).normal(size=(2, 5, 2))
+    e = explain(bn, x, g=g)
+    assert np.abs(e["x"].grad.sum(0)).max() < 1e-12
+    assert explain(bn, x)["x"].grad is None, "without a cotangent there is no backward pass"
+
+
+def test_a_graph_from_before_the_block_is_one_box_for_each_op():
+    x = Tensor(np.random.default_rng(0).normal(size=(4, 2)), requires_grad=True)
+    before = functional.batch_norm(x, training=True)
+    with explain() as e:
+        (before * before * before).backward(np.ones((4, 2)))
+    assert e["before"].formula == OPS["batch_norm_training"].formula
+    assert [c.phase for c in e.calls].index("backward") == 2, "two products, then the pass"
+    assert {c.phase for c in e.calls[2:]} == {"backward"}
+    np.testing.assert_array_equal(e["x"].grad, x.grad.numpy())
+    expect_shares_that_sum(e["x"], via=[])
+
+
+def test_a_deep_graph():
+    x = Tensor([1.0], requires_grad=True)
+    y = x
+    for _ in range(1500):
+        y = y * 1.0
+    with explain() as e:
+        z = y + 1
+        for _ in range(1500):
+            z = z * 1.0
+        z.backward()
+    assert len(e) == 3002
+    assert e["x"].grad.tolist() == [1]
+    assert [share.tolist() for share in e["x"].paths(via=["y"]).values()] == [[1]]
+
+
+def test_values_stay_those_of_the_block():
+    model, x, target = network()
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    weight = model[0].weight.numpy().copy()
+    with explain() as e:
+        functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    np.testing.assert_array_equal(e["0.weight"].value, weight)
+    assert np.abs(model[0].weight.numpy() - weight).max() > 0.01
+    with pytest.raises(RuntimeError, match="has recorded a block already"), e:
+        pass
+
+
+def test_without_gradients():
+    model, x, _ = network()
+    with explain() as e, no_grad():
+        y = model(x)
+    assert e["1.xhat"].grad is None
+    assert not e.passes
+    assert e["y"].value.shape == y.shape
+
+
+def test_the_engine_is_as_before_after_a_block_that_fails():
+    before = [getattr(owner, name) for owner, name, _ in hooks.PLACES]
+    x = Tensor([1.0])
+    with pytest.raises(TypeError, match="real numbers"), explain():
+        x + np.array([1j])
+    assert [getattr(owner, name) for owner, name, _ in hooks.PLACES] == before
+    assert sys.getprofile() is None
+
+
+def test_another_thread_is_not_recorded():
+    x = Tensor([1.0], requires_grad=True)
+    results = []
+    with explain() as e:
+        thread = threading.Thread(
+            target=lambda: results.append(functional.batch_norm(Tensor([[1.0], [3.0]]), None, None, None, None, True))
+        )
+        thread.start()
+        thread.join()
+        y = x + 1
+    assert [*e] == ["x", "y"]
+    assert results[0].numpy().round(3).tolist() == [[-1], [1]]
+    assert y.item() == 2
+
+
+def test_a_block_in_a_block_records_for_itself():
+    x = Tensor([2.0], requires_grad=True)
+    with explain() as outer:
+        a = x * 2
+        with explain() as inner:
+            b = a + 1
+        c = b * a
+    assert [k for k in inner if k != "x"] == ["a", "b"]
+    assert {"a", "c"} <= set(outer)
+    assert outer["a"].users == ["b", "c"]
+    assert c.item() == 20
+
+
+COST = """
+import sys
+import numpy as np
+from tinygrad_bn import Tensor, functional, nn, optim
+
+rng = np.random.default_rng(0)
+model = nn.Sequential(nn.Linear(3, 4, rng=rng), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3, rng=rng))
+x, target = rng.normal(size=(8, 3)).astype(np.float32), rng.integers(0, 3, 8)
+optimizer = optim.Adam(model.parameters())
+
+def step():
+    functional.cross_entropy(model(x), target).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+def bytecodes():
+    counted = 0
+    def trace(frame, event, arg):
+        nonlocal counted
+        frame.f_trace_opcodes = True
+        counted += event == "opcode"
+        return trace
+    sys.settrace(trace)
+    try:
+        step()
+    finally:
+        sys.settrace(None)
+    return counted
+
+for _ in range(5):  # kernels, caches
+    step()
+before = bytecodes()
+from tinygrad_bn.explain import explain
+imported = bytecodes()
+with explain() as e:
+    step()
+steps = len(e)
+del e  # it keeps arrays, whose memory steps reuse
+for _ in range(5):
+    step()
+print(before, imported, bytecodes(), steps)
+"""
+
+
+def test_a_step_costs_the_same_when_nothing_is_explained():
+    done = subprocess.run([sys.executable, "-c", COST], capture_output=True, text=True, check=True)
+    before, imported, after, steps = map(int, done.stdout.split())
+    assert before > 1000
+    assert steps > 30
+    assert before == imported == after
