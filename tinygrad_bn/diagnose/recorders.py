@@ -222,6 +222,8 @@ class StatisticsGaps(Recorder):
     def plot(self) -> Figure:
         """Both, over the epochs; the dotted line is where `lint` begins to complain."""
         self._expect_epochs()
+        if not self.shift:
+            raise ValueError("there is nothing to draw: the model has no BatchNorm with running statistics")
         figure, grid = viz.subplots(1, 2, 11, 4.4)
         limits = (
             (self.shift, SHIFT, "distance of the means, in deviations"),
