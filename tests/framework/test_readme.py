@@ -13,7 +13,7 @@ PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
 def test_every_python_block_runs():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
