@@ -12,11 +12,12 @@ from itertools import count
 
 import numpy as np
 
-from demos.common import Run, recalibrate
-from demos.interval import interval, number
-from demos.output import start
 from tinygrad_bn import datasets, functional, manual_seed, nn, optim, viz
 from tinygrad_bn.tensor import Array
+
+from .common import Run, recalibrate
+from .interval import interval, number
+from .output import start
 
 METHODS = ("no decay", "weight decay", "no decay, growing rate")
 STYLES = ("-", "-", "--")

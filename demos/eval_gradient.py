@@ -11,11 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import Run
-from demos.interval import interval
-from demos.output import start
 from tinygrad_bn import Tensor, functional, grad, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+
+from .common import Run
+from .interval import interval
+from .output import start
 
 WAYS = ("statistics of each batch", "frozen statistics")
 RATES = (0.01, 0.1, 1.0, 10.0)
@@ -81,11 +82,10 @@ def main(argv: list[str] | None = None) -> Run:
 
     facts, accuracy = (np.array(part) for part in zip(*run.each(measure, run.seeds, "seeds"), strict=True))
     bn, x, g = layer(run.args.seed)
-    figure, grid = viz.subplots(1, 4, 17, 4.6)
     matrices = jacobian(bn, x, True), jacobian(bn, x, False)
-    limit = max(np.abs(j).max() for j in matrices)
+    figure, grid = viz.subplots(1, 4, 17, 4.6)
     for axes, j, title in zip(grid[0], matrices, ("training", "evaluation"), strict=False):
-        image = axes.imshow(j, cmap="RdBu", vmin=-limit, vmax=limit)
+        image = axes.imshow(j, cmap="RdBu", vmin=-1, vmax=1)
         axes.set(title=f"{title}: ∂out[i] / ∂x[j]", xlabel="j", ylabel="i")
         axes.grid(visible=False)
     figure.colorbar(image, ax=grid[0, 1], shrink=0.7)

@@ -10,11 +10,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from demos.common import Run, recalibrate
-from demos.interval import interval
-from demos.output import start
 from tinygrad_bn import Tensor, functional, grad, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+
+from .common import Run, recalibrate
+from .interval import interval
+from .output import start
 
 NORMS = {"BatchNorm": nn.BatchNorm1d, "LayerNorm": nn.LayerNorm, "none": None}
 

@@ -25,7 +25,7 @@ from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Node, Op
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py")}
+ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py")}
 LINES = 2  # of the caller's program
 
 
@@ -87,30 +87,34 @@ class Watcher:
 
 _WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 _lock = threading.Lock()
-_blocks = 0  # of all threads
+_blocks: set[object] = set()  # of all threads
 _engine: dict[str, Any] = {}  # the functions of `backend`
 
 
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """In this block, of this thread or task, `watcher` sees every op."""
-    global _blocks
-    with _lock:
-        if not _blocks:
-            for name, watched in (("forward", _forward), ("vjp", _vjp)):
-                _engine[name] = getattr(backend, name)
-                setattr(backend, name, watched)
-        _blocks += 1
-    token = _WATCHER.set(watcher)
-    try:
+    block, before = object(), _WATCHER.get()
+    try:  # from here on: Ctrl-C may come at any moment
+        with _lock:
+            if not _blocks:
+                _engine.update(forward=backend.forward, vjp=backend.vjp)
+            _blocks.add(block)
+            _replace(forward=_forward, vjp=_vjp)
+        _WATCHER.set(watcher)
         yield
     finally:
-        _WATCHER.reset(token)
+        _WATCHER.set(before)
         with _lock:
-            _blocks -= 1
+            _blocks.discard(block)
             if not _blocks:
-                for name, function in _engine.items():
-                    setattr(backend, name, function)
+                _replace(**_engine)
+
+
+def _replace(**functions: Any) -> None:
+    """Set functions of `backend`."""
+    for name, function in functions.items():
+        setattr(backend, name, function)
 
 
 def _forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
