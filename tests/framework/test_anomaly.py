@@ -1,6 +1,7 @@
 """`detect_anomaly`: the first op that made a NaN or an infinity, forwards and backwards, and where it was called."""
 
 import threading
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -203,6 +204,17 @@ def test_blocks_of_two_threads_that_end_in_any_order():
     left.set()
     thread.join()
     assert (backend.forward, backend.vjp) == original
+
+
+def test_arrays_are_freed_as_ever():
+    w = Tensor(np.ones(4), requires_grad=True)
+    with detect_anomaly():
+        doubled = w * 2
+        alive = weakref.ref(doubled._data)
+        (functional.std(doubled + np.arange(4.0)) * w).sum().backward()
+        del doubled
+        assert alive() is None, "although w.grad is the sum of two gradients, of which the last is that of w * 2"
+    assert w.grad is not None
 
 
 def test_no_false_alarm_in_the_demos():

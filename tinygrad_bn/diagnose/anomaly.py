@@ -123,6 +123,8 @@ class Watch(Watcher):
 
     def _note(self, array: Any, place: Place) -> None:
         key = id(array)
+        if not place.recomputed:
+            place = replace(place, node=None)  # which would keep the arrays of a graph alive
         if hasattr(array, "dtype") and not isinstance(array, np.generic):
             self._places[key] = weakref.ref(array, lambda _: self._places.pop(key, None)), place
 
