@@ -60,12 +60,12 @@ def normalised(model: Module) -> list[Pair]:
 
 def useless_biases(pairs: list[Pair]) -> Iterator[Finding]:
     """Biases that the next BatchNorm subtracts again."""
-    for layer, (name, norm) in pairs:
+    for layer, (_, norm) in pairs:
         bias: Any = layer[1]
         if bias.bias is not None and bias.bias.requires_grad and not getattr(norm, "stats_frozen", False):
             yield Finding(
                 "useless-bias", label(layer),
-                f"{label((name, norm))} subtracts the mean, and this bias with it: its gradient is 0 but for rounding",
+                "the BatchNorm after it subtracts the mean, and this bias with it: its gradient is 0 but for rounding",
                 "bias=False; the bias of BatchNorm does the work. It costs memory and a little time, nothing else",
             )  # fmt: skip
 
@@ -73,12 +73,12 @@ def useless_biases(pairs: list[Pair]) -> Iterator[Finding]:
 def decayed_scales(pairs: list[Pair], optimizer: Optimizer) -> Iterator[Finding]:
     """Weights that decay although a BatchNorm after them undoes their scale."""
     decay = {p: g.get("weight_decay", 0) for g in optimizer.param_groups for p in g["params"]}
-    for layer, norm in pairs:
+    for layer, _ in pairs:
         weight: Any = layer[1]
         if decay.get(weight.weight, 0):
             yield Finding(
                 "decayed-scale", label(layer),
-                f"{label(norm)} undoes the scale of this weight, so a weight decay of {decay[weight.weight]:g} does "
+                f"the BatchNorm after it undoes the scale of this weight, so a decay of {decay[weight.weight]:g} does "
                 "not make the function simpler: it keeps the weight small, and that its effective learning rate, "
                 "lr / ‖w‖², large",
                 "read it as a part of the learning rate; to regularise, let the last layer decay, or augment the data",
