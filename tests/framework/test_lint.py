@@ -133,6 +133,8 @@ def test_weights_whose_scale_does_not_matter():
     assert kinds(model, optimizer=optim.SGD(model.parameters(), lr=0.1)) == set()
     groups = [{"params": [model[3].weight], "weight_decay": 0.01}, {"params": [model[0].weight], "weight_decay": 0.0}]
     assert kinds(model, optimizer=optim.SGD(groups, lr=0.1)) == set()
+    frozen = net(nn.BatchNorm1d(32).freeze(), nn.ReLU())
+    assert kinds(frozen, optimizer=optim.SGD(frozen.parameters(), lr=0.1, weight_decay=0.01)) == set()
     plain = net(nn.ReLU(), bias=True)
     assert kinds(plain, optimizer=optim.SGD(plain.parameters(), lr=0.1, weight_decay=0.01)) == set()
 

@@ -63,6 +63,7 @@ def lint(model: Module, x: Any = None, optimizer: Optimizer | None = None, *, sh
             traced, output = measured.trace(model, x, by_batch=True)
             found += measured.of_statistics(measured.statistics(traced))
             found += measured.of_activations(traced, output._data)
+    pairs = [(layer, norm) for layer, norm in pairs if not getattr(norm[1], "stats_frozen", False)]
     found += structure.useless_biases(pairs)
     found += structure.options(model, half=x is not None and x.dtype == np.float16)
     found += structure.order(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -64,8 +65,9 @@ class Trace(Watcher):
                 yield owner, call
 
     def pairs(self) -> list[Pair]:
-        """Each layer with weights whose output a BatchNorm got, with that."""
-        found = [(self.maker(call.arrays[0]), norm) for norm, call in self.norms()]
+        """Each layer with weights whose output went to a BatchNorm and nowhere else, with that."""
+        uses = Counter(id(a) for call in self.calls for a in call.arrays)
+        found = [(self.maker(x), norm) for norm, call in self.norms() if uses[id(x := call.arrays[0])] == 1]
         return [(maker, norm) for maker, norm in found if maker is not None and isinstance(maker[1], WEIGHTED)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -60,9 +59,9 @@ def normalised(model: Module) -> list[Pair]:
 
 def useless_biases(pairs: list[Pair]) -> Iterator[Finding]:
     """Biases that the next BatchNorm subtracts again."""
-    for layer, (_, norm) in pairs:
-        bias: Any = layer[1]
-        if bias.bias is not None and bias.bias.requires_grad and not getattr(norm, "stats_frozen", False):
+    for layer, _ in pairs:
+        bias = getattr(layer[1], "bias", None)
+        if bias is not None and bias.requires_grad:
             yield Finding(
                 "useless-bias", label(layer),
                 "the BatchNorm after it subtracts the mean, and this bias with it: its gradient is 0 but for rounding",
@@ -74,11 +73,10 @@ def decayed_scales(pairs: list[Pair], optimizer: Optimizer) -> Iterator[Finding]
     """Weights that decay although a BatchNorm after them undoes their scale."""
     decay = {p: g.get("weight_decay", 0) for g in optimizer.param_groups for p in g["params"]}
     for layer, _ in pairs:
-        weight: Any = layer[1]
-        if decay.get(weight.weight, 0):
+        if rate := decay.get(getattr(layer[1], "weight", None), 0):
             yield Finding(
                 "decayed-scale", label(layer),
-                f"the BatchNorm after it undoes the scale of this weight, so a decay of {decay[weight.weight]:g} does "
+                f"the BatchNorm after it undoes the scale of this weight, so a decay of {rate:g} does "
                 "not make the function simpler: it keeps the weight small, and that its effective learning rate, "
                 "lr / ‖w‖², large",
                 "read it as a part of the learning rate; to regularise, let the last layer decay, or augment the data",
