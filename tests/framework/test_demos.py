@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 
 from demos import (
     common,
+    dead_bias,
     deep_mlp,
+    eval_gradient,
     gallery,
     gradient_flow,
+    layer_norm,
     learning_rates,
     mnist_cnn,
     mnist_mlp,
@@ -27,7 +31,7 @@ from demos import (
 )
 from demos.__main__ import ORDER, main, names
 from demos.interval import Interval, interval, number, quantile
-from tinygrad_bn import datasets, functional, nn, optim, train
+from tinygrad_bn import Tensor, datasets, functional, nn, optim, train
 
 ROOT = Path(deep_mlp.__file__).parents[1]
 MODELS = ("without BatchNorm", "with BatchNorm")
@@ -73,7 +77,7 @@ def test_the_list_has_every_demo_with_its_first_line():
 def test_a_demo_that_is_not_there():
     done = demos("nope")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("no demo 'nope'; the demos are bn_backward, normalize_numbers, deep_mlp")
+    assert done.stderr.startswith("no demo 'nope'; the demos are bn_backward, normalize_numbers, eval_gradient")
 
 
 @pytest.mark.parametrize("name", names())
@@ -311,6 +315,38 @@ def test_gradients_grow_backwards_with_batch_norm():
     tiny = gradient_flow.norms(gradient_flow.build("tanh", "small", False, 0), data)
     assert tiny.max() < 1e-4
     assert 0.1 < tiny[1] / tiny[-2] < 10, "as tiny in all layers"
+
+
+def test_before_batch_norm_a_bias_is_dead_and_a_weight_has_no_scale():
+    digits = datasets.load("mnist5k").scaled().take(np.arange(0, 5000, 50))
+    data = replace(digits, x=digits.x.astype(np.float64))
+    bias, angle, changed = dead_bias.facts(data, 0)
+    assert bias < 1e-12
+    assert angle < 1e-12
+    assert changed < 1e-9
+    first, *_, last = (m for m in dead_bias.build(0, bias=True) if isinstance(m, nn.Linear))
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)  # without the BatchNorm all three are wrong
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dead_bias, "build", lambda seed, bias=False: model)
+        assert min(dead_bias.facts(data, 0)) > 1e-3
+
+
+def test_the_gradient_in_evaluation_is_the_direct_part():
+    bn, x, g = eval_gradient.layer(3)
+    part = eval_gradient.parts(bn, x, g)
+    np.testing.assert_allclose(part[eval_gradient.DIRECT], g / np.sqrt(x.numpy().var() + bn.eps), rtol=1e-6)
+    np.testing.assert_allclose(sum(list(part.values())[:3]), part[eval_gradient.WHOLE], atol=1e-12)
+    coupled, alone = (eval_gradient.jacobian(bn, x, training) for training in (True, False))
+    np.testing.assert_allclose(coupled.sum(axis=1), 0, atol=1e-12)
+    assert np.abs(coupled).min() > 0
+    np.testing.assert_array_equal(alone, np.diag(np.diag(alone)))
+
+
+def test_what_the_two_normalisations_couple():
+    x = Tensor(np.random.default_rng(0).normal(size=(4, 3)), requires_grad=True)
+    same_channel, same_sample = np.kron(np.ones((4, 4)), np.eye(3)) > 0, np.kron(np.eye(4), np.ones((3, 3))) > 0
+    for name, coupled in (("BatchNorm", same_channel), ("LayerNorm", same_sample)):
+        np.testing.assert_array_equal(layer_norm.jacobian(name, x) != 0, coupled)
 
 
 def test_the_network_of_the_first_article(capsys):

@@ -14,7 +14,7 @@ import pytest
 
 import tinygrad_bn
 
-PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "explain", "backend", "kernels", "cuda")
+PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "explain", "diagnose", "backend", "kernels", "cuda")
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
@@ -109,7 +109,7 @@ def test_everything_public_exists_and_is_documented(name):
             assert (doc or "").strip(), f"{name}.{n} has no docstring"
 
 
-@pytest.mark.parametrize("name", ["tinygrad_bn.nn", "tinygrad_bn.optim", "tinygrad_bn.train"])
+@pytest.mark.parametrize("name", ["tinygrad_bn.nn", "tinygrad_bn.optim", "tinygrad_bn.train", "tinygrad_bn.diagnose"])
 def test_public_methods_are_documented(name):
     """All but `forward`, which `Module` documents."""
     methods = {

@@ -1,0 +1,201 @@
+"""Watching the seam: every op with its operands and its result, and the place in the program that called it.
+
+`watching` puts functions of its own in the place of `backend.forward` and `backend.vjp`, and takes them away at the end
+of its block. Outside of such a block nothing of this file runs.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinygrad_bn import autograd, backend
+from tinygrad_bn.nn.module import Module
+from tinygrad_bn.tensor import Node, Op
+
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py")}
+LINES = 2  # of the caller's program
+
+
+class Line(NamedTuple):
+    """A line of a program that was being executed."""
+
+    file: str
+    number: int
+    function: str
+
+    def __str__(self) -> str:
+        code = linecache.getline(self.file, self.number).strip()
+        path = Path(self.file)
+        for folder in (Path(PACKAGE), Path.cwd()):
+            if path.is_relative_to(folder):
+                path = path.relative_to(folder)
+                break
+        return f"{path}, line {self.number}, in {self.function}" + (f": {code}" if code else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an op was called.
+
+    `modules` are those whose forward was running, the outermost first. `inside` is the line of this package, such as a
+    step of a composition; `outside` are the innermost lines of the caller's program. In a backward pass, `node` is the
+    node whose gradient was being computed. `recomputed`: the backward pass was running a composition forwards again.
+    """
+
+    modules: tuple[Module, ...] = ()
+    inside: Line | None = None
+    outside: tuple[Line, ...] = ()
+    backward: bool = False
+    node: Node | None = None
+    recomputed: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an op on arrays."""
+
+    op: Op
+    arrays: Sequence[Any]
+    params: dict[str, Any]
+    result: Any
+    saved: Sequence[Any]
+    place: Place
+
+
+class Watcher:
+    """Base of what watches the seam. While a method runs, and inside an op, nothing is watched."""
+
+    def forward(self, call: Call) -> None:
+        """An op has run. Operands that it overwrites are copies from before."""
+
+    def vjp(self, op: Op, g: Any, y: Any, arrays: Sequence[Any], params: dict[str, Any], gradients: Any) -> None:
+        """The gradients of an op's operands, None where not needed; NotImplemented: its composition will give them."""
+
+
+_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+_lock = threading.Lock()
+_blocks: set[object] = set()  # of all threads
+_engine: dict[str, Any] = {}  # the functions of `backend`
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """In this block, of this thread or task, `watcher` sees every op."""
+    block, before = object(), _WATCHER.get()
+    try:  # from here on: Ctrl-C may come at any moment
+        with _lock:
+            if not _blocks:
+                _engine.update(forward=backend.forward, vjp=backend.vjp)
+            _blocks.add(block)
+            _replace(forward=_forward, vjp=_vjp)
+        _WATCHER.set(watcher)
+        yield
+    finally:
+        _WATCHER.set(before)
+        with _lock:
+            _blocks.discard(block)
+            if not _blocks:
+                _replace(**_engine)
+
+
+def _replace(**functions: Any) -> None:
+    """Set functions of `backend`."""
+    for name, function in functions.items():
+        setattr(backend, name, function)
+
+
+def _forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
+    watcher = _WATCHER.get()
+    if watcher is None:
+        return _engine["forward"](op, arrays, params)
+    token = _WATCHER.set(None)
+    try:
+        before = [a.copy() if hasattr(a, "dtype") else a for a in arrays] if op.updates else arrays
+        with np.errstate(all="ignore"):
+            y, saved = _engine["forward"](op, arrays, params)
+        watcher.forward(Call(op, before, params, y, saved, place()))
+        return y, saved
+    finally:
+        _WATCHER.reset(token)
+
+
+def _vjp(op: Op, g: Any, y: Any, arrays: Any, params: dict[str, Any], needs: Any, saved: Any) -> Any:
+    watcher = _WATCHER.get()
+    if watcher is None:
+        return _engine["vjp"](op, g, y, arrays, params, needs, saved)
+    token = _WATCHER.set(None)
+    try:
+        with np.errstate(all="ignore"):
+            gradients = _engine["vjp"](op, g, y, arrays, params, needs, saved)
+        watcher.vjp(op, g, y, arrays, params, gradients)
+        return gradients
+    finally:
+        _WATCHER.reset(token)
+
+
+# ---- places ---------------------------------------------------------------------------------------------
+
+CALL, BACKPROP, RECOMPUTE = (
+    function.__code__ for function in (Module.__call__, autograd._backprop, autograd._pull_composition)
+)
+
+
+def place() -> Place:
+    """The place of the op that is being called, from the frames of the stack."""
+    modules: list[Module] = []
+    outside: list[Line] = []
+    inside: Line | None = None
+    node: Node | None = None
+    backward = recomputed = False
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code is CALL:
+            modules.append(frame.f_locals["self"])
+        elif code is RECOMPUTE:
+            recomputed = recomputed or not backward
+        elif code is BACKPROP:
+            backward, node = True, frame.f_locals["node"]  # the outermost wins: the op that the caller's program knows
+        elif code is STOP:
+            break
+        elif not code.co_filename.startswith(PACKAGE):
+            if len(outside) < LINES and "importlib" not in code.co_filename:
+                outside.append(Line(code.co_filename, frame.f_lineno, code.co_name))
+        elif inside is None and code.co_filename not in ENGINE and code.co_filename != __file__:
+            inside = Line(code.co_filename, frame.f_lineno, code.co_name)
+        frame = frame.f_back
+    return Place(tuple(reversed(modules)), inside, tuple(reversed(outside)), backward, node, recomputed)
+
+
+def alone(function: Any, *args: Any) -> Any:
+    """Call a function whose ops have places of their own: without what is further out on the stack."""
+    return function(*args)
+
+
+STOP = alone.__code__
+
+
+def path_of(modules: Sequence[Module]) -> str:
+    """The path of the innermost of the running modules, as in the outermost's state dict, and its type; "" for none."""
+    if not modules:
+        return ""
+    names = {module: name for name, module in modules[0].named_modules()}
+    for module in reversed(modules):
+        for candidate in (module, *module.children()):  # a module made for the occasion has the real one as child
+            if candidate in names:
+                name, kind = names[candidate], type(candidate).__name__
+                return f"{name} ({kind})" if name else kind
+    return ""
