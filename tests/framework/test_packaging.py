@@ -14,7 +14,20 @@ import pytest
 
 import tinygrad_bn
 
-PARTS = ("functional", "nn", "optim", "train", "datasets", "testing", "viz", "explain", "diagnose", "backend", "kernels", "cuda")
+PARTS = (
+    "functional",
+    "nn",
+    "optim",
+    "train",
+    "datasets",
+    "testing",
+    "viz",
+    "explain",
+    "diagnose",
+    "backend",
+    "kernels",
+    "cuda",
+)
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]

@@ -25,7 +25,7 @@ from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Node, Op
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py")}
+ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py", "explain/hooks.py")}
 LINES = 2  # of the caller's program
 
 
