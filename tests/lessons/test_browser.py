@@ -127,14 +127,25 @@ def test_a_lesson_is_shown_whole_on_two_widths_and_in_both_languages(open_lesson
         assert page.locator("img.picture:not([alt])").count() == 0
 
 
+def solution_of(page, i):
+    """The text of the ith folded solution. A click is lost if the page is drawn again under it."""
+    folded = page.locator("marimo-accordion").nth(i)
+    text = folded.get_by_role("region").locator("pre")
+    for _ in range(30):
+        folded.get_by_role("button").click()
+        page.wait_for_timeout(1000)
+        if text.count() and text.first.is_visible():
+            return text.first.inner_text()
+    raise AssertionError("the solution did not open")
+
+
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_the_solutions_typed_into_the_editors_are_accepted(open_lesson, lesson):
     page = open_lesson(lesson)
     verdicts = page.locator(".verdict")
     for i in range(2):
         assert "✓" not in verdicts.nth(i).inner_text()
-        page.locator("marimo-accordion").nth(i).get_by_role("button").click()
-        solution = page.locator("marimo-accordion").nth(i).get_by_role("region").locator("pre").inner_text()
+        solution = solution_of(page, i)
         editor = page.locator("marimo-code-editor .cm-content").nth(i)
         for _ in range(20):  # a page that is still being drawn takes the focus away
             editor.click()
