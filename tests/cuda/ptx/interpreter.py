@@ -57,7 +57,11 @@ def array_argument(address: int, shape: Sequence[int], dtype: np.dtype | type | 
 
 
 class Device:
-    """Global memory, and launches of kernels on it."""
+    """Global memory, and launches of kernels on it.
+
+    Finalizers of arrays call `free` at any moment, also in the middle of another method: loops over what `free` changes
+    are loops over copies.
+    """
 
     def __init__(self, nbytes: int = 1 << 20):
         self.memory = Memory(nbytes)
@@ -71,8 +75,9 @@ class Device:
     def alloc(self, nbytes: int) -> int:
         """The address of new memory, which must be written before it is read."""
         room = _room(nbytes)
-        if sum(_room(self.freed[a]) for a in self.quarantine) > QUARANTINE:
-            address = next((a for a in self.quarantine if _room(self.freed[a]) == room), None)
+        idle = tuple(self.quarantine)
+        if sum(_room(self.freed[a]) for a in idle) > QUARANTINE:
+            address = next((a for a in idle if _room(self.freed[a]) == room), None)
             if address is not None:
                 self.quarantine.remove(address)
                 del self.freed[address]
@@ -122,7 +127,8 @@ class Device:
 
     def describe(self, address: int) -> str:
         """An address, and the allocation at or before it."""
-        known = [(a, n, "the") for a, n in self.sizes.items()] + [(a, n, "the freed") for a, n in self.freed.items()]
+        allocated, freed = self.sizes.copy(), self.freed.copy()
+        known = [(a, n, "the") for a, n in allocated.items()] + [(a, n, "the freed") for a, n in freed.items()]
         start, nbytes, which = max((k for k in known if k[0] <= address), default=(0, 0, ""))
         if not which:
             return f"0x{address:x}, before every allocation,"
@@ -208,7 +214,7 @@ class Launch:
     def touched(self) -> dict[int, tuple[int, int]]:
         """Numbers of distinct bytes read and written, for each allocation by address."""
         found = {}
-        for address, nbytes in self.device.sizes.items():
+        for address, nbytes in self.device.sizes.copy().items():
             part = slice((address - BASE) // self.shadow.granule, (address - BASE + nbytes) // self.shadow.granule)
             counts = (np.count_nonzero(who[part]) for who in (self.shadow.reader, self.shadow.writer))
             read, written = (self.shadow.granule * int(n) for n in counts)

@@ -406,6 +406,24 @@ def test_freed_memory_is_reused_only_after_quarantine(monkeypatch):
     assert device.alloc(5000) > max(addresses)
 
 
+def test_memory_may_be_freed_in_the_middle_of_an_allocation():
+    """A finalizer frees whenever the garbage collector runs."""
+    device = Device(4096)
+    first, second, third = (device.alloc(100) for _ in range(3))
+    late = [second, third]
+
+    class Sizes(dict[int, int]):
+        def __getitem__(self, address: int) -> int:
+            if late:
+                device.free(late.pop())
+            return super().__getitem__(address)
+
+    device.freed = Sizes()
+    device.free(first)
+    device.alloc(100)
+    assert set(device.freed) == {first, third}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
