@@ -146,7 +146,7 @@ def block_norm(
     if x.size:
         numbers = float(eps), bool(centered)  # other types would compile the loop again
         split(_forward, len(rows), x.size, rows, w, b, *numbers, y.reshape(rows.shape), mean, var)
-        if not is_ordinary(source, w, mean, var, float(eps)):
+        if not is_ordinary(w, mean, var, float(eps)):
             return NotImplemented
     else:
         mean[:] = var[:] = np.nan
@@ -174,7 +174,7 @@ def block_norm_vjp(
     gx, parts = empty_like(source), max(1, min(PARTS, blocks[0]))
     sums = np.zeros((parts, 2, *w.shape))
     if x.size:
-        if not is_ordinary(source, w, mean, var, float(eps)):
+        if not is_ordinary(w, mean, var, float(eps)):
             return NotImplemented
         gs, out = compiled(g, source.dtype).reshape(rows.shape), gx.reshape(rows.shape)
         split(_backward, parts, x.size, gs, rows, w, float(eps), bool(centered), mean, var, out, sums)

@@ -236,31 +236,34 @@ def rows_normalize(x, k, relu, y, start, stop):
 
 
 @njit(fastmath=SUMS)
-def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums):
+def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var):
     """`_rows_forward` on one thread, in one compiled call."""
-    chunks = len(sums)
+    chunks = -(-len(x) // CHUNK)
+    shift, sums = np.empty(mean.size), np.empty((chunks, 2, mean.size))
     _first_row_shift(x, shift)
     for _ in range(2):
         _rows_sums(x, shift, sums, 0, chunks)
         if _rows_statistics(sums, len(x), shift, mean, var):
             break
     rows_normalize(x, rows_constants(x, weight, bias, mean, var, eps), relu, y, 0, chunks)
+    return is_ordinary(weight, mean, var, eps)
 
 
-def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> None:
+def _rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> bool:
+    """Output, mean and variance, into `out`. Whether they are right: see `is_ordinary`."""
+    if x.size < threads.PARALLEL_FROM:
+        return bool(_rows_forward_serial(x, weight, bias, eps, relu, *out))
     y, mean, var = out
     n, channels = x.shape
     chunks = -(-n // CHUNK)
     shift, sums = np.empty(channels), np.empty((chunks, 2, channels))
-    if x.size < threads.PARALLEL_FROM:
-        _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums)
-        return
     _first_row_shift(x, shift)
     for _ in range(2):
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, n, shift, mean, var):
             break
     split(rows_normalize, chunks, x.size, x, rows_constants(x, weight, bias, mean, var, eps), relu, y)
+    return bool(is_ordinary(weight, mean, var, eps))
 
 
 @inlined(fastmath=SUMS)
@@ -317,9 +320,10 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
 
 
 @njit(fastmath=SUMS)
-def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums):
+def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias):
     """`_rows_backward` on one thread, in one compiled call."""
-    chunks = len(sums)
+    chunks = -(-len(x) // CHUNK)
+    sums = np.empty((chunks, 2, mean.size))
     k = rows_constants(x, weight, bias, mean, var, eps)
     _gradient_shift(g, x, relu, k)
     for _ in range(2):
@@ -328,17 +332,18 @@ def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight,
             break
     if gx.size:
         _rows_gradient(g, x, k, relu, gx, 0, chunks)
+    return is_ordinary(weight, mean, var, eps), are_finite(gweight, gbias)
 
 
 def _rows_backward(
     g: Array, x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, *out: Array
-) -> None:
+) -> tuple[bool, bool]:
+    """Gradients of x, weight and bias, into `out`. Whether they are right (see `is_ordinary`), and finite."""
     gx, gweight, gbias = out
+    if x.size < threads.PARALLEL_FROM:
+        return _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, *out)
     chunks = -(-len(x) // CHUNK)
     sums = np.empty((chunks, 2, x.shape[1]))
-    if x.size < threads.PARALLEL_FROM:
-        _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums)
-        return
     k = rows_constants(x, weight, bias, mean, var, eps)
     _gradient_shift(g, x, relu, k)
     for _ in range(2):
@@ -347,6 +352,7 @@ def _rows_backward(
             break
     if gx.size:
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
+    return is_ordinary(weight, mean, var, eps), are_finite(gweight, gbias)
 
 
 # ---- state -----------------------------------------------------------------------------------------------
@@ -402,10 +408,11 @@ def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> 
     eps = float(eps)  # another type would compile the loops again
     xs, ys = by_channel(source), by_channel(y)
     if xs.ndim == 2:
-        _rows_forward(xs, *affine, eps, relu, ys, mean, var)
+        good = _rows_forward(xs, *affine, eps, relu, ys, mean, var)
     else:
         split(_planes_forward, channels, x.size, xs, *affine, eps, relu, ys, mean, var)
-    if not is_ordinary(source, affine[0], mean, var, eps):
+        good = is_ordinary(affine[0], mean, var, eps)
+    if not good:
         return NotImplemented
     return y.astype(x.dtype, copy=False), mean, var
 
@@ -426,8 +433,6 @@ def _backward(
     """Gradients of x, weight and bias, from the saved statistics."""
     source, channels = compiled(x), x.shape[1]
     affine = affine_or_default(source, weight, bias)
-    if x.size and not is_ordinary(source, affine[0], mean, var, float(eps)):
-        return NotImplemented
     gx = empty_like(source) if needs[0] else None
     gweight, gbias = np.zeros(channels), np.zeros(channels)
     if x.size:
@@ -436,11 +441,13 @@ def _backward(
         out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else by_channel(gx)
         arguments = gs, xs, *affine, mean, var, eps, relu, out, gweight, gbias
         if xs.ndim == 2:
-            _rows_backward(*arguments)
+            good, finite = _rows_backward(*arguments)
         else:
             split(_planes_backward, channels, x.size, *arguments)
-        if not (are_finite(gweight, gbias) or np.isnan(mean).any() or not np.isfinite(g).all()):
-            return NotImplemented  # a sum of four overflowed in x's dtype
+            good, finite = is_ordinary(affine[0], mean, var, eps), are_finite(gweight, gbias)
+        overflowed = not finite and not np.isnan(mean).any() and np.isfinite(g).all()  # a sum of four, in x's dtype
+        if not good or overflowed:
+            return NotImplemented
     by_weight = None if weight is None or not needs[1] else gweight.astype(weight.dtype)
     return gx, by_weight, None if bias is None or not needs[2] else gbias.astype(bias.dtype)
 

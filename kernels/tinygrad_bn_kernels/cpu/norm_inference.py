@@ -71,7 +71,7 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     source = compiled(x)
     affine = affine_or_default(source, weight, bias)
     y = empty_like(source)
-    if not is_ordinary(source, affine[0], *statistics, float(eps)):
+    if not is_ordinary(affine[0], *statistics, float(eps)):
         return NotImplemented
     if x.size:
         xs, ys = by_channel(source), by_channel(y)
@@ -99,7 +99,7 @@ def batch_norm_inference_vjp(
     source = compiled(x)
     scale, _ = affine_or_default(source, weight, bias)
     center, variance = compiled(mean, np.float64), compiled(var, np.float64)
-    if not is_ordinary(source, scale, center, variance, float(eps)):
+    if not is_ordinary(scale, center, variance, float(eps)):
         return NotImplemented
     ivar = 1 / np.sqrt(variance + eps)
     gx, gweight, gbias = empty_like(source), np.empty(x.shape[1]), np.empty(x.shape[1])

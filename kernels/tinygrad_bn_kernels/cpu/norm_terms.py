@@ -2,15 +2,17 @@
 
 import numpy as np
 
-from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
-
-# Between these limits lie 1/√(var + eps) and the weights that the loops can multiply in the dtype.
-RANGE = {"f": (1e-18, 1e18), "d": (1e-150, 1e150)}
 
 
 @njit()
-def _is_ordinary(weight, mean, var, eps, low, high):
+def is_ordinary(weight, mean, var, eps):
+    """Whether the loops are right for x, of weight's dtype. If not, as with numbers near 1e38, a kernel has to decline.
+
+    The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Infinite
+    or NaN elements of x make all results NaN, in the loops as in the composition.
+    """
+    low, high = (1e-18, 1e18) if weight.itemsize == 4 else (1e-150, 1e150)
     good = True
     for w in weight.flat:
         good = good and (w == 0 or low < abs(w) < high)
@@ -21,18 +23,11 @@ def _is_ordinary(weight, mean, var, eps, low, high):
 
 @njit()
 def are_finite(a, b):
+    """Whether all elements of two vectors of one size are finite."""
     good = True
     for i in range(a.size):
         good = good and np.isfinite(a[i]) and np.isfinite(b[i])
     return good
-
-
-def is_ordinary(x: Array, weight: Array, mean: Array, var: Array, eps: float) -> bool:
-    """Whether the loops are right for x. If not, as with numbers near 1e38, a kernel has to decline.
-
-    Infinite or NaN elements of x make all results NaN, in the loops as in the composition.
-    """
-    return bool(_is_ordinary(weight, mean, var, eps, *RANGE[x.dtype.char]))
 
 
 @njit()
