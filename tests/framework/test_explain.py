@@ -427,6 +427,7 @@ def bytecodes():
         frame.f_trace_opcodes = True
         counted += event == "opcode"
         return trace
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks a frame before the trace begins
     sys.settrace(trace)
     try:
         step()

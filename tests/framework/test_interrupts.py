@@ -44,6 +44,7 @@ class Interrupt:
     def during(self, work):
         """Run `work`; whether it was interrupted."""
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 asks a frame before the trace begins
         sys.settrace(self)
         try:
             work()

@@ -104,7 +104,7 @@ def elu(x: Operand, alpha: float = 1.0) -> Tensor:
 @fused(formula="y = x · σ(x);  ∂x = g · σ(x) · (1 + x · σ(−x))", sample=elementwise(REAL))
 def silu(x: Operand) -> Operand:
     """x · sigmoid(x), elementwise; also called swish (Elfwing et al. 2017)."""
-    return _times(x, sigmoid, 750)
+    return _times(x, sigmoid, 750.0)
 
 
 @fused(formula="y = x · Φ(x);  ∂x = g · (Φ(x) + x · φ(x))", sample=elementwise(REAL))
@@ -113,7 +113,7 @@ def gelu(x: Operand) -> Operand:
 
     Hendrycks & Gimpel 2016. Φ(x) = erfc(−x/√2) / 2 has all its digits where it is near 0.
     """
-    return _times(x, lambda v: erfc(v * -math.sqrt(0.5)) * 0.5, 40)
+    return _times(x, lambda v: erfc(v * -math.sqrt(0.5)) * 0.5, 40.0)
 
 
 def _times(x: Operand, function: Callable[[Operand], Operand], limit: float) -> Operand:
