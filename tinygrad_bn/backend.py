@@ -17,10 +17,12 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from tinygrad_bn_kernels import disabled as kernels_disabled
+from tinygrad_bn_kernels import ENABLED
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
+
+from tinygrad_bn.modes import Mode
 
 __all__ = [
     "Array", "as_array", "atomic", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
@@ -172,6 +174,11 @@ def vjp(
                 raise TypeError(f"the kernel {op.vjp!r} returned {got}; its op has {len(needs)} operands")
             return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
     return NotImplemented if op.fused else op.pull(g, y, arrays, needs, params)
+
+
+def kernels_disabled() -> Mode:
+    """In this block and thread, ops on the CPU run their NumPy reference and differentiate their composition."""
+    return Mode(ENABLED, False)
 
 
 def _kernel(name: str, arrays: Sequence[Any]) -> Any:

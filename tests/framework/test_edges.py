@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tinygrad_bn_kernels import disabled as kernels_disabled
 
 from tinygrad_bn import Tensor, composed, grad, nn
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend import kernels_disabled
 
 ROUTES = {"kernels": nullcontext, "reference": kernels_disabled, "composed": composed}
 

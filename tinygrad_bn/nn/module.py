@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn.backend import Array, move, to_numpy
-from tinygrad_bn.modes import no_grad
+from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.tensor import Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
@@ -328,14 +327,9 @@ def _holds(value: object, wanted: Callable[[Any], bool]) -> bool:
     return wanted(value) or (isinstance(value, list | tuple) and any(_holds(item, wanted) for item in value))
 
 
-@contextmanager
-def observe(observer: Observer) -> Iterator[None]:
+def observe(observer: Observer) -> Mode:
     """Inside this block, `observer(module, output)` is called after the forward of every module."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
+    return Mode(_observer, observer)
 
 
 def being_observed() -> bool:
@@ -343,13 +337,6 @@ def being_observed() -> bool:
     return _observer.get() is not None
 
 
-@contextmanager
-def evaluating(model: Module) -> Iterator[None]:
+def evaluating(model: Module) -> Block[Module]:
     """Evaluation mode inside this block; afterwards each module is back in its mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:  # from here on: Ctrl-C may come at any moment
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return Block(lambda: (attributes_as_before((m, "training") for m in model.modules()), model.eval))

@@ -95,7 +95,8 @@ def score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) 
 
 def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
     """The loss and the hits of a batch."""
-    with reductions() as made, np.errstate(invalid="ignore"):  # 0 / 0 where no target counts
+    made: list[Reduced] = []
+    with reductions(made), np.errstate(invalid="ignore"):  # 0 / 0 where no target counts
         value = loss(outputs, y if outputs.device == "cpu" else Tensor(y).to(outputs.device))
     if isinstance(value, tuple) and len(value) == 2:
         value, weight = value[0], float(value[1])
