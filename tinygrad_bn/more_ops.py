@@ -90,7 +90,7 @@ def sign(x: Operand) -> Operand:
     return np.sign(x)
 
 
-@primitive(lambda g, y, x: g * (y + 1), formula="y = eˣ − 1;  ∂x = g · (y + 1)", sample=elementwise(REAL))
+@primitive(lambda g, y, x: g * exp(x), formula="y = eˣ − 1;  ∂x = g · eˣ", sample=elementwise(REAL))
 def expm1(x: Operand) -> Operand:
     """Exponential minus one, exact also near 0, elementwise."""
     return np.expm1(x)
