@@ -28,7 +28,7 @@ def test_a_report_for_each_operand():
     assert abs(a.analytic - a.numeric) <= a.tolerance
     assert "operand 'x': gradient" in str(a)
     (only,) = gradcheck(lambda *xs: xs[0] * 2, np.ones(3))
-    assert "operand 0: gradient" in str(only)
+    assert "operand 'xs[0]': gradient" in str(only)
 
 
 def wrong_by(factor):

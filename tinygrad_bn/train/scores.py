@@ -184,6 +184,4 @@ def arrays_of(data: Data) -> tuple[Array, Array]:
             )
     x, y = np.asarray(x), np.asarray(y)
     expect_arrays(x, y)
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} samples, but {len(y)} targets")
     return x, y
