@@ -67,11 +67,7 @@ def test_an_attribute_that_is_none_keeps_its_kind(make, name, kind, value, copie
             setattr(copied(module), name, value)
         setattr(module, name, None)
     assert getattr(copied(module), name) is None
-    setattr(
-        module,
-        name,
-        {"Parameter": nn.Parameter, "Buffer": nn.Buffer, "Module": Net}[kind](*[[1.0]][kind == "Module" :]),
-    )
+    setattr(module, name, nn.ReLU() if kind == "Module" else getattr(nn, kind)([1.0]))
     delattr(module, name)
     setattr(module, name, value)  # as PyTorch: what was deleted may be anything
     assert getattr(module, name) is value
