@@ -48,7 +48,8 @@ def bind(
 def checked_option(name: str, option: str, value: Any, default: Any) -> Any:
     """An option of the op `name`, NumPy's scalars as Python's.
 
-    Raises TypeError for a tensor, None, a text unless its default is one, and a wrong axis.
+    Raises TypeError for a tensor, None, a text unless its default is one, a wrong axis, and anything but True or False
+    where the default is one of them.
     """
     if value is None:
         raise TypeError(f"{name}(): {option} may not be None")
@@ -56,13 +57,28 @@ def checked_option(name: str, option: str, value: Any, default: Any) -> Any:
         raise TypeError(f"{name}(): {option} may not be a text; got {value!r}")
     if hasattr(value, "requires_grad"):
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
+    if isinstance(default, bool) and not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}(): {option} has to be True or False; got {value!r}")
     if option != "axis":
         return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
+    return checked_axis(name, value)
+
+
+def checked_axis(name: str, value: Any) -> Any:
+    """An axis or a tuple of axes as Python's integers. Raises TypeError for anything else."""
     axes = value if isinstance(value, tuple) else (value,)
     if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in axes):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {value!r}")
     plain = tuple(map(operator.index, axes))
     return plain if isinstance(value, tuple) else plain[0]
+
+
+def expect_axis(name: str, x: Any, axis: Any) -> None:
+    """Raise TypeError unless `axis` is an integer, a tuple of them, or None; IndexError unless x has these axes."""
+    axes = () if axis is None else checked_axis(name, axis)
+    ndim = max(x.ndim, 1)  # 0-d counts as one element
+    if any(not -ndim <= a < ndim for a in (axes if isinstance(axes, tuple) else (axes,))):
+        raise IndexError(f"{name}(): x {x.shape} has no axis {axis}")
 
 
 def expect_declaration(
@@ -154,6 +170,12 @@ def expect_flags(**flags: Any) -> None:
             raise TypeError(f"{name} has to be True or False; got {value!r}")
 
 
+def all_or_none(names: str, *values: Any) -> None:
+    """Raise ValueError if some of the values are None and others are not."""
+    if len({v is None for v in values}) > 1:
+        raise ValueError(f"{names} go together: give all of them, or none")
+
+
 def expect_several(x: Any, parts: int, what: str) -> None:
     """Raise ValueError if x has one value for each of its parts, such as channels: it would become 0."""
     if x.size and x.size == parts:
@@ -183,7 +205,7 @@ def expect_eps(eps: float, zero: bool = True) -> None:
         raise ValueError("eps has to be greater than 0")
 
 
-def expect_integer(name: str, value: Any, least: int) -> int:
+def expect_integer(name: str, value: Any, least: float = -math.inf) -> int:
     """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is below `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} has to be an integer; got {value!r}")
@@ -194,8 +216,8 @@ def expect_integer(name: str, value: Any, least: int) -> int:
 
 def expect_number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, finite: bool = True
-) -> None:
-    """Raise TypeError unless `value` is a number, ValueError if it is NaN, infinite or not in [least, most]."""
+) -> Any:
+    """`value`. Raises TypeError unless it is a number, ValueError if it is NaN, infinite or not in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} has to be a number; got {value!r}")
     within = least <= value <= most  # NaN is not
@@ -204,3 +226,4 @@ def expect_number(
         raise ValueError(f"{name} has to be {wanted}; got {value}")
     if not within or (finite and not math.isfinite(value)):
         raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")
+    return value

@@ -17,10 +17,12 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from tinygrad_bn_kernels import disabled as kernels_disabled
+from tinygrad_bn_kernels import ENABLED
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
+
+from tinygrad_bn.modes import Mode
 
 __all__ = [
     "Array", "as_array", "atomic", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
@@ -33,7 +35,8 @@ R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
 IN_KERNELS = "?bhilqBHILQefd"  # NumPy's characters of the dtypes that kernels take: not of long doubles
-REPORTED = (IndexError, ValueError, TypeError, AttributeError)  # errors that `forward` explains with the op's operands
+# Errors that `forward` explains with the op's operands.
+REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
 
 # ---- memory --------------------------------------------------------------------------------------------
@@ -104,17 +107,17 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
             result = op.forward(*arrays, **params)
-    except MemoryError as error:
-        if again or op.updates or not _gave_memory(error):
-            raise
-        return forward(op, arrays, params, again=True)
     except REPORTED as error:
+        if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
+            return forward(op, arrays, params, again=True)
         expect_one_place(arrays)
         expect_numbers(op.name, arrays)
         kind = next(k for k in REPORTED if isinstance(error, k))
         reason = getattr(error, "reason", error)  # without the ops inside this one
         if kind is AttributeError and not all(hasattr(a, "dtype") for a in arrays):  # a number has no shape
             kind, reason = TypeError, "takes tensors or arrays"
+        elif kind is TypeError and "NoneType" in str(reason):
+            reason = "an operand is None"
         described: Any = kind(f"{describe(op, arrays, params)}: {reason}")
         described.reason = reason
         raise described from error
@@ -133,12 +136,13 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     NumPy's integers would make it wider. Numbers alone still give float64, and an op with the option `dtype` chooses.
     """
     own = y.dtype
-    for a in arrays:
-        if getattr(a, "dtype", None) is own:
-            return y  # the usual case
+    if arrays and getattr(arrays[0], "dtype", None) is own:
+        return y  # the usual case: `_kernel` looked at this dtype
     dtypes = [a.dtype for a in arrays if hasattr(a, "dtype")]
     floating = [d for d in dtypes if d.kind == "f"]
-    if own.kind != "f" or len(floating) == len(dtypes) or "dtype" in params:
+    if len(floating) < len(dtypes):
+        expect_numbers(op.name, arrays)
+    if own.kind != "f" or len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y
     widest = max(floating, key=lambda d: d.itemsize, default=np.dtype(np.float32))
     if own.itemsize < widest.itemsize and not op.fused:  # NumPy takes int8 to float16
@@ -172,11 +176,19 @@ def vjp(
     return NotImplemented if op.fused else op.pull(g, y, arrays, needs, params)
 
 
+def kernels_disabled() -> Mode:
+    """In this block and thread, ops on the CPU run their NumPy reference and differentiate their composition."""
+    return Mode(ENABLED, False)
+
+
 def _kernel(name: str, arrays: Sequence[Any]) -> Any:
-    """The kernel for these operands, or None. Numbers, foreign byte orders and other dtypes are left to NumPy."""
+    """The kernel for these operands, or None. Numbers, foreign byte orders and long doubles are left to NumPy."""
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
-        return find_kernel(name, "cpu") if first.dtype.isnative and first.dtype.char in IN_KERNELS else None
+        if first.dtype.isnative and first.dtype.char in IN_KERNELS:
+            return find_kernel(name, "cpu")
+        expect_numbers(name, arrays)
+        return None
     for other in arrays:
         if (device := device_of(other)) != "cpu":
             return find_kernel(name, device)

@@ -7,12 +7,14 @@ import operator
 import os
 import traceback
 import types
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
 from contextvars import ContextVar, copy_context
 from functools import partial, wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, Self, TypeVar
+from itertools import repeat, starmap
+from typing import Any, Generic, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -22,31 +24,53 @@ COMPOSED: ContextVar[bool] = ContextVar("composed", default=False)
 DEBUGGING: ContextVar[bool] = ContextVar("debugging", default=False)
 
 
-class _Mode(io.IOBase, ContextDecorator):
-    """A setting for a block or a decorated function.
+class Block(io.IOBase, ContextDecorator, Generic[T]):
+    """A change for a block or a decorated function, which is undone at the end, also if that is a Ctrl-C.
 
     Ctrl-C may come before the first line of any method in Python, and an `__exit__` in Python would then do nothing.
-    That of IOBase is written in C, and calls `close`. Here `close` takes the last of `undo` and calls it, in C too.
+    That of IOBase is written in C, and calls `close`. Here `close` takes the last of `undo` and calls it, in C too. Its
+    result is False: an exception in the block goes on.
+
+    Args:
+        prepare: changes nothing yet. It returns two functions: one written in C that undoes the change, and one that
+            makes it and returns the value of `with … as`.
     """
 
     closed = True  # nothing is left to do when this object goes
 
-    def __init__(self, variable: ContextVar[bool], value: bool) -> None:
-        self.variable, self.value = variable, value
-        self.undo: list[Callable[[], None]] = []  # several if entered twice
-        self.close = map(operator.call, iter(self.undo.pop, None)).__next__  # type: ignore[method-assign]
+    def __init__(self, prepare: Callable[[], tuple[Callable[[], object], Callable[[], T]]]) -> None:
+        self.prepare = prepare
+        self.undo: list[Any] = []  # several if entered twice
+        undone = map(operator.call, iter(self.undo.pop, None))
+        self.close = map(operator.is_, undone, repeat(Block)).__next__  # type: ignore[assignment]  # False
 
-    def __enter__(self) -> Self:
-        before = self.variable.get()
+    def __enter__(self) -> T:  # type: ignore[override]
+        undo, change = self.prepare()
         try:
-            self.undo.append(partial(self.variable.reset, self.variable.set(self.value)))
+            self.undo.append(undo)
+            result = change()
         except BaseException:  # Ctrl-C: `with` does not call `__exit__` then
-            self.variable.set(before)
+            undo()
+            self.undo[:] = [other for other in self.undo if other is not undo]
             raise
-        return self
+        return result
 
-    def _recreate_cm(self) -> Self:
-        return type(self)(self.variable, self.value)  # a new one for each call of a decorated function: for threads
+    def _recreate_cm(self) -> Block[T]:
+        return Block(self.prepare)  # a new one for each call of a decorated function: for threads
+
+    def __call__(self, function: F) -> F:
+        """The function with this change during its call. Raises TypeError for one whose body runs after the call."""
+        if isgeneratorfunction(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
+            raise TypeError(f"the body of {function.__name__} runs after the call: use a with block in it")
+        return super().__call__(function)
+
+
+class Mode(Block[Any]):
+    """A setting for a block or a decorated function: the value of a context variable."""
+
+    def __init__(self, variable: ContextVar[Any], value: object) -> None:
+        super().__init__(lambda: (partial(variable.set, variable.get()), partial(variable.set, value)))
+        self.variable, self.value = variable, value
 
     def __call__(self, function: F) -> F:
         """The function with this setting in its body, and not where the body waits at a yield or an await."""
@@ -54,7 +78,13 @@ class _Mode(io.IOBase, ContextDecorator):
         return pausing or super().__call__(function)
 
 
-def _decorated(function: Callable[..., Any], mode: _Mode) -> Any:
+def attributes_as_before(attributes: Iterable[tuple[object, str]]) -> Callable[[], object]:
+    """A function in C that gives attributes, each an object and a name, the values that they have now."""
+    states = [(vars(owner), {name: getattr(owner, name)}) for owner, name in attributes]
+    return partial(deque, starmap(dict.update, states), 0)
+
+
+def _decorated(function: Callable[..., Any], mode: Mode) -> Any:
     """A generator or coroutine function under `mode`; None for a plain function, whose body never waits."""
     if isgeneratorfunction(function):
 
@@ -93,7 +123,7 @@ def _decorated(function: Callable[..., Any], mode: _Mode) -> Any:
 class _Pausing:
     """A setting that holds while a generator or coroutine runs, and not while it waits for its caller."""
 
-    def __init__(self, mode: _Mode) -> None:
+    def __init__(self, mode: Mode) -> None:
         self.variable, self.inside = mode.variable, mode.value
 
     @types.coroutine
@@ -128,17 +158,17 @@ def _call_recording(on: bool, function: Callable[..., T], args: tuple[Any, ...])
     return function(*args)
 
 
-def recording(on: bool) -> _Mode:
+def recording(on: bool) -> Mode:
     """Inside `with recording(on):` ops record how their results are computed, or do not."""
-    return _Mode(RECORDING, on)
+    return Mode(RECORDING, on)
 
 
-def no_grad() -> _Mode:
+def no_grad() -> Mode:
     """Inside `with no_grad():`, or a function under `@no_grad()`, no graph is built, and `+=` changes a tensor.
 
     Under `@no_grad()` a generator or coroutine function records nothing in its body; its caller records while it waits.
     """
-    return _Mode(RECORDING, False)
+    return Mode(RECORDING, False)
 
 
 def is_recording() -> bool:
@@ -146,14 +176,14 @@ def is_recording() -> bool:
     return RECORDING.get()
 
 
-def composed() -> _Mode:
+def composed() -> Mode:
     """Inside `with composed():` fused ops run as their compositions, so that each step is a tensor of its own."""
-    return _Mode(COMPOSED, True)
+    return Mode(COMPOSED, True)
 
 
-def debug() -> _Mode:
+def debug() -> Mode:
     """Inside `with debug():` an error in the backward pass of an op says where the op was called."""
-    return _Mode(DEBUGGING, True)
+    return Mode(DEBUGGING, True)
 
 
 def calling_lines() -> str:

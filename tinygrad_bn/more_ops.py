@@ -20,11 +20,13 @@ from tinygrad_bn.tensor import Axis, Function, Operand, primitive
 
 
 def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
-    if isinstance(b, int | float) and b:
-        return g * b * pow(a, b - 1)
-    tiny = float(np.finfo(a.dtype).tiny)
-    undefined = (b == 0) * (a < tiny) * (a > -tiny)  # where b · aᵇ⁻¹ would be 0 · ∞
-    return g * where(undefined, 0.0, b * pow(where(undefined, 1.0, a), b - 1))
+    if isinstance(b, int | float):
+        return g * b * pow(a, b - 1) if b else g * (y * 0)  # b · aᵇ⁻¹, or one of its derivatives, may be 0 · ∞
+    constant = b == 0
+    if getattr(b, "requires_grad", False):  # elsewhere ∂²y/∂a∂b = 1/a
+        tiny = float(np.finfo(a.dtype).tiny)
+        constant = constant * (a < tiny) * (a > -tiny)
+    return g * where(constant, 0.0, b * pow(where(constant, 1.0, a), b - 1))
 
 
 def _pow_by_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
@@ -88,7 +90,7 @@ def sign(x: Operand) -> Operand:
     return np.sign(x)
 
 
-@primitive(lambda g, y, x: g * (y + 1), formula="y = eˣ − 1;  ∂x = g · (y + 1)", sample=elementwise(REAL))
+@primitive(lambda g, y, x: g * exp(x), formula="y = eˣ − 1;  ∂x = g · eˣ", sample=elementwise(REAL))
 def expm1(x: Operand) -> Operand:
     """Exponential minus one, exact also near 0, elementwise."""
     return np.expm1(x)
@@ -279,6 +281,8 @@ def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""
     if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
         raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
+    if x.dtype.kind != "f" and x.dtype.type(value) != value:
+        raise ValueError(f"x {x.dtype} cannot hold the value")
     return np.pad(x, width, constant_values=value) if x.ndim else np.array(x)
 
 

@@ -229,9 +229,9 @@ def for_pad(d: Draw) -> Drawn:
     return (x,), {"width": width, "value": d.choice([0.0, 1.5])}
 
 
-def for_batch_norm(d: Draw) -> Drawn:
-    """Inputs (N, C, ...), with a weight, a bias, or None for either."""
-    shape = d.integer(1, 9), *d.shape(min_dims=1, max_dims=3, min_side=1, max_side=3)
+def for_batch_norm(d: Draw, samples: int = 2) -> Drawn:
+    """Inputs (N, C, ...) of at least so many samples, with a weight, a bias, or None for either."""
+    shape = d.integer(samples, 9), *d.shape(min_dims=1, max_dims=3, min_side=1, max_side=3)
     x = d.distinct(shape) if d.choice([True, False]) else d.array(REAL, shape)
     weight, bias = (d.array(REAL, shape[1:2]) if d.choice([True, True, False]) else None for _ in range(2))
     return (x, weight, bias), {"eps": d.choice([0.3, 0.7])}
@@ -250,7 +250,7 @@ def for_batch_norm_relu(d: Draw) -> Drawn:
 
 def for_batch_norm_inference(d: Draw) -> Drawn:
     """The same with a mean and a variance; all vectors positive, as the tests pass one of them for each."""
-    (x, weight, bias), options = for_batch_norm(d)
+    (x, weight, bias), options = for_batch_norm(d, samples=1)
     mean, var = (d.array(POSITIVE, x.shape[1:2]) for _ in range(2))
     return (x, mean, var, *(None if v is None else np.abs(v) + 0.3 for v in (weight, bias))), options
 

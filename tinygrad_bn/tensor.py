@@ -214,8 +214,9 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
         if len(operands) != count or not required <= params.keys() <= options.keys():
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
-            plain = type(value) is int or (type(value) is float and option != "axis")
-            if not plain and (value is not None or defaults.get(option) is not None):
+            kind, default = type(value), defaults.get(option)
+            plain = type(default) is not bool and (kind is int or (kind is float and option != "axis"))
+            if not plain and (value is not None or default is not None):
                 params[option] = checked_option(name, option, value, defaults.get(option, value))
         return apply(op, operands, {**defaults, **params})
 

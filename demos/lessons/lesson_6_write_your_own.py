@@ -9,10 +9,11 @@ with app.setup:
     import numba
     import numpy as np
     from common import Say, editor, expects, language_switch, table
-    from tinygrad_bn_kernels import disabled, kernel
+    from tinygrad_bn_kernels import kernel
 
     from tinygrad_bn import Tensor, fused, primitive, testing
     from tinygrad_bn import functional as F
+    from tinygrad_bn.backend import kernels_disabled
     from tinygrad_bn.sample import REAL, elementwise
 
     RULE = """@primitive(
@@ -169,7 +170,7 @@ def _():
         steps = F.batch_norm_steps(x, eps=eps)
         return F.astype(steps.xhat * r + d, dtype=x.dtype)
 
-    with disabled():  # without the kernel that follows: this process may have registered it already
+    with kernels_disabled():  # without the kernel that follows: this process may have registered it already
         composed_report = str(testing.check_op(batch_renorm))
     return batch_renorm, composed_report
 

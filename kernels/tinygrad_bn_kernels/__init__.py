@@ -7,8 +7,7 @@ runs its NumPy reference. Kernels ``array.…`` are the operators of device arra
 
 import logging  # noqa: F401  # registers a lock that imports need; of locks at forks, the one registered last is taken first
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
 from threading import RLock
@@ -69,7 +68,7 @@ CUDA_MODULES = _table(
 )
 
 _kernels: dict[tuple[str, str], Kernel | None] = {}  # those that were looked up or registered; None: there is none
-_enabled: ContextVar[bool] = ContextVar("enabled", default=True)
+ENABLED: ContextVar[bool] = ContextVar("enabled", default=True)  # whether the CPU's kernels are used
 
 
 # ---- imports and forks -----------------------------------------------------------------------------------
@@ -131,8 +130,8 @@ def _module(key: tuple[str, str]) -> str | None:
 
 
 def lookup(name: str, device: str) -> Kernel | None:
-    """The kernel `name` of `device`; None if there is none, or if kernels are `disabled`."""
-    if not _enabled.get() and device == "cpu":
+    """The kernel `name` of `device`; None if there is none, or if it is on the CPU and kernels are not `ENABLED`."""
+    if not ENABLED.get() and device == "cpu":
         return None
     key = name, device
     try:
@@ -149,13 +148,3 @@ def lookup(name: str, device: str) -> Kernel | None:
 def names() -> list[tuple[str, str]]:
     """All (name, device) with a kernel: the package's own and registered ones."""
     return sorted(MODULES.keys() | CUDA_MODULES.keys() | {key for key, found in _kernels.items() if found})
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """In this block and thread, ops on the CPU run their NumPy reference and differentiate their composition."""
-    token = _enabled.set(False)
-    try:
-        yield
-    finally:
-        _enabled.reset(token)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tinygrad_bn_kernels import disabled as kernels_disabled
 
 from tinygrad_bn import Tensor, composed, grad, nn
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend import kernels_disabled
 
 ROUTES = {"kernels": nullcontext, "reference": kernels_disabled, "composed": composed}
 
@@ -227,6 +227,33 @@ def test_gradients_of_a_power_near_0(base, exponent, want, create_graph):
     np.testing.assert_allclose(got, np.array(want).reshape(2, 1), rtol=1e-5)
 
 
+@given(
+    st.integers(0, 4),
+    st.sampled_from([0.0, 1e-40, 1e-30, -1e-30, 1e-12, -2.5]),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from([int, float, np.array]),
+)
+def test_every_derivative_of_a_whole_power(n, x, dtype, exponent):
+    x = leaf([x if dtype == np.float32 else x**5], dtype)
+    y, factor = F.pow(x, exponent(n)), 1.0
+    for order in range(n + 3):
+        want = factor * x.numpy().astype(np.float64) ** max(n - order, 0)
+        np.testing.assert_allclose(y.numpy(), want, rtol=1e-6, atol=2 * np.finfo(dtype).smallest_subnormal)
+        (y,) = grad(y.sum(), [x], create_graph=True)
+        factor *= max(n - order, 0)
+
+
+@pytest.mark.parametrize(("dtype", "values"), [("f2", [-9, -12]), ("f4", [-20, -90]), ("f8", [-40, -700])])
+@pytest.mark.parametrize("function", [F.elu, F.expm1])
+def test_derivatives_of_elu_far_out(function, dtype, values):
+    x, want = leaf(values, dtype), np.exp(np.array(values, float))
+    rtol = {"f2": 1e-2, "f4": 1e-4, "f8": 1e-12}[dtype]
+    for create_graph in (False, True):
+        (dx,) = grad(function(x).sum(), [x], create_graph=create_graph)
+        np.testing.assert_allclose(dx.numpy(), want, rtol=rtol)
+    np.testing.assert_allclose(gradients(dx.sum(), x)[0], want, rtol=rtol)
+
+
 @pytest.mark.parametrize("exponent", [np.inf, -np.inf, np.nan])
 def test_a_power_that_is_no_number_is_numpys(exponent):
     x = np.array([2.0, 0.5, -2.0, 1.0])
@@ -306,13 +333,26 @@ def test_derivatives_of_reductions_of_nothing_are_0(function):
         lambda: F.instance_norm(np.ones((2, 10, 1))),
         lambda: F.batch_norm(np.ones((1, 10)), training=True),
         lambda: F.batch_norm(np.ones((1, 10, 1, 1))),
+        lambda: F.batch_norm_steps(Tensor(np.ones((1, 3)))),
+        lambda: F.batch_norm_training(Tensor(np.ones((1, 3))), None, None, eps=1e-5),
+        lambda: F.batch_norm_relu(np.ones((1, 3, 1), np.float32), None, None, eps=1e-5),
         lambda: nn.InstanceNorm1d(3)(np.ones((2, 3, 1))),
         lambda: nn.BatchNorm1d(3)(np.ones((1, 3))),
     ],
 )
 def test_one_value_cannot_be_normalised(call):
-    with pytest.raises(ValueError, match="more than one value per"):
-        call()
+    for route in ROUTES.values():
+        with route(), pytest.raises(ValueError, match="more than one value per"):
+            call()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_one_value_of_a_sample_is_normalised_to_the_bias(route):
+    x, bias = leaf([[3.0], [4.0]]), leaf([0.5])
+    with ROUTES[route]():
+        y = F.layer_norm(x, 1, bias=bias)
+        assert y.numpy().tolist() == [[0.5], [0.5]]
+        assert [g.tolist() for g in gradients(y.sum(), x, bias)] == [[[0.0], [0.0]], [2.0]]
 
 
 @pytest.mark.parametrize("dtype", [object, complex, str, "M8[s]"])

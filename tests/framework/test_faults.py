@@ -1,6 +1,8 @@
 """Wrong numbers that other suites and fuzzing found: the smallest input, and the right value."""
 
+import copy
 import json
+import pickle
 import warnings
 from contextlib import nullcontext
 
@@ -28,6 +30,62 @@ def test_a_parameter_is_not_replaced_by_anything_else(value):
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
     layer.weight = None
     assert list(layer.state_dict()) == ["bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        self.scale, self.inner, self.cache = nn.Parameter([1.0]), nn.Linear(2, 2), None
+
+
+def untracked():
+    return nn.BatchNorm1d(3, track_running_stats=False)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("value", [np.ones(3), Tensor(np.ones(3)), 1.0])
+@pytest.mark.parametrize(
+    ("make", "name", "kind"),
+    [
+        (lambda: nn.BatchNorm1d(3, affine=False), "weight", "Parameter"),
+        (lambda: nn.BatchNorm1d(3), "weight", "Parameter"),
+        (lambda: nn.Linear(2, 3, bias=False), "bias", "Parameter"),
+        (lambda: nn.Conv2d(2, 3, 1, bias=False), "bias", "Parameter"),
+        (lambda: nn.LayerNorm(3, elementwise_affine=False), "bias", "Parameter"),
+        (lambda: nn.GroupNorm(1, 3, affine=False), "weight", "Parameter"),
+        (lambda: nn.InstanceNorm1d(3), "weight", "Parameter"),
+        (lambda: nn.RMSNorm(3, elementwise_affine=False), "weight", "Parameter"),
+        (untracked, "running_mean", "Buffer"),
+        (untracked, "num_batches_tracked", "Buffer"),
+        (Net, "scale", "Parameter"),
+        (Net, "inner", "Module"),
+    ],
+)
+def test_an_attribute_that_is_none_keeps_its_kind(make, name, kind, value, copied):
+    module = make()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=rf"\.{name} is a {kind}; assign a {kind} or None.*; got a"):
+            setattr(copied(module), name, value)
+        setattr(module, name, None)
+    assert getattr(copied(module), name) is None
+    setattr(module, name, nn.ReLU() if kind == "Module" else getattr(nn, kind)([1.0]))
+    delattr(module, name)
+    setattr(module, name, value)  # as PyTorch: what was deleted may be anything
+    assert getattr(module, name) is value
+
+
+def test_other_attributes_hold_anything():
+    net = Net()
+    for value in (np.ones(3), Tensor([1.0]), None, nn.Linear(1, 1), nn.ReLU(), None):
+        net.cache = value
+        assert net.cache is value
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_running_statistics_go_together(name):
+    layer = nn.BatchNorm1d(3)
+    setattr(layer, name, None)
+    with pytest.raises(ValueError, match="running_mean, running_var and num_batches_tracked go together"):
+        layer(np.eye(3))
 
 
 def test_rms_norm_of_half_precision_takes_the_eps_of_float32():

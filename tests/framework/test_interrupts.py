@@ -8,10 +8,15 @@ from functools import cache
 import pytest
 
 from tests.tools.interrupts import caught_interrupts
-from tinygrad_bn import Tensor, autograd, composed, debug, grad, is_recording, modes, no_grad
+from tinygrad_bn import Tensor, autograd, backend, composed, debug, grad, is_recording, modes, nn, no_grad
 from tinygrad_bn import functional as F
+from tinygrad_bn.functional import reductions
+from tinygrad_bn.nn import batch_statistics
 
-FILES = {modes.__file__, autograd.__file__}
+FILES = {
+    f.__code__.co_filename
+    for f in (modes.debug, autograd.grad, nn.observe, batch_statistics, reductions.note, backend.kernels_disabled)
+}
 
 
 @cache
@@ -96,18 +101,45 @@ def second_order():
     grad(grad(x * x, x, create_graph=True), x)
 
 
+MODEL = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(3).eval()))
+
+
+def blocks_of_modules():
+    with nn.observe(lambda module, y: None), nn.evaluating(MODEL):
+        with nn.batch_statistics(MODEL), nn.batch_statistics(MODEL):
+            pass
+        assert not MODEL.training
+
+
+def other_settings():
+    with backend.kernels_disabled(), reductions.reductions([]):
+        assert backend.find_kernel("sum", "cpu") is None
+
+
 def state():
     return is_recording(), modes.COMPOSED.get(), modes.DEBUGGING.get()
 
 
-@pytest.mark.parametrize("work", [block, nested, decorated, generator, backward, lambda: backward(True), second_order])
+def others():
+    """What else the blocks change."""
+    modes = [(m.training, getattr(m, "_collect", None)) for m in MODEL.modules()]
+    return nn.module.being_observed(), backend.ENABLED.get(), reductions._listener.get(), modes
+
+
+WORK = block, nested, decorated, generator, backward, lambda: backward(True), second_order
+OTHERS = blocks_of_modules, other_settings
+
+
+@pytest.mark.parametrize("work", WORK + OTHERS)
 @pytest.mark.parametrize("recording", [True, False])
 def test_modes_are_as_before_at_whatever_moment_an_interrupt_comes(work, recording):
     work()  # imports the kernels
+    before = others()
     with modes.recording(recording) if recording else nullcontext():
         n = 1
         while Interrupt(n).during(work):
             assert state() == (True, False, False)
+            assert others() == before
             n += 1
         assert n > 5
 

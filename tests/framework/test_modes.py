@@ -5,8 +5,10 @@ import inspect
 
 import pytest
 
-from tinygrad_bn import Tensor, composed, debug, is_recording, no_grad
+from tinygrad_bn import Tensor, composed, debug, is_recording, nn, no_grad
+from tinygrad_bn.backend import ENABLED, kernels_disabled
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, recording
+from tinygrad_bn.nn.module import being_observed
 
 MODES = [(no_grad, RECORDING, False), (composed, COMPOSED, True), (debug, DEBUGGING, True)]
 
@@ -163,3 +165,29 @@ def test_tasks_that_take_turns_keep_their_own_mode():
 
     asyncio.run(both())
     assert is_recording()
+
+
+@pytest.mark.parametrize("block", [nn.evaluating, nn.batch_statistics])
+def test_a_change_of_modules_decorates_functions_only(block):
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+
+    @block(model)
+    def inside():
+        return model.training, model[1].training
+
+    assert [inside(), inside()] == [(False, False)] * 2
+    assert model.training
+    for function in (generator, coroutine, async_generator):
+        with pytest.raises(TypeError, match="runs after the call: use a with block in it"):
+            block(model)(function)
+
+
+@pytest.mark.parametrize("mode", [lambda: nn.observe(print), kernels_disabled])
+def test_every_setting_of_the_thread_holds_in_a_decorated_generator(mode):
+    def seen():
+        while True:
+            yield being_observed(), ENABLED.get()
+
+    inside, outside = mode()(seen)(), seen()
+    assert [next(inside) == next(outside) for _ in range(3)] == [False] * 3
+    assert next(outside) == (False, True)

@@ -114,6 +114,26 @@ def test_the_mean_is_that_of_all_targets_together():
         evaluate(Scorer(), (x, y), loss=lambda z, y: F.cross_entropy(z, y) + F.mse_loss(z, z.numpy()))
 
 
+MIXED = {
+    "two losses": lambda z, y: F.cross_entropy(z, y) + F.mse_loss(z, z.numpy() * 0.5),
+    "a term of primitives": lambda z, y: F.cross_entropy(z, y) + (z * z).mean(),
+    "weights": lambda z, y: F.cross_entropy(z, np.maximum(y, 0), WEIGHTS) * 2 - F.relu(z)[0].sum(),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.filterwarnings("default")
+def test_a_mean_whose_weights_are_unknown_says_so(name):
+    x, y = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, -100, -100, -100])
+    model, loss = Scorer(), MIXED[name]
+    sgd = optim.SGD(model.parameters(), lr=0.0)
+    with pytest.warns(UserWarning, match="approximate. Let it return a pair"):
+        score = evaluate(model, (x, y), loss=loss)
+    with pytest.warns(UserWarning, match="approximate. Let it return a pair"):
+        epoch = fit(model, (x, y), epochs=1, batch_size=2, loss=loss, optimizer=sgd, **QUIET).epochs[0]
+    assert np.isfinite([score.loss, epoch.loss]).all()  # the second batch is left out, where a mean is 0 / 0
+
+
 def test_a_batch_without_targets_that_count_takes_no_step():
     x, y = samples(6)
     y[:] = -100

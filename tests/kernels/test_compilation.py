@@ -109,6 +109,21 @@ def test_a_full_disk(caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.parametrize("lacking", ["a method", "the cache's parts"])
+def test_a_numba_with_other_files_keeps_its_own_cache(cache, lacking, monkeypatch, caplog):
+    if lacking == "a method":
+        monkeypatch.setattr(jit._Files, "NEEDS", ("_method_of_an_older_version",))
+    else:
+        monkeypatch.setattr(jit._Files, "__init__", lambda self, path: None)
+    for _ in range(2):
+        compile_two()
+    written = [path.read_bytes() for path in cache.rglob("*.nb?")]
+    assert len(written) >= 4
+    assert not caplog.messages
+    with pytest.raises(OSError, match="is damaged"):  # they are Numba's, without a checksum
+        jit._Files._read(None, str(next(cache.rglob("*.nbi"))))
+
+
 @pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
 @pytest.mark.parametrize("length", [0, 40])
 def test_a_damaged_file_is_compiled_anew(cache, kind, length):

@@ -113,11 +113,21 @@ def test_memory_in_use_is_forgotten_when_newer_memory_needs_the_room():
     assert cache.kept == 0
 
 
+def test_memory_in_use_takes_no_room_from_memory_that_waits():
+    cache = MemoryCache(3 * MEGABYTE)
+    where = place(cache.empty((MEGABYTE,), np.uint8))
+    held = [cache.empty((MEGABYTE - ALIGNMENT,), np.uint8) for _ in range(8)]
+    assert place(cache.empty((MEGABYTE,), np.uint8)) == where
+    del held
+    assert MEGABYTE < cache.kept <= cache.limit
+    assert cache._bytes == cache.kept
+
+
 def test_sizes_that_do_not_come_again_leave_nothing():
     cache = MemoryCache(4 * MEGABYTE)
     for n in range(200):
         cache.empty((MEGABYTE + n,), np.uint8)
-    assert len(cache._memory) + len(cache._free) + len(cache._gone) < 12
+    assert len(cache._lent) + len(cache._idle) + len(cache._free) + len(cache._gone) < 12
 
 
 FULL = """

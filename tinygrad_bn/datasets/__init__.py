@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,11 +25,13 @@ Seed: TypeAlias = int | np.random.Generator | None
 _log = logging.getLogger(__name__)
 
 
-def expect_arrays(*arrays: object) -> None:
-    """Raise TypeError unless all are arrays with an axis of samples."""
+def expect_arrays(*arrays: Any) -> None:
+    """Raise TypeError unless all are arrays with an axis of samples, ValueError unless these have one length."""
     for a in arrays:
         if not getattr(a, "shape", ()):
             raise TypeError(f"samples and targets are arrays of shape (N, ...); got {type(a).__name__} {a!r:.60}")
+    if len({len(a) for a in arrays}) > 1:
+        raise ValueError("{} samples, but {} targets".format(*map(len, arrays)))
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Dataset:
     white: int = 255
 
     def __post_init__(self) -> None:
-        expect_arrays(self.x, self.y)
+        for a in (self.x, self.y):
+            expect_arrays(a)
         expect_integer("white", self.white, 1)
         if len(self.x) != len(self.y):
             raise DataError(f"{self.source}: {len(self.x)} samples, but {len(self.y)} labels")
@@ -165,8 +168,6 @@ class Batches:
         if not isinstance(seed, np.random.Generator | None):
             expect_integer("seed", seed, 0)
         expect_flags(shuffle=shuffle, drop_last=drop_last)
-        if len(x) != len(y):
-            raise ValueError(f"{len(x)} samples, but {len(y)} targets")
         self.x, self.y, self.batch_size = x, y, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = 0  # number of epochs started; with an integer as seed, set it to resume

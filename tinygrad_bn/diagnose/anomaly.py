@@ -15,7 +15,7 @@ from tinygrad_bn.backend import device_of, to_numpy
 from tinygrad_bn.diagnose.seam import Call, Line, Place, Watcher, alone, path_of, watching
 from tinygrad_bn.modes import recording
 from tinygrad_bn.tensor import Op, Tensor
-from tinygrad_bn.testing.diagnosis import operand_names
+from tinygrad_bn.testing.diagnosis import names_of
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _first_step(op: Op, arrays: Sequence[Any], params: dict[str, Any], g: Any) -
 
 
 def _names(op: Op, arrays: Sequence[Any]) -> list[str]:
-    return [name.strip("'") for name in operand_names(op, len(arrays))]
+    return [name.strip("'") for name in names_of(op.forward, len(arrays))]
 
 
 def _kind(values: Sequence[Any]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn import backend, more_ops
-from tinygrad_bn.arguments import expect_array, expect_flags, expect_floats, expect_number
+from tinygrad_bn.arguments import expect_array, expect_axis, expect_flags, expect_floats, expect_integer, expect_number
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
 from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
@@ -46,6 +45,7 @@ def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Opera
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     """Logarithm of `softmax`, without overflow or underflow."""
     expect_floats(x, "softmax")
+    expect_axis("softmax", x, axis)
     if x.dtype == np.float16:  # which may not hold the sum
         return astype(log_softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     shifted = x - largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
@@ -73,10 +73,10 @@ def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
 def flatten(x: Operand, start_axis: int = 1) -> Tensor:
     """Merge the axes from `start_axis` on into one: (N, C, H, W) to (N, C·H·W).
 
-    A negative `start_axis` counts from the last. Raises ValueError if x has no such axis.
+    A negative `start_axis` counts from the last. Raises ValueError if x has no such axis, TypeError for no integer.
     """
     expect_array(x, "flatten")
-    first = operator.index(start_axis)
+    first = expect_integer("start_axis", start_axis)
     if not -x.ndim <= first < x.ndim:
         raise ValueError(f"x {x.shape} has no axis {start_axis} to flatten from")
     first %= x.ndim

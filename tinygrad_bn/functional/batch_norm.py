@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn import sample
-from tinygrad_bn.arguments import expect_channels, expect_eps, expect_flags, expect_several, expect_vectors
+from tinygrad_bn.arguments import all_or_none, expect_channels, expect_eps, expect_flags, expect_several, expect_vectors
 from tinygrad_bn.functional.statistics import mean
 from tinygrad_bn.ops import astype, relu, reshape, rsqrt, sqrt
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive, widened
@@ -37,12 +37,13 @@ def batch_norm_steps(
     without weight and bias it is `xhat`, rounded once. Any other step is cast: `steps.xmu.astype(x.dtype)`.
 
     Args:
-        x: (N, C, ...), floating-point.
+        x: (N, C, ...), floating-point, with more than one value per channel.
         weight, bias: (C,) each; None for 1 and 0.
         eps: added to the variance.
     """
     expect_channels(x, weight=weight, bias=bias)
     expect_eps(eps)
+    expect_several(x, x.shape[1], "channel")
     wide, axis = widened(x), (0, *range(2, x.ndim))
     mu = mean(wide, axis=axis, keepdims=True)
     mu = mu + mean(wide - mu, axis=axis, keepdims=True)  # the mean's rounding error, 0 in exact arithmetic
@@ -161,9 +162,7 @@ def batch_norm(
     expect_flags(training=training)
     expect_channels(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     expect_eps(eps)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var go together: give both, or neither")
+    all_or_none("running_mean and running_var", running_mean, running_var)
     if training or running_mean is None:
-        expect_several(x, x.shape[1], "channel")
         return batch_norm_training(x, weight, bias, eps=eps)
     return batch_norm_inference(x, running_mean, running_var, weight, bias, eps=eps)

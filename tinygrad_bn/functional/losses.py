@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_floats, expect_number
+from tinygrad_bn.arguments import expect_array, expect_floats, expect_integer, expect_number, holds_numbers
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.basics import largest
 from tinygrad_bn.functional.reductions import note
@@ -32,10 +31,18 @@ def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
     return reduced
 
 
+def _target(target: Operand) -> Any:
+    """The target as an array. Raises TypeError unless it is a tensor, an array or a list of real numbers."""
+    if not holds_numbers(target):
+        raise TypeError(f"the target of a loss is a tensor, an array or a list; got a {type(target).__name__}")
+    expect_array(array := values(target), "the target of a loss")
+    return array
+
+
 def _difference(x: Operand, target: Operand) -> Operand:
     expect_floats(x, "a loss")
-    if x.shape != np.shape(values(target)):
-        raise ValueError(f"prediction and target differ in shape: {x.shape} and {np.shape(values(target))}")
+    if x.shape != (shape := _target(target).shape):
+        raise ValueError(f"prediction and target differ in shape: {x.shape} and {shape}")
     return x - target
 
 
@@ -80,12 +87,10 @@ def binary_cross_entropy_with_logits(
 
 def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
     """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
-    if not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index has to be an integer; got {ignore_index!r}")
-    if not -(2**63) <= operator.index(ignore_index) < 2**63:
+    if not -(2**63) <= expect_integer("ignore_index", ignore_index) < 2**63:
         raise ValueError(f"ignore_index has to be an int64; got {ignore_index}")
     expect_floats(x, "cross-entropy")
-    classes = values(target)
+    classes = _target(target)
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
         raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
     if classes.dtype.kind not in "iu":

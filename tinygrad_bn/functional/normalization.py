@@ -46,12 +46,13 @@ def block_norm(x: Operand, weight: Operand, bias: Operand, *, blocks: Blocks, ep
     """
     n, groups, planes, size = blocks
     channels = reshape(x, shape=(1, n * groups, planes * size))  # each block is a channel of BatchNorm
-    if centered:
+    if centered and planes * size != 1:
         steps = batch_norm_steps(channels, eps=eps)
         xhat, mu, var = steps.xhat, steps.mu, steps.var
-    else:
-        var = mean(channels * channels, axis=2, keepdims=True)
-        xhat, mu = channels * rsqrt(var + eps), var * 0
+    else:  # one value is its own mean
+        xmu = channels - channels if centered else channels
+        var = mean(xmu * xmu, axis=2, keepdims=True)
+        xhat, mu = xmu * rsqrt(var + eps), channels if centered else var * 0
     y = reshape(xhat, shape=blocks)
     y = y if weight is None else y * reshape(weight, shape=(groups, planes, 1))
     y = y if bias is None else y + reshape(bias, shape=(groups, planes, 1))

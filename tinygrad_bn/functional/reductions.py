@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
+
+from tinygrad_bn.modes import Mode
 
 
 class Reduced(NamedTuple):
@@ -25,16 +26,9 @@ class Reduced(NamedTuple):
 _listener: ContextVar[list[Reduced] | None] = ContextVar("listener", default=None)
 
 
-@contextmanager
-def reductions() -> Iterator[list[Reduced]]:
-    """Yields a list to which every loss that is reduced inside this block is appended."""
-    made: list[Reduced] = []
-    before = _listener.get()
-    try:  # from here on: Ctrl-C may come at any moment
-        _listener.set(made)
-        yield made
-    finally:
-        _listener.set(before)
+def reductions(made: list[Reduced]) -> Mode:
+    """In this block, every loss that is reduced is appended to `made`."""
+    return Mode(_listener, made)
 
 
 def note(result: Any, reduction: str, size: int, total: Callable[[], Any], ignored: int | None = None) -> None:

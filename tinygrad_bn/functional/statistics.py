@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn import backend
+from tinygrad_bn.arguments import expect_number
 from tinygrad_bn.more_ops import stack
 from tinygrad_bn.ops import astype, sqrt, sum, where
 from tinygrad_bn.sample import Draw, Drawn, reducing
@@ -34,7 +34,8 @@ def _floating(x: Operand) -> Operand:
 
 def _divided(total: Operand, n: int, correction: float = 0) -> Operand:
     """total / (n − correction). Of nothing it is NaN, but not 0 / 0: so its gradients are 0, of every order."""
-    return total / builtins.max(n - correction, 0) if n else total + math.nan
+    expect_number("correction", correction)
+    return total / max(n - correction, 0) if n else total + math.nan
 
 
 def _sample_moments(d: Draw) -> Drawn:

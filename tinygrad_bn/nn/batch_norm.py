@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_eps, expect_flags, expect_floats, expect_integer, expect_number
+from tinygrad_bn.arguments import all_or_none, expect_eps, expect_flags, expect_floats, expect_integer, expect_number
 from tinygrad_bn.backend import atomic
-from tinygrad_bn.nn.module import Buffer, Module, Parameter
+from tinygrad_bn.nn.module import AFFINE, Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
 
 class _BatchNorm(Module):
+    _optional: ClassVar = AFFINE | dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"), Buffer)
     _shapes: ClassVar[dict[int, str]]  # how many axes the input may have, and their names
     _collect: Callable[[Any, Any, int], None] | None = None  # takes the statistics of each batch instead of `track`
 
@@ -52,8 +53,7 @@ class _BatchNorm(Module):
             )
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.running_var_correction, self.virtual_batch_size = running_var_correction, virtual_batch_size
-        self.num_batches_skipped = 0
-        self.stats_frozen = False
+        self.num_batches_skipped, self.stats_frozen = 0, False
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_features, np.float32)) if affine else None
         self.running_mean = Buffer(np.zeros(num_features, np.float32)) if track_running_stats else None
@@ -61,14 +61,14 @@ class _BatchNorm(Module):
         self.num_batches_tracked = Buffer(np.int64(0)) if track_running_stats else None
 
     @classmethod
-    def keras(cls, num_features: int, eps: float = 1e-3, momentum: float = 0.99, **options: Any) -> Self:
+    def keras(cls, num_features: int, eps: float = 1e-3, momentum: float = 0.99, **others: Any) -> Self:
         """With Keras' conventions: momentum is the weight of the OLD value, the running variance is biased."""
-        return cls(num_features, eps, 1 - momentum, running_var_correction=0, **options)
+        return cls(num_features, eps, 1 - expect_number("momentum", momentum, 0, 1), running_var_correction=0, **others)
 
     @classmethod
-    def onnx(cls, num_features: int, eps: float = 1e-5, momentum: float = 0.9, **options: Any) -> Self:
+    def onnx(cls, num_features: int, eps: float = 1e-5, momentum: float = 0.9, **others: Any) -> Self:
         """With ONNX' conventions: momentum is the weight of the OLD value, the running variance is biased."""
-        return cls(num_features, eps, 1 - momentum, running_var_correction=0, **options)
+        return cls(num_features, eps, 1 - expect_number("momentum", momentum, 0, 1), running_var_correction=0, **others)
 
     # ---- forward ----------------------------------------------------------------------------------------
 
@@ -89,6 +89,8 @@ class _BatchNorm(Module):
         if x.ndim not in self._shapes or x.shape[1] != self.num_features:
             wanted = " or ".join(self._shapes.values()).replace("C", str(self.num_features))
             raise ValueError(f"{type(self).__name__}({self.num_features}) takes {wanted}; got shape {x.shape}")
+        statistics = self.running_mean, self.running_var, self.num_batches_tracked
+        all_or_none("running_mean, running_var and num_batches_tracked", *statistics)
         if self.running_mean is not None and (self.stats_frozen or not self.training or not x.size):
             return False
         if self.training and x.size == self.num_features:

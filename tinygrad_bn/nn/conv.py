@@ -12,7 +12,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import each_axis, expect_array, expect_flags, expect_integer
 from tinygrad_bn.functional.convolution import Ints, Padding, pairs, transposed_options
 from tinygrad_bn.nn import init
-from tinygrad_bn.nn.module import Module, Parameter
+from tinygrad_bn.nn.module import AFFINE, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
 
@@ -22,6 +22,7 @@ def options_repr(module: Module, **defaults: object) -> str:
 
 
 class _Conv(Module):
+    _optional: ClassVar = AFFINE
     _ndim: ClassVar[int]
     _convolution: ClassVar[Callable[..., Tensor]]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import expect_array, expect_flags, expect_integer, expect_number
 from tinygrad_bn.functional.basics import expect_probability
 from tinygrad_bn.nn import init
-from tinygrad_bn.nn.module import Module, Parameter
+from tinygrad_bn.nn.module import AFFINE, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
 
@@ -21,6 +20,8 @@ class Linear(Module):
 
     `weight` is (out_features, in_features), as in PyTorch; both parameters start uniform on ±1/√in_features.
     """
+
+    _optional: ClassVar = AFFINE
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, rng: np.random.Generator | None = None
@@ -148,7 +149,7 @@ class Softmax(Module):
     """eˣ / Σ eˣ over `axis`. `cross_entropy` takes logits: use no Softmax before it."""
 
     def __init__(self, axis: int = -1) -> None:
-        self.axis = operator.index(axis)
+        self.axis = expect_integer("axis", axis)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.softmax(x, self.axis)

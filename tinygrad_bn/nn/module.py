@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn.backend import Array, move, to_numpy
-from tinygrad_bn.modes import no_grad
+from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.tensor import Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
@@ -34,6 +33,8 @@ class Buffer(Tensor):
     __slots__ = ()
 
 
+AFFINE: dict[str, type] = {"weight": Parameter, "bias": Parameter}
+
 # Types of most attributes, none of them modules. Checked first, since every step visits all attributes.
 PLAIN = frozenset({Parameter, Buffer, bool, int, float, str, type(None)})
 
@@ -53,28 +54,48 @@ class Module:
     ((3,), ['scale'])
     """
 
+    __slots__ = ("__dict__", "__weakref__", "_kinds")
+
     training: bool = True
+    _optional: ClassVar[Mapping[str, type]] = {}  # what an attribute is that may be None from the beginning
+    _kinds: dict[str, type]  # whether an attribute is, or was before it was None, a Parameter, a Buffer or a Module
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_kinds", dict(cls._optional))
+        return self
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set an attribute. Raises TypeError if anything but its like, or None, is to replace a parameter or buffer."""
-        old = vars(self).get(name)
-        for kind in (Parameter, Buffer):
-            if isinstance(old, kind) and not isinstance(value, kind) and value is not None:
-                raise TypeError(
-                    f"{type(self).__name__}.{name} is a {kind.__name__}; assign a {kind.__name__} or None, or new "
-                    f"values to its .data; got a {type(value).__name__}"
-                )
+        """Set an attribute.
+
+        Raises TypeError if anything but its like, or None, is to replace a parameter, buffer or module.
+        """
+        wanted = self._kinds.get(name)
+        if wanted and value is not None and not isinstance(value, wanted):
+            values = "" if wanted is Module or getattr(self, name, None) is None else ", or new values to its .data"
+            raise TypeError(
+                f"{type(self).__name__}.{name} is a {wanted.__name__}; assign a {wanted.__name__} or None{values}; "
+                f"got a {type(value).__name__}"
+            )
+        for kind in (Parameter, Buffer, Module):
+            if isinstance(value, kind):
+                self._kinds[name] = kind
         object.__setattr__(self, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute; the next one of its name may be anything."""
+        object.__delattr__(self, name)
+        self._kinds.pop(name, None)
+
     def __getstate__(self) -> object:
-        """For `copy` and `pickle`. Raises RuntimeError if an attribute is a result with a graph."""
+        """For `copy` and `pickle`. Raises RuntimeError if an attribute is, or holds, a result with a graph."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if _holds(value, lambda item: isinstance(item, Tensor) and not item.is_leaf):
                 raise RuntimeError(
                     f"{type(self).__name__}.{name} is a result with a graph, which cannot be copied or pickled; "
                     "keep its detach(), or set the attribute to None before"
                 )
-        return super().__getstate__()
+        return dict(vars(self)), {"_kinds": dict(self._kinds)}
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Compute the output; `module(x)` calls this."""
@@ -108,12 +129,12 @@ class Module:
                 for i, item in enumerate(value):
                     if isinstance(item, Module):
                         yield f"{name}.{i}", item
-                    elif _holds_state(item):
+                    elif _holds(item, _is_state):
                         raise TypeError(
                             f"{type(self).__name__}.{name}[{i}] would not be found, since it is not a module; "
                             "make it an attribute"
                         )
-            elif isinstance(value, dict) and _holds_state(value):
+            elif isinstance(value, dict) and _holds(value, _is_state):
                 raise TypeError(f"{type(self).__name__}.{name} is a dictionary; use attributes, or a list of modules")
 
     def named_modules(self, prefix: str = "", _above: tuple[Module, ...] = ()) -> Iterator[tuple[str, Module]]:
@@ -295,23 +316,20 @@ class Module:
         console.print(f"Parameters: {total:,} = {trainable:,} trainable + {total - trainable:,} non-trainable")
 
 
-def _holds_state(value: object) -> bool:
-    """Whether `value` is or contains a module, parameter or buffer."""
+def _is_state(value: object) -> bool:
+    return isinstance(value, Module | Parameter | Buffer)
+
+
+def _holds(value: object, wanted: Callable[[Any], bool]) -> bool:
+    """Whether `value` is what is wanted, or contains it: in lists, tuples and the values of dictionaries."""
     if isinstance(value, dict):
         value = list(value.values())
-    return isinstance(value, Module | Parameter | Buffer) or (
-        isinstance(value, list | tuple) and any(_holds_state(item) for item in value)
-    )
+    return wanted(value) or (isinstance(value, list | tuple) and any(_holds(item, wanted) for item in value))
 
 
-@contextmanager
-def observe(observer: Observer) -> Iterator[None]:
+def observe(observer: Observer) -> Mode:
     """Inside this block, `observer(module, output)` is called after the forward of every module."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
+    return Mode(_observer, observer)
 
 
 def being_observed() -> bool:
@@ -319,13 +337,6 @@ def being_observed() -> bool:
     return _observer.get() is not None
 
 
-@contextmanager
-def evaluating(model: Module) -> Iterator[None]:
+def evaluating(model: Module) -> Block[Module]:
     """Evaluation mode inside this block; afterwards each module is back in its mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:  # from here on: Ctrl-C may come at any moment
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return Block(lambda: (attributes_as_before((m, "training") for m in model.modules()), model.eval))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import expect_array, expect_eps, expect_flags, expect_integer
 from tinygrad_bn.functional.normalization import last_axes
-from tinygrad_bn.nn.module import Module, Parameter
+from tinygrad_bn.nn.module import AFFINE, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
 
 class LayerNorm(Module):
     """Layer normalisation (Ba et al. 2016) over the last axes, which have the shape `normalized_shape`."""
+
+    _optional: ClassVar = AFFINE
 
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, elementwise_affine: bool = True
@@ -36,6 +40,8 @@ class RMSNorm(Module):
     As in PyTorch `eps` is by default the machine epsilon of the input's dtype, but of float32 for half precision.
     """
 
+    _optional: ClassVar = {"weight": Parameter}
+
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float | None = None, elementwise_affine: bool = True
     ) -> None:
@@ -54,6 +60,8 @@ class RMSNorm(Module):
 
 class GroupNorm(Module):
     """Group normalisation (Wu & He 2018) of (N, C, ...): each sample over groups of C / num_groups channels."""
+
+    _optional: ClassVar = AFFINE
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         expect_eps(eps)
@@ -75,6 +83,7 @@ class GroupNorm(Module):
 
 
 class _InstanceNorm(Module):
+    _optional: ClassVar = AFFINE
     _ndim: int
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = False) -> None:

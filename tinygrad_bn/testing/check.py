@@ -15,7 +15,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.sample import Drawn, RandomDraw
 from tinygrad_bn.tensor import OPS, Op, Tensor, apply
-from tinygrad_bn.testing.diagnosis import of_rules, operand_names
+from tinygrad_bn.testing.diagnosis import names_of, of_rules
 from tinygrad_bn.testing.gradients import Function, GradcheckError, VacuousCheckError
 from tinygrad_bn.testing.properties import PROPERTIES, positions
 
@@ -132,7 +132,7 @@ def expect_no_kernel_with_nearly_the_name(op: Op) -> None:
 def expect_telling(op: Op, samples: Sequence[Drawn], allow_zero: bool = False) -> None:
     """Raise VacuousCheckError if these samples would pass with a wrong op."""
     count = len(samples)
-    for i, name in enumerate(operand_names(op, len(samples[0][0]))):
+    for i, name in enumerate(names_of(op.forward, len(samples[0][0]))):
         given = [xs[i] for xs, _ in samples if i < len(xs) and xs[i] is not None]
         where = f"operand {name} of {op.name!r} is"
         for silent, what in (
@@ -168,7 +168,7 @@ def _is_one_value(values: Sequence[Any]) -> bool:
 
 def _gradients(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The operands that the op is differentiable in, by name, and their gradients under a random cotangent."""
-    names = operand_names(op, len(xs))
+    names = names_of(op.forward, len(xs))
     ts = {i: Tensor(xs[i], requires_grad=True) for i in positions(op, xs)}
     y = apply(op, [ts.get(i, x) for i, x in enumerate(xs)], params)[0]
     if not isinstance(y, Tensor) or not y.requires_grad:

@@ -58,12 +58,16 @@ def _sizes(operand: Shape, result: Shape) -> dict[int, str]:
     return {n: what for n, what in sizes.items() if n > 1}
 
 
-def operand_names(op: Op, count: int) -> list[str]:
-    """The names of the operands of an op, in quotes."""
-    parameters = [p for p in signature(op.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+def names_of(f: Callable[..., Any], count: int) -> list[str]:
+    """The names of the first `count` operands of `f`, in quotes; numbers where it does not name them."""
+    try:
+        parameters = [p for p in signature(f).parameters.values() if p.kind < p.KEYWORD_ONLY]
+    except (TypeError, ValueError):
+        parameters = []
     if len(parameters) == 1 and parameters[0].kind is parameters[0].VAR_POSITIONAL:
         return [f"'{parameters[0].name}[{i}]'" for i in range(count)]
-    return [repr(p.name) for p in parameters[:count]]
+    names = [repr(p.name) for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    return names[:count] if len(names) >= count else [str(i) for i in range(count)]
 
 
 def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
@@ -76,7 +80,7 @@ def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
     with kernels_disabled():
         y = apply(op, xs, params)[0]
     g = np.asarray(np.random.default_rng(0).normal(size=y.shape))
-    for i, name in enumerate(operand_names(op, len(xs))):
+    for i, name in enumerate(names_of(op.forward, len(xs))):
         needs = [i == j and is_floating(x) for j, x in enumerate(xs)]
         whose = f"the rule of operand {name} of {op.name!r}"
         if op.each:

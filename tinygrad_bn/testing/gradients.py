@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import Parameter, signature
-from typing import Any
 
 import numpy as np
 
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.sample import Array, Shape
 from tinygrad_bn.tensor import Tensor
-from tinygrad_bn.testing.diagnosis import of_ratio
+from tinygrad_bn.testing.diagnosis import names_of, of_ratio
 
 Function = Callable[..., Tensor]
 
@@ -52,16 +50,6 @@ class GradcheckReport:
 
 def _place(name: str, order: int) -> str:
     return f"second derivative, operand {name}" if order == 2 else f"operand {name}"
-
-
-def names_of(f: Callable[..., Any], count: int) -> list[str]:
-    """The names of the first `count` operands of `f`, in quotes; numbers where it does not name them."""
-    try:
-        parameters = list(signature(f).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [repr(p.name) for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-    return names[:count] if len(names) >= count else [str(i) for i in range(count)]
 
 
 def ridders(phi: Callable[[float], float], h: float = 0.02) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import device_of, kernels_disabled
 from tinygrad_bn.sample import Array
 from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
-from tinygrad_bn.testing.diagnosis import operand_names
+from tinygrad_bn.testing.diagnosis import names_of
 from tinygrad_bn.testing.gradients import Function, GradcheckError, away_from_zero, compare, compare_second, ridders
 
 Operands = tuple[Array | None, ...]
@@ -90,7 +90,7 @@ def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) 
 
 
 def _real_names(op: Op, xs: Operands) -> list[str]:
-    names = operand_names(op, len(xs))
+    names = names_of(op.forward, len(xs))
     return [names[i] for i in positions(op, xs)]
 
 
@@ -109,8 +109,8 @@ def _expect_constant_where_there_is_no_rule(op: Op, xs: Sequence[Any], params: P
         numeric, error = ridders(phi)
         if abs(numeric) > 1e-6 + 10 * error:
             raise GradcheckError(
-                f"operand {operand_names(op, len(xs))[i]} has the rule None, but the result varies with it (derivative "
-                f"{numeric:+.3g}): give it a rule, or held_constant if it is a constant by choice"
+                f"operand {names_of(op.forward, len(xs))[i]} has the rule None, but the result varies with it "
+                f"(derivative {numeric:+.3g}): give it a rule, or held_constant if it is a constant by choice"
             )
 
 

@@ -14,7 +14,7 @@ from tinygrad_bn.arguments import expect_number
 from tinygrad_bn.backend import Array, device_of
 from tinygrad_bn.datasets import Batches, Dataset, expect_arrays
 from tinygrad_bn.functional.reductions import Reduced, reductions
-from tinygrad_bn.modes import no_grad
+from tinygrad_bn.modes import no_grad, recording
 from tinygrad_bn.tensor import Tensor
 
 Data: TypeAlias = Dataset | tuple[Array, Array]
@@ -95,35 +95,59 @@ def score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) 
 
 def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
     """The loss and the hits of a batch."""
-    with reductions() as made, np.errstate(invalid="ignore"):  # 0 / 0 where no target counts
-        value = loss(outputs, y if outputs.device == "cpu" else Tensor(y).to(outputs.device))
-    if isinstance(value, tuple) and len(value) == 2:
+    target = y if outputs.device == "cpu" else Tensor(y).to(outputs.device)
+    made: list[Reduced] = []
+    with reductions(made), np.errstate(invalid="ignore"):  # 0 / 0 where no target counts
+        value = loss(outputs, target)
+    pair = isinstance(value, tuple) and len(value) == 2
+    if pair:
         value, weight = value[0], float(value[1])
         expect_number("the weight of a loss", weight, 0)
-        summed = False
-    else:
-        weight, summed = _weight(value, made, len(y))
     if not isinstance(value, Tensor | np.ndarray | np.generic | float | int) or getattr(value, "size", 1) != 1:
         raise TypeError(
             "loss has to return one number in a Tensor, or a pair of it and its weight; got "
             f"{f'the shape {value.shape}' if hasattr(value, 'shape') else f'a {type(value).__name__}'}"
         )
+    summed = False
+    if not pair:
+        weight, summed = _weight(value, made, len(y), lambda: _has_other_terms(value, made, outputs, target, loss))
     return Batch(value, float(value), weight, summed, *_hits(outputs, y, {r.ignored for r in made}))
 
 
-def _weight(value: Any, made: list[Reduced], samples: int) -> tuple[float, bool]:
+def _weight(value: Any, made: list[Reduced], samples: int, has_other_terms: Callable[[], bool]) -> tuple[float, bool]:
     """What the mean of a loss was divided by, and whether the loss is the sum instead."""
-    if any(r.summed for r in made):
-        whole = [r for r in made if r.result is value]  # empty if the loss divided the sum: then by its samples
+    whole = [r for r in made if r.result is value]
+    if any(r.summed for r in made):  # not the whole: then the loss divided the sum, by its samples
         return (whole[0].total, True) if whole else (samples, False)
-    if len({round(r.total / r.size, 12) for r in made if r.size}) > 1:
+    shares = {round(r.total / r.size, 12) for r in made if r.size}
+    if len(shares) > 1 or (shares - {1.0} and not whole and has_other_terms()):
         warnings.warn(
             "the loss adds means over different numbers or weights of targets: its mean over batches is approximate. "
             "Let it return a pair (loss, weight)",
             stacklevel=2,
         )
-        return samples, False
+        return (samples if all(r.total for r in made) else 0), False  # one of the means is 0 / 0
     return (made[0].total if made else samples), False
+
+
+def _has_other_terms(value: Any, made: list[Reduced], outputs: Tensor, target: Any, loss: Loss) -> bool:
+    """Whether a loss depends on the outputs in other ways than through those that were reduced."""
+    if not isinstance(value, Tensor):
+        return all(float(r.result) != value for r in made)
+    if value.node is None:  # as in `evaluate`, which records nothing
+        outputs, made = Tensor(outputs.detach(), requires_grad=True), []
+        with recording(True), reductions(made), np.errstate(invalid="ignore"):
+            value = loss(outputs, target)
+    seen, todo = {r.result for r in made}, [value]
+    while todo:
+        t = todo.pop()
+        for x in t.node.inputs if isinstance(t, Tensor) and t.node else ():
+            if x is outputs:
+                return True
+            if isinstance(x, Tensor) and x not in seen:
+                seen.add(x)
+                todo.append(x)
+    return False
 
 
 def _hits(outputs: Tensor, y: Array, ignored: set[int | None]) -> tuple[int, int]:
@@ -160,6 +184,4 @@ def arrays_of(data: Data) -> tuple[Array, Array]:
             )
     x, y = np.asarray(x), np.asarray(y)
     expect_arrays(x, y)
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} samples, but {len(y)} targets")
     return x, y

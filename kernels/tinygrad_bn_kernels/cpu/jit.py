@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-from numba.core.caching import IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
 
 from tinygrad_bn_kernels import HELD_AT_FORKS
+
+try:
+    from numba.core.caching import IndexDataCacheFile
+except ImportError:  # another version of Numba, which then keeps its own cache
+    IndexDataCacheFile = object  # type: ignore[assignment, misc]
 
 try:
     import fcntl
@@ -76,6 +80,20 @@ class _Files(IndexDataCacheFile):
     A damaged file counts as missing, so the loop is compiled and written again.
     """
 
+    # Methods of Numba's that are replaced or called here. A version without one of them keeps its own files.
+    NEEDS = "_load_index", "_save_index", "_load_data", "_save_data", "_data_path", "_dump", "_open_for_write"
+
+    @classmethod
+    def of(cls, cache: Any) -> "_Files | None":
+        """The files of a loop's cache; None if this version of Numba has others."""
+        try:
+            names = cache._impl
+            files = cls(cache.cache_path, names.filename_base, names.locator.get_source_stamp())
+            known = cache._cache_file, cache.save_overload, files._index_path, files._source_stamp
+        except (AttributeError, TypeError):
+            return None
+        return files if known and all(hasattr(IndexDataCacheFile, name) for name in cls.NEEDS) else None
+
     def _load_index(self) -> dict[Any, str]:
         try:
             stamp, names = self._read(self._index_path)
@@ -115,10 +133,10 @@ def _save_safely(dispatcher: Any) -> None:
     If writing fails (full disk, no locks) the loop is only compiled.
     """
     cache = getattr(dispatcher, "_cache", None)  # None with NUMBA_DISABLE_JIT
-    if cache is None:
+    files = None if cache is None else _Files.of(cache)
+    if cache is None or files is None:
         return
-    save, names = cache.save_overload, cache._impl
-    cache._cache_file = _Files(cache.cache_path, names.filename_base, names.locator.get_source_stamp())
+    save, cache._cache_file = cache.save_overload, files
 
     def save_alone(signature: Any, data: Any) -> None:
         try:

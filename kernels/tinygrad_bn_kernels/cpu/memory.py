@@ -38,20 +38,25 @@ class _Buffer:
 class MemoryCache:
     """Reuses the memory of buffers that are gone.
 
-    `limit` counts memory in use too. Beyond it, the memory allocated longest ago is dropped first.
+    At most `limit` bytes wait to be used again; beyond that, the memory that waits longest is dropped first. No Python
+    code runs where memory becomes free: whether it is too much is seen at the next call of any method.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._memory: OrderedDict[weakref.ref[_Buffer], Array] = OrderedDict()  # the one lent longest ago is first
+        self._lent: dict[weakref.ref[_Buffer], Array] = {}
         self._gone: deque[weakref.ref[_Buffer]] = deque()  # each buffer that goes: `append` runs no Python code
+        self._idle: OrderedDict[weakref.ref[_Buffer], Array] = OrderedDict()  # memory of buffers that are gone
         self._free: dict[int, dict[weakref.ref[_Buffer], None]] = {}  # the same, sorted by the size of their memory
+        self._bytes = 0  # of the idle memory; more after a Ctrl-C, never less
         self._lock = RLock()  # a destructor, called here by the garbage collector, may allocate
 
     @property
     def kept(self) -> int:
         """Bytes that are kept and not in use."""
-        return sum(memory.size for buffer, memory in list(self._memory.items()) if buffer() is None)
+        with self._lock:
+            self._settle()
+            return self._count()
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """`np.empty`, from free memory if possible."""
@@ -60,18 +65,18 @@ class MemoryCache:
         free = self._take(size)
         buffer = _Buffer(self._allocate(size) if free is None else free, shape, dtype)
         if size <= self.limit:
-            with self._lock:
-                self._memory[weakref.ref(buffer, self._gone.append)] = buffer.memory
-                if free is None:
-                    self._forget_oldest()
+            self._lent[weakref.ref(buffer, self._gone.append)] = buffer.memory
         return np.asarray(buffer)
 
     def release(self) -> int:
         """Give all free memory back to the system. Returns its bytes."""
         with self._lock:
-            free = [buffer for buffer in self._memory if buffer() is None]
+            self._settle()
+            released = self._count()
             self._free.clear()
-            return sum(self._memory.pop(buffer).size for buffer in free)
+            self._idle.clear()
+            self._bytes = 0
+            return released
 
     def reset_after_fork(self) -> None:
         """A new lock: the old one may be held by a thread that the child does not have."""
@@ -89,22 +94,38 @@ class MemoryCache:
     def _take(self, size: int) -> Array | None:
         """Free memory of this size, no longer kept here."""
         with self._lock:
-            while self._gone:
-                buffer = self._gone.popleft()
-                if buffer in self._memory:
-                    self._free.setdefault(self._memory[buffer].size, {})[buffer] = None
+            self._settle()
             free = self._free.get(size)
-            return self._memory.pop(free.popitem()[0]) if free else None
+            while free:
+                buffer, _ = free.popitem()
+                if (memory := self._idle.pop(buffer, None)) is not None:  # None after a Ctrl-C
+                    self._bytes -= size
+                    return memory
+            self._free.pop(size, None)
+            return None
 
-    def _forget_oldest(self) -> None:
-        excess = sum(memory.size for memory in self._memory.values()) - self.limit
-        while excess > 0:
-            buffer, memory = self._memory.popitem(last=False)
-            excess -= memory.size
-            free = self._free.get(memory.size, {})
-            free.pop(buffer, None)
-            if not free:
-                self._free.pop(memory.size, None)
+    def _settle(self) -> None:
+        """Count the memory of buffers that are gone, and drop what is beyond the limit."""
+        while self._gone:
+            buffer = self._gone[0]
+            if (memory := self._lent.pop(buffer, None)) is not None:
+                self._bytes += memory.size
+                self._idle[buffer] = memory
+                self._free.setdefault(memory.size, {})[buffer] = None
+            if self._gone and self._gone[0] is buffer:  # now, as a Ctrl-C above must not lose it
+                self._gone.popleft()
+        if self._bytes > self.limit:
+            self._bytes = self._count()
+            while self._idle and self._bytes > self.limit:
+                buffer, memory = self._idle.popitem(last=False)
+                self._bytes -= memory.size
+                free = self._free.get(memory.size, {})
+                free.pop(buffer, None)
+                if not free:
+                    self._free.pop(memory.size, None)
+
+    def _count(self) -> int:
+        return sum(memory.size for memory in list(self._idle.values()))
 
 
 cache = MemoryCache(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)

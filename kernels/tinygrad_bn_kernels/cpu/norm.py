@@ -6,6 +6,7 @@ element. So they are accurate at any mean, and the variance of a constant channe
 likewise: Σ x̂ is 0, so the shift only changes the gradient of the bias, where it is added again.
 """
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -396,8 +397,13 @@ def affine_or_default(x: Array, weight: Vector, bias: Vector) -> tuple[Array, Ar
     return weight, bias
 
 
+def takes(x: Array, eps: float) -> bool:
+    """Whether a kernel computes this; otherwise the composition does, or raises an error."""
+    return x.dtype.kind == "f" and x.ndim > 1 and isinstance(eps, Real) and eps >= 0
+
+
 def _forward(x: Array, weight: Vector, bias: Vector, eps: float, relu: bool) -> Any:
-    if x.dtype.kind != "f" or x.ndim < 2 or not eps >= 0:
+    if not takes(x, eps) or 0 < x.size == x.shape[1]:  # one value per channel is an error
         return NotImplemented
     source, channels = compiled(x), x.shape[1]
     affine = affine_or_default(source, weight, bias)

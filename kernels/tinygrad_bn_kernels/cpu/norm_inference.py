@@ -18,6 +18,7 @@ from tinygrad_bn_kernels.cpu.norm import (
     plane_normalize,
     rows_constants,
     rows_normalize,
+    takes,
 )
 from tinygrad_bn_kernels.cpu.norm_terms import is_ordinary
 from tinygrad_bn_kernels.cpu.threads import split
@@ -66,7 +67,7 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
     statistics = compiled(mean, np.float64), compiled(var, np.float64)
     expect_channels(x, *statistics)
-    if x.dtype.kind != "f" or x.ndim < 2 or not eps >= 0:
+    if not takes(x, eps):
         return NotImplemented
     source = compiled(x)
     affine = affine_or_default(source, weight, bias)

@@ -290,6 +290,8 @@ def _bias(bias: DeviceArray | None, x: DeviceArray) -> DeviceArray:
 
 def _forward(x: DeviceArray, weight: DeviceArray | None, bias: DeviceArray | None, eps: float, relu: bool) -> Any:
     _check_channels(x, weight, bias)
+    if 0 < x.size == x.shape[1]:
+        return NotImplemented  # one value per channel is an error of the composition
     y, mean, var = DeviceArray(x.shape, x.dtype), *(DeviceArray(x.shape[1:2], x.dtype) for _ in range(2))
     if not x.size:
         return y, maps.fill(mean, np.nan), maps.fill(var, np.nan)
