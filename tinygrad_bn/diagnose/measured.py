@@ -13,8 +13,9 @@ import numpy as np
 from tinygrad_bn import nn
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.diagnose.findings import Finding
-from tinygrad_bn.diagnose.seam import Call, Watcher, watching
+from tinygrad_bn.diagnose.seam import Call, Watcher
 from tinygrad_bn.diagnose.structure import WEIGHTED, Named, Pair, label
+from tinygrad_bn.explain.hooks import listening, unseen
 from tinygrad_bn.modes import no_grad
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS
 from tinygrad_bn.nn.module import Module
@@ -44,7 +45,7 @@ class Trace(Watcher):
         self.makers: dict[int, Call] = {}  # of each array
         self.names = {module: name for name, module in model.named_modules()}
 
-    def forward(self, call: Call) -> None:
+    def saw(self, call: Call) -> None:
         self.calls.append(call)
         self.makers[id(call.result)] = call
 
@@ -79,7 +80,8 @@ def trace(model: Module, x: Any, by_batch: bool) -> tuple[Trace, Any]:
         blocks.enter_context(nn.batch_statistics(model) if by_batch else nn.evaluating(model))
         blocks.enter_context(no_grad())
         blocks.enter_context(nn.observe(lambda module, y: None))  # so that no BatchNorm is fused with a ReLU
-        blocks.enter_context(watching(traced))
+        blocks.enter_context(unseen())
+        blocks.enter_context(listening(traced))
         y = model(x)
     return traced, y
 

@@ -13,6 +13,7 @@ from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.diagnose.measured import RATIO, SHIFT, running_gap, statistics, trace
 from tinygrad_bn.diagnose.structure import label
+from tinygrad_bn.explain import hooks
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Tensor
@@ -41,9 +42,10 @@ class Recorder:
         self.measure(model, len(history))
 
     def measure(self, model: Module, epoch: int = 0) -> None:
-        """Measure `model` as it is now. Its state, modes and gradients do not change."""
+        """Measure `model` as it is now. Its state, modes and gradients do not change; an explanation records nothing."""
         expect_model(model)
-        self._take(model)
+        with hooks.unseen():
+            self._take(model)
         self.epochs.append(epoch)
 
     def _take(self, model: Module) -> None:

@@ -153,15 +153,12 @@ class Explanation:
         if self._recorder.steps:
             raise RuntimeError("this explanation has recorded a block already; call explain() for another one")
         with ExitStack() as undo:
-            hooks.install()
-            undo.callback(hooks.uninstall)
-            token = hooks.RECORDER.set(self._recorder)
-            undo.callback(hooks.RECORDER.reset, token)
+            undo.enter_context(hooks.listening(self._recorder))
             undo.enter_context(composed())
             if not being_observed():
                 undo.enter_context(observe(lambda module, y: None))  # then Sequential runs each layer by itself
-            undo.callback(sys.setprofile, sys.getprofile())
-            sys.setprofile(self._recorder.locals.watch)
+            undo.callback(names.resume, before := sys.getprofile())
+            sys.setprofile(self._recorder.locals.watching(before))
             self._undo = undo.pop_all()
         return self
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import CodeType, FrameType
@@ -32,8 +34,17 @@ class Locals:
         self._variables: dict[CodeType, frozenset[str] | None] = {}  # of each function; None for one to leave out
         self._before: dict[int, int] = {}  # of each running call, how many steps there were
 
-    def watch(self, frame: FrameType, event: str, _: object) -> None:
-        """A profile function, for `sys.setprofile`."""
+    def watching(self, before: Any) -> Callable[[FrameType, str, object], None]:
+        """A profile function, for `sys.setprofile`, after which the one of before is called too."""
+
+        def watch(frame: FrameType, event: str, value: object) -> None:
+            self._watch(frame, event)
+            if callable(before):
+                before(frame, event, value)
+
+        return watch
+
+    def _watch(self, frame: FrameType, event: str) -> None:
         if event not in ("call", "return"):
             return
         code = frame.f_code
@@ -52,6 +63,13 @@ class Locals:
                     step.names.append(name)
 
 
+def resume(before: Any) -> None:
+    """Put back what profiled before: a function, or a profiler in C as cProfile's, which is none and starts itself."""
+    sys.setprofile(before if callable(before) else None)
+    if hasattr(before, "enable"):
+        before.enable()
+
+
 def _own_variables(code: CodeType) -> frozenset[str] | None:
     """The variables that a function assigns, without its arguments; None for code of the engine and of libraries."""
     file = code.co_filename
@@ -63,7 +81,9 @@ def _own_variables(code: CodeType) -> frozenset[str] | None:
 
 
 def caller_variables(frame: FrameType) -> dict[str, Any]:
-    """The variables of the program at the end of the block."""
+    """The variables of the program at the end of the block, which an ExitStack may have ended."""
+    while frame.f_code.co_filename == contextlib.__file__ and frame.f_back:
+        frame = frame.f_back
     return {k: v for k, v in frame.f_locals.items() if isinstance(v, Tensor) and not k.startswith("_")}
 
 

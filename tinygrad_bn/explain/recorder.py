@@ -1,4 +1,4 @@
-"""Recording: what the engine does in a block, seen by the replacements of `hooks`."""
+"""Recording: what the engine does in a block, as a listener of `hooks`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from tinygrad_bn import autograd, backend, tensor
+from tinygrad_bn.explain import hooks
 from tinygrad_bn.explain.names import Locals
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.nn.module import Module
@@ -34,10 +35,10 @@ class Recorder:
         self._paths: dict[int, str] = {}  # of the modules below the outermost one
         self._modules = 0  # how many are running
         self._fused = 0
-        self._quiet = False  # a plain backward pass: its ops are no steps
+        self._quiet = False  # a plain backward pass, and the storing of its gradients: their ops are no steps
         self._backward = False
+        self._storing = False  # a plain backward pass will add its gradients to those of the leaves
         self._pass: Pass | None = None  # that is running; None inside a fused op from before the block
-        self._unlogged = 0
 
     # ---- forward ----------------------------------------------------------------------------------------
 
@@ -128,6 +129,16 @@ class Recorder:
 
     # ---- backward ---------------------------------------------------------------------------------------
 
+    def accumulate(
+        self, original: Callable[..., Any], y: Tensor, g: Tensor, create_graph: bool, free: bool
+    ) -> None:  # fmt: skip
+        """A backward pass that stores its gradients. Adding a plain one to that of a pass before is no step."""
+        self._storing = not create_graph
+        try:
+            original(y, g, create_graph, free)
+        finally:
+            self._storing = self._backward = self._quiet = False
+
     def backward_pass(
         self, original: Callable[..., Any], y: Tensor, g: Tensor, order: list[Tensor], wanted: Any,
         create_graph: bool, free: bool = False,
@@ -151,7 +162,7 @@ class Recorder:
             grads = original(y, g, order, wanted, create_graph, free)
         finally:
             sys.setprofile(watching)
-            self._pass, self._backward, self._quiet = None, False, False
+            self._pass, self._backward, self._quiet = None, self._storing, self._storing
         for t, gt in grads.items():
             self.passes[-1].grads[self.steps[id(t)]] = gt._data if isinstance(gt, Tensor) else gt
             self._name_derivative(gt, self.steps[id(t)])
@@ -185,40 +196,29 @@ class Recorder:
 
     def fitted(self, gx: Any, x: Tensor) -> Any:
         """The gradient of x in its shape and dtype."""
-        with self._off_the_record():
+        with hooks.unseen():
             return autograd._fit(gx, x, backend.forward)
 
     def added(self, a: Any, b: Any) -> Any:
         """The sum of two arrays, by the op that the engine adds gradients with."""
-        with self._off_the_record():
+        with hooks.unseen():
             return backend.forward(tensor.OPS["add"], (a, b), {})[0]
 
     # ---- below the seam ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def _off_the_record(self) -> Iterator[None]:
-        self._unlogged += 1
-        try:
-            yield
-        finally:
-            self._unlogged -= 1
-
     def forward(self, original: Callable[..., Any], op: Op, arrays: Any, params: dict[str, Any]) -> Any:
         """A call of an op on arrays."""
-        with self._off_the_record():  # a kernel may call others
-            y, saved = original(op, arrays, params)
-        if not self._unlogged:
-            phase = "backward" if self._backward else "update" if op.updates else "forward"
-            self._log(phase, op.name, arrays, params, (y, *saved))
+        y, saved = original(op, arrays, params)
+        phase = "backward" if self._backward else "update" if op.updates else "forward"
+        self._log(phase, op.name, arrays, params, (y, *saved))
         return y, saved
 
     def vjp(
         self, original: Callable[..., Any], op: Op, g: Any, y: Any, arrays: Any, params: Any, needs: Any, saved: Any
     ) -> Any:
         """A call of an op's gradients on arrays."""
-        with self._off_the_record():
-            gxs = original(op, g, y, arrays, params, needs, saved)
-        if gxs is not NotImplemented and not self._unlogged:
+        gxs = original(op, g, y, arrays, params, needs, saved)
+        if gxs is not NotImplemented:
             self._log("backward", op.vjp, (g, y, *arrays), params, tuple(gxs))
         return gxs
 
