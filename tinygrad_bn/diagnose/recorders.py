@@ -42,7 +42,7 @@ class Recorder:
         self.measure(model, len(history))
 
     def measure(self, model: Module, epoch: int = 0) -> None:
-        """Measure `model` as it is now. Its state, modes and gradients do not change; an explanation records nothing."""
+        """Measure `model` as it is now. Its state, modes and gradients stay; an explanation records nothing."""
         expect_model(model)
         with hooks.unseen():
             self._take(model)

@@ -53,8 +53,16 @@ class View:
 
     @property
     def formula(self) -> str:
-        """The op in symbols, with the rule of its gradient; `given` for what no op computed."""
-        return self.step.formula
+        """How it was computed, a line for each op: the call by names, and the op in symbols with its gradient's rule.
+
+        Ops without a name of their own, such as the sum and the division of a mean, are lines of the step that they
+        help to compute. `given` for what no op computed.
+        """
+        from tinygrad_bn.explain.graph import call_in_names, shown_steps
+
+        e, shown = self._explanation, shown_steps(self._explanation).get(self.path)
+        steps = shown.steps if shown else [self.step]
+        return "\n".join(f"{call_in_names(e, s)}:  {s.formula}" for s in steps if s.op) or "given"
 
     @property
     def inputs(self) -> list[str]:
@@ -271,14 +279,14 @@ class Explanation:
     # ---- showing ----------------------------------------------------------------------------------------
 
     def table(self, expand: Expand = None) -> Table:
-        """Every step with its value and gradient: text in a terminal, HTML in a notebook."""
+        """Every step with its value and gradient, and each layer's memory: text in a terminal, HTML in a notebook."""
         from tinygrad_bn.explain.table import steps_table
 
         return steps_table(self, expand)
 
     def memory(self) -> Table:
         """What each layer of a plain run holds: its result, what it keeps for the backward pass, and its gradient."""
-        from tinygrad_bn.explain.memory import memory_table
+        from tinygrad_bn.explain.table import memory_table
 
         return memory_table(self)
 

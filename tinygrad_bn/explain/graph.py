@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from tinygrad_bn import backend
+from tinygrad_bn.explain.program import options
 from tinygrad_bn.explain.steps import Step
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Array
@@ -131,6 +132,13 @@ def folded(e: Explanation, expand: Expand) -> dict[str, Shown]:
 def label(e: Explanation, scope: str) -> str:
     """A box in words: `1 BatchNorm1d`; only the op of a fused op, whose path it is."""
     return " ".join(dict.fromkeys((scope, e.kinds[scope])))
+
+
+def call_in_names(e: Explanation, step: Step) -> str:
+    """The call of a step's op, by the names of its operands: `1.xhat = mul(1.xmu, 1.ivar)`."""
+    assert step.op is not None
+    operands = [e.path_of(o) if isinstance(o, Step) else repr(o) for o in step.operands]
+    return f"{e.path_of(step)} = {step.op.name}({', '.join([*operands, *options(step.params)])})"
 
 
 def last_gradient(e: Explanation, step: Step) -> Array | None:

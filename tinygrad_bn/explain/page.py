@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_bn.explain.graph import Expand, Shown, boxes, label, last_gradient, opened, shown_steps
-from tinygrad_bn.explain.memory import memory_table
+from tinygrad_bn.explain.graph import Expand, Shown, boxes, call_in_names, label, last_gradient, opened, shown_steps
 from tinygrad_bn.explain.paths import parting
+from tinygrad_bn.explain.table import memory_table
 
 if TYPE_CHECKING:
     from tinygrad_bn.explain.explanation import Explanation
@@ -59,7 +59,7 @@ def _node(e: Explanation, node: Shown) -> dict[str, Any]:
         "given": step.op is None,
         "shape": list(step.array.shape),
         "dtype": str(step.array.dtype),
-        "ops": [{"formula": s.formula, "call": s.describe()[:200]} for s in node.steps],
+        "ops": [{"call": call_in_names(e, s), "rule": s.formula} for s in node.steps],
         "value": numbers(step.value),
         "grad": numbers(last_gradient(e, step)),
         "from": node.sources,

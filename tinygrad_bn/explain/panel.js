@@ -24,7 +24,7 @@ function choose(key) {
   $("panel").replaceChildren(
     el("div", { className: "head" }, el("div", {}, el("h2", { textContent: key }), el("span", { textContent: place })), el("button", { textContent: "Close", onclick: shut })),
     el("h3", { textContent: "How it is computed, and the rule of its gradient" }),
-    ...(n.ops.length ? n.ops.map(o => el("div", {}, el("code", { textContent: o.formula, title: o.call }))) : [el("div", { textContent: "It is given." })]),
+    ...(n.ops.length ? n.ops.map(o => el("div", { className: "op" }, el("code", { textContent: o.call }), el("code", { className: "rule", textContent: o.rule }))) : [el("div", { textContent: "It is given." })]),
     el("div", { className: "columns" }, el("div", {}, el("h3", { textContent: "Value" }), numbers(n.value, "value")), el("div", {}, el("h3", { textContent: "Gradient" }), numbers(n.grad, "gradient"))),
     el("div", { className: "bar" }, el("span", { textContent: "computed from" }), ...links(n.from)),
     el("div", { className: "bar" }, el("span", { textContent: "used by" }), ...links(users)))

@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import no_grad
+from tinygrad_bn.notebook import ModuleInNotebook
 from tinygrad_bn.tensor import Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
@@ -38,7 +39,7 @@ class Buffer(Tensor):
 PLAIN = frozenset({Parameter, Buffer, bool, int, float, str, type(None)})
 
 
-class Module:
+class Module(ModuleInNotebook):
     """Base class of layers and networks. A subclass defines `forward`.
 
     Parameters, buffers, modules, and modules in lists and tuples are found among the attributes. No registration and
