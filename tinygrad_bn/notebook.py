@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 import struct
 import zlib
 from typing import Any
@@ -28,9 +27,7 @@ class TensorInNotebook:
 
     def _repr_html_(self) -> str:
         t: Any = self
-        values = t.numpy()
-        shown = _table(values) if values.ndim <= 2 and max(values.shape, default=1) <= CELLS else _picture(values)
-        return f"<div><div>{html.escape(' · '.join(_facts(t)))}</div>{shown}</div>"
+        return f"<div><div>{html.escape(' · '.join(_facts(t)))}</div>{array_html(t.numpy())}</div>"
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         t: Any = self
@@ -41,7 +38,7 @@ class TensorInNotebook:
             parts["op"] = t.node.op.name
         if t.grad is not None:
             parts["grad"] = t.grad.numpy()
-        return _treescope(self, parts, path, subtree_renderer)
+        return constructor(self, parts, path, subtree_renderer)
 
 
 class ModuleInNotebook:
@@ -52,10 +49,11 @@ class ModuleInNotebook:
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
         parts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return _treescope(self, parts, path, subtree_renderer)
+        return constructor(self, parts, path, subtree_renderer)
 
 
-def _treescope(of: object, parts: dict[str, Any], path: str | None, renderer: Any) -> Any:
+def constructor(of: object, parts: dict[str, Any], path: str | None, renderer: Any) -> Any:
+    """What Treescope shows of an object: its type and its parts, which unfold."""
     from treescope.repr_lib import render_object_constructor
 
     return render_object_constructor(object_type=type(of), attributes=parts, path=path, subtree_renderer=renderer)
@@ -68,6 +66,12 @@ def _facts(t: Any) -> list[str]:
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------
+
+
+def array_html(values: Any) -> str:
+    """A small array as a table of its numbers, a larger one as a picture."""
+    small = values.ndim <= 2 and max(values.shape, default=1) <= CELLS
+    return _table(values) if small else _picture(values)
 
 
 def _signed(values: Any) -> tuple[Any, Any]:
@@ -158,12 +162,10 @@ def _module(module: Any, path: str, name: str, opened: bool = False) -> str:
     )
     inner = f"<table>{rows}</table>" if rows else ""
     inner += "".join(_module(child, f"{path}{key}.", key) for key, child in children)
-    return (
-        f"<details style='margin-left:1.2em'{' open' if opened else ''}><summary>{text}</summary>{inner}</details>"
-    )
+    return f"<details style='margin-left:1.2em'{' open' if opened else ''}><summary>{text}</summary>{inner}</details>"
 
 
 def _row(key: str, t: Any) -> tuple[str, ...]:
-    kind = "frozen" if t.requires_grad is False and type(t).__name__ == "Parameter" else type(t).__name__.lower()
     shape = " × ".join(map(str, t.shape)) or "number"
-    return key, shape, str(t.dtype), kind, *([t.device] if t.device != "cpu" else [])
+    kind = type(t).__name__.lower() + (", requires_grad" if t.requires_grad else "")
+    return key, shape, str(t.dtype), t.device, kind

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from html import escape
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,6 +20,7 @@ from tinygrad_bn.explain.recorder import Recorder
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.modes import composed
 from tinygrad_bn.nn.module import Module, being_observed, observe
+from tinygrad_bn.notebook import array_html, constructor
 from tinygrad_bn.tensor import Array, Tensor
 
 if TYPE_CHECKING:
@@ -88,6 +90,15 @@ class View:
         gradient = "no gradient" if self.grad is None else "with its gradient"
         return f"<step {self.path}: {self.step.describe()}, {gradient}>"
 
+    def _repr_html_(self) -> str:
+        parts = {"value": self.value} | ({} if self.grad is None else {"gradient": self.grad})
+        shown = "".join(f"<div>{name}{array_html(array)}</div>" for name, array in parts.items())
+        return f"<div><pre>{escape(repr(self))}\n{escape(self.formula)}</pre>{shown}</div>"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        parts = {"value": self.value, "grad": self.grad, "formula": self.formula}
+        return constructor(self, parts, path, subtree_renderer)
+
 
 class Ways(Mapping[str, Array]):
     """The share of each way in a gradient, computed when asked for; they sum to it.
@@ -137,6 +148,9 @@ class Ways(Mapping[str, Array]):
 
     def __repr__(self) -> str:
         return "\n".join(f"{way}\n{share}" for way, share in self._shares.items())
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<div>{escape(way)}{array_html(share)}</div>" for way, share in self._shares.items())
 
 
 class Explanation:
@@ -319,6 +333,14 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from tinygrad_bn.explain.graph import shown_steps
+
+        steps: dict[str, dict[str, View]] = {}
+        for key, node in shown_steps(self).items():
+            steps.setdefault(node.scope, {})[node.name] = self[key]
+        return constructor(self, {"steps": steps}, path, subtree_renderer)
 
 
 def explain(f: Callable[..., Any] | None = None, *inputs: Any, g: Any = None) -> Explanation:
