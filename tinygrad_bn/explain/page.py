@@ -75,13 +75,15 @@ def _paths(e: Explanation, shown: dict[str, Shown]) -> dict[str, Any]:
         step = node.step
         assert step is not None
         p = next((p for p in reversed(e.passes) if step in p.grads), None)
-        if p is None or not parting(p, step) or len(out) == EXPLAINED:
+        if p is None or not (chosen := parting(p, step)) or len(out) == EXPLAINED:
             continue
-        ways = e[node.path].paths
-        try:
-            several = len(ways) > 1
-        except ValueError:  # too many
-            continue
+        forward = [e.path_of(s) for s in chosen if not s.derivative_of]
+        for ways in (e[node.path].paths, e[node.path].paths(via=forward)):
+            try:
+                several = len(ways) > 1
+                break
+            except ValueError:  # too many; those that the forward pass tells apart are fewer
+                several = False
         if several:
             out[node.path] = [
                 {
