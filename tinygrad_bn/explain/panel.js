@@ -6,7 +6,7 @@ const folded = new Set(Object.keys(DATA.boxes).filter(s => !DATA.boxes[s].open))
 let chosen = null, way = -1, lit = { nodes: new Set(), edges: new Set() }
 
 const el = (tag, properties = {}, ...children) => { const x = Object.assign(document.createElement(tag), properties); x.append(...children); return x }
-const short = v => typeof v !== "number" || (Number.isInteger(v) && Math.abs(v) < 1e6) ? String(v) : (v && Math.abs(v) < 1e-3) || Math.abs(v) >= 1e6 ? v.toExponential(2) : v.toFixed(4)
+const short = v => typeof v !== "number" || (Number.isInteger(v) && Math.abs(v) < 1e6) ? String(v) : (v && Math.abs(v) < 1e-3) || Math.abs(v) >= 1e6 ? v.toExponential(2) : Math.abs(v) < 1 ? v.toFixed(4) : v.toPrecision(5)
 
 function numbers(t, name, top = t && largest(t)) {
   if (!t) return el("p", { textContent: "none reaches it" })

@@ -59,13 +59,9 @@ class Recorder:
         else:
             y, saved = original(op, inputs, params)
             scope = self._scopes[-1] if self._scopes else ""
-            where = {
-                "number": len(self.steps),
-                "line": _line(),
-                "inside": bool(self._scopes),
-                "backward": self._backward,
-            }
-            self.steps[id(y)] = Step(y, op, tuple(met), params, scope, **where)
+            step = Step(y, op, tuple(met), params, scope, number=len(self.steps), line=_line())
+            step.inside, step.backward = bool(self._scopes), self._backward
+            self.steps[id(y)] = step
         if not self._fused and isinstance(y, Tensor):
             kept = (*(o._data for o in inputs if isinstance(o, Tensor)), y._data, *saved) if y.requires_grad else ()
             self.layers.append(Layer(op, self._scopes[-1] if self._scopes else "", y._data, kept))

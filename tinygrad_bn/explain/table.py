@@ -100,8 +100,7 @@ def numbers(array: Any) -> str:
     first = " ".join(f"{v:.4g}" for v in a.ravel()[:3].tolist())
     if a.size <= 3:
         return first
-    with np.errstate(invalid="ignore"):
-        return f"{first} …  |max| {np.abs(a.astype(float)).max():.3g}"
+    return f"{first} …  |max| {max(float(a.max()), -float(a.min())):.3g}"
 
 
 def memory_table(e: Explanation) -> Table:
