@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from html import escape
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -106,10 +105,10 @@ class Ways(Mapping[str, Array]):
     `ways(via=["1.var", "1.mu"])` tells them apart by these steps instead of all that the code names.
     """
 
-    def __init__(self, explanation: Explanation, step: Step, via: Sequence[str] | None = None) -> None:
+    def __init__(self, explanation: Explanation, step: Step, via: str | Sequence[str] | None = None) -> None:
         self._explanation, self._step, self._via = explanation, step, via
 
-    def __call__(self, via: Sequence[str] | None = None) -> Ways:
+    def __call__(self, via: str | Sequence[str] | None = None) -> Ways:
         return Ways(self._explanation, self._step, via)
 
     @cached_property
@@ -126,8 +125,11 @@ class Ways(Mapping[str, Array]):
         e, step = self._explanation, self._step
         p = next((p for p in reversed(e.passes) if step in p.grads), None)
         if p is None:
-            raise ValueError(f"no backward pass reached {e.path_of(step)!r}; call backward() in the block")
-        chosen = parting(p, step) if self._via is None else [e[name].step for name in self._via]
+            frozen = not step.tensor.requires_grad
+            why = "it does not require a gradient (requires_grad=True)" if frozen else "call backward() in the block"
+            raise ValueError(f"no backward pass reached {e.path_of(step)!r}: {why}")
+        via = [self._via] if isinstance(self._via, str) else self._via
+        chosen = parting(p, step) if via is None else [e[name].step for name in via]
         shares = {way: backend.to_numpy(g) for way, g in ways(p, step, chosen, e.add).items()}
         for name in (lambda s: s.name, e.path_of):  # the path, where several modules have steps of one name
             labels = [" → ".join((e.path_of(step), *map(name, way))) for way in shares]
@@ -168,6 +170,7 @@ class Explanation:
         self._paths: dict[str, Step] | None = None
         self._by_step: dict[Step, str] | None = None
         self._undo = ExitStack()
+        self._recording = False
 
     # ---- recording --------------------------------------------------------------------------------------
 
@@ -181,11 +184,12 @@ class Explanation:
                 undo.enter_context(observe(lambda module, y: None))  # then Sequential runs each layer by itself
             undo.callback(names.resume, before := sys.getprofile())
             sys.setprofile(self._recorder.locals.watching(before))
-            self._undo = undo.pop_all()
+            self._undo, self._recording = undo.pop_all(), True
         return self
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
+        self._recording = False
         self._paths = self._by_step = None
         for name, t in names.caller_variables(sys._getframe(1)).items():
             if id(t) in self._recorder.steps:
@@ -194,8 +198,11 @@ class Explanation:
     def name(self, name: str, t: Tensor) -> None:
         """Call a tensor of the computation so.
 
-        Raises KeyError for a tensor that is not part of it, and ValueError for the name of another step.
+        Raises TypeError unless these are a string and a tensor, KeyError for a tensor that is not part of the
+        computation, and ValueError for the name of another step.
         """
+        if not isinstance(name, str) or not isinstance(t, Tensor):
+            raise TypeError(f"name() takes a string and a tensor; got {type(name).__name__} and {type(t).__name__}")
         if id(t) not in self._recorder.steps:
             raise KeyError(f"this tensor of shape {t.shape} took no part in the computation, so {name!r} names nothing")
         taken = self.paths.get(name)
@@ -247,7 +254,12 @@ class Explanation:
 
     def __getitem__(self, name: str) -> View:
         """The step of this name. Raises KeyError, with near names, for one that no step or several steps have."""
-        step = names.find(self.paths, name)
+        try:
+            step = names.find(self.paths, name)
+        except KeyError as error:
+            if self._recording:
+                error.add_note("the block is still recording; the program's variables become names when it ends")
+            raise
         return View(self, step, self.path_of(step))
 
     def __iter__(self) -> Iterator[str]:
@@ -348,7 +360,8 @@ def explain(f: Callable[..., Any] | None = None, *inputs: Any, g: Any = None) ->
 
     `with explain() as e:` records a block. `explain(f, *inputs)` records `f(*inputs)` and, if the result is one number
     or its gradient `g` is given, the backward pass. Arrays of floating-point numbers become tensors that require a
-    gradient. The inputs are called as the parameters of `f`, the result `result`.
+    gradient, and so do lists of them. The inputs are called as the parameters of `f`, the result `result`. Raises
+    TypeError if `f` is no function.
 
     >>> from tinygrad_bn import functional as F
     >>> x = Tensor([[1.0], [2.0], [6.0]], requires_grad=True)
@@ -363,26 +376,19 @@ def explain(f: Callable[..., Any] | None = None, *inputs: Any, g: Any = None) ->
     e = Explanation()
     if f is None:
         return e
+    if not callable(f):
+        raise TypeError(f"explain(f, *inputs) takes a function or a module first; got a {type(f).__name__}")
     given = [_as_tensor(x) for x in inputs]
     with e:
         result = f(*given)
         if isinstance(result, Tensor) and result.requires_grad and (g is not None or result.size == 1):
             result.backward(g)
-    function = f.forward if isinstance(f, Module) else f
-    for name, t in zip(_parameter_names(function, len(given)), given, strict=True):
+    for name, t in zip(names.parameters_of(f, len(given)), given, strict=True):
         if isinstance(t, Tensor) and id(t) in e._recorder.steps:
             e._call(t, name)
     return e
 
 
 def _as_tensor(x: Any) -> Any:
+    x = np.asarray(x) if isinstance(x, list) else x
     return Tensor(x, requires_grad=True) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
-
-
-def _parameter_names(f: Callable[..., Any], count: int) -> list[str]:
-    try:
-        parameters = list(signature(f).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    own = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-    return own[:count] if len(own) >= count else [*own, *(f"input{i}" for i in range(len(own), count))]

@@ -21,6 +21,7 @@ from tinygrad_bn.nn.module import Module
 PLACES = (
     (tensor, "apply", "apply"),
     (autograd, "apply", "apply"),
+    (autograd, "_cotangent", "cotangent"),
     (autograd, "_accumulate", "accumulate"),
     (autograd, "_backprop", "backward_pass"),
     (autograd, "_pull", "pull"),

@@ -8,6 +8,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -87,6 +88,16 @@ def caller_variables(frame: FrameType) -> dict[str, Any]:
     return {k: v for k, v in frame.f_locals.items() if isinstance(v, Tensor) and not k.startswith("_")}
 
 
+def parameters_of(f: Callable[..., Any], count: int) -> list[str]:
+    """The names of the first parameters of a function, or of a module's forward; `input3` beyond those it has."""
+    try:
+        parameters = list(signature(f.forward if isinstance(f, module.Module) else f).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    own = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    return own[:count] if len(own) >= count else [*own, *(f"input{i}" for i in range(len(own), count))]
+
+
 def by_path(steps: Iterable[Step]) -> dict[str, Step]:
     """Each step under `scope.name`. The second of one name is `name@2`."""
     taken: Counter[str] = Counter()
@@ -117,6 +128,8 @@ def find(paths: Mapping[str, Step], name: str) -> Step:
         return next(iter(found.values()))
     if found:
         raise KeyError(f"{name!r} is the name of {len(found)} steps: {', '.join(list(found)[:12])}")
+    if inside := [p for p in paths if p.startswith(f"{name}.")]:
+        raise KeyError(f"{name!r} is a module or a fused op; its steps are {', '.join(inside[:20])}")
     ends = {path.rpartition(".")[2]: path for path in paths}
     near = get_close_matches(name, paths, n=5, cutoff=0.5) or [
         ends[e] for e in get_close_matches(last, ends, n=5, cutoff=0.5)

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from tinygrad_bn import autograd, backend, tensor
 from tinygrad_bn.explain import hooks
-from tinygrad_bn.explain.names import Locals
+from tinygrad_bn.explain.names import Locals, parameters_of
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Node, Op, Tensor
@@ -96,6 +98,7 @@ class Recorder:
             for key, t in m.named_tensors():
                 scope, _, name = key.rpartition(".")
                 self._owned[id(t._data)] = t._data, scope, name
+            args = self._named_inputs(m, args)
         path = self._paths.get(id(m), type(m).__name__)
         self._modules += 1
         try:
@@ -105,6 +108,14 @@ class Recorder:
             return y
         finally:
             self._modules -= 1
+
+    def _named_inputs(self, m: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the program gives to a module, arrays as tensors. It is called as the parameters until it has a name."""
+        given = tuple(m._tensor(a) if isinstance(a, np.ndarray | list) else a for a in args)
+        for name, t in zip(parameters_of(m, len(given)), given, strict=True):
+            if isinstance(t, Tensor) and not (step := self.meet(t)).named and step.op is None:
+                step.names = [name]
+        return given
 
     def _name_result(self, y: object, scope: str, applies: bool) -> None:
         """The result of a module or of a fused op is its `out`, also where a step before a cast was called so."""
@@ -130,6 +141,16 @@ class Recorder:
             self._scopes.pop()
 
     # ---- backward ---------------------------------------------------------------------------------------
+
+    def cotangent(self, original: Callable[..., Any], y: Tensor, g: Any) -> Tensor:
+        """The gradient that a pass starts with. Its cast is no step, unless it is to be differentiated."""
+        before = self._quiet, self._backward
+        self._quiet, self._backward = not (isinstance(g, Tensor) and g.requires_grad), True
+        try:
+            t: Tensor = original(y, g)
+            return t
+        finally:
+            self._quiet, self._backward = before
 
     def accumulate(
         self, original: Callable[..., Any], y: Tensor, g: Tensor, create_graph: bool, free: bool

@@ -80,8 +80,8 @@ def steps_table(e: Explanation, expand: Expand) -> Table:
         gradient = "" if grad is None else numbers(grad)
         own = held.get(ends.pop(id(step.array), ""))
         rows.append((path, ops, shape_of(step), numbers(step.value), gradient, _sizes([own] if own else []), sources))
-    head = ("step", "ops", "shape", "value", "gradient", "layer's result / kept / gradient, bytes", "from")
-    return Table("What was computed", head, rows)
+    head = ("step", "ops", "shape", "value", "gradient", "memory, bytes", "from")
+    return Table("What was computed; memory: a layer's result / kept for backward / gradient", head, rows)
 
 
 def _sizes(layers: Sequence[Memory]) -> str:
