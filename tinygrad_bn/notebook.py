@@ -68,25 +68,33 @@ def _facts(t: Any) -> list[str]:
 # ---- arrays ---------------------------------------------------------------------------------------------
 
 
-def array_html(values: Any) -> str:
-    """A small array as a table of its numbers, a larger one as a picture."""
+def array_html(values: Any, top: float | None = None) -> str:
+    """A small array as a table of its numbers, a larger one as a picture.
+
+    `top` is the magnitude that has the strongest colour, by default the largest finite one.
+    """
     small = values.ndim <= 2 and max(values.shape, default=1) <= CELLS
-    return _table(values) if small else _picture(values)
+    return _table(values, top) if small else _picture(values, top)
 
 
-def _signed(values: Any) -> tuple[Any, Any]:
-    """The values in parts of the largest magnitude, from -1 to 1; and which are finite."""
+def largest(values: Any) -> float:
+    """The largest finite magnitude; 1 if there is none but 0."""
+    wide = np.asarray(values, np.float64)
+    return float(np.abs(wide[np.isfinite(wide)]).max(initial=0)) or 1.0
+
+
+def _signed(values: Any, top: float | None) -> tuple[Any, Any]:
+    """The values in parts of `top`, from -1 to 1; and which are finite."""
     wide = np.asarray(values, np.float64)
     finite = np.isfinite(wide)
-    top = np.abs(wide[finite]).max(initial=0) or 1.0
-    return np.where(finite, wide, 0) / top, finite
+    return np.clip(np.where(finite, wide, 0) / (top or largest(wide)), -1, 1), finite
 
 
-def _table(values: Any) -> str:
+def _table(values: Any, top: float | None) -> str:
     rows = np.atleast_2d(values)
     if not rows.size:
         return "<div>no elements</div>"
-    parts, finite = _signed(rows)
+    parts, finite = _signed(rows, top)
     lines = []
     for row, shares, known in zip(rows, parts, finite, strict=True):
         cells = []
@@ -100,7 +108,7 @@ def _table(values: Any) -> str:
     return f"<table style='border-collapse:collapse;font-family:monospace'>{''.join(lines)}</table>"
 
 
-def _picture(values: Any) -> str:
+def _picture(values: Any, top: float | None) -> str:
     """The last two axes as a picture; of more axes, pictures side by side."""
     tiles = values.reshape(-1, *values.shape[-2:]) if values.ndim > 2 else np.atleast_2d(values)[None]
     if not tiles.size:
@@ -108,14 +116,14 @@ def _picture(values: Any) -> str:
     shown = tiles[: TILES * TILES, :PIXELS, :PIXELS]
     count, high, wide = shown.shape
     columns = min(TILES, count)
-    parts, finite = _signed(shown)
+    parts, finite = _signed(shown, top)
     board = np.zeros((-(-count // columns) * (high + 1) - 1, columns * (wide + 1) - 1, 4), np.uint8)
     for i in range(count):
         y, x = divmod(i, columns)
         pixels = board[y * (high + 1) :, x * (wide + 1) :][:high, :wide]
         pixels[..., :3] = np.where(finite[i, ..., None], np.where(parts[i, ..., None] < 0, LOW, HIGH), BAD)
         pixels[..., 3] = np.where(finite[i], 20 + 235 * np.abs(parts[i]), 255)
-    scale = max(1, min(12, 480 // board.shape[1]))
+    scale = max(1, min(12, 480 // board.shape[1], 320 // board.shape[0]))
     size = f"width:{board.shape[1] * scale}px;max-width:100%;image-rendering:pixelated"
     bad = values.size - np.isfinite(values).sum()
     known = np.asarray(values[np.isfinite(values)], np.float64)
@@ -153,7 +161,7 @@ def _module(module: Any, path: str, name: str, opened: bool = False) -> str:
     children = list(module.named_children())
     count = sum(p.size for p in module.parameters())
     title = f"{name} {type(module).__name__}({module.extra_repr()})".strip()
-    text = f"<code>{html.escape(title)}</code> {count:,} parameters"
+    text = f"<code>{html.escape(title)}</code>" + (f" {count:,} parameters" if count else "")
     if not own and not children:
         return f"<div style='margin-left:1.2em'>{text}</div>"
     rows = "".join(

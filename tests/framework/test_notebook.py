@@ -138,6 +138,8 @@ def test_steps_and_ways_of_an_explanation():
     text = ways._repr_html_()
     Balanced(text)
     assert text.count("→ mu →") == 2
+    last = text[text.rindex("→ mu →") :]
+    assert set(re.findall(r",([\d.]+)\)'", last)) == {"0.00"}, "a share that is rounding has no colour"
     Balanced(e._repr_html_())
 
 

@@ -19,7 +19,7 @@ from tinygrad_bn.explain.recorder import Recorder
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.modes import composed
 from tinygrad_bn.nn.module import Module, being_observed, observe
-from tinygrad_bn.notebook import array_html, constructor
+from tinygrad_bn.notebook import array_html, constructor, largest
 from tinygrad_bn.tensor import Array, Tensor
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ class Ways(Mapping[str, Array]):
         return "\n".join(f"{way}\n{share}" for way, share in self._shares.items())
 
     def _repr_html_(self) -> str:
-        return "".join(f"<div>{escape(way)}{array_html(share)}</div>" for way, share in self._shares.items())
+        top = max(map(largest, self._shares.values()), default=1.0)  # of all, as a share may be 0 but for rounding
+        return "".join(f"<div>{escape(way)}{array_html(share, top)}</div>" for way, share in self._shares.items())
 
 
 class Explanation:

@@ -51,7 +51,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         def cells(tag: str, row: Sequence[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+            style = "white-space:nowrap;text-align:left"
+            return "<tr>" + "".join(f"<{tag} style='{style}'>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
 
         body = "".join(cells("td", row) for row in self.rows)
         head = cells("th", self.head)
