@@ -289,6 +289,17 @@ def test_arrays_that_a_module_is_given_are_called_as_its_parameters():
         len(e["samples"].paths)
 
 
+def test_a_layer_with_two_places_has_the_name_of_the_first():
+    linear = nn.Linear(3, 3, rng=np.random.default_rng(0)).astype(np.float64)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    with explain() as e:
+        model(np.ones((2, 3))).sum().backward()
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
+    np.testing.assert_array_equal(e["0.weight"].grad, linear.weight.grad.numpy())
+    assert {"0.out", "0.out@2"} <= set(e)
+    expect_shares_that_sum(e["0.weight"])
+
+
 def test_wrong_calls_say_what_is_right():
     e, *_ = explained()
     t = Tensor([1.0])

@@ -242,6 +242,17 @@ def test_other_stories():
         forward.narrate()
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)])
+def test_only_a_batch_norm_has_its_story(norm):
+    with explain() as e:
+        y = norm(Tensor(np.random.default_rng(0).normal(size=(4, 4)), requires_grad=True))
+        (y * y * y).sum().backward()
+    story = e.narrate()
+    assert story.startswith(
+        "The backward pass of BatchNorm" if isinstance(norm, nn.BatchNorm1d) else "The backward pass, from"
+    )
+
+
 def test_a_residual_is_not_part_of_the_story(nested):
     story = nested.narrate(of="blocks.0.norm").replace("−", "-")
     difference = float(re.search(r"difference from the steps is (\S+)\.\n", story).group(1))

@@ -94,8 +94,9 @@ class Recorder:
         """The steps of a module are in the scope of its path."""
         if not self._modules:
             self.modules.append(m)
-            self._paths = {id(child): path for path, child in m.named_modules()}
-            for key, t in m.named_tensors():
+            # Backwards: what is shared has the first of its names, as in `named_parameters`.
+            self._paths = {id(child): path for path, child in reversed(list(m.named_modules()))}
+            for key, t in reversed(list(m.named_tensors())):
                 scope, _, name = key.rpartition(".")
                 self._owned[id(t._data)] = t._data, scope, name
             args = self._named_inputs(m, args)
