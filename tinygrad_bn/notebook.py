@@ -73,6 +73,8 @@ def array_html(values: Any, top: float | None = None) -> str:
 
     `top` is the magnitude that has the strongest colour, by default the largest finite one.
     """
+    if not values.size:
+        return "<div>no elements</div>"
     small = values.ndim <= 2 and max(values.shape, default=1) <= CELLS
     return _table(values, top) if small else _picture(values, top)
 
@@ -92,8 +94,6 @@ def _signed(values: Any, top: float | None) -> tuple[Any, Any]:
 
 def _table(values: Any, top: float | None) -> str:
     rows = np.atleast_2d(values)
-    if not rows.size:
-        return "<div>no elements</div>"
     parts, finite = _signed(rows, top)
     lines = []
     for row, shares, known in zip(rows, parts, finite, strict=True):
@@ -111,8 +111,6 @@ def _table(values: Any, top: float | None) -> str:
 def _picture(values: Any, top: float | None) -> str:
     """The last two axes as a picture; of more axes, pictures side by side."""
     tiles = values.reshape(-1, *values.shape[-2:]) if values.ndim > 2 else np.atleast_2d(values)[None]
-    if not tiles.size:
-        return "<div>no elements</div>"
     shown = tiles[: TILES * TILES, :PIXELS, :PIXELS]
     count, high, wide = shown.shape
     columns = min(TILES, count)

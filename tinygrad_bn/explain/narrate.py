@@ -40,17 +40,12 @@ def narrate(e: Explanation, lang: str, of: str | None) -> str:
 
 def _is_batch_norm(e: Explanation, step: Step) -> bool:
     """Whether a step is the xhat of a BatchNorm. That of LayerNorm and its like is reshaped."""
-    sources = [n for s in step.sources for n in s.names]
-    if (
-        "xhat" not in step.names
-        or step.array.ndim < 2
-        or not {"xmu", "ivar"} <= set(sources)
-        or last_gradient(e, step) is None
-    ):
+    ivars = [s.array.shape for s in step.sources if "ivar" in s.names]
+    if "xhat" not in step.names or not ivars or not any("xmu" in s.names for s in step.sources):
         return False
-    shapes = [s.array.shape for s in step.sources if "ivar" in s.names]
-    per_channel = all(math.prod(shape) == step.array.shape[1] for shape in shapes)
-    return per_channel and not any(u.op and u.op.name == "reshape" for p in e.passes for u in p.users(step))
+    if step.array.ndim < 2 or math.prod(ivars[0]) != step.array.shape[1] or last_gradient(e, step) is None:
+        return False
+    return not any(user.op and user.op.name == "reshape" for p in e.passes for user in p.users(step))
 
 
 def _any(e: Explanation, words: dict[str, str]) -> str:
