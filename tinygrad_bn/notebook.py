@@ -125,7 +125,8 @@ def _picture(values: Any, top: float | None) -> str:
     size = f"width:{board.shape[1] * scale}px;max-width:100%;image-rendering:pixelated"
     bad = values.size - np.isfinite(values).sum()
     known = np.asarray(values[np.isfinite(values)], np.float64)
-    facts = [f"{known.min():.4g} to {known.max():.4g}, mean {known.mean():.4g}"] if known.size else []
+    peak = largest(known)  # the sum of huge numbers would overflow
+    facts = [f"{known.min():.4g} to {known.max():.4g}, mean {(known / peak).mean() * peak:.4g}"] if known.size else []
     facts += [f"{bad:,} of {values.size:,} are not finite"] if bad else []
     facts += ["blue is negative, orange positive"]
     if shown.shape != tiles.shape:

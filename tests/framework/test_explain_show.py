@@ -228,6 +228,9 @@ def test_other_stories():
         c = functional.batch_norm(x, training=True)
         c.backward(np.ones_like(c))
     assert "Without a weight and a bias" in plain.narrate()
+    layer = explain(nn.BatchNorm1d(3).astype(np.float64), x.numpy(), g=np.ones((8, 3)))
+    assert layer.narrate().startswith("The backward pass of BatchNorm, in channel")
+    assert layer.narrate("ko").startswith("배치 정규화의 역전파")
     with explain() as other:
         b = x * x
         b.sum().backward()

@@ -102,7 +102,7 @@ class _Story:
             keys += ["xhat", "ivar", "sqrtvar", "var", "sq", "xmu", "mu", "x", "closed", "sum", "scale"]
         else:
             keys += ["given", "given_sum"]
-        of = repr(self.scope) if self.scope in self.e.kinds and self.scope else ""
+        of = f" {self.scope!r}" if self.scope in self.e.kinds and self.scope else ""
         words = {k: v if isinstance(v, str | int) else _told(v) for k, v in told.items()}
         filled = [self.words[k].format(of=of, channel=self.channel + 1, channels=channels, **words) for k in keys]
         return "\n\n".join(" ".join(line.split()) for line in filled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ENGLISH = {
-    "title": "The backward pass of BatchNorm {of}, in channel {channel} of {channels}, over N = {n} values",
+    "title": "The backward pass of BatchNorm{of}, in channel {channel} of {channels}, over N = {n} values",
     "start": "The rest of the network gives ∂out = {dout}, one number for each value.",
     "bias": "out = gammax + bias. A sum passes its gradient on as it is: ∂gammax = ∂out. The bias was added to every "
     "value, so it collects all of them: ∂bias = Σ ∂out = {dbias}.",
@@ -36,7 +36,7 @@ ENGLISH = {
 }
 
 KOREAN = {
-    "title": "배치 정규화 {of}의 역전파: 채널 {channels}개 중 {channel}번째 채널, 값 N = {n}개",
+    "title": "배치 정규화{of}의 역전파: 채널 {channels}개 중 {channel}번째 채널, 값 N = {n}개",
     "start": "뒤쪽 신경망에서 ∂out = {dout} 이 전해집니다. 값마다 하나씩입니다.",
     "bias": "out = gammax + bias 입니다. 덧셈은 그래디언트를 그대로 흘려보내므로 ∂gammax = ∂out 입니다. bias는 모든 "
     "값에 더해졌으므로 모두 모읍니다: ∂bias = Σ ∂out = {dbias}.",
