@@ -62,8 +62,9 @@ function draw() {
   const long = end - between + pad, wide = most - least + 2 * pad + 12, [w, h] = phone ? [wide, long] : [long, wide]
   const fit = ($("graph").clientWidth - 2) / w, scale = Math.max(.92, Math.min(1.15, fit))  // what does not fit scrolls, and stays readable
   const picture = svg("svg", { viewBox: `0 0 ${w} ${h}`, width: w * scale, height: h * scale, class: lit.nodes.size ? "dim" : "" })
-  for (const scope in DATA.boxes) if (around(scope).every(s => !folded.has(s))) drawBox(picture, scope, nodes, L, at, phone)
+  const titles = Object.keys(DATA.boxes).filter(scope => around(scope).every(s => !folded.has(s))).map(scope => drawBox(picture, scope, nodes, L, at, phone))
   for (const chain of L.chains) picture.append(svg("path", { d: curve(chain, nodes, at, k => spans[L.layer.get(k)] / 2, phone), class: "edge" + (lit.edges.has(chain[0] + "|" + chain.at(-1)) ? " lit" : ""), "data-edge": chain[0] + "|" + chain.at(-1) }))
+  picture.append(...titles.filter(Boolean))  // over the edges
   for (const n of nodes.values()) picture.append(drawNode(n, nodes, ...at(n.key)))
   $("graph").replaceChildren(picture)
   if (focus) element(focus)?.focus()
@@ -83,7 +84,7 @@ function drawBox(picture, scope, nodes, L, at, phone) {
   const { label } = DATA.boxes[scope], title = svg("g", { class: "title", tabindex: 0, role: "button", "data-key": "title:" + scope, "aria-label": `${label}, open; fold the box` })
   title.append(svg("rect", { x: x + 2, y: y + 1, width: Math.min(right - x - 4, 16 + 6.5 * label.length), height: 24, rx: 6 }), svg("text", { x: x + 8, y: y + 17 }, label))
   press(title, () => fold(scope))
-  picture.append(title)
+  return title
 }
 
 // A curve that bends between the layers only, so that it crosses no step.
