@@ -24,7 +24,7 @@ test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
 
 test-lessons: $(VENV)/.lessons $(VENV)/.browser  ## run the lessons as scripts, and use them in a browser (needs chromium)
-	$(BIN)/python -m pytest -rs -n auto tests/framework/test_lessons.py tests/lessons
+	$(BIN)/python -m pytest -rs -n auto tests/framework/test_lessons.py tests/framework/test_notebook.py tests/lessons
 
 # From the sdist, on one core, in a folder with a space, without a home or a place for compiled loops: HOME is not a
 # folder, and a file stands where __pycache__ would be made, which binds root too.

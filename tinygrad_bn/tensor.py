@@ -20,6 +20,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.arguments import bind, checked_option, expect_declaration, expect_leaf, holds_numbers, is_floating
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
+from tinygrad_bn.notebook import TensorInNotebook
 from tinygrad_bn.sample import Sample, completed
 
 P = ParamSpec("P")
@@ -293,7 +294,7 @@ def _in_place(symbol: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any,
     return update
 
 
-class Tensor:
+class Tensor(TensorInNotebook):
     """A multi-dimensional array that records the operations on it.
 
     The data are copied in and never change under a recorded graph: the array that `data`, `numpy()` and

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +26,27 @@ def colour(name: str, position: int = 0) -> str:
     return known.get(name, COLOURS[position % len(COLOURS)])
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` by `height` inches. A notebook shows it, although pyplot does not know it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    setattr(figure, "_repr_png_", partial(_png, figure))  # noqa: B010 - it has no such method
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    data = BytesIO()
+    figure.savefig(data, dpi=100)
+    return data.getvalue()
+
+
 def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Array]:
     """A figure of `width` by `height` inches and its axes, an array (rows, columns), with a light grid and no frame.
 
     `options` go to `matplotlib.figure.Figure.subplots`.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     grid: Array = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
         axes.grid(alpha=0.3)

@@ -9,9 +9,10 @@ import shutil
 import numpy as np
 import pytest
 
+from demos import mnist_cnn
 from tests.framework.test_explain import explained
 from tests.framework.test_explain_show import Net
-from tinygrad_bn import Tensor
+from tinygrad_bn import Tensor, functional, grad, nn
 from tinygrad_bn.explain import explain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -105,7 +106,8 @@ def test_arrows_follow_the_edges(page):
 def test_a_click_shows_the_formula_and_where_it_came_from(page, e):
     step(page, "1.ivar").click()
     panel = page.locator("#panel")
-    assert " ".join(e["1.ivar"].formula.split()) in " ".join(panel.inner_text().split())
+    for part in e["1.ivar"].formula.split(":  "):  # the call by names, and the rule
+        assert " ".join(part.split()) in " ".join(panel.inner_text().split())
     panel.get_by_role("button", name="1.sqrtvar", exact=True).click()
     assert panel.locator("h2").inner_text() == "1.sqrtvar"
     panel.get_by_role("button", name="Close").click()
@@ -167,18 +169,105 @@ def test_everything_is_reached_and_named(page):
         back = "x => { const s = getComputedStyle(x); return x instanceof SVGElement ? s.fill : s.backgroundColor }"
         seen = [page.eval_on_selector(text, colour), page.eval_on_selector(ground, back)]
         assert page.evaluate(CONTRAST, seen) >= 4.5, (text, seen)
-    page.click("summary")
+    page.click("#more summary")
     assert page.locator("#memory").inner_text().startswith("layer")
 
 
-def test_axe_finds_no_barrier(page):
+def batch_norm():
+    bn, rng = nn.BatchNorm1d(2).astype(np.float64), np.random.default_rng(0)
+    return explain(bn, rng.normal(2, 1.5, (5, 2)), g=rng.normal(size=(5, 2)))
+
+
+def article_cnn():
+    rng = np.random.default_rng(0)
+    model, x = mnist_cnn.build(0), rng.normal(size=(8, 1, 28, 28)).astype(np.float32)
+    with explain() as e:
+        functional.cross_entropy(model(x), rng.integers(0, 10, 8)).backward()
+    return e
+
+
+def second_derivative():
+    x = Tensor(np.random.default_rng(0).normal(size=(5, 2)), requires_grad=True)
+    with explain() as e:
+        y = functional.batch_norm(x, training=True)
+        dx = grad((y**3).sum(), x, create_graph=True)
+        (dx * dx).sum().backward()
+    return e
+
+
+PAGES = [(make, view) for make in (batch_norm, article_cnn, second_derivative) for view in VIEWS]
+
+
+@pytest.fixture(params=PAGES, ids=lambda p: f"{p[0].__name__}-{p[1][0]}-{p[1][2]}")
+def any_page(request, browser, tmp_path):
+    make, view = request.param
+    yield from opened(browser, make().html(tmp_path / "page.html"), *view)
+
+
+def test_axe_finds_no_barrier(any_page):
+    page = any_page
     page.click("#next")
-    step(page, "1.xhat").focus()
+    page.locator(".node").nth(3).focus()
     page.keyboard.press("Enter")
-    page.evaluate("document.querySelector('details').open = true")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     found = axe.Axe().run(page).response
     assert len(found["passes"]) > 10
     assert [(v["id"], v["help"]) for v in found["violations"]] == []
+
+
+def test_no_text_is_cut_and_no_target_is_tiny(any_page):
+    page = any_page
+    for node in page.query_selector_all(".node"):
+        left, top, right, bottom = node.query_selector("rect").evaluate(EDGES)
+        assert min(right - left, bottom - top) >= 44
+        for text in node.query_selector_all("text"):
+            edges = text.evaluate(EDGES)
+            assert edges[0] >= left, text.text_content()
+            assert edges[2] <= right, text.text_content()
+    for x in page.query_selector_all(".title rect, button, select, summary"):
+        left, top, right, bottom = x.evaluate(EDGES)
+        assert not right - left or min(right - left, bottom - top) >= 22
+
+
+def test_boxes_hold_their_steps_and_no_others(any_page):
+    page = any_page
+    scopes = page.evaluate("Object.fromEntries(Object.entries(DATA.nodes).map(([k, n]) => [k, around(n.scope)]))")
+    boxes = {x.get_attribute("data-scope"): x.evaluate(EDGES) for x in page.query_selector_all(".module")}
+    for node in page.query_selector_all(".node"):
+        key, (left, top, right, bottom) = node.get_attribute("data-key"), node.query_selector("rect").evaluate(EDGES)
+        for scope, box in boxes.items():
+            apart = right <= box[0] or left >= box[2] or bottom <= box[1] or top >= box[3]
+            inside = scope in scopes.get(key, ()) or key.startswith(f"box:{scope}.")
+            assert inside != apart, (key, scope)
+
+
+def test_the_gradient_fills_with_what_the_paths_bring(browser, tmp_path):
+    e = batch_norm()
+    for page in opened(browser, e.html(tmp_path / "page.html"), 1200, 900, "light"):
+        fill = "g => [...g.querySelectorAll('g')].at(-1).innerHTML"
+        whole = step(page, "x").evaluate(fill)
+        seen = []
+        for _ in range(4):
+            page.click("#next")
+            seen.append(step(page, "x").evaluate(fill))
+        assert len(set(seen)) >= 3, "the path through mu and var brings nothing"
+        assert whole not in seen[:2]
+        opacity = "g => [...[...g.querySelectorAll('g')].at(-1).children].map(r => +r.getAttribute('fill-opacity'))"
+        lit = step(page, "x").evaluate(opacity)
+        page.click("#done")
+        np.testing.assert_allclose(lit, step(page, "x").evaluate(opacity), atol=1e-9)
+        assert page.locator(".node", has_text="reshape").count() == 0, "what the layer tracks is no part of the graph"
+
+
+def test_the_paths_of_a_second_derivative(browser, tmp_path):
+    e = second_derivative()
+    for page in opened(browser, e.html(tmp_path / "page.html"), 1200, 900, "light"):
+        assert page.locator("#of option").all_inner_texts()[0] == "x"
+        count = int(page.evaluate("DATA.paths.x.length"))
+        for _ in range(count):
+            page.click("#next")
+        total = page.query_selector_all("#way table[aria-label='Sum of the paths so far'] td")
+        np.testing.assert_allclose([float(td.get_attribute("title")) for td in total], e["x"].grad.ravel(), rtol=1e-10)
 
 
 def test_nested_boxes_hold_each_other(browser, tmp_path):

@@ -59,6 +59,15 @@ def expect_shares_that_sum(view, via=None):
     assert np.abs(sum(shares) - view.grad).max(initial=0) <= 1e-12 * size, view
 
 
+def expect_edges_that_sum(e):
+    """What steps gave to their operands sums to the gradient of each operand."""
+    for p in e.passes:
+        size = max(np.abs(np.asarray(g)).max(initial=0) for g in p.grads.values())
+        for step, gradient in p.grads.items():
+            if given := [edge for (user, i), edge in p.edges.items() if user.operands[i] is step]:
+                assert np.abs(sum(given) - gradient).max(initial=0) <= 1e-12 * size, step.name
+
+
 @pytest.mark.parametrize("make", [network, images])
 def test_a_network_is_that_of_plain_autograd(make):
     e, model, x, loss = explained(make)
@@ -74,6 +83,7 @@ def test_a_network_is_that_of_plain_autograd(make):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12, err_msg=key)
     assert off(x.grad, x2.grad) < 1e-12
     np.testing.assert_array_equal(e["x"].grad, x.grad.numpy())
+    expect_edges_that_sum(e)
 
 
 @pytest.mark.parametrize("make", [network, images])
@@ -138,6 +148,7 @@ def test_the_second_derivative():
         expect_shares_that_sum(e[name], via=["mu", "var"])
     assert e["∂xhat"].value.shape == e["xhat"].value.shape
     np.testing.assert_array_equal(e["∂xhat"].value, e["xhat"].grads[0])
+    expect_edges_that_sum(e)
 
 
 # ---- names ----------------------------------------------------------------------------------------------
@@ -163,6 +174,33 @@ def test_the_steps_of_batch_norm_have_their_names(dtype):
     assert off(e["1.ivar"].value, 1 / np.sqrt(rv.astype(np.float64) + 1e-5)) < 1e-6
     assert e["1.out"].value.dtype == dtype
     assert [k for k in e if k.startswith("1.out")] == ["1.out"]
+
+
+def test_a_formula_has_every_op_of_a_step_by_the_names_of_its_operands():
+    e, *_ = explained()
+    assert e["1.xhat"].formula == f"1.xhat = mul(1.xmu, 1.ivar):  {OPS['mul'].formula}"
+    x = Tensor(np.random.default_rng(0).normal(size=(6, 2)), requires_grad=True)
+    with explain() as e:
+        functional.batch_norm(x, training=True)
+    for view, scope in ((e["mu"], "batch_norm_training."),):
+        calls = [line.split(":  ")[0] for line in view.formula.splitlines()]
+        assert calls[:2] == [f"{scope}sum = sum(x, axis=(0,), keepdims=True)", f"{scope}div = div({scope}sum, 6)"]
+        assert [call.split(" = ")[1].split("(")[0] for call in calls] == ["sum", "div", "sub", "sum", "div", "add"]
+        assert calls[-1] == f"{view.path} = add({scope}div, {scope}div@2)"
+
+
+def test_gradients_that_were_there_add_no_step():
+    model, x, target = network()
+    listed = []
+    for _ in range(2):
+        with explain() as e:
+            functional.cross_entropy(model(x), target).backward()
+        listed.append((list(e), e.program().count("\n"), [c.phase for c in e.calls]))
+    assert listed[0][0] == listed[1][0]
+    assert len(listed[1][2]) > len(listed[0][2]), "the sums are calls below the seam, of the backward pass"
+    assert listed[1][2].index("backward") == listed[0][2].index("backward")
+    assert set(listed[1][2][listed[1][2].index("backward") :]) == {"backward"}
+    np.testing.assert_array_equal(2 * e["0.weight"].grad, model[0].weight.grad.numpy())
 
 
 def test_steps_without_weight_and_bias_are_found_by_both_names():
@@ -222,6 +260,79 @@ def test_unknown_names(name, message):
         e[name]
     with pytest.raises(TypeError, match="found by its name"):
         e[3]
+
+
+def test_arrays_that_a_module_is_given_are_called_as_its_parameters():
+    class Gate(nn.Module):
+        def forward(self, left, right):
+            return left * right
+
+    class Outer(nn.Module):
+        def __init__(self):
+            self.gate, self.linear = Gate(), nn.Linear(2, 2)
+
+        def forward(self, samples, mask):
+            return self.gate(self.linear(samples), mask)
+
+    with explain() as e:
+        Outer()(np.ones((3, 2), np.float32), [[0.0, 1.0]])
+    assert [name for name in e if "." not in name] == ["samples", "mask"]
+    assert e["gate.out"].inputs == ["linear.out", "mask"]
+    tensors = [Tensor(np.ones((3, 2), np.float32)), Tensor(np.ones((3, 2), np.float32))]
+    mine = tensors[1]
+    with explain() as e:
+        Outer()(*tensors)
+    assert [name for name in e if "." not in name] == ["samples", "mine"], "a name of the program's comes first"
+    assert e["mask"].path == "mine"
+    del mine
+    with pytest.raises(ValueError, match="reached 'samples': it does not require a gradient"):
+        len(e["samples"].paths)
+
+
+def test_a_layer_with_two_places_has_the_name_of_the_first():
+    linear = nn.Linear(3, 3, rng=np.random.default_rng(0)).astype(np.float64)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    with explain() as e:
+        model(np.ones((2, 3))).sum().backward()
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
+    np.testing.assert_array_equal(e["0.weight"].grad, linear.weight.grad.numpy())
+    assert {"0.out", "0.out@2"} <= set(e)
+    expect_shares_that_sum(e["0.weight"])
+
+
+def test_wrong_calls_say_what_is_right():
+    e, *_ = explained()
+    t = Tensor([1.0])
+    for arguments in (("x", 3), (3, t)):
+        with pytest.raises(TypeError, match=r"name\(\) takes a string and a tensor; got"):
+            e.name(*arguments)
+    with pytest.raises(KeyError, match=r"'1' is a module or a fused op; its steps are 1\.weight, 1\.bias, "):
+        e["1"]
+    with pytest.raises(TypeError, match="takes a function or a module first; got a ndarray"):
+        explain(np.ones(3))
+    assert list(e["0.out"].paths(via="1.var")) == list(e["0.out"].paths(via=["1.var"]))
+    with explain() as running:
+        hidden = t * 2
+        with pytest.raises(KeyError) as error:
+            running["hidden"]
+    assert "still recording" in error.value.__notes__[0]
+    assert running["hidden"].value.tolist() == hidden.numpy().tolist()
+
+
+def test_the_cast_of_a_cotangent_is_no_step():
+    x = Tensor(np.ones((2, 2), np.float32), requires_grad=True)
+    with explain() as e:
+        y = x * 3
+        y.backward(np.ones((2, 2)))
+    assert [*e] == ["x", "y"]
+    assert {c.name: c.phase for c in e.calls}["astype"] == "backward"
+    g = Tensor(np.ones((2, 2)), requires_grad=True)
+    with explain() as e:  # g may be differentiated
+        y = x * 3
+        dx = grad(y, x, g, create_graph=True)
+        (dx * dx).sum().backward()
+    np.testing.assert_array_equal(e["g"].grad, g.grad.numpy())
+    expect_shares_that_sum(e["g"])
 
 
 def test_modules_in_modules_and_a_module_that_is_called_twice():
@@ -324,7 +435,8 @@ def test_a_graph_from_before_the_block_is_one_box_for_each_op():
     before = functional.batch_norm(x, training=True)
     with explain() as e:
         (before * before * before).backward(np.ones((4, 2)))
-    assert e["before"].formula == OPS["batch_norm_training"].formula
+    assert e["before"].formula.startswith("before = batch_norm_training(x, None, None, eps=1e-05")
+    assert e["before"].formula.endswith(OPS["batch_norm_training"].formula)
     assert [c.phase for c in e.calls].index("backward") == 2, "two products, then the pass"
     assert {c.phase for c in e.calls[2:]} == {"backward"}
     np.testing.assert_array_equal(e["x"].grad, x.grad.numpy())

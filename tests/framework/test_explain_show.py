@@ -119,7 +119,7 @@ def test_the_table_has_a_row_for_each_step(e, monkeypatch):
     assert xhat[1:3] == ("mul", "float64 8×4")
     assert xhat[3].startswith(f"{e['1.xhat'].value[0, 0]:.4g} ")
     assert f"{np.abs(e['1.xhat'].grad).max():.3g}" in xhat[4]
-    assert xhat[5] == "1.xmu, 1.ivar"
+    assert xhat[6] == "1.xmu, 1.ivar"
     assert "1.sqrtvar" in str(table)
     assert repr(table) == str(table)
     assert e._repr_html_() == table._repr_html_()
@@ -133,13 +133,27 @@ def test_memory_is_that_of_the_arrays():
     with explain() as e:
         model(x).sum().backward()
     held = memory(e)
-    assert held["0"] == {"result": 128, "kept": 96 + 128, "gradient": 128 + 64}
-    assert held["1"]["result"] == 128
-    assert held["1"]["kept"] == 128 + 2 * 32, "its result and, in float64, the mean and the variance"
-    assert held["2"]["kept"] == 128, "its result; its input is counted for the layer before"
+    assert held["0"].sizes == (128, 96 + 128, 128 + 64)
+    assert held["1"].sizes[:2] == (128, 128 + 2 * 32), "keeps its result and, in float64, the mean and the variance"
+    assert held["2"].sizes[1] == 128, "its result; its input is counted for the layer before"
     rows = e.memory().rows
-    assert rows[-1][1] == f"{sum(m['result'] for m in held.values()):,}"
+    assert rows[-1][1] == f"{sum(m.sizes[0] for m in held.values()):,}"
     assert "0 Linear" in str(e.memory())
+    column = {row[0]: row[5] for row in e.table().rows}
+    assert e.table().head[5].endswith("bytes")
+    assert {k: v for k, v in column.items() if v} == {
+        "0.out": "128 / 224 / 192", "1.out": "128 / 192 / 160", "2.out": "128 / 128 / 128", "sum": "4 / 4 / 4",
+    }  # fmt: skip
+    folded_rows = {row[0]: row[5] for row in e.table(expand=lambda path, kind: False).rows}
+    assert folded_rows["1 BatchNorm1d"] == "128 / 192 / 160"
+
+
+def test_a_folded_box_holds_what_the_layers_in_it_hold(nested):
+    held = memory(nested)
+    inside = [m.sizes for name, m in held.items() if name.startswith("blocks.0")]
+    assert len(inside) == 3
+    row = next(row for row in nested.table(expand=lambda path, kind: False).rows if row[0] == "blocks.0 Block")
+    assert row[5] == " / ".join(f"{sum(column):,}" for column in zip(*inside, strict=True))
 
 
 def test_the_program_is_the_whole_step():
@@ -214,6 +228,9 @@ def test_other_stories():
         c = functional.batch_norm(x, training=True)
         c.backward(np.ones_like(c))
     assert "Without a weight and a bias" in plain.narrate()
+    layer = explain(nn.BatchNorm1d(3).astype(np.float64), x.numpy(), g=np.ones((8, 3)))
+    assert layer.narrate().startswith("The backward pass of BatchNorm, in channel")
+    assert layer.narrate("ko").startswith("배치 정규화의 역전파")
     with explain() as other:
         b = x * x
         b.sum().backward()
@@ -226,6 +243,17 @@ def test_other_stories():
         model(x)
     with pytest.raises(ValueError, match="no backward pass was recorded"):
         forward.narrate()
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)])
+def test_only_a_batch_norm_has_its_story(norm):
+    with explain() as e:
+        y = norm(Tensor(np.random.default_rng(0).normal(size=(4, 4)), requires_grad=True))
+        (y * y * y).sum().backward()
+    story = e.narrate()
+    assert story.startswith(
+        "The backward pass of BatchNorm" if isinstance(norm, nn.BatchNorm1d) else "The backward pass, from"
+    )
 
 
 def test_a_residual_is_not_part_of_the_story(nested):

@@ -81,6 +81,31 @@ def test_the_data_show_the_order_of_any_module():
     )
 
 
+class Branches(nn.Module):
+    """Dropout on one of two ways, the other of which may go to a BatchNorm."""
+
+    def __init__(self, through):
+        self.drop, self.norm, self.linear = nn.Dropout(0.2), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.through = through
+
+    def forward(self, x):
+        hidden = self.linear(x).tanh()
+        dropped = self.drop(hidden)
+        return self.norm(dropped * 2 if self.through else hidden) + dropped
+
+
+def test_the_data_show_dropout_before_batch_norm_in_any_module():
+    assert kinds(nn.Sequential(Branches(True), nn.Linear(6, 2))) == set()
+    assert kinds(nn.Sequential(Branches(True), nn.Linear(6, 2)), X) == {("dropout", "0.drop")}
+    assert kinds(nn.Sequential(Branches(False), nn.Linear(6, 2)), X) == set(), "dropout is on another way"
+    again = nn.Sequential(nn.Dropout(0.2), Branches(False), Branches(False), nn.Linear(6, 2))
+    assert ("dropout", "0") in kinds(again, X)
+    [found] = [f for f in lint(again, X, show=False) if f.where.startswith("0 ")]
+    assert "1.norm" in found.what, "the first one, not those behind it"
+    norm = nn.BatchNorm1d(32), nn.ReLU()
+    assert kinds(net(nn.Dropout(0.2), *norm, bias=True), X) == {("dropout", "1")}, "a bias is dropped too, so it counts"
+
+
 def test_dropout_before_batch_norm():
     norm = nn.BatchNorm1d(32), nn.ReLU()
     assert kinds(net(nn.Dropout(0.2), *norm)) == {("dropout", "1")}

@@ -23,8 +23,8 @@ def recorders():
     return [LayerHistograms((X, Y), bins=20), UpdateRatios(), StatisticsGaps(X)]
 
 
-def fit(model, **options):
-    return train.fit(model, (X, Y), **{"epochs": 3, "progress": False, "seed": 0, **options})
+def fit(model, x=X, **options):
+    return train.fit(model, (x, Y), **{"epochs": 3, "progress": False, "seed": 0, **options})
 
 
 def test_a_training_is_the_same_with_recorders():
@@ -95,6 +95,50 @@ def test_update_ratios_are_the_way_of_an_epoch():
     assert recorder.ratios["3.weight"][2] == 0
 
 
+def test_update_ratios_are_those_of_the_steps():
+    model, rates = net(), []
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    recorder, want = UpdateRatios(), []
+
+    class Watch:
+        """Looks at the weight by itself."""
+
+        before = model[3].weight.numpy().copy()
+
+        def on_step(self, model):
+            w = model[3].weight.numpy().astype(np.float64)
+            want.append(np.linalg.norm(w - self.before) / np.linalg.norm(self.before))
+            self.before = w
+
+        def __call__(self, history, model):
+            rates.append(len(want))
+
+    recorder.measure(model)
+    fit(model, epochs=2, batch_size=50, optimizer=optimizer, callbacks=[recorder, Watch()])
+    assert rates == [3, 6], "two epochs of three steps"
+    np.testing.assert_allclose(recorder.steps["3.weight"], want, rtol=1e-6)
+    net_way = recorder.ratios["3.weight"][1]
+    assert 0 < net_way <= 1.01 * sum(want[:3])
+    assert recorder.steps["1.1.bias"][0] == np.inf, "from zeros"
+    [line] = [line for line in recorder.plot().axes[0].lines if line.get_label() == "3.weight"]
+    np.testing.assert_array_equal(line.get_ydata(), recorder.steps["3.weight"])
+    late = UpdateRatios()
+    fit(model, epochs=1, batch_size=50, optimizer=optimizer, callbacks=late)
+    assert np.isnan(late.steps["3.weight"]).tolist() == [True, False, False], "nothing to compare the first with"
+
+
+def test_a_step_that_is_skipped_moves_nothing():
+    x = X.copy()
+    x[70] = np.nan
+    recorder = UpdateRatios()
+    model = net()
+    recorder.measure(model)
+    with pytest.warns(RuntimeWarning, match="statistics are not finite"):
+        history = fit(model, x, epochs=1, batch_size=40, nonfinite="skip", callbacks=recorder)
+    assert history.skipped == 1
+    assert sorted(v > 0 for v in recorder.steps["3.weight"]) == [False, True, True]
+
+
 def test_gaps_close_in_training_and_by_recalibration():
     model = net()
     recorder = StatisticsGaps(X)
@@ -124,7 +168,8 @@ def test_plots_show_every_layer_and_epoch():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["1", "2", "3"]
     assert len(figure.axes[0].lines) == 3
     assert len(histograms.plot("gradients").axes[0].lines) == 3
-    assert [line.get_label() for line in ratios.plot().axes[0].lines] == ["1.0.weight", "3.weight"]
+    labels = [text.get_text() for text in ratios.plot().axes[0].get_legend().get_texts()]
+    assert labels == ["1.0.weight", "3.weight"]
     left, right = gaps.plot().axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), gaps.shift["1.1"])
     np.testing.assert_allclose(right.lines[0].get_ydata(), gaps.ratio["1.1"])

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import device_of, to_numpy
-from tinygrad_bn.diagnose.seam import Call, Line, Place, Watcher, alone, path_of, watching
+from tinygrad_bn.diagnose.seam import Call, Line, Place, Watcher, alone, path_of
+from tinygrad_bn.explain.hooks import listening
 from tinygrad_bn.modes import recording
 from tinygrad_bn.tensor import Op, Tensor
 from tinygrad_bn.testing.diagnosis import names_of
@@ -98,7 +99,7 @@ class Watch(Watcher):
 
     # ---- what the seam reports --------------------------------------------------------------------------
 
-    def forward(self, call: Call) -> None:
+    def saw(self, call: Call) -> None:
         if self.origin is not None:
             return
         place = call.place
@@ -110,7 +111,7 @@ class Watch(Watcher):
                 self._judge(kind, given, call.op, call.arrays, call.params, (name, result), place)
             self._note(result, place)
 
-    def vjp(self, op: Op, g: Any, y: Any, arrays: Sequence[Any], params: dict[str, Any], gradients: Any) -> None:
+    def saw_vjp(self, op: Op, g: Any, y: Any, arrays: Sequence[Any], params: dict[str, Any], gradients: Any) -> None:
         if self.origin is not None or gradients is NotImplemented:
             return
         place = replace(self._place_of(y) or Place(), backward=True)
@@ -176,7 +177,7 @@ class Watch(Watcher):
 def _first_step(op: Op, arrays: Sequence[Any], params: dict[str, Any], g: Any) -> Anomaly | None:
     """The step of a fused op's composition that makes the anomaly; None if none of its steps does, but its kernel."""
     watch = Watch(stop=False, forward=g is None)
-    with watching(watch), recording(g is not None):
+    with listening(watch), recording(g is not None):
         handles = [
             Tensor(a, requires_grad=g is not None and a.dtype.kind == "f") if hasattr(a, "dtype") else a for a in arrays
         ]
@@ -226,7 +227,7 @@ def detect_anomaly(*, stop: bool = True) -> Iterator[Watch]:
     """
     watch = Watch(stop)
     try:
-        with watching(watch):
+        with listening(watch):
             yield watch
     except FloatingPointError as error:
         if watch.origin is not None and not isinstance(error, AnomalyError):

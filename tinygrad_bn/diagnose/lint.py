@@ -20,11 +20,11 @@ def lint(model: Module, x: Any = None, optimizer: Optimizer | None = None, *, sh
     BatchNorm, Dropout before BatchNorm, a momentum that looks like Keras', an eps too small for float16, BatchNorm or
     Softmax as the last layer. What a loss is given cannot be seen.
 
-    With a batch it also follows the data through any model. It runs one forward pass in evaluation mode and one with
-    the statistics of the batch; the model does not change. It looks for BatchNorms with one or two values per channel,
-    constant channels, a mean so large that digits are lost, a variance below eps, and running statistics that do not
-    fit the batch; for layers with most units dead or saturated. A unit counts as dead if it is 0 for the whole batch,
-    so give one of a hundred samples or more.
+    With a batch it also follows the data through any model, so the order of the layers counts in any module. It runs
+    one forward pass in evaluation mode and one with the statistics of the batch; the model does not change. It looks
+    for BatchNorms with one or two values per channel, constant channels, a mean so large that digits are lost, a
+    variance below eps, and running statistics that do not fit the batch; for layers with most units dead or saturated.
+    A unit counts as dead if it is 0 for the whole batch, so give one of a hundred samples or more.
 
     With an optimizer it also names weights that decay although BatchNorm undoes their scale.
 
@@ -56,6 +56,7 @@ def lint(model: Module, x: Any = None, optimizer: Optimizer | None = None, *, sh
             raise ValueError(f"lint needs a batch of samples (N, ...); got shape {x.shape}")
         traced, output = measured.trace(model, x, by_batch=False)
         found += measured.too_few(traced)
+        found += measured.order(traced)
         pairs += [pair for pair in traced.pairs() if pair not in pairs]
         if (last := traced.maker(output._data)) is not None:
             found += structure.ending(last)

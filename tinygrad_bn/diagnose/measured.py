@@ -13,11 +13,13 @@ import numpy as np
 from tinygrad_bn import nn
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.diagnose.findings import Finding
-from tinygrad_bn.diagnose.seam import Call, Watcher, watching
-from tinygrad_bn.diagnose.structure import WEIGHTED, Named, Pair, label
+from tinygrad_bn.diagnose.seam import Call, Watcher
+from tinygrad_bn.diagnose.structure import WEIGHTED, Named, Pair, dropout_before, label
+from tinygrad_bn.explain.hooks import listening, unseen
 from tinygrad_bn.modes import no_grad
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.tensor import Tensor
 
 NORMALISED = ("batch_norm_training", "batch_norm_inference")
 SATURATED = {"sigmoid": lambda y: y * (1 - y) < 0.0025, "tanh": lambda y: 1 - y * y < 0.01}  # 1 % of the largest slope
@@ -42,11 +44,20 @@ class Trace(Watcher):
     def __init__(self, model: Module) -> None:
         self.calls: list[Call] = []
         self.makers: dict[int, Call] = {}  # of each array
+        self.dropped: dict[int, tuple[Named, Any]] = {}  # results of Dropout, by the identity of the array
         self.names = {module: name for name, module in model.named_modules()}
 
-    def forward(self, call: Call) -> None:
+    def saw(self, call: Call) -> None:
         self.calls.append(call)
         self.makers[id(call.result)] = call
+
+    def module(self, original: Any, m: Module, *args: Any, **options: Any) -> Any:
+        """Dropout, which is off, gives a copy: an array of its own, by which it is known to lie on the way."""
+        y = original(m, *args, **options)
+        if isinstance(m, nn.Dropout) and m.p:
+            y = Tensor(y)
+            self.dropped[id(y._data)] = (self.names.get(m, ""), m), y
+        return y
 
     def owner(self, call: Call | None) -> Named | None:
         """The innermost module that was running."""
@@ -71,6 +82,25 @@ class Trace(Watcher):
         return [(maker, norm) for maker, norm in found if maker is not None and isinstance(maker[1], WEIGHTED)]
 
 
+def order(traced: Trace) -> Iterator[Finding]:
+    """Dropouts on a way to a BatchNorm, with no other BatchNorm between."""
+    known: set[int] = set()
+    for norm, call in traced.norms():
+        todo, seen = [call.arrays[0]], set()
+        while todo:
+            array = todo.pop()
+            if id(array) in seen:
+                continue
+            seen.add(id(array))
+            if id(array) in traced.dropped:
+                dropout, _ = traced.dropped[id(array)]
+                if id(array) not in known:
+                    yield dropout_before(dropout, norm)
+                known.add(id(array))
+            elif (maker := traced.makers.get(id(array))) is not None and maker.op.name not in NORMALISED:
+                todo += maker.arrays
+
+
 def trace(model: Module, x: Any, by_batch: bool) -> tuple[Trace, Any]:
     """A forward pass without dropout, and its output. The model stays as it is. BatchNorm normalises by the batch, or
     in evaluation mode by running statistics."""
@@ -79,7 +109,8 @@ def trace(model: Module, x: Any, by_batch: bool) -> tuple[Trace, Any]:
         blocks.enter_context(nn.batch_statistics(model) if by_batch else nn.evaluating(model))
         blocks.enter_context(no_grad())
         blocks.enter_context(nn.observe(lambda module, y: None))  # so that no BatchNorm is fused with a ReLU
-        blocks.enter_context(watching(traced))
+        blocks.enter_context(unseen())
+        blocks.enter_context(listening(traced))
         y = model(x)
     return traced, y
 

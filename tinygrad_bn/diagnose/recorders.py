@@ -13,6 +13,7 @@ from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.diagnose.measured import RATIO, SHIFT, running_gap, statistics, trace
 from tinygrad_bn.diagnose.structure import label
+from tinygrad_bn.explain import hooks
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Tensor
@@ -41,9 +42,10 @@ class Recorder:
         self.measure(model, len(history))
 
     def measure(self, model: Module, epoch: int = 0) -> None:
-        """Measure `model` as it is now. Its state, modes and gradients do not change."""
+        """Measure `model` as it is now. Its state, modes and gradients stay; an explanation records nothing."""
         expect_model(model)
-        self._take(model)
+        with hooks.unseen():
+            self._take(model)
         self.epochs.append(epoch)
 
     def _take(self, model: Module) -> None:
@@ -154,41 +156,65 @@ class LayerHistograms(Recorder):
 
 
 class UpdateRatios(Recorder):
-    """How far each parameter moved in an epoch, in parts of its size: ‖w − w_before‖ / ‖w_before‖.
+    """How far each parameter moves, in parts of its size: ‖w − w_before‖ / ‖w_before‖, by steps and by epochs.
 
-    `ratios[name]` has a number per epoch: NaN at the first, with which there is nothing to compare, and infinite where
-    a parameter of zeros has moved. It is the net way: steps that undo each other do not count, so it is at most the
-    sum of the ratios of the steps.
+    `steps[name]` has a number per step of `fit`, or per call of `on_step`. Around 1e-3 is usual; far below that a
+    parameter hardly learns. `ratios[name]` has a number per epoch: that of the net way, in which steps that undo each
+    other do not count. A number is NaN at the first, with which there is nothing to compare, and infinite where a
+    parameter of zeros has moved.
 
-    The cost: one pass over the parameters after every epoch, and the memory of a second copy of them.
+    The cost: one pass over the parameters after every step, and the memory of two older copies of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.steps: dict[str, list[float]] = {}
         self.ratios: dict[str, list[float]] = {}
+        self._before_step: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
 
+    def on_step(self, model: Module) -> None:
+        """Measure `model` after a step."""
+        self._before_step = _note_ratios(self.steps, self._before_step, model)
+
     def _take(self, model: Module) -> None:
-        now = {name: to_numpy(p).astype(np.float64) for name, p in model.named_parameters()}
-        for name, w in now.items():
-            before = self._before.get(name)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.nan if before is None else np.linalg.norm(w - before) / np.linalg.norm(before)
-            self.ratios.setdefault(name, []).append(float(ratio))
-        self._before = now
+        self._before = _note_ratios(self.ratios, self._before, model)
+        self._before_step = self._before_step or self._before  # measured before the first step
 
     def plot(self) -> Figure:
-        """The ratios of the parameters with two or more axes, which are all weights but those of normalisations."""
-        self._expect_epochs()
+        """The ratios of the parameters with two or more axes, which are all weights but those of normalisations.
+
+        They are those of the steps if there are any, with the usual size, 1e-3, as a dotted line; else the epochs'.
+        """
+        if not self.steps:
+            self._expect_epochs()
         figure, ((axes,),) = viz.subplots(1, 1, 8, 4.8)
-        names = [name for name in self.ratios if self._before[name].ndim > 1] or list(self.ratios)
-        shades = _shades(len(names))
-        for name, hue in zip(names, shades, strict=True):
-            axes.plot(self.epochs, self.ratios[name], "o-", color=hue, markersize=3, label=name)
-        axes.set(xlabel="epoch", ylabel="‖change in the epoch‖ / ‖weight‖", yscale="log")
+        shown, last, unit = (
+            (self.steps, self._before_step, "step") if self.steps else (self.ratios, self._before, "epoch")
+        )
+        names = [name for name in shown if last[name].ndim > 1] or list(shown)
+        for name, hue in zip(names, _shades(len(names)), strict=True):
+            xs = self.epochs if unit == "epoch" else range(1, len(shown[name]) + 1)
+            axes.plot(
+                xs, shown[name], "o-" if unit == "epoch" else "-", color=hue, markersize=3, linewidth=1, label=name
+            )
+        if unit == "step":
+            axes.axhline(1e-3, color="0.3", linestyle=":", linewidth=1)
+        axes.set(xlabel=unit, ylabel=f"‖change in the {unit}‖ / ‖weight‖", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
         return figure
+
+
+def _note_ratios(ratios: dict[str, list[float]], before: dict[str, Any], model: Module) -> dict[str, Any]:
+    """Append the ratio of each parameter; the parameters as they are now, in float64."""
+    now = {name: to_numpy(p).astype(np.float64) for name, p in model.named_parameters()}
+    for name, w in now.items():
+        old = before.get(name)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.nan if old is None else np.linalg.norm(w - old) / np.linalg.norm(old)
+        ratios.setdefault(name, []).append(float(ratio))
+    return now
 
 
 class StatisticsGaps(Recorder):

@@ -1,18 +1,11 @@
-"""Watching the seam: every op with its operands and its result, and the place in the program that called it.
-
-`watching` puts functions of its own in the place of `backend.forward` and `backend.vjp`, and takes them away at the end
-of its block. Outside of such a block nothing of this file runs.
-"""
+"""Watching the seam: every op with its operands and its result, and the place in the program that called it."""
 
 from __future__ import annotations
 
 import linecache
 import os
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,12 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_bn import autograd, backend
+from tinygrad_bn import autograd
+from tinygrad_bn.explain import hooks
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Node, Op
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py", "explain/hooks.py")}
+ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py")}
+LOOKING_ON = tuple(os.path.join(PACKAGE, folder, "") for folder in ("explain", "diagnose"))
 LINES = 2  # of the caller's program
 
 
@@ -76,74 +71,32 @@ class Call:
 
 
 class Watcher:
-    """Base of what watches the seam. While a method runs, and inside an op, nothing is watched."""
+    """Base of what watches the seam, as a listener of `hooks`. While `saw` or `saw_vjp` runs, nothing is watched."""
 
-    def forward(self, call: Call) -> None:
+    def saw(self, call: Call) -> None:
         """An op has run. Operands that it overwrites are copies from before."""
 
-    def vjp(self, op: Op, g: Any, y: Any, arrays: Sequence[Any], params: dict[str, Any], gradients: Any) -> None:
+    def saw_vjp(self, op: Op, g: Any, y: Any, arrays: Sequence[Any], params: dict[str, Any], gradients: Any) -> None:
         """The gradients of an op's operands, None where not needed; NotImplemented: its composition will give them."""
 
-
-_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-_lock = threading.Lock()
-_blocks: set[object] = set()  # of all threads
-_engine: dict[str, Any] = {}  # the functions of `backend`
-
-
-@contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """In this block, of this thread or task, `watcher` sees every op."""
-    block, before = object(), _WATCHER.get()
-    try:  # from here on: Ctrl-C may come at any moment
-        with _lock:
-            if not _blocks:
-                _engine.update(forward=backend.forward, vjp=backend.vjp)
-            _blocks.add(block)
-            _replace(forward=_forward, vjp=_vjp)
-        _WATCHER.set(watcher)
-        yield
-    finally:
-        _WATCHER.set(before)
-        with _lock:
-            _blocks.discard(block)
-            if not _blocks:
-                _replace(**_engine)
-
-
-def _replace(**functions: Any) -> None:
-    """Set functions of `backend`."""
-    for name, function in functions.items():
-        setattr(backend, name, function)
-
-
-def _forward(op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
-    watcher = _WATCHER.get()
-    if watcher is None:
-        return _engine["forward"](op, arrays, params)
-    token = _WATCHER.set(None)
-    try:
+    def forward(self, original: Any, op: Op, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
+        """`backend.forward`, watched."""
         before = [a.copy() if hasattr(a, "dtype") else a for a in arrays] if op.updates else arrays
         with np.errstate(all="ignore"):
-            y, saved = _engine["forward"](op, arrays, params)
-        watcher.forward(Call(op, before, params, y, saved, place()))
+            y, saved = original(op, arrays, params)
+            with hooks.unseen():
+                self.saw(Call(op, before, params, y, saved, place()))
         return y, saved
-    finally:
-        _WATCHER.reset(token)
 
-
-def _vjp(op: Op, g: Any, y: Any, arrays: Any, params: dict[str, Any], needs: Any, saved: Any) -> Any:
-    watcher = _WATCHER.get()
-    if watcher is None:
-        return _engine["vjp"](op, g, y, arrays, params, needs, saved)
-    token = _WATCHER.set(None)
-    try:
+    def vjp(
+        self, original: Any, op: Op, g: Any, y: Any, arrays: Any, params: dict[str, Any], needs: Any, saved: Any
+    ) -> Any:
+        """`backend.vjp`, watched."""
         with np.errstate(all="ignore"):
-            gradients = _engine["vjp"](op, g, y, arrays, params, needs, saved)
-        watcher.vjp(op, g, y, arrays, params, gradients)
+            gradients = original(op, g, y, arrays, params, needs, saved)
+            with hooks.unseen():
+                self.saw_vjp(op, g, y, arrays, params, gradients)
         return gradients
-    finally:
-        _WATCHER.reset(token)
 
 
 # ---- places ---------------------------------------------------------------------------------------------
@@ -174,7 +127,7 @@ def place() -> Place:
         elif not code.co_filename.startswith(PACKAGE):
             if len(outside) < LINES and "importlib" not in code.co_filename:
                 outside.append(Line(code.co_filename, frame.f_lineno, code.co_name))
-        elif inside is None and code.co_filename not in ENGINE and code.co_filename != __file__:
+        elif inside is None and code.co_filename not in ENGINE and not code.co_filename.startswith(LOOKING_ON):
             inside = Line(code.co_filename, frame.f_lineno, code.co_name)
         frame = frame.f_back
     return Place(tuple(reversed(modules)), inside, tuple(reversed(outside)), backward, node, recomputed)

@@ -106,6 +106,16 @@ def options(model: Module, half: bool) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def dropout_before(dropout: Named, norm: Named) -> Finding:
+    """A Dropout on the way to a BatchNorm."""
+    return Finding(
+        "dropout", label(dropout),
+        f"in training it makes the variance of what {label(norm)} gets larger; in evaluation the running variance is "
+        "then too large (Li et al. 2019)",
+        "Dropout after the last BatchNorm, or none",
+    )  # fmt: skip
+
+
 def order(model: Module) -> Iterator[Finding]:
     """Layers in an order that is unlikely to be meant."""
     for chain in chains(model):
@@ -114,12 +124,7 @@ def order(model: Module) -> Iterator[Finding]:
             if isinstance(layer[1], nn.Dropout) and layer[1].p:
                 dropout = layer
             elif isinstance(layer[1], BATCH_NORMS) and dropout is not None:
-                yield Finding(
-                    "dropout", label(dropout),
-                    f"in training it makes the variance of what {label(layer)} gets larger; in evaluation the running "
-                    "variance is then too large (Li et al. 2019)",
-                    "Dropout after the last BatchNorm, or none",
-                )  # fmt: skip
+                yield dropout_before(dropout, layer)
                 dropout = None
     name, last = "", model
     while is_plain(last, Sequential) and len(children := list(last.named_children())):

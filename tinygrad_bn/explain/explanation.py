@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from inspect import Parameter, signature
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +19,7 @@ from tinygrad_bn.explain.recorder import Recorder
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.modes import composed
 from tinygrad_bn.nn.module import Module, being_observed, observe
+from tinygrad_bn.notebook import array_html, constructor, largest
 from tinygrad_bn.tensor import Array, Tensor
 
 if TYPE_CHECKING:
@@ -53,8 +54,16 @@ class View:
 
     @property
     def formula(self) -> str:
-        """The op in symbols, with the rule of its gradient; `given` for what no op computed."""
-        return self.step.formula
+        """How it was computed, a line for each op: the call by names, and the op in symbols with its gradient's rule.
+
+        Ops without a name of their own, such as the sum and the division of a mean, are lines of the step that they
+        help to compute. `given` for what no op computed.
+        """
+        from tinygrad_bn.explain.graph import call_in_names, shown_steps
+
+        e, shown = self._explanation, shown_steps(self._explanation).get(self.path)
+        steps = shown.steps if shown else [self.step]
+        return "\n".join(f"{call_in_names(e, s)}:  {s.formula}" for s in steps if s.op) or "given"
 
     @property
     def inputs(self) -> list[str]:
@@ -80,6 +89,15 @@ class View:
         gradient = "no gradient" if self.grad is None else "with its gradient"
         return f"<step {self.path}: {self.step.describe()}, {gradient}>"
 
+    def _repr_html_(self) -> str:
+        parts = {"value": self.value} | ({} if self.grad is None else {"gradient": self.grad})
+        shown = "".join(f"<div>{name}{array_html(array)}</div>" for name, array in parts.items())
+        return f"<div><pre>{escape(repr(self))}\n{escape(self.formula)}</pre>{shown}</div>"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        parts = {"value": self.value, "grad": self.grad, "formula": self.formula}
+        return constructor(self, parts, path, subtree_renderer)
+
 
 class Ways(Mapping[str, Array]):
     """The share of each way in a gradient, computed when asked for; they sum to it.
@@ -87,10 +105,10 @@ class Ways(Mapping[str, Array]):
     `ways(via=["1.var", "1.mu"])` tells them apart by these steps instead of all that the code names.
     """
 
-    def __init__(self, explanation: Explanation, step: Step, via: Sequence[str] | None = None) -> None:
+    def __init__(self, explanation: Explanation, step: Step, via: str | Sequence[str] | None = None) -> None:
         self._explanation, self._step, self._via = explanation, step, via
 
-    def __call__(self, via: Sequence[str] | None = None) -> Ways:
+    def __call__(self, via: str | Sequence[str] | None = None) -> Ways:
         return Ways(self._explanation, self._step, via)
 
     @cached_property
@@ -107,8 +125,11 @@ class Ways(Mapping[str, Array]):
         e, step = self._explanation, self._step
         p = next((p for p in reversed(e.passes) if step in p.grads), None)
         if p is None:
-            raise ValueError(f"no backward pass reached {e.path_of(step)!r}; call backward() in the block")
-        chosen = parting(p, step) if self._via is None else [e[name].step for name in self._via]
+            frozen = not step.tensor.requires_grad
+            why = "it does not require a gradient (requires_grad=True)" if frozen else "call backward() in the block"
+            raise ValueError(f"no backward pass reached {e.path_of(step)!r}: {why}")
+        via = [self._via] if isinstance(self._via, str) else self._via
+        chosen = parting(p, step) if via is None else [e[name].step for name in via]
         shares = {way: backend.to_numpy(g) for way, g in ways(p, step, chosen, e.add).items()}
         for name in (lambda s: s.name, e.path_of):  # the path, where several modules have steps of one name
             labels = [" → ".join((e.path_of(step), *map(name, way))) for way in shares]
@@ -130,6 +151,10 @@ class Ways(Mapping[str, Array]):
     def __repr__(self) -> str:
         return "\n".join(f"{way}\n{share}" for way, share in self._shares.items())
 
+    def _repr_html_(self) -> str:
+        top = max(map(largest, self._shares.values()), default=1.0)  # of all, as a share may be 0 but for rounding
+        return "".join(f"<div>{escape(way)}{array_html(share, top)}</div>" for way, share in self._shares.items())
+
 
 class Explanation:
     """What was computed in a block, forwards and backwards, by the composition of each fused op.
@@ -146,6 +171,7 @@ class Explanation:
         self._paths: dict[str, Step] | None = None
         self._by_step: dict[Step, str] | None = None
         self._undo = ExitStack()
+        self._recording = False
 
     # ---- recording --------------------------------------------------------------------------------------
 
@@ -153,20 +179,18 @@ class Explanation:
         if self._recorder.steps:
             raise RuntimeError("this explanation has recorded a block already; call explain() for another one")
         with ExitStack() as undo:
-            hooks.install()
-            undo.callback(hooks.uninstall)
-            token = hooks.RECORDER.set(self._recorder)
-            undo.callback(hooks.RECORDER.reset, token)
+            undo.enter_context(hooks.listening(self._recorder))
             undo.enter_context(composed())
             if not being_observed():
                 undo.enter_context(observe(lambda module, y: None))  # then Sequential runs each layer by itself
-            undo.callback(sys.setprofile, sys.getprofile())
-            sys.setprofile(self._recorder.locals.watch)
-            self._undo = undo.pop_all()
+            undo.callback(names.resume, before := sys.getprofile())
+            sys.setprofile(self._recorder.locals.watching(before))
+            self._undo, self._recording = undo.pop_all(), True
         return self
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
+        self._recording = False
         self._paths = self._by_step = None
         for name, t in names.caller_variables(sys._getframe(1)).items():
             if id(t) in self._recorder.steps:
@@ -175,8 +199,11 @@ class Explanation:
     def name(self, name: str, t: Tensor) -> None:
         """Call a tensor of the computation so.
 
-        Raises KeyError for a tensor that is not part of it, and ValueError for the name of another step.
+        Raises TypeError unless these are a string and a tensor, KeyError for a tensor that is not part of the
+        computation, and ValueError for the name of another step.
         """
+        if not isinstance(name, str) or not isinstance(t, Tensor):
+            raise TypeError(f"name() takes a string and a tensor; got {type(name).__name__} and {type(t).__name__}")
         if id(t) not in self._recorder.steps:
             raise KeyError(f"this tensor of shape {t.shape} took no part in the computation, so {name!r} names nothing")
         taken = self.paths.get(name)
@@ -228,7 +255,12 @@ class Explanation:
 
     def __getitem__(self, name: str) -> View:
         """The step of this name. Raises KeyError, with near names, for one that no step or several steps have."""
-        step = names.find(self.paths, name)
+        try:
+            step = names.find(self.paths, name)
+        except KeyError as error:
+            if self._recording:
+                error.add_note("the block is still recording; the program's variables become names when it ends")
+            raise
         return View(self, step, self.path_of(step))
 
     def __iter__(self) -> Iterator[str]:
@@ -274,14 +306,14 @@ class Explanation:
     # ---- showing ----------------------------------------------------------------------------------------
 
     def table(self, expand: Expand = None) -> Table:
-        """Every step with its value and gradient: text in a terminal, HTML in a notebook."""
+        """Every step with its value and gradient, and each layer's memory: text in a terminal, HTML in a notebook."""
         from tinygrad_bn.explain.table import steps_table
 
         return steps_table(self, expand)
 
     def memory(self) -> Table:
         """What each layer of a plain run holds: its result, what it keeps for the backward pass, and its gradient."""
-        from tinygrad_bn.explain.memory import memory_table
+        from tinygrad_bn.explain.table import memory_table
 
         return memory_table(self)
 
@@ -315,13 +347,22 @@ class Explanation:
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from tinygrad_bn.explain.graph import shown_steps
+
+        steps: dict[str, dict[str, View]] = {}
+        for key, node in shown_steps(self).items():
+            steps.setdefault(node.scope, {})[node.name] = self[key]
+        return constructor(self, {"steps": steps}, path, subtree_renderer)
+
 
 def explain(f: Callable[..., Any] | None = None, *inputs: Any, g: Any = None) -> Explanation:
     """Record a computation: what every step computed, its gradient, and the ways by which gradients arrive.
 
     `with explain() as e:` records a block. `explain(f, *inputs)` records `f(*inputs)` and, if the result is one number
     or its gradient `g` is given, the backward pass. Arrays of floating-point numbers become tensors that require a
-    gradient. The inputs are called as the parameters of `f`, the result `result`.
+    gradient, and so do lists of them. The inputs are called as the parameters of `f`, the result `result`. Raises
+    TypeError if `f` is no function.
 
     >>> from tinygrad_bn import functional as F
     >>> x = Tensor([[1.0], [2.0], [6.0]], requires_grad=True)
@@ -336,26 +377,19 @@ def explain(f: Callable[..., Any] | None = None, *inputs: Any, g: Any = None) ->
     e = Explanation()
     if f is None:
         return e
+    if not callable(f):
+        raise TypeError(f"explain(f, *inputs) takes a function or a module first; got a {type(f).__name__}")
     given = [_as_tensor(x) for x in inputs]
     with e:
         result = f(*given)
         if isinstance(result, Tensor) and result.requires_grad and (g is not None or result.size == 1):
             result.backward(g)
-    function = f.forward if isinstance(f, Module) else f
-    for name, t in zip(_parameter_names(function, len(given)), given, strict=True):
+    for name, t in zip(names.parameters_of(f, len(given)), given, strict=True):
         if isinstance(t, Tensor) and id(t) in e._recorder.steps:
             e._call(t, name)
     return e
 
 
 def _as_tensor(x: Any) -> Any:
+    x = np.asarray(x) if isinstance(x, list) else x
     return Tensor(x, requires_grad=True) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
-
-
-def _parameter_names(f: Callable[..., Any], count: int) -> list[str]:
-    try:
-        parameters = list(signature(f).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    own = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-    return own[:count] if len(own) >= count else [*own, *(f"input{i}" for i in range(len(own), count))]

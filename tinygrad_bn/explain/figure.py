@@ -8,6 +8,7 @@ import numpy as np
 
 from tinygrad_bn.explain.graph import Expand, Shown, boxes, folded, label, last_gradient
 from tinygrad_bn.explain.layout import Layout, layout
+from tinygrad_bn.viz import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,6 @@ ROWS, COLUMNS = 64, 32  # of a picture of numbers
 
 def figure(e: Explanation, expand: Expand = None) -> Figure:
     """A figure of the graph. In each step the left picture is its value and the right one its gradient."""
-    from matplotlib.figure import Figure
-
     nodes = folded(e, expand)
     if not nodes:
         raise ValueError("nothing was computed in the block, so there is no figure of it")
@@ -30,7 +29,7 @@ def figure(e: Explanation, expand: Expand = None) -> Figure:
     places = layout({k: n.sources for k, n in nodes.items()}, given, {k: n.scope for k, n in nodes.items()})
     xs, ys = zip(*[p for route in (*places.routes.values(), list(places.place.values())) for p in route], strict=True)
     width, height = max(xs) - min(xs) + 1.4, max(ys) - min(ys) + 1.6
-    fig = Figure(figsize=(1.12 * width, 1.12 * height), layout="constrained")
+    fig = new_figure(1.12 * width, 1.12 * height)
     axes = fig.subplots()
     axes.set(xlim=(min(xs) - 0.7, max(xs) + 0.7), ylim=(max(ys) + 0.7, min(ys) - 0.9))
     axes.set_axis_off()

@@ -48,22 +48,23 @@ function sorted(nodes) {
 
 const lines = name => name.length > 12 && name.includes(" ") ? [name.slice(0, name.indexOf(" ")), name.slice(name.indexOf(" ") + 1)] : [name]
 const nameOf = n => n.scope && !(n.scope in DATA.boxes) ? n.key : n.name
-const widthOf = n => n.box === undefined ? Math.max(isPhone() ? 78 : 70, 12 + 6.7 * Math.max(n.shape.join("×").length, nameOf(n).length * 1.1)) : Math.max(80, 22 + 7.3 * Math.max(...lines(n.name).map(t => t.length)))
+const widthOf = n => n.box === undefined ? Math.max(isPhone() ? 78 : 70, 16 + Math.max(7 * n.shape.join("×").length, 8.1 * nameOf(n).length)) : Math.max(80, 22 + 7.3 * Math.max(...lines(n.name).map(t => t.length)))
 
 function draw() {
   const focus = document.activeElement?.dataset?.key, phone = isPhone(), nodes = visible(), width = k => widthOf(nodes.get(k))
   const L = place(nodes, k => phone ? width(k) : H, phone ? 12 : 16)
   const across = [...L.at].map(([k, a]) => [a, nodes.has(k) ? (phone ? width(k) : H) / 2 : 8])
   const least = Math.min(...across.map(([a, r]) => a - r)), most = Math.max(...across.map(([a, r]) => a + r))
-  const depth = Math.max(0, ...[...nodes.values()].map(n => around(n.scope).length)), pad = 18 + 18 * depth, between = (phone ? 30 + 18 * Math.max(0, depth - 1) : 21) + 9 * Math.max(0, depth - 1), starts = []
+  const depth = Math.max(0, ...[...nodes.values()].map(n => around(n.scope).length)), pad = 22 + 24 * depth, between = (phone ? 40 + 24 * Math.max(0, depth - 1) : 21) + 9 * Math.max(0, depth - 1), starts = []
   const spans = L.rows.map(row => phone ? H : Math.max(70, ...row.filter(k => nodes.has(k)).map(width)))
   const end = spans.reduce((t, v, i) => (starts[i] = t + v / 2, t + v + between), pad)
   const at = k => { const main = starts[L.layer.get(k)], cross = pad + 6 + L.at.get(k) - least; return phone ? [cross, main] : [main, cross] }
   const long = end - between + pad, wide = most - least + 2 * pad + 12, [w, h] = phone ? [wide, long] : [long, wide]
-  const fit = ($("graph").clientWidth - 2) / w, scale = fit < .72 ? .92 : Math.min(1.15, fit)  // what does not fit scrolls, and stays readable
+  const fit = ($("graph").clientWidth - 2) / w, scale = Math.max(.92, Math.min(1.15, fit))  // what does not fit scrolls, and stays readable
   const picture = svg("svg", { viewBox: `0 0 ${w} ${h}`, width: w * scale, height: h * scale, class: lit.nodes.size ? "dim" : "" })
-  for (const scope in DATA.boxes) if (around(scope).every(s => !folded.has(s))) drawBox(picture, scope, nodes, L, at, phone)
+  const titles = Object.keys(DATA.boxes).filter(scope => around(scope).every(s => !folded.has(s))).map(scope => drawBox(picture, scope, nodes, L, at, phone))
   for (const chain of L.chains) picture.append(svg("path", { d: curve(chain, nodes, at, k => spans[L.layer.get(k)] / 2, phone), class: "edge" + (lit.edges.has(chain[0] + "|" + chain.at(-1)) ? " lit" : ""), "data-edge": chain[0] + "|" + chain.at(-1) }))
+  picture.append(...titles.filter(Boolean))  // over the edges
   for (const n of nodes.values()) picture.append(drawNode(n, nodes, ...at(n.key)))
   $("graph").replaceChildren(picture)
   if (focus) element(focus)?.focus()
@@ -76,14 +77,14 @@ function drawBox(picture, scope, nodes, L, at, phone) {
   const deep = Math.max(...members.map(k => around(nodes.get(k).scope).length)) - around(scope).length  // boxes inside it
   const ends = members.map(k => [...at(k), widthOf(nodes.get(k)) / 2, H / 2])
   for (const c of L.chains) if (inside(c[0]) && inside(c.at(-1))) for (const k of c.slice(1, -1)) ends.push([...at(k), phone ? 4 : 0, phone ? 0 : 4])
-  const grow = 7 + 6 * deep, top = 20 + 18 * deep
+  const grow = 7 + 6 * deep, top = 26 + 24 * deep
   const x = Math.min(...ends.map(e => e[0] - e[2])) - grow, y = Math.min(...ends.map(e => e[1] - e[3])) - top
   const right = Math.max(...ends.map(e => e[0] + e[2])) + grow, bottom = Math.max(...ends.map(e => e[1] + e[3])) + grow
   picture.append(svg("rect", { class: "module", "data-scope": scope, x, y, width: right - x, height: bottom - y, rx: 10 }))
   const { label } = DATA.boxes[scope], title = svg("g", { class: "title", tabindex: 0, role: "button", "data-key": "title:" + scope, "aria-label": `${label}, open; fold the box` })
-  title.append(svg("rect", { x: x + 4, y: y + 1, width: Math.min(right - x - 8, 14 + 6.5 * label.length), height: 18 }), svg("text", { x: x + 8, y: y + 14 }, label))
+  title.append(svg("rect", { x: x + 2, y: y + 1, width: Math.min(right - x - 4, 16 + 6.5 * label.length), height: 24, rx: 6 }), svg("text", { x: x + 8, y: y + 17 }, label))
   press(title, () => fold(scope))
-  picture.append(title)
+  return title
 }
 
 // A curve that bends between the layers only, so that it crosses no step.
@@ -110,7 +111,7 @@ function drawNode(n, nodes, x, y) {
   } else {
     g.append(svg("text", { y: -16 }, nameOf(n)), svg("text", { y: -3, class: "small" }, shape))
     if (n.value) g.append(heat(n.value, n.grad ? -29 : -13, 3))
-    if (n.grad) g.append(heat(n.grad, 3, 3))
+    if (n.grad) g.append(heat(lit.of === n.key ? lit.sum : n.grad, 3, 3, largest(n.grad)))
   }
   press(g, () => choose(n.key))
   g.addEventListener("keydown", event => {
@@ -121,12 +122,14 @@ function drawNode(n, nodes, x, y) {
   return g
 }
 
-function heat(table, x, y, w = 26, h = 24) {
-  const g = svg("g"), sizes = table.rows.flat().map(v => Math.abs(+v)).filter(isFinite), top = Math.max(...sizes, 1e-300)
+const largest = table => Math.max(...table.rows.flat().map(v => Math.abs(+v)).filter(isFinite), 1e-300)
+
+function heat(table, x, y, top = largest(table), w = 26, h = 24) {
+  const g = svg("g")
   const dy = h / table.rows.length, dx = w / (table.rows[0]?.length || 1)
   table.rows.forEach((row, i) => row.forEach((v, j) => {
     const known = isFinite(+v), fill = !known ? "var(--bad)" : v < 0 ? "var(--low)" : "var(--high)"
-    g.append(svg("rect", { x: x + j * dx, y: y + i * dy, width: Math.max(dx - .4, .5), height: Math.max(dy - .4, .5), fill, "fill-opacity": known ? .07 + .93 * Math.abs(+v) / top : 1 }))
+    g.append(svg("rect", { x: x + j * dx, y: y + i * dy, width: Math.max(dx - .4, .5), height: Math.max(dy - .4, .5), fill, "fill-opacity": known ? .07 + .93 * Math.min(1, Math.abs(+v) / top) : 1 }))
   }))
   return g
 }

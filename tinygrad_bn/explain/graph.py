@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from tinygrad_bn import backend
+from tinygrad_bn.explain.program import options
 from tinygrad_bn.explain.steps import Step
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Array
@@ -45,7 +46,7 @@ def shown_steps(e: Explanation) -> dict[str, Shown]:
     place: dict[Step, Step | None] = {}
     for step in reversed(e.steps):
         into = {placed for u in users[step] if (placed := place[u])}
-        kept = step in roots or step.all_names or (step.op is not None and not step.scope)
+        kept = step in roots or step.all_names or (step.op is not None and not step.scope and not step.inside)
         if not into and (not kept or step.op is None):
             place[step] = None
         elif step.op is None:
@@ -58,7 +59,8 @@ def shown_steps(e: Explanation) -> dict[str, Shown]:
     shown: dict[str, Shown] = {}
     for step in e.steps:
         if place[step] is step:
-            shown[e.path_of(step)] = Shown(e.path_of(step), e.path_of(step).rpartition(".")[2], step.scope, step)
+            path = e.path_of(step)
+            shown[path] = Shown(path, path.rpartition(".")[2], _box(step), step)
     for step in e.steps:
         if (into_step := place[step]) is not None:
             node = shown[e.path_of(into_step)]
@@ -71,10 +73,24 @@ def shown_steps(e: Explanation) -> dict[str, Shown]:
     return shown
 
 
+def _box(step: Step) -> str:
+    """The box of a step. The gradient of a step, which has a graph too, is in a box of its own, as ∂ of that scope."""
+    order, of = int(step.backward and not step.named), step
+    while of.derivative_of and not of.names:
+        order, of = order + 1, of.derivative_of[0]
+    return "∂" * order + of.scope if of.scope else ""
+
+
+def kinds(e: Explanation) -> dict[str, str]:
+    """Of each box, the type of the module or the name of the fused op; for boxes of gradients too."""
+    orders = range(max((_box(s).count("∂") for s in e.steps), default=0) + 1)
+    return {"∂" * order + scope: kind for order in orders for scope, kind in e.kinds.items() if scope}
+
+
 def boxes(e: Explanation, shown: dict[str, Shown]) -> dict[str, str]:
     """The scopes with steps, and those around them, outermost first: the path of the scope around each, "" for none."""
     scopes = {n.scope for n in shown.values()}
-    around = [s for s in e.kinds if s and any(inner == s or inner.startswith(f"{s}.") for inner in scopes)]
+    around = [s for s in kinds(e) if any(inner == s or inner.startswith(f"{s}.") for inner in scopes)]
     return {s: max((o for o in around if s.startswith(f"{o}.")), key=len, default="") for s in sorted(around, key=len)}
 
 
@@ -83,18 +99,19 @@ def opened(e: Explanation, scopes: Sequence[str], expand: Expand) -> set[str]:
 
     Raises ValueError for a name that is neither a path nor a type of this computation.
     """
+    kind = kinds(e)
     if callable(expand) and not isinstance(expand, type):
-        return {s for s in scopes if expand(s, e.kinds[s])}
+        return {s for s in scopes if expand(s, kind[s])}
     outer = {s for s in scopes if any(o.startswith(f"{s}.") for o in scopes)}
     if expand is None:
-        return outer | {s for s in scopes if "norm" in e.kinds[s].lower()}
+        return outer | {s for s in scopes if "norm" in kind[s].lower()}
     wanted = [expand] if isinstance(expand, str | type) else list(expand)
     found: set[str] = set()
     for w in wanted:
         name = w if isinstance(w, str) else w.__name__
-        fits = {s for s in scopes if name in (s, e.kinds[s])}
+        fits = {s for s in scopes if name in (s, s.lstrip("∂"), kind[s])}
         if not fits:
-            some = ", ".join(f"{s} ({e.kinds[s]})" for s in scopes)
+            some = ", ".join(f"{s} ({kind[s]})" for s in scopes)
             raise ValueError(f"expand= names {name!r}, which is no box of this computation; there are {some or 'none'}")
         found |= fits | {o for o in outer for s in fits if s.startswith(f"{o}.")}
     return found
@@ -130,7 +147,15 @@ def folded(e: Explanation, expand: Expand) -> dict[str, Shown]:
 
 def label(e: Explanation, scope: str) -> str:
     """A box in words: `1 BatchNorm1d`; only the op of a fused op, whose path it is."""
-    return " ".join(dict.fromkeys((scope, e.kinds[scope])))
+    kind = e.kinds[scope.lstrip("∂")]
+    return scope if scope.lstrip("∂") == kind else f"{scope} {kind}"
+
+
+def call_in_names(e: Explanation, step: Step) -> str:
+    """The call of a step's op, by the names of its operands: `1.xhat = mul(1.xmu, 1.ivar)`."""
+    assert step.op is not None
+    operands = [e.path_of(o) if isinstance(o, Step) else repr(o) for o in step.operands]
+    return f"{e.path_of(step)} = {step.op.name}({', '.join([*operands, *options(step.params)])})"
 
 
 def last_gradient(e: Explanation, step: Step) -> Array | None:

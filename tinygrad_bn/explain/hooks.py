@@ -1,65 +1,89 @@
-"""Where explanations look on: functions of the engine that are replaced while a block records, and only then.
+"""Looking on: functions of the engine that are replaced while a block looks on, and only then.
 
-The engine has no code for this, so it costs nothing when nobody records. A replacement asks for the recorder of the
-current thread or task; without one it calls the function that it replaces.
+The engine has no code for this, so it costs nothing when nobody looks. A replacement calls the listeners of the current
+thread or task, each around the next, so that blocks nest in any order: an explanation in `detect_anomaly`, or the other
+way round. A listener has a method for each place that it looks at, with the function to call as its first argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from threading import Lock
 from typing import Any
 
 from tinygrad_bn import autograd, backend, tensor
 from tinygrad_bn.nn.module import Module
 
-RECORDER: ContextVar[Any] = ContextVar("recorder", default=None)
-
-# Owner, its function, and the method of the recorder that is called instead, with the function first.
+# Owner, its function, and the method of a listener that is called instead.
 PLACES = (
     (tensor, "apply", "apply"),
     (autograd, "apply", "apply"),
+    (autograd, "_cotangent", "cotangent"),
+    (autograd, "_accumulate", "accumulate"),
     (autograd, "_backprop", "backward_pass"),
     (autograd, "_pull", "pull"),
     (backend, "forward", "forward"),
     (backend, "vjp", "vjp"),
     (Module, "__call__", "module"),
 )
+SEAM = ("forward", "vjp")  # inside of these nothing is seen: an op may call others
 
+_listeners: ContextVar[tuple[Any, ...]] = ContextVar("listeners", default=())
 _lock = Lock()
-_blocks = 0  # how many blocks record now, in all threads
+_blocks: set[object] = set()  # that look on now, in all threads
 _originals: list[Any] = []
+
+
+@contextmanager
+def listening(listener: Any) -> Iterator[None]:
+    """In this block, of this thread or task, `listener` sees what the engine does."""
+    block, before = object(), _listeners.get()
+    try:  # from here on: Ctrl-C may come at any moment
+        with _lock:
+            if not _blocks:
+                _originals[:] = [getattr(owner, name) for owner, name, _ in PLACES]
+            _blocks.add(block)
+            for (owner, name, method), original in zip(PLACES, _originals, strict=True):
+                setattr(owner, name, _replacement(original, method))
+        _listeners.set((*before, listener))
+        yield
+    finally:
+        _listeners.set(before)
+        with _lock:
+            _blocks.discard(block)
+            if not _blocks:
+                for (owner, name, _), original in zip(PLACES, _originals, strict=True):
+                    setattr(owner, name, original)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """In this block nobody looks on, but for blocks that begin in it: a listener's own work, or a measurement."""
+    before = _listeners.get()
+    try:
+        _listeners.set(())
+        yield
+    finally:
+        _listeners.set(before)
 
 
 def _replacement(original: Callable[..., Any], method: str) -> Callable[..., Any]:
     @wraps(original)
-    def call(*args: Any, **options: Any) -> Any:
-        recorder = RECORDER.get()
-        if recorder is None:
+    def inside(*args: Any, **options: Any) -> Any:
+        with unseen():
             return original(*args, **options)
-        return getattr(recorder, method)(original, *args, **options)
+
+    innermost = inside if method in SEAM else original
+
+    @wraps(original)
+    def call(*args: Any, **options: Any) -> Any:
+        run = innermost
+        for listener in _listeners.get():
+            if (look := getattr(listener, method, None)) is not None:
+                run = partial(look, run)
+        return (original if run is innermost else run)(*args, **options)
 
     return call
-
-
-def install() -> None:
-    """Replace the functions of `PLACES`, unless another block has."""
-    global _blocks
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            for owner, name, method in PLACES:
-                _originals.append(getattr(owner, name))
-                setattr(owner, name, _replacement(_originals[-1], method))
-
-
-def uninstall() -> None:
-    """Put the functions back when the last block ends."""
-    global _blocks
-    with _lock:
-        _blocks -= 1
-        if _blocks == 0:
-            for owner, name, _ in reversed(PLACES):
-                setattr(owner, name, _originals.pop())

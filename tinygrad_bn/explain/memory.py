@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinygrad_bn.explain.graph import label
 from tinygrad_bn.explain.steps import Layer, size_of
-from tinygrad_bn.explain.table import Table
 
 if TYPE_CHECKING:
     from tinygrad_bn.explain.explanation import Explanation
 
 
-def memory(e: Explanation) -> dict[str, dict[str, int]]:
-    """For each layer, bytes of `result`, `kept` and `gradient`, as a plain run of the layer has them, with fused ops.
+class Memory(NamedTuple):
+    """The bytes of a layer: of its result, of what it keeps for the backward pass, and of its gradients."""
+
+    sizes: tuple[int, int, int]
+    result: Any  # the array
+
+
+def memory(e: Explanation) -> dict[str, Memory]:
+    """For each layer, what it holds in a plain run, with fused ops.
 
     An array that several layers keep counts for the first; a result that is kept counts in both columns, and a
-    parameter, which is there anyway, in none. `gradient` is that of the result and of the layer's parameters.
+    parameter, which is there anyway, in none. The gradients are those of the result and of the layer's parameters.
     """
     seen = {id(step.array) for step in e.steps if step.op is None and step.scope}  # parameters and buffers
     groups: dict[str, list[Layer]] = {}
@@ -25,20 +30,10 @@ def memory(e: Explanation) -> dict[str, dict[str, int]]:
     return {name: _of(e, name, layers, seen) for name, layers in groups.items()}
 
 
-def _of(e: Explanation, name: str, layers: list[Layer], seen: set[int]) -> dict[str, int]:
+def _of(e: Explanation, name: str, layers: list[Layer], seen: set[int]) -> Memory:
     kept: list[Any] = [a for layer in layers for a in layer.kept if id(a) not in seen]
     seen.update(map(id, kept))
     result = layers[-1].result
     holders = {id(result)} | {id(s.array) for s in e.steps if s.op is None and s.scope == name}
     gradients = [g for p in e.passes[-1:] for s, g in p.grads.items() if id(s.array) in holders]
-    return {"result": size_of([result]), "kept": size_of(kept), "gradient": size_of(gradients)}
-
-
-def memory_table(e: Explanation) -> Table:
-    """`memory` as a table, with the sum of each column."""
-    held = memory(e)
-    columns = ("result", "kept", "gradient")
-    rows = [(label(e, name) if name in e.kinds else name, *(f"{m[c]:,}" for c in columns)) for name, m in held.items()]
-    total = ("together", *(f"{sum(m[c] for m in held.values()):,}" for c in columns))
-    head = ("layer", "result", "kept for backward", "gradient")
-    return Table("Memory of each layer of a plain run, in bytes", head, [*rows, total])
+    return Memory((size_of([result]), size_of(kept), size_of(gradients)), result)

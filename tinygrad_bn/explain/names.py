@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -32,8 +35,17 @@ class Locals:
         self._variables: dict[CodeType, frozenset[str] | None] = {}  # of each function; None for one to leave out
         self._before: dict[int, int] = {}  # of each running call, how many steps there were
 
-    def watch(self, frame: FrameType, event: str, _: object) -> None:
-        """A profile function, for `sys.setprofile`."""
+    def watching(self, before: Any) -> Callable[[FrameType, str, object], None]:
+        """A profile function, for `sys.setprofile`, after which the one of before is called too."""
+
+        def watch(frame: FrameType, event: str, value: object) -> None:
+            self._watch(frame, event)
+            if callable(before):
+                before(frame, event, value)
+
+        return watch
+
+    def _watch(self, frame: FrameType, event: str) -> None:
         if event not in ("call", "return"):
             return
         code = frame.f_code
@@ -52,6 +64,13 @@ class Locals:
                     step.names.append(name)
 
 
+def resume(before: Any) -> None:
+    """Put back what profiled before: a function, or a profiler in C as cProfile's, which is none and starts itself."""
+    sys.setprofile(before if callable(before) else None)
+    if hasattr(before, "enable"):
+        before.enable()
+
+
 def _own_variables(code: CodeType) -> frozenset[str] | None:
     """The variables that a function assigns, without its arguments; None for code of the engine and of libraries."""
     file = code.co_filename
@@ -63,8 +82,20 @@ def _own_variables(code: CodeType) -> frozenset[str] | None:
 
 
 def caller_variables(frame: FrameType) -> dict[str, Any]:
-    """The variables of the program at the end of the block."""
+    """The variables of the program at the end of the block, which an ExitStack may have ended."""
+    while frame.f_code.co_filename == contextlib.__file__ and frame.f_back:
+        frame = frame.f_back
     return {k: v for k, v in frame.f_locals.items() if isinstance(v, Tensor) and not k.startswith("_")}
+
+
+def parameters_of(f: Callable[..., Any], count: int) -> list[str]:
+    """The names of the first parameters of a function, or of a module's forward; `input3` beyond those it has."""
+    try:
+        parameters = list(signature(f.forward if isinstance(f, module.Module) else f).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    own = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    return own[:count] if len(own) >= count else [*own, *(f"input{i}" for i in range(len(own), count))]
 
 
 def by_path(steps: Iterable[Step]) -> dict[str, Step]:
@@ -97,6 +128,8 @@ def find(paths: Mapping[str, Step], name: str) -> Step:
         return next(iter(found.values()))
     if found:
         raise KeyError(f"{name!r} is the name of {len(found)} steps: {', '.join(list(found)[:12])}")
+    if inside := [p for p in paths if p.startswith(f"{name}.")]:
+        raise KeyError(f"{name!r} is a module or a fused op; its steps are {', '.join(inside[:20])}")
     ends = {path.rpartition(".")[2]: path for path in paths}
     near = get_close_matches(name, paths, n=5, cutoff=0.5) or [
         ends[e] for e in get_close_matches(last, ends, n=5, cutoff=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,8 +39,13 @@ def narrate(e: Explanation, lang: str, of: str | None) -> str:
 
 
 def _is_batch_norm(e: Explanation, step: Step) -> bool:
-    sources = [n for s in step.sources for n in s.names]
-    return "xhat" in step.names and {"xmu", "ivar"} <= set(sources) and last_gradient(e, step) is not None
+    """Whether a step is the xhat of a BatchNorm. That of LayerNorm and its like is reshaped."""
+    ivars = [s.array.shape for s in step.sources if "ivar" in s.names]
+    if "xhat" not in step.names or not ivars or not any("xmu" in s.names for s in step.sources):
+        return False
+    if step.array.ndim < 2 or math.prod(ivars[0]) != step.array.shape[1] or last_gradient(e, step) is None:
+        return False
+    return not any(user.op and user.op.name == "reshape" for p in e.passes for user in p.users(step))
 
 
 def _any(e: Explanation, words: dict[str, str]) -> str:
@@ -96,7 +102,7 @@ class _Story:
             keys += ["xhat", "ivar", "sqrtvar", "var", "sq", "xmu", "mu", "x", "closed", "sum", "scale"]
         else:
             keys += ["given", "given_sum"]
-        of = repr(self.scope) if self.scope in self.e.kinds and self.scope else ""
+        of = f" {self.scope!r}" if self.scope in self.e.kinds and self.scope else ""
         words = {k: v if isinstance(v, str | int) else _told(v) for k, v in told.items()}
         filled = [self.words[k].format(of=of, channel=self.channel + 1, channels=channels, **words) for k in keys]
         return "\n\n".join(" ".join(line.split()) for line in filled)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_bn.explain.graph import Expand, Shown, boxes, label, last_gradient, opened, shown_steps
-from tinygrad_bn.explain.memory import memory_table
+from tinygrad_bn.explain.graph import Expand, Shown, boxes, call_in_names, label, last_gradient, opened, shown_steps
 from tinygrad_bn.explain.paths import parting
+from tinygrad_bn.explain.table import memory_table
 
 if TYPE_CHECKING:
     from tinygrad_bn.explain.explanation import Explanation
@@ -59,7 +59,7 @@ def _node(e: Explanation, node: Shown) -> dict[str, Any]:
         "given": step.op is None,
         "shape": list(step.array.shape),
         "dtype": str(step.array.dtype),
-        "ops": [{"formula": s.formula, "call": s.describe()[:200]} for s in node.steps],
+        "ops": [{"call": call_in_names(e, s), "rule": s.formula} for s in node.steps],
         "value": numbers(step.value),
         "grad": numbers(last_gradient(e, step)),
         "from": node.sources,
@@ -75,13 +75,15 @@ def _paths(e: Explanation, shown: dict[str, Shown]) -> dict[str, Any]:
         step = node.step
         assert step is not None
         p = next((p for p in reversed(e.passes) if step in p.grads), None)
-        if p is None or not parting(p, step) or len(out) == EXPLAINED:
+        if p is None or not (chosen := parting(p, step)) or len(out) == EXPLAINED:
             continue
-        ways = e[node.path].paths
-        try:
-            several = len(ways) > 1
-        except ValueError:  # too many
-            continue
+        forward = [e.path_of(s) for s in chosen if not s.derivative_of]
+        for ways in (e[node.path].paths, e[node.path].paths(via=forward)):
+            try:
+                several = len(ways) > 1
+                break
+            except ValueError:  # too many; those that the forward pass tells apart are fewer
+                several = False
         if several:
             out[node.path] = [
                 {

@@ -40,7 +40,7 @@ def program(e: Explanation) -> str:
         if call.phase != phase:
             phase = call.phase
             lines.append(f"{phase}:")
-        operands = [*map(name, call.operands), *(f"{k}={_option(v)}" for k, v in call.params.items())]
+        operands = [*map(name, call.operands), *options(call.params)]
         results = ", ".join("_" if r is None else f"{name(r)}{_type(r)}" for r in call.results)
         lines.append(f"  {results} = {call.name}({', '.join(operands)})")
     return "\n".join(lines)
@@ -50,6 +50,11 @@ def _type(array: Any) -> str:
     if not hasattr(array, "dtype") or isinstance(array, np.generic):
         return ""
     return f":{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def options(params: dict[str, Any]) -> list[str]:
+    """The options of an op: `axis=0`."""
+    return [f"{k}={_option(v)}" for k, v in params.items()]
 
 
 def _option(value: Any) -> str:

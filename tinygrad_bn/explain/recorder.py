@@ -1,4 +1,4 @@
-"""Recording: what the engine does in a block, seen by the replacements of `hooks`."""
+"""Recording: what the engine does in a block, as a listener of `hooks`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from tinygrad_bn import autograd, backend, tensor
-from tinygrad_bn.explain.names import Locals
+from tinygrad_bn.explain import hooks
+from tinygrad_bn.explain.names import Locals, parameters_of
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Node, Op, Tensor
@@ -34,10 +37,10 @@ class Recorder:
         self._paths: dict[int, str] = {}  # of the modules below the outermost one
         self._modules = 0  # how many are running
         self._fused = 0
-        self._quiet = False  # a plain backward pass: its ops are no steps
+        self._quiet = False  # a plain backward pass, and the storing of its gradients: their ops are no steps
         self._backward = False
+        self._storing = False  # a plain backward pass will add its gradients to those of the leaves
         self._pass: Pass | None = None  # that is running; None inside a fused op from before the block
-        self._unlogged = 0
 
     # ---- forward ----------------------------------------------------------------------------------------
 
@@ -58,7 +61,9 @@ class Recorder:
         else:
             y, saved = original(op, inputs, params)
             scope = self._scopes[-1] if self._scopes else ""
-            self.steps[id(y)] = Step(y, op, tuple(met), params, scope, number=len(self.steps), line=_line())
+            step = Step(y, op, tuple(met), params, scope, number=len(self.steps), line=_line())
+            step.inside, step.backward = bool(self._scopes), self._backward
+            self.steps[id(y)] = step
         if not self._fused and isinstance(y, Tensor):
             kept = (*(o._data for o in inputs if isinstance(o, Tensor)), y._data, *saved) if y.requires_grad else ()
             self.layers.append(Layer(op, self._scopes[-1] if self._scopes else "", y._data, kept))
@@ -89,10 +94,12 @@ class Recorder:
         """The steps of a module are in the scope of its path."""
         if not self._modules:
             self.modules.append(m)
-            self._paths = {id(child): path for path, child in m.named_modules()}
-            for key, t in m.named_tensors():
+            # Backwards: what is shared has the first of its names, as in `named_parameters`.
+            self._paths = {id(child): path for path, child in reversed(list(m.named_modules()))}
+            for key, t in reversed(list(m.named_tensors())):
                 scope, _, name = key.rpartition(".")
                 self._owned[id(t._data)] = t._data, scope, name
+            args = self._named_inputs(m, args)
         path = self._paths.get(id(m), type(m).__name__)
         self._modules += 1
         try:
@@ -102,6 +109,14 @@ class Recorder:
             return y
         finally:
             self._modules -= 1
+
+    def _named_inputs(self, m: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the program gives to a module, arrays as tensors. It is called as the parameters until it has a name."""
+        given = tuple(m._tensor(a) if isinstance(a, np.ndarray | list) else a for a in args)
+        for name, t in zip(parameters_of(m, len(given)), given, strict=True):
+            if isinstance(t, Tensor) and not (step := self.meet(t)).named and step.op is None:
+                step.names = [name]
+        return given
 
     def _name_result(self, y: object, scope: str, applies: bool) -> None:
         """The result of a module or of a fused op is its `out`, also where a step before a cast was called so."""
@@ -128,6 +143,26 @@ class Recorder:
 
     # ---- backward ---------------------------------------------------------------------------------------
 
+    def cotangent(self, original: Callable[..., Any], y: Tensor, g: Any) -> Tensor:
+        """The gradient that a pass starts with. Its cast is no step, unless it is to be differentiated."""
+        before = self._quiet, self._backward
+        self._quiet, self._backward = not (isinstance(g, Tensor) and g.requires_grad), True
+        try:
+            t: Tensor = original(y, g)
+            return t
+        finally:
+            self._quiet, self._backward = before
+
+    def accumulate(
+        self, original: Callable[..., Any], y: Tensor, g: Tensor, create_graph: bool, free: bool
+    ) -> None:  # fmt: skip
+        """A backward pass that stores its gradients. Adding a plain one to that of a pass before is no step."""
+        self._storing = not create_graph
+        try:
+            original(y, g, create_graph, free)
+        finally:
+            self._storing = self._backward = self._quiet = False
+
     def backward_pass(
         self, original: Callable[..., Any], y: Tensor, g: Tensor, order: list[Tensor], wanted: Any,
         create_graph: bool, free: bool = False,
@@ -151,7 +186,7 @@ class Recorder:
             grads = original(y, g, order, wanted, create_graph, free)
         finally:
             sys.setprofile(watching)
-            self._pass, self._backward, self._quiet = None, False, False
+            self._pass, self._backward, self._quiet = None, self._storing, self._storing
         for t, gt in grads.items():
             self.passes[-1].grads[self.steps[id(t)]] = gt._data if isinstance(gt, Tensor) else gt
             self._name_derivative(gt, self.steps[id(t)])
@@ -185,40 +220,29 @@ class Recorder:
 
     def fitted(self, gx: Any, x: Tensor) -> Any:
         """The gradient of x in its shape and dtype."""
-        with self._off_the_record():
+        with hooks.unseen():
             return autograd._fit(gx, x, backend.forward)
 
     def added(self, a: Any, b: Any) -> Any:
         """The sum of two arrays, by the op that the engine adds gradients with."""
-        with self._off_the_record():
+        with hooks.unseen():
             return backend.forward(tensor.OPS["add"], (a, b), {})[0]
 
     # ---- below the seam ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def _off_the_record(self) -> Iterator[None]:
-        self._unlogged += 1
-        try:
-            yield
-        finally:
-            self._unlogged -= 1
-
     def forward(self, original: Callable[..., Any], op: Op, arrays: Any, params: dict[str, Any]) -> Any:
         """A call of an op on arrays."""
-        with self._off_the_record():  # a kernel may call others
-            y, saved = original(op, arrays, params)
-        if not self._unlogged:
-            phase = "backward" if self._backward else "update" if op.updates else "forward"
-            self._log(phase, op.name, arrays, params, (y, *saved))
+        y, saved = original(op, arrays, params)
+        phase = "backward" if self._backward else "update" if op.updates else "forward"
+        self._log(phase, op.name, arrays, params, (y, *saved))
         return y, saved
 
     def vjp(
         self, original: Callable[..., Any], op: Op, g: Any, y: Any, arrays: Any, params: Any, needs: Any, saved: Any
     ) -> Any:
         """A call of an op's gradients on arrays."""
-        with self._off_the_record():
-            gxs = original(op, g, y, arrays, params, needs, saved)
-        if gxs is not NotImplemented and not self._unlogged:
+        gxs = original(op, g, y, arrays, params, needs, saved)
+        if gxs is not NotImplemented:
             self._log("backward", op.vjp, (g, y, *arrays), params, tuple(gxs))
         return gxs
 

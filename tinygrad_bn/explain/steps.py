@@ -26,6 +26,8 @@ class Step:
     derivative_of: list[Step] = field(default_factory=list)  # several where a step passes its gradient on as it is
     number: int = 0  # in the order of the forward pass
     line: tuple[str, int] | None = None  # of the program that uses the package
+    inside: bool = False  # of a module or a fused op
+    backward: bool = False  # whether a backward pass computed it
 
     def __post_init__(self) -> None:
         self.origin = self.home  # where it was computed; the program may call it otherwise

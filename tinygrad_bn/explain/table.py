@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_bn.explain.graph import Expand, folded, last_gradient, shown_steps
+from tinygrad_bn.explain.graph import Expand, folded, label, last_gradient, shown_steps
+from tinygrad_bn.explain.memory import Memory, memory
 from tinygrad_bn.explain.steps import Step
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         def cells(tag: str, row: Sequence[str]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+            style = "white-space:nowrap;text-align:left"
+            return "<tr>" + "".join(f"<{tag} style='{style}'>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
 
         body = "".join(cells("td", row) for row in self.rows)
         head = cells("th", self.head)
@@ -58,20 +60,34 @@ class Table:
 
 
 def steps_table(e: Explanation, expand: Expand) -> Table:
-    """A row for each step: its name, its ops, shape, values, gradient and sources. By default nothing is folded."""
+    """A row for each step: its name, its ops, shape, values, gradient and sources. By default nothing is folded.
+
+    The row of a layer's result, or of a folded box, has the memory of the layer, as a plain run holds it.
+    """
     shown = shown_steps(e) if expand is None else folded(e, expand)
+    held = memory(e)
+    ends = {id(of.result): name for name, of in held.items()}
     rows = []
     for path, node in shown.items():
         step = node.step
         ops = " ".join(s.op.name for s in node.steps if s.op) or "given"
         sources = ", ".join(s.removeprefix("box:") for s in node.sources)
         if step is None:
-            rows.append((node.name, f"{len(node.steps)} ops, folded", "", "", "", sources))
+            box = path.removeprefix("box:")
+            inside = [of for name, of in held.items() if f"{name}.".startswith(f"{box}.")]
+            rows.append((node.name, f"{len(node.steps)} ops, folded", "", "", "", _sizes(inside), sources))
             continue
         grad = last_gradient(e, step)
         gradient = "" if grad is None else numbers(grad)
-        rows.append((path, ops, shape_of(step), numbers(step.value), gradient, sources))
-    return Table("What was computed", ("step", "ops", "shape", "value", "gradient", "from"), rows)
+        own = held.get(ends.pop(id(step.array), ""))
+        rows.append((path, ops, shape_of(step), numbers(step.value), gradient, _sizes([own] if own else []), sources))
+    head = ("step", "ops", "shape", "value", "gradient", "memory, bytes", "from")
+    return Table("What was computed; memory: a layer's result / kept for backward / gradient", head, rows)
+
+
+def _sizes(layers: Sequence[Memory]) -> str:
+    """The memory of layers together: of the result, of what is kept for the backward pass, and of the gradients."""
+    return " / ".join(f"{sum(of):,}" for of in zip(*(m.sizes for m in layers), strict=True))
 
 
 def shape_of(step: Step) -> str:
@@ -85,5 +101,13 @@ def numbers(array: Any) -> str:
     first = " ".join(f"{v:.4g}" for v in a.ravel()[:3].tolist())
     if a.size <= 3:
         return first
-    with np.errstate(invalid="ignore"):
-        return f"{first} …  |max| {np.abs(a.astype(float)).max():.3g}"
+    return f"{first} …  |max| {max(float(a.max()), -float(a.min())):.3g}"
+
+
+def memory_table(e: Explanation) -> Table:
+    """`memory` as a table, with the sum of each column."""
+    held = memory(e)
+    rows = [(label(e, name) if name in e.kinds else name, *(f"{v:,}" for v in m.sizes)) for name, m in held.items()]
+    total = ("together", *(f"{sum(column):,}" for column in zip(*(m.sizes for m in held.values()), strict=True)))
+    head = ("layer", "result", "kept for backward", "gradient")
+    return Table("Memory of each layer of a plain run, in bytes", head, [*rows, total])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ENGLISH = {
-    "title": "The backward pass of BatchNorm {of}, in channel {channel} of {channels}, over N = {n} values",
+    "title": "The backward pass of BatchNorm{of}, in channel {channel} of {channels}, over N = {n} values",
     "start": "The rest of the network gives ∂out = {dout}, one number for each value.",
     "bias": "out = gammax + bias. A sum passes its gradient on as it is: ∂gammax = ∂out. The bias was added to every "
     "value, so it collects all of them: ∂bias = Σ ∂out = {dbias}.",
@@ -36,22 +36,22 @@ ENGLISH = {
 }
 
 KOREAN = {
-    "title": "배치 정규화 {of}의 역전파: 채널 {channels}개 중 {channel}번째 채널, 값 N = {n}개",
-    "start": "뒤쪽 네트워크에서 ∂out = {dout} 이 전해집니다. 값마다 하나씩입니다.",
-    "bias": "out = gammax + bias 입니다. 덧셈은 기울기를 그대로 흘려보내므로 ∂gammax = ∂out 입니다. bias는 모든 값에 "
-    "더해졌으므로 모두 모읍니다: ∂bias = Σ ∂out = {dbias}.",
-    "weight": "gammax = weight · xhat 이고 weight = {weight} 입니다. 곱셈은 기울기에 상대 인수를 곱해 보냅니다: "
+    "title": "배치 정규화{of}의 역전파: 채널 {channels}개 중 {channel}번째 채널, 값 N = {n}개",
+    "start": "뒤쪽 신경망에서 ∂out = {dout} 이 전해집니다. 값마다 하나씩입니다.",
+    "bias": "out = gammax + bias 입니다. 덧셈은 그래디언트를 그대로 흘려보내므로 ∂gammax = ∂out 입니다. bias는 모든 "
+    "값에 더해졌으므로 모두 모읍니다: ∂bias = Σ ∂out = {dbias}.",
+    "weight": "gammax = weight · xhat 이고 weight = {weight} 입니다. 곱셈은 그래디언트에 상대 인수를 곱해 보냅니다: "
     "∂xhat = weight · ∂gammax = {dxhat}, ∂weight = Σ ∂gammax · xhat = {dweight}.",
     "plain": "weight와 bias가 없으면 out이 곧 xhat입니다: ∂xhat = ∂out = {dxhat}.",
     "xhat": "xhat = xmu · ivar 도 곱셈입니다. 여기서 첫 번째 경로가 xmu로 곧장 갈라져 나갑니다: "
     "∂xhat · ivar = {direct}.",
-    "ivar": "다른 인수 ivar = {ivar} 는 채널 전체에 하나뿐인 수이므로 모든 값에서 기울기를 모읍니다: "
+    "ivar": "다른 인수 ivar = {ivar} 는 채널 전체에 하나뿐인 수이므로 모든 값에서 그래디언트를 모읍니다: "
     "∂ivar = Σ ∂xhat · xmu = {divar}.",
     "sqrtvar": "ivar = 1 / sqrtvar 이고 sqrtvar = {sqrtvar} 입니다: ∂sqrtvar = −∂ivar / sqrtvar² = {dsqrtvar}.",
     "var": "sqrtvar = √(var + eps) 입니다: ∂var = ∂sqrtvar / (2 sqrtvar) = {dvar}.",
     "sq": "var는 sq의 평균이므로 각 값의 몫은 1/N입니다: ∂sq = ∂var / N = {dsq}. 모든 값에서 같습니다.",
     "xmu": "sq = xmu² 입니다. 분산을 지나는 두 번째 경로는 ∂sq · 2 xmu = {variance} 로 xmu에 도착합니다. 경로가 만나는 "
-    "곳에서 기울기는 더해집니다: ∂xmu = {dxmu}.",
+    "곳에서 그래디언트는 더해집니다: ∂xmu = {dxmu}.",
     "mu": "xmu = x − mu 입니다. 평균은 모든 값에서 빼 주었으므로 음의 부호로 모읍니다: ∂mu = −Σ ∂xmu = {dmu}. 분산을 "
     "지나는 경로는 여기에 보태는 것이 없습니다: Σ xmu = 0 이므로 Σ ∂sq · 2 xmu = {mean_of_variance} 입니다.",
     "x": "x는 xmu에 직접 닿고, mu를 거쳐서도 닿습니다. mu에서 각 값의 몫은 1/N이므로 세 번째 경로는 ∂mu / N = {mean} "
@@ -66,7 +66,7 @@ KOREAN = {
     "그래서 경로는 하나뿐입니다: ivar = {ivar} 이고 ∂x = ∂xhat · ivar = {dx}.",
     "given_sum": "Σ ∂x = {sum} 로, 0이 될 까닭이 없습니다. 여기서는 모든 x에 상수를 더하면 출력도 움직입니다.",
     "other": "{of}에서 거꾸로 가는 역전파",
-    "step": "{name} = {call}: 기울기는 {grad} 입니다. 규칙: {formula}.",
+    "step": "{name} = {call}: 그래디언트는 {grad} 입니다. 규칙: {formula}.",
 }
 
 WORDS = {"en": ENGLISH, "ko": KOREAN}

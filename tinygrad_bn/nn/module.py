@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
+from tinygrad_bn.notebook import ModuleInNotebook
 from tinygrad_bn.tensor import Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
@@ -39,7 +40,7 @@ AFFINE: dict[str, type] = {"weight": Parameter, "bias": Parameter}
 PLAIN = frozenset({Parameter, Buffer, bool, int, float, str, type(None)})
 
 
-class Module:
+class Module(ModuleInNotebook):
     """Base class of layers and networks. A subclass defines `forward`.
 
     Parameters, buffers, modules, and modules in lists and tuples are found among the attributes. No registration and

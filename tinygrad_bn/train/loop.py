@@ -74,7 +74,8 @@ def fit(
             error, "skip" the batch, or "restore" the model and the optimizer as the last completed epoch left them,
             and end the training. With "raise" and "skip" parameters and running statistics stay as they were before
             that step. "ignore": do not look.
-        callbacks: functions (history, model), all called after every epoch. Training ends if one returns True.
+        callbacks: functions (history, model), all called after every epoch. Training ends if one returns True. The
+            method `on_step(model)` of a callback, if it has one, is called after every step.
         progress: show a progress bar.
         description: label of the progress bar.
         device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
@@ -100,6 +101,7 @@ def fit(
     if not all(map(callable, callbacks)):
         raise TypeError(f"callbacks are functions (history, model); got {callbacks!r}")
     _expect_optimizer(optimizer, schedule)
+    each_step = [c.on_step for c in callbacks if hasattr(c, "on_step")]
     batches = Batches(*arrays_of(data), batch_size, seed=seed, drop_last=drop_last)
     if not len(batches):
         raise ValueError(f"no batches: {len(batches.x)} samples, batch_size={batch_size}, drop_last={drop_last}")
@@ -125,6 +127,8 @@ def fit(
                         steps.handle(f"epoch {number}, step {i} of {len(batches)}: {fault}", history)
                         if history.diverged:
                             return history
+                    for watch in each_step:
+                        watch(model)
                     bar.update(task, advance=1, status=_status(number, epochs, mean.score()))
                 val = evaluate(model, validation, loss=loss) if validation is not None else Score(np.nan, np.nan)
                 history.epochs.append(Epoch(number, *mean.score(), *val, time.perf_counter() - start))
