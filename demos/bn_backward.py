@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> Run:
         run.parser.error("--x takes two or more finite numbers, the samples of one channel")
     x = Tensor(np.reshape(given, (-1, 1)) if given else rng.normal(3.0, 2.0, (5, 2)), requires_grad=True)
     weight, bias = (Tensor(np.array(v[: x.shape[1]]), requires_grad=True) for v in ([1.5, -0.5], [0.1, 0.2]))
-    mean, var = (Tensor(np.full(x.shape[1], v)) if run.args.eval else None for v in (MEAN, VAR))
+    running_mean, running_var = (Tensor(np.full(x.shape[1], v)) if run.args.eval else None for v in (MEAN, VAR))
     g = rng.normal(size=x.shape)
     with explain() as e:
-        out = functional.batch_norm(x, mean, var, weight, bias, training=not run.args.eval, eps=1e-5)
+        out = functional.batch_norm(x, running_mean, running_var, weight, bias, training=not run.args.eval, eps=1e-5)
         out.backward(g)
     paths = dict(e["x"].paths(via=["xhat"]) if run.args.eval else e["x"].paths)
     total = np.sum(list(paths.values()), axis=0)

@@ -29,15 +29,16 @@ def draw(run: Run, e: Explanation, paths: dict[str, Array]) -> None:
     """The steps of sample 1 and channel 1 with value and gradient; and the share of each path in each sample."""
     figure, ((steps,),) = viz.subplots(1, 1, 6.5, 5)
     shape = e["x"].value.shape
-    for name in PLACES.keys() & e:
+    for name in filter(e.__contains__, PLACES):
         numbers = (np.nan if of is None else np.broadcast_to(of, shape)[0, 0] for of in (e[name].value, e[name].grad))
         steps.annotate(
             "{}\n{:.3f}\n∂ {:.3f}".format(name, *numbers).replace("∂ nan", "constant"), PLACES[name], ha="center",
             va="center", fontsize=11, bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "0.6"},
         )  # fmt: skip
     for route, hue in ARROWS:
-        on = [name for name in route.split() if name in e]
-        for tail, head in pairwise(on):
+        for tail, head in pairwise(route.split()):
+            if tail not in e or head not in e:
+                continue  # in evaluation
             arrow = {"arrowstyle": "-|>", "color": viz.COLOURS[hue], "linewidth": 2, "shrinkA": 30, "shrinkB": 32}
             steps.annotate("", PLACES[head], PLACES[tail], arrowprops=arrow)
     steps.set(xlim=(-0.4, 3.4), ylim=(-0.4, 2.4), title="sample 1, channel 1: value and gradient ∂")

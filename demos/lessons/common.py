@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import re
 import sys
 import traceback
@@ -27,6 +28,7 @@ from tinygrad_bn import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logging.getLogger("marimo").setLevel(logging.ERROR)  # it warns of the lessons' titles, and uses them all the same
 LANGUAGES = {"English": "en", "한국어": "ko"}
 Check = Callable[[dict[str, Any]], tuple[str, str] | None]
 
@@ -97,9 +99,10 @@ class Say:
             kind, result = "success", self.pick("✓ The engine agrees.", "✓ 엔진의 값과 같습니다.")
         message = mo.Html(f'<div class="verdict" role="status">{escaped(result)}</div>')
         answer = self.pick("One way to do it", "풀이 보기")
+        named = mo.Html(f'<div role="group" aria-label="{self.pick("answer", "답")}">{mo.as_html(editor).text}</div>')
         return mo.vstack([
             mo.md(question),
-            editor,
+            named,
             mo.callout(message, kind=kind),
             mo.accordion({answer: mo.md(f"```python\n{solution.strip()}\n```")}),
         ])  # fmt: skip
@@ -160,7 +163,8 @@ def table(rows: Mapping[str, Any], head: tuple[str, ...] = (), spec: str = ".4f"
         for line in (("", list(head[1:]), ""), *lines):
             print(f"{line[0]:24}", *(f"{cell!s:>12}" for cell in line[1]))
         print()
-    heads = "".join(f"<th scope='col'>{escaped(h)}</th>" for h in (head or ("", *map(str, range(1, width + 1)))))
+    columns = head or ("", *map(str, range(1, width + 1)))
+    heads = "".join(f"<th scope='col'>{escaped(h)}</th>" if h else "<td></td>" for h in columns)
     body = "".join(line[2] for line in lines)
     return mo.Html(
         f'<div class="table" role="region" tabindex="0" aria-label="{escaped(", ".join(rows))}"'
@@ -224,23 +228,31 @@ def expects(**right: Any) -> Check:
 
 
 def missing(variables: Mapping[str, Any], *names: str) -> tuple[str, str] | None:
-    """Which of the names the learner's code does not define, or leaves at None or `...`."""
+    """The first of the names that the learner's code does not define, or leaves at None or `...`."""
     for name in names:
         if variables.get(name) is None or variables[name] is ...:
             return f"Give {name} a value.", f"{name}에 값을 넣어 보세요."
     return None
 
 
-def difference(name: str, mine: Any, right: Any) -> tuple[str, str] | None:
-    """How an answer differs from the engine's value: its shape, sign, a factor, or where most; None if it agrees."""
-    right = np.asarray(right)
+def no_numbers(name: str, mine: Any) -> tuple[str, str] | None:
+    """What an answer is, if it is not a number or an array of numbers."""
     try:
-        mine = np.asarray(mine.numpy() if isinstance(mine, Tensor) else mine, float)
+        np.asarray(mine.numpy() if isinstance(mine, Tensor) else mine, float)
     except (TypeError, ValueError):
         return (
             f"{name} has to be a number or an array of numbers; it is a {type(mine).__name__}.",
             f"{name}에는 수나 수의 배열이 있어야 하는데, 지금은 {type(mine).__name__}입니다.",
         )
+    return None
+
+
+def difference(name: str, mine: Any, right: Any) -> tuple[str, str] | None:
+    """How an answer differs from the engine's value: its shape, sign, a factor, or where most; None if it agrees."""
+    right = np.asarray(right)
+    if wrong := no_numbers(name, mine):
+        return wrong
+    mine = np.asarray(mine.numpy() if isinstance(mine, Tensor) else mine, float)
     if mine.shape != right.shape:
         return (
             f"{name} has the shape {mine.shape}, the engine's has {right.shape}.",

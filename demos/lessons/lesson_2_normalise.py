@@ -10,7 +10,7 @@ app = marimo.App(app_title="2. Normalise 1 … 20 / 1부터 20까지 정규화",
 with app.setup:
     import marimo as mo
     import numpy as np
-    from common import Say, editor, expects, language_switch, picture, table
+    from common import Say, difference, editor, expects, language_switch, missing, no_numbers, picture, table
 
     from tinygrad_bn import Tensor, nn, viz
     from tinygrad_bn import functional as F
@@ -327,6 +327,11 @@ def _(say, two):
     sample = np.random.default_rng(1).normal([3, -1, 10], [2, 0.5, 4], (6, 3))
 
     def gives_back(answer):
+        for name in ("weight", "bias"):
+            if wrong := missing(answer, name) or no_numbers(name, answer[name]):
+                return wrong
+            if np.shape(answer[name]) != (3,):
+                return difference(name, answer[name], np.zeros(3))
         vectors = (Tensor(np.asarray(answer[name], float)) for name in ("weight", "bias"))
         result = F.batch_norm(Tensor(sample), None, None, *vectors, training=True, eps=1e-5)
         return expects(out=sample)({"out": result.numpy()})

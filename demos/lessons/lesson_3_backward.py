@@ -145,7 +145,7 @@ def _(gradient, say, value):
             """,
         ),
         table(
-            {f"{name} = {formula}": (*map(written, first(name)), rule) for name, (formula, rule) in STEPS.items()},
+            {f"{name} = {formula}": (*(written(v, ".4f") for v in first(name)), rule) for name, (formula, rule) in STEPS.items()},
             head=(say.pick("step", "단계"), say.pick("value", "값"), "∂", say.pick("the rule of ∂", "∂의 규칙")),
         ),
     ])  # fmt: skip

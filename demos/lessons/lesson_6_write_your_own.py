@@ -13,7 +13,7 @@ with app.setup:
     import marimo as mo
     import numba
     import numpy as np
-    from common import Say, editor, expects, language_switch, table
+    from common import Say, editor, expects, language_switch, missing, table
     from tinygrad_bn_kernels import disabled, kernel
 
     from tinygrad_bn import Tensor, fused, primitive, testing
@@ -70,11 +70,21 @@ def _(language):
 def _(one, say):
     def graded(name):
         def check(variables):
+            if wrong := missing(variables, name):
+                return wrong
+            if not hasattr(variables[name], "op"):
+                return (
+                    f"{name} is no op yet: keep the line with @ above its def.",
+                    f"{name}은 아직 연산이 아닙니다. def 위의 @ 줄을 남겨 두세요.",
+                )
             try:
                 testing.check_op(variables[name])
             except AssertionError as error:
                 text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-                return f"check_op found a mistake:\n{text}", f"check_op이 틀린 곳을 찾았습니다.\n{text}"
+                return (
+                    f"check_op found a mistake. `gradient` is what your rule gives, `numerical` a difference:\n{text}",
+                    f"check_op이 틀린 곳을 찾았습니다. gradient는 규칙의 값, numerical은 수치 미분입니다.\n{text}",
+                )
             return None
 
         return check
@@ -376,6 +386,8 @@ def _(graded, say, two):
     right = F.layer_norm(Tensor(x), 6, eps=1e-5).numpy()
 
     def is_layer_norm(variables):
+        if not hasattr(variables.get("own_layer_norm"), "op"):
+            return graded("own_layer_norm")(variables)  # which says what is missing
         y = variables["own_layer_norm"](x, eps=1e-5)
         return expects(y=right)({"y": y}) or graded("own_layer_norm")(variables)
 
@@ -407,6 +419,27 @@ def _(graded, say, two):
         is_layer_norm,
         fused=fused, rows=rows, F=F,
     )  # fmt: skip
+    return
+
+
+@app.cell
+def _(say):
+    say(
+        r"""
+        ## Where next
+
+        `python -m demos quiz` asks you for every gradient of BatchNorm. `python -m demos bn_backward --x 1 2 3 4 6` prints them
+        for your own numbers, and `e.html("steps.html")` draws them for your own network. `demos/lessons/questions.md` answers
+        what others asked.
+        """,
+        r"""
+        ## 다음에 볼 것
+
+        `python -m demos quiz`는 배치 정규화의 그래디언트를 하나씩 물어봅니다. `python -m demos bn_backward --x 1 2 3 4 6`은 여러분의
+        숫자로 모든 값을 출력하고, `e.html("steps.html")`은 여러분의 신경망으로 그림을 그립니다. 다른 사람들이 물어본 것은
+        `demos/lessons/questions.ko.md`에 답이 있습니다.
+        """,
+    )
     return
 
 
