@@ -227,12 +227,8 @@ def _(activation, depth, gain, say):
 
 @app.cell
 def _(activation, depth, gain):
-    sample = TRAINING.take(np.arange(200))
-    with np.errstate(all="ignore"):
-        flows = {
-            bn: [experiments.flow(sample, activation.value, gain.value, depth.value, bn, seed) for seed in SEEDS]
-            for bn in (False, True)
-        }
+    how = activation.value, gain.value, depth.value
+    flows = {bn: [experiments.flow(TRAINING, *how, bn, seed) for seed in SEEDS] for bn in (False, True)}
     return (flows,)
 
 
@@ -349,17 +345,9 @@ def _(panels, rate, say):
 
 
 @app.cell
-def _():
-    noisy = {
-        model: np.array([experiments.noisy(TRAINING, model, seed) for seed in range(4)])
-        for model in loss_landscape.MODELS
-    }
-    return (noisy,)
-
-
-@app.cell
-def _(noisy, say):
-    without_bn, with_bn, with_noisy = noisy.values()
+def _(say):
+    models = loss_landscape.MODELS
+    without_bn, with_bn, with_noisy = np.array([[experiments.noisy(TRAINING, m, s) for s in range(4)] for m in models])
     mo.vstack([
         say(
             r"""
