@@ -106,13 +106,13 @@ def main(argv: list[str] | None = None) -> Run:
     rows = [[f"{lr:g}", *(str(interval(accuracy[:, i, j])) for j in range(2))] for i, lr in enumerate(RATES)]
     run.print(run.table(("learning rate", *WAYS), rows, caption="validation accuracy"))
     run.claim_mean("the three paths add up to the gradient in training, to", facts[:, 0], below=1e-12)
-    run.claim("there an output depends on other samples too", (facts[:, 1] > 0.01).all())
-    run.claim("in evaluation on its own alone", (facts[:, 2] == 0).all())
+    run.claim("in training an output depends on other samples too", (facts[:, 1] > 0.01).all())
+    run.claim("in evaluation it depends on its own sample alone", (facts[:, 2] == 0).all())
     lead = accuracy[..., 0] - accuracy[..., 1]
     run.claim_mean(
-        f"frozen statistics are not behind at a rate of {RATES[0]:g}; lead of the others", lead[:, 0], below=0.05
+        f"at a rate of {RATES[0]:g} frozen statistics are not behind; lead of batch statistics", lead[:, 0], below=0.05
     )
-    run.claim_mean(f"but at a rate of {RATES[-2]:g}", lead[:, -2], above=0.1)
+    run.claim_mean(f"at a rate of {RATES[-2]:g} they are; lead of batch statistics", lead[:, -2], above=0.1)
     return run.finish(rates=RATES, ways=WAYS, facts=facts.tolist(), accuracy=accuracy.tolist())
 
 

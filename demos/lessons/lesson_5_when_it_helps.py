@@ -337,6 +337,8 @@ def _(panels, rate, say):
             axes.plot(range(1, len(line) + 1), line, color=colour, label=label)
         axes.set_title(f"{init_scale.SCALES[panel]:.2g}", fontsize=9)
         axes.set(ylim=(0, 1.02))
+    title = say.pick("accuracy by epoch, for this deviation of weights", "가중치의 표준편차별 epoch에 따른 정확도")
+    all_panels.suptitle(title, fontsize=10)
     viz.legend_below(grid[0, 0])
     picture(
         all_panels, say.pick("Training accuracy for sixteen scales of weights", "초기 가중치 열여섯 가지의 학습 정확도")
