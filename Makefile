@@ -18,7 +18,7 @@ demos: $(VENV)/.installed  ## run every demo, and make a page of their figures i
 	$(BIN)/python -m demos all
 
 lessons: $(VENV)/.lessons  ## open six lessons in a browser, in English and Korean
-	$(BIN)/marimo run demos/lessons/lesson_*.py
+	$(BIN)/marimo --log-level ERROR run demos/lessons/lesson_*.py
 
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers

@@ -40,6 +40,7 @@ class Run:
         doc: docstring of the module; its first line is the title.
         argv: command-line arguments; the default is `sys.argv[1:]`.
         check: defaults that replace `defaults` under `--check`, for a quick run in which the claims still hold.
+        own: options of this demo alone: `{"--flag": keywords of argparse's add_argument}`.
         defaults: of the options `epochs`, `batch_size`, `lr`, `optimizer`, `data`, `seeds`; the demo has only those
             named here.
     """
@@ -50,11 +51,14 @@ class Run:
         doc: str | None,
         argv: Sequence[str] | None = None,
         check: Mapping[str, Any] | None = None,
+        own: Mapping[str, Mapping[str, Any]] | None = None,
         **defaults: Any,
     ) -> None:
         self.name, (self.title, *text) = name, (doc or "").splitlines()
         self.text = " ".join(text).strip()
         self.parser = parser(name, doc, defaults)
+        for flag, keywords in (own or {}).items():
+            self.parser.add_argument(flag, **keywords)
         argv = sys.argv[1:] if argv is None else argv
         if "--check" in argv:
             self.parser.set_defaults(**(check or {}))

@@ -1,10 +1,11 @@
-"""The gradient of BatchNorm in evaluation mode: each sample by itself, and without two of its three parts.
+"""The gradient of BatchNorm in evaluation mode: each sample by itself, along one path instead of four.
 
-In training, mean and deviation depend on each sample. The gradient of x is a direct part, weight / √(var + eps) · g,
-minus its mean over the batch, minus its projection on xhat. In evaluation the running statistics are constants, and
-only the direct part is left. That is right there: a change of one sample changes no other output. But a training with
-frozen statistics loses what the other two parts do, that no step can shift or stretch what BatchNorm gives. So it
-diverges at learning rates that suit the statistics of each batch. At small rates it is as fast, or faster.
+In training, mean and deviation depend on each sample. The gradient of x is that of the direct path, weight / √(var +
+eps) · g, minus its mean over the batch (the path through mu), minus its projection on xhat (through var). The fourth
+path is 0. In evaluation the running statistics are constants, and only the direct path is left. That is right there:
+a change of one sample changes no other output. But a training with frozen statistics loses what the other paths do:
+with them no step can shift or stretch the output of BatchNorm. So it diverges at learning rates that suit the
+statistics of each batch. At small rates it is as fast, or faster.
 """
 
 from itertools import pairwise
@@ -21,7 +22,7 @@ from .output import start
 WAYS = ("statistics of each batch", "frozen statistics")
 RATES = (0.01, 0.1, 1.0, 10.0)
 DIRECT, MEAN, PROJECTION, WHOLE = PARTS = (
-    "the direct part: the gradient in evaluation", "minus its mean", "minus its projection on xhat",
+    "direct: the gradient in evaluation", "through mu: minus its mean", "through var: minus its projection on xhat",
     "their sum: the gradient in training",
 )  # fmt: skip
 
@@ -46,7 +47,7 @@ def jacobian(bn: nn.BatchNorm1d, x: Tensor, training: bool) -> Array:
 
 
 def parts(bn: nn.BatchNorm1d, x: Tensor, g: Array) -> dict[str, Array]:
-    """The gradient in evaluation, the two parts that it lacks, and the gradient in training, (n, 1) each."""
+    """The gradient in evaluation, the parts that it lacks, and the gradient in training, (n, 1) each."""
     direct, xhat = gradient(bn, x, g, False), functional.batch_norm_steps(x, eps=bn.eps).xhat.numpy()
     mean, projection = np.full(x.shape, -direct.mean()), -xhat * (direct * xhat).mean()
     return dict(zip(PARTS, (direct, mean, projection, gradient(bn, x, g, True)), strict=True))
@@ -104,14 +105,14 @@ def main(argv: list[str] | None = None) -> Run:
 
     rows = [[f"{lr:g}", *(str(interval(accuracy[:, i, j])) for j in range(2))] for i, lr in enumerate(RATES)]
     run.print(run.table(("learning rate", *WAYS), rows, caption="validation accuracy"))
-    run.claim_mean("the three parts add up to the gradient in training, to", facts[:, 0], below=1e-12)
-    run.claim("there an output depends on other samples too", (facts[:, 1] > 0.01).all())
-    run.claim("in evaluation on its own alone", (facts[:, 2] == 0).all())
+    run.claim_mean("the three paths add up to the gradient in training, to", facts[:, 0], below=1e-12)
+    run.claim("in training an output depends on other samples too", (facts[:, 1] > 0.01).all())
+    run.claim("in evaluation it depends on its own sample alone", (facts[:, 2] == 0).all())
     lead = accuracy[..., 0] - accuracy[..., 1]
     run.claim_mean(
-        f"frozen statistics are not behind at a rate of {RATES[0]:g}; lead of the others", lead[:, 0], below=0.05
+        f"at a rate of {RATES[0]:g} frozen statistics are not behind; lead of batch statistics", lead[:, 0], below=0.05
     )
-    run.claim_mean(f"but at a rate of {RATES[-2]:g}", lead[:, -2], above=0.1)
+    run.claim_mean(f"at a rate of {RATES[-2]:g} they are; lead of batch statistics", lead[:, -2], above=0.1)
     return run.finish(rates=RATES, ways=WAYS, facts=facts.tolist(), accuracy=accuracy.tolist())
 
 

@@ -25,13 +25,18 @@ PAGE = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>tinygrad_bn: the demos</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem }
-.figure { display: block; overflow-x: auto; margin: 1rem 0; cursor: zoom-in }
-.figure img { width: 100%; height: auto } .figure input { position: absolute; opacity: 0 }
+:root { color-scheme: light dark; --soft: light-dark(#f6f6f6, #242424) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  color: light-dark(#222, #ddd); background: light-dark(#fff, #161616) }
+h2 { margin-top: 3rem; border-top: 1px solid #8884; padding-top: 1rem }
+.figure { display: inline-block; max-width: 100%; overflow-x: auto; margin: 0.5rem 0.5rem 0 0; cursor: zoom-in }
+.figure img { width: min(100%, 0.5 * var(--pixels)); height: auto } .figure input { position: absolute; opacity: 0 }
 .figure input:focus-visible + img { outline: 2px solid #06c } .figure input:checked + img { width: auto }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: 13px }
-.fails { color: #b00 } code { background: #f6f6f6 } summary { cursor: pointer }
+@media (max-width: 600px) { .figure img { width: max(100%, 0.4 * var(--pixels)) } }
+pre { overflow-x: auto; background: var(--soft); padding: 1rem; font-size: 13px }
+.fails { color: light-dark(#b00, #f88) } a { color: light-dark(#06c, #6bf) }
+.figure img { background: #fff } p, li { overflow-wrap: anywhere }
+code { background: var(--soft) } summary { cursor: pointer }
 </style>
 <h1>BatchNorm, experiment by experiment</h1>
 <p>Made by <code>$command</code>. All figures and numbers come from the runs shown here. ± is half of a 95 % interval.
@@ -55,10 +60,12 @@ def prose(text: str) -> str:
 
 
 def figure(path: Path) -> str:
-    """An embedded image, as HTML."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    name = html.escape(path.stem)
-    return f'<label class="figure"><input type="checkbox"><img alt="{name}" src="data:image/png;base64,{data}"></label>'
+    """An embedded image, as HTML. On a narrow page a wide one scrolls, in a size in which its text can be read."""
+    png = path.read_bytes()
+    width = int.from_bytes(png[16:20])
+    name, data = html.escape(path.stem), base64.b64encode(png).decode()
+    image = f'<img style="--pixels: {width}px" alt="{name}" src="data:image/png;base64,{data}">'
+    return f'<label class="figure"><input type="checkbox">{image}</label>'
 
 
 def section(name: str, folder: Path, printed: str) -> str:

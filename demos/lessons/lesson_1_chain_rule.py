@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "1. The chain rule as a machine"
+# description = "연쇄 법칙이라는 기계"
+# ///
 import marimo
 
 app = marimo.App(app_title="1. The chain rule as a machine / 연쇄 법칙이라는 기계", css_file="lessons.css")
@@ -25,7 +30,7 @@ def _():
     g_1 = mo.ui.slider(-2, 2, 0.5, value=1, label="g₁", show_value=True)
     g_2 = mo.ui.slider(-2, 2, 0.5, value=0, label="g₂", show_value=True)
     g_3 = mo.ui.slider(-2, 2, 0.5, value=0, label="g₃", show_value=True)
-    one = editor("# y = tanh(w * x + b) for the numbers w, x, b\ndw = 0.0\ndx = 0.0\ndb = 0.0")
+    one = editor("# y = tanh(w * x + b)\ndw = 0.0\ndx = 0.0\ndb = 0.0")
     two = editor("# p = u * v; q = exp(u); y = p * q\ndu = 0.0")
     language
     return a, b, g_1, g_2, g_3, language, one, two, w, x
@@ -103,16 +108,18 @@ def _(b, say, w, x):
     values = {name: t.item() for name, t in nodes.items()}
     gradients = {name: t.grad.item() for name, t in nodes.items()}
     places = {"w": (0, 2), "x": (0, 1), "b": (1, 0), "p": (1, 1.5), "s": (2, 1), "y": (3, 1)}
-    figure, ((axes,),) = viz.subplots(1, 1, 7, 3.6)
+    figure, ((axes,),) = viz.subplots(1, 1, 4.8, 3)
+    boxes = {
+        name: axes.annotate(
+            f"{name} = {values[name]:.3f}\n∂{name} = {gradients[name]:.3f}", place, ha="center", va="center",
+            bbox={"boxstyle": "round", "facecolor": "none", "edgecolor": "0.6"},
+        ).get_bbox_patch()
+        for name, place in places.items()
+    }  # fmt: skip
     for tail, head in (("w", "p"), ("x", "p"), ("p", "s"), ("b", "s"), ("s", "y")):
-        arrow = {"arrowstyle": "-|>", "color": viz.COLOURS[1], "linewidth": 2, "shrinkA": 30, "shrinkB": 40}
-        axes.annotate("", places[head], places[tail], arrowprops=arrow)
-    for name, place in places.items():
-        axes.annotate(
-            f"{name} = {values[name]:.3f}\n∂{name} = {gradients[name]:.3f}", place, ha="center", va="center", fontsize=11,
-            bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "0.6"},
-        )  # fmt: skip
-    axes.set(xlim=(-0.4, 3.4), ylim=(-0.5, 2.5))
+        arrow = {"arrowstyle": "-|>", "color": viz.COLOURS[1], "linewidth": 2, "shrinkA": 2, "shrinkB": 3}
+        axes.annotate("", places[head], places[tail], arrowprops=arrow | {"patchA": boxes[tail], "patchB": boxes[head]})
+    axes.set(xlim=(-0.5, 3.45), ylim=(-0.3, 2.3))
     axes.set_axis_off()
     mo.vstack([
         picture(figure, say.pick("The graph with values and gradients", "값과 그래디언트를 적은 계산 그래프")),
@@ -125,8 +132,8 @@ def _(b, say, w, x):
             - plus hands its gradient on to both: ∂p = ∂b = [[db]].
             - times swaps: $\partial w = \partial p\cdot x$ = [[dw]], and $\partial x = \partial p\cdot w$ = [[dx]].
 
-            The graph lives in the results. Each tensor that was computed has a `node`, with the op and its operands; here
-            they were `[[kept]]`. When the backward pass is over, it is freed.
+            Where is the graph? In the results: each computed tensor has a `node`, with the op that made it and the operands.
+            Here the nodes were `[[kept]]`. They are freed after the backward pass.
             """,
             r"""
             기계는 ∂y = 1에서 출발합니다. 노드를 지날 때마다 그 연산의 미분 하나를 곱합니다.
@@ -159,7 +166,7 @@ def _(a, say):
         r"""
         ## 그래디언트는 왜 더하고, 순서는 왜 중요한가
 
-        `b = a + a`, 그리고 `c = b + b`. a에서 c로 가는 길은 네 갈래이고, 길마다 미분은 1입니다.
+        `b = a + a`, 그리고 `c = b + b`. a에서 c로 가는 경로는 네 개이고, 경로마다 미분은 1입니다.
 
         [[a]]
         """,
@@ -196,7 +203,7 @@ def _(a, say):
         """,
         r"""
         a가 h만큼 변하면 `a + a`의 두 피연산자가 모두 h만큼 변하고, 그 효과는 **더해집니다**. 그래디언트도 마찬가지입니다. 뒤로
-        돌아가다 길이 만나는 곳에서는 그래디언트를 더합니다. 그래서 ∂b = [[db]], ∂a = [[da]]입니다. $a \cdot a$도 두 피연산자가
+        돌아가다 경로가 만나는 곳에서는 그래디언트를 더합니다. 그래서 ∂b = [[db]], ∂a = [[da]]입니다. $a \cdot a$도 두 피연산자가
         모두 a이므로 ∂a = a + a = [[dsq]]입니다.
 
         그래디언트가 다 모이기 전에 다음 노드로 넘기면 안 됩니다. b가 받는 대로 바로 넘긴다면 a가 받는 값은 [[da]]가 아니라
@@ -215,9 +222,10 @@ def _(g_1, g_2, g_3, say):
         ## What a cotangent is
 
         So far y was one number. Now let $\hat x$ = BN(x) for three samples. All derivatives together are a matrix, the
-        **Jacobian** $J_{ij} = \partial \hat x_i / \partial x_j$. For a real layer it is far too large to write down. But the loss
-        is one number, and it asks only: if each $\hat x_i$ counts $g_i$, what does each $x_j$ count? The row $g$ is the
-        **cotangent**, and $g^\top J$ the **vector-Jacobian product**. That product is all that a backward rule computes.
+        **Jacobian** $J_{ij} = \partial \hat x_i / \partial x_j$. For a real layer it is far too large to write down. And
+        nobody needs it: the loss is one number. From the later layers arrives $g_i$, the gradient of the loss by each
+        $\hat x_i$. Wanted is the gradient by each $x_j$, which is $\sum_i g_i J_{ij}$. The row $g$ is the **cotangent**, and
+        $g^\top J$ the **vector-Jacobian product**. That product is all that a backward rule computes.
 
         [[g_1]]
 
@@ -230,9 +238,9 @@ def _(g_1, g_2, g_3, say):
 
         지금까지 y는 수 하나였습니다. 이번에는 샘플 세 개에 대해 $\hat x$ = BN(x)라고 합시다. 미분을 모두 모으면 행렬, 곧
         **야코비 행렬(Jacobian)** $J_{ij} = \partial \hat x_i / \partial x_j$이 됩니다. 실제 레이어에서는 너무 커서 적을 수도 없습니다.
-        하지만 손실은 수 하나이고, 물어보는 것도 하나뿐입니다. $\hat x_i$ 하나하나의 영향이 $g_i$일 때 $x_j$ 하나하나의 영향은
-        얼마인가? 이 $g$를 **코탄젠트(cotangent)**라 하고, $g^\top J$를 **벡터-야코비 곱(vector-Jacobian product)**이라 합니다. 역전파
-        규칙이 계산하는 것은 이 곱뿐입니다.
+        하지만 손실은 수 하나라서 행렬 전체는 필요하지 않습니다. 뒤쪽 레이어에서 손실을 $\hat x_i$로 미분한 $g_i$가 들어오고, 구하려는 것은
+        손실을 $x_j$로 미분한 $\sum_i g_i J_{ij}$입니다. 이 $g$를 **코탄젠트(cotangent)**라 하고, $g^\top J$를 **벡터-야코비
+        곱(vector-Jacobian product)**이라 합니다. 역전파 규칙이 계산하는 것은 이 곱뿐입니다.
 
         [[g_1]]
 
@@ -297,16 +305,16 @@ def _(b, say, w, x):
 
         The rules above are themselves plus, times and tanh. So the backward pass can be recorded as well:
         `grad(y, x, create_graph=True)` returns a tensor that has a graph of its own. For the neuron above, dy/dx = [[first]]
-        and d²y/dx² = [[second]]. Two nearby slopes, subtracted and divided by their distance, give [[numeric]]. Second
-        derivatives tell how far a gradient can be trusted; some losses contain a gradient, and need them to train.
+        and d²y/dx² = [[second]]. Two nearby slopes, subtracted and divided by their distance, give [[numeric]]. A second derivative says how fast the gradient changes, so how long a step along it can be. And a
+        loss that contains a gradient, as a gradient penalty does, needs second derivatives to train.
         """,
         r"""
         ## 그래디언트의 그래디언트
 
         위의 규칙들도 덧셈, 곱셈, tanh입니다. 그러니 역전파 자체도 기록할 수 있습니다. `grad(y, x, create_graph=True)`가
         돌려주는 텐서에는 자신의 그래프가 있습니다. 위의 뉴런에서 dy/dx = [[first]], d²y/dx² = [[second]]입니다. 가까운 두 점의
-        그래디언트를 빼서 거리로 나누면 [[numeric]]입니다. 2차 미분은 그래디언트를 어디까지 믿어도 되는지 알려 줍니다. 손실 안에
-        그래디언트가 들어 있어서 학습할 때 2차 미분이 필요한 경우도 있습니다.
+        그래디언트를 빼서 거리로 나누면 [[numeric]]입니다. 2차 미분은 그래디언트가 얼마나 빨리 변하는지, 그래서 한 번에 얼마나 움직여도 되는지 알려
+        줍니다. 또 그래디언트가 들어 있는 손실(gradient penalty)로 학습하려면 2차 미분이 필요합니다.
         """,
         first=first.item(), second=second.item(), numeric=(slopes[1] - slopes[0]) / (2 * h),
     )  # fmt: skip
@@ -340,12 +348,18 @@ def _(say, two):
     (u * v * F.exp(u)).backward()
     say.exercise(
         "**2.** p = u v, q = exp u, y = p q. There are two paths from u to y. Compute `du` from `u` and `v`.",
-        "**2.** p = u v, q = exp u, y = p q입니다. u에서 y로 가는 길이 둘입니다. `u`와 `v`로 `du`를 구하세요.",
+        "**2.** p = u v, q = exp u, y = p q입니다. u에서 y로 가는 경로가 둘입니다. `u`와 `v`로 `du`를 구하세요.",
         two,
         "du = v * np.exp(u) + u * v * np.exp(u)",
         expects(du=u.grad.item()),
         u=0.9, v=1.7,
     )  # fmt: skip
+    return
+
+
+@app.cell
+def _(say):
+    say.next("lesson_2_normalise", "2. Normalise 1 … 20", "1부터 20까지 정규화하기")
     return
 
 

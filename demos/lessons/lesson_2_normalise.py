@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "2. Normalise 1 … 20"
+# description = "1부터 20까지 정규화하기"
+# ///
 import marimo
 
 app = marimo.App(app_title="2. Normalise 1 … 20 / 1부터 20까지 정규화", css_file="lessons.css")
@@ -5,7 +10,7 @@ app = marimo.App(app_title="2. Normalise 1 … 20 / 1부터 20까지 정규화",
 with app.setup:
     import marimo as mo
     import numpy as np
-    from common import Say, editor, expects, language_switch, picture, table
+    from common import Say, difference, editor, expects, language_switch, missing, no_numbers, picture, table
 
     from tinygrad_bn import Tensor, nn, viz
     from tinygrad_bn import functional as F
@@ -21,7 +26,7 @@ def _():
     eps = mo.ui.slider(-8, -1, 1, value=-5, label="log₁₀ eps", show_value=True)
     size = mo.ui.slider(2, 32, 1, value=4, label="N", show_value=True)
     one = editor("# X = [1, 2, …, 20]\nxhat = X")
-    two = editor("# x: shape (6, 3)\nweight = np.ones(3)\nbias = np.zeros(3)")
+    two = editor("# x: (6, 3)\nweight = np.ones(3)\nbias = np.zeros(3)")
     language
     return bias, eps, language, one, size, spread, two, weight
 
@@ -40,7 +45,7 @@ def _(language):
         r"""
         # 2. 1부터 20까지 정규화하기
 
-        배치 정규화가 각 채널에 하는 일은 하나입니다. 평균을 0으로, 분산을 1로 맞추는 것이지요. 그런 다음 네트워크가
+        배치 정규화가 각 채널에 하는 일은 하나입니다. 평균을 0으로, 분산을 1로 맞추는 것이지요. 그런 다음 신경망이
         필요하면 되돌릴 수 있게 해 둡니다. 네 번째 글처럼 1부터 20까지의 수로 먼저 직접 해 보고, 같은 일을 엔진으로도 해
         봅시다. 10분쯤 걸립니다.
         """,
@@ -137,7 +142,7 @@ def _(bias, say, weight):
 
         $$y_i = \gamma\,\hat x_i + \beta$$
 
-        평균 0, 분산 1이 모든 층에 가장 좋은 것은 아닙니다. 그 범위에서 시그모이드(sigmoid)는 거의 직선이라 활성화 함수의
+        평균 0, 분산 1이 모든 레이어에 가장 좋은 것은 아닙니다. 그 범위에서 시그모이드(sigmoid)는 거의 직선이라 활성화 함수의
         비선형성이 사라질 수 있습니다. 그래서 채널마다 학습되는 파라미터가 둘 있습니다. γ(`weight`)는 확대(scale), β(`bias`)는
         이동(shift)을 맡고, 초깃값은 1과 0입니다. 움직여서 1부터 20까지의 수를 되찾아 보세요.
 
@@ -158,10 +163,10 @@ def _(X, bias, mu, say, var, weight):
     exact = nn.BatchNorm1d(1).astype(np.float64)
     exact.load_state_dict({**exact.state_dict(), "weight": [var**0.5], "bias": [mu]})
     restored = exact(Tensor(X.reshape(20, 1), dtype=np.float64)).numpy().ravel()
-    figure, ((axes,),) = viz.subplots(1, 1, 6, 3)
+    figure, ((axes,),) = viz.subplots(1, 1, 4.8, 3)
     axes.plot(X, X, "o", color="0.6", label="x")
     axes.plot(X, out, "o", color=viz.COLOURS[1], label="γ x̂ + β")
-    axes.set(xlabel="x", ylabel="y", ylim=(-22, 35))
+    axes.set(xlabel="x", ylabel="y", ylim=(-22, 35), xticks=(1, 5, 10, 15, 20))
     viz.legend_below(axes)
     mo.vstack([
         picture(figure, say.pick("The numbers before and after BatchNorm", "배치 정규화 전과 후의 값")),
@@ -174,7 +179,7 @@ def _(X, bias, mu, say, var, weight):
             r"""
             지금 출력의 평균은 [[out_mean]], 표준편차는 [[out_std]]입니다. 입력이 무엇이든 출력의 평균과 표준편차는 β와
             γ가 정합니다. γ = σ = [[sigma]], β = μ = [[mu]]이면 입력이 그대로 나옵니다. [[off]]의 차이가 남는 것은 eps
-            때문입니다. 그러니 배치 정규화를 넣어도 네트워크가 표현할 수 있는 것은 줄지 않습니다.
+            때문입니다. 그러니 배치 정규화를 넣어도 신경망이 표현할 수 있는 것은 줄지 않습니다.
             """,
             out_mean=out.mean(), out_std=out.std(), sigma=var**0.5, mu=mu, off=np.abs(restored - X).max(),
         ),
@@ -322,6 +327,11 @@ def _(say, two):
     sample = np.random.default_rng(1).normal([3, -1, 10], [2, 0.5, 4], (6, 3))
 
     def gives_back(answer):
+        for name in ("weight", "bias"):
+            if wrong := missing(answer, name) or no_numbers(name, answer[name]):
+                return wrong
+            if np.shape(answer[name]) != (3,):
+                return difference(name, answer[name], np.zeros(3))
         vectors = (Tensor(np.asarray(answer[name], float)) for name in ("weight", "bias"))
         result = F.batch_norm(Tensor(sample), None, None, *vectors, training=True, eps=1e-5)
         return expects(out=sample)({"out": result.numpy()})
@@ -334,6 +344,12 @@ def _(say, two):
         gives_back,
         x=sample,
     )
+    return
+
+
+@app.cell
+def _(say):
+    say.next("lesson_3_backward", "3. The backward pass of BatchNorm", "배치 정규화의 역전파")
     return
 
 

@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "3. The backward pass of BatchNorm"
+# description = "배치 정규화의 역전파"
+# ///
 import marimo
 
 app = marimo.App(app_title="3. The backward pass of BatchNorm / 배치 정규화의 역전파", css_file="lessons.css")
@@ -5,11 +10,13 @@ app = marimo.App(app_title="3. The backward pass of BatchNorm / 배치 정규화
 with app.setup:
     import marimo as mo
     import numpy as np
-    from common import Say, editor, expects, language_switch, picture, table
+    from common import Say, editor, expects, folded, language_switch, picture, table, written
 
     from demos import bn_backward
-    from tinygrad_bn import Tensor, composed, grad, nn, testing, viz
+    from demos.bn_figures import name_of
+    from tinygrad_bn import Tensor, grad, nn, viz
     from tinygrad_bn import functional as F
+    from tinygrad_bn.explain import compare_gradients, explain
 
     # In symbols, for readers of both languages.
     STEPS = bn_backward.STEPS | {
@@ -30,8 +37,8 @@ def _():
     # All controls are made here, so that they keep their values when the language changes.
     language = language_switch()
     x_11 = mo.ui.slider(-4, 10, 0.1, value=float(BATCH[0, 0]), label="x₁₁", show_value=True)
-    one = editor("# dxhat, xmu: shape (5, 2); sqrtvar, ivar: shape (1, 2)\ndvar = np.zeros((1, 2))")
-    two = editor("# dxhat, xhat: shape (5, 2); ivar: shape (1, 2)\nN = len(xhat)\ndx = ivar * dxhat")
+    one = editor("# dxhat, xmu: (5, 2)\n# sqrtvar, ivar: (1, 2)\ndvar = np.zeros((1, 2))")
+    two = editor("# dxhat, xhat: (5, 2)\n# ivar: (1, 2)\nN = len(xhat)\ndx = ivar * dxhat")
     language
     return language, one, two, x_11
 
@@ -83,13 +90,14 @@ def _(x_11):
     data = BATCH.copy()
     data[0, 0] = x_11.value
     x, weight, bias = (Tensor(v, requires_grad=True) for v in (data, WEIGHT, BIAS))
-    steps = F.batch_norm_steps(x, weight, bias, eps=EPS)
-    for step in steps:
-        step.retain_grad()
-    steps.out.backward(COTANGENT)
-    value = {name: t.numpy() for name, t in steps._asdict().items()} | {"x": data}
-    gradient = {name: t.grad.numpy() for name, t in steps._asdict().items()} | {"x": x.grad.numpy()}
-    return data, gradient, value
+    with explain() as e:
+        out = F.batch_norm(x, weight=weight, bias=bias, training=True, eps=EPS)
+        out.backward(COTANGENT)
+    value = {name: e[name].value for name in ("x", *STEPS)}
+    gradient = {name: e[name].grad for name in ("x", *STEPS)}
+    shares = {name_of(path): share for path, share in e["x"].paths.items()}
+    routes = {name_of(path): path for path in e["x"].paths}
+    return data, e, gradient, routes, shares, value
 
 
 @app.cell
@@ -137,83 +145,66 @@ def _(gradient, say, value):
             """,
         ),
         table(
-            {name: (formula, *(f"{number:.4f}".replace("-", "−") for number in first(name)), rule)
-             for name, (formula, rule) in STEPS.items()},
-            head=("", say.pick("step", "단계"), say.pick("value", "값"), "∂", say.pick("gradient", "그래디언트")),
+            {f"{name} = {formula}": (*(written(v, ".4f") for v in first(name)), rule) for name, (formula, rule) in STEPS.items()},
+            head=(say.pick("step", "단계"), say.pick("value", "값"), "∂", say.pick("the rule of ∂", "∂의 규칙")),
         ),
     ])  # fmt: skip
     return
 
 
 @app.cell
-def _(data):
-    # Each path gets a copy of x of its own, so the engine's gradient of a copy is the share of that path.
-    direct, by_var, by_mean, by_mean_in_var = copies = [Tensor(data, requires_grad=True) for _ in range(4)]
-
-    def batch_mean(t):
-        return F.mean(t, axis=0, keepdims=True)
-
-    deviation = by_var - batch_mean(by_mean_in_var)
-    ivar = 1 / F.sqrt(batch_mean(deviation * deviation) + EPS)
-    out = (direct - batch_mean(by_mean)) * ivar * WEIGHT + BIAS
-    out.backward(COTANGENT)
-    names = (
-        "x → xmu → xhat → out",
-        "x → xmu → sq → var → … → out",
-        "x → mu → xmu → xhat → out",
-        "x → mu → xmu → sq → … → out",
-    )
-    shares = {name: copy.grad.numpy() for name, copy in zip(names, copies, strict=True)}
-    return (shares,)
-
-
-@app.cell
-def _(gradient, say, shares):
+def _(gradient, routes, say, shares):
     total = np.sum(list(shares.values()), axis=0)
-    figure, ((axes,),) = viz.subplots(1, 1, 7, 3.4)
-    for i, (name, share) in enumerate(list(shares.items())[:3]):
-        axes.bar(np.arange(1, 6) + 0.2 * (i - 1.5), share[:, 0], 0.2, color=viz.COLOURS[i], label=name)
-    axes.bar(np.arange(1, 6) + 0.3, total[:, 0], 0.2, color="0.3", label="∂x")
-    axes.axhline(0, color="0.3", linewidth=1)
-    axes.set(xlabel="sample", ylabel="gradient")
-    axes.legend(frameon=False, fontsize=8)
+    names = {
+        name: say.pick(name, korean)
+        for name, korean in zip(routes, ("직접", "var를 거쳐", "mu를 거쳐", "mu와 var를 거쳐"), strict=True)
+    }
+    figure, ((axes,),) = viz.subplots(1, 1, 4.8, 3.4)
+    bars = {names[name]: share for name, share in shares.items()} | {"∂x": total}
+    for i, ((name, share), hue) in enumerate(zip(bars.items(), (*viz.COLOURS[:4], "0.5"), strict=True)):
+        axes.bar(np.arange(1, 6) + 0.17 * (i - 2), share[:, 0], 0.17, color=hue, label=name)
+    axes.axhline(0, color="0.5", linewidth=1)
+    axes.set(xlabel=say.pick("sample", "샘플"), ylabel=say.pick("share of ∂x", "∂x에서 차지하는 몫"))
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     mo.vstack([
         say(
             r"""
-            ## Three paths
+            ## Four paths, and one of them is 0
 
-            x reaches the output directly, through the variance, and through the mean. Where paths meet, gradients add (lesson 1).
-            To see the share of each path, the page gives every path a copy of x of its own, and asks the engine for the gradient
-            of each copy.
+            x reaches the output along four paths. Where paths meet, gradients add (lesson 1), so ∂x has four parts. The page
+            records BatchNorm under `with explain() as e:`, and `e["x"].paths` is the share of each path:
+
+            [[list]]
             """,
             r"""
-            ## 세 갈래 길
+            ## 네 경로, 그중 하나는 0
 
-            x가 출력에 이르는 길은 세 갈래입니다. 곧장 가는 길, 분산을 거치는 길, 평균을 거치는 길이 있습니다. 길이 만나는 곳에서는
-            그래디언트를 더합니다(1과). 길마다 몫을 알아보려고, 여기서는 길마다 x의 복사본을 하나씩 주고 복사본의 그래디언트를 엔진에
-            물어봅니다.
+            x에서 출력으로 가는 경로는 네 개입니다. 경로가 만나는 곳에서는 그래디언트를 더하므로(1과) ∂x는 네 부분으로 나뉩니다. 이
+            페이지는 `with explain() as e:` 안에서 배치 정규화를 계산하고, `e["x"].paths`로 경로마다 차지하는 몫을 구합니다.
+
+            [[list]]
             """,
+            list="\n".join(f"- **{names[name]}**: `{route}`" for name, route in routes.items()),
         ),
-        picture(figure, say.pick("The share of each path in the gradient", "그래디언트에서 길마다 차지하는 몫")),
-        table({**{name: share[:, 0] for name, share in shares.items()},
+        picture(figure, say.pick("The share of each path in the gradient", "그래디언트에서 경로마다 차지하는 몫")),
+        table({**{names[name]: share[:, 0] for name, share in shares.items()},
                say.pick("their sum", "합"): total[:, 0], "autograd": gradient["x"][:, 0]}, head=SAMPLES),
         say(
             r"""
             The sum and autograd differ by [[off]]. Two things stand out.
 
-            - The mean's path gives **every sample the same**: a change of μ moves all $x - \mu$ alike.
-            - There is a fourth path: μ acts on the variance too, through `xmu`. Its share is 0, for the deviations sum to 0,
-              $\sum (x_i - \mu) = 0$, and the derivative of σ² by μ is just −2 times their mean. That is why one speaks of three.
+            - Through mu, **every sample gets the same**: a change of μ moves all $x - \mu$ alike.
+            - Through mu *and* var the share is [[fourth]], wherever the slider stands. A change of μ changes the variance by −2
+              times the mean of all $x_i - \mu$, and that mean is 0. So many texts count only three paths.
             """,
             r"""
             합과 자동 미분의 차이는 [[off]]입니다. 두 가지가 눈에 띕니다.
 
-            - 평균을 거치는 길의 몫은 **모든 샘플에서 같습니다**. μ가 변하면 모든 $x - \mu$가 똑같이 움직이기 때문입니다.
-            - 네 번째 길도 있습니다. μ는 `xmu`를 거쳐 분산에도 영향을 줍니다. 하지만 그 몫은 0입니다. 편차의 합이
-              $\sum (x_i - \mu) = 0$이고, σ²를 μ로 미분한 값은 편차의 평균에 −2를 곱한 것이기 때문입니다. 그래서 보통 세
-              갈래라고 합니다.
+            - mu를 거치는 경로의 몫은 **모든 샘플에서 같습니다**. μ가 변하면 모든 $x - \mu$가 똑같이 움직이기 때문입니다.
+            - mu와 var를 *모두* 거치는 경로의 몫은 슬라이더가 어디에 있든 [[fourth]]입니다. μ가 변할 때 분산은 모든 $x_i - \mu$의
+              평균에 −2를 곱한 만큼 변하는데, 그 평균이 0이기 때문입니다. 그래서 경로가 세 개라고 하는 글이 많습니다.
             """,
-            off=np.abs(total - gradient["x"]).max(),
+            off=np.abs(total - gradient["x"]).max(), fourth=np.abs(shares["through mu and var"]).max().round(12),
         ),
     ])  # fmt: skip
     return
@@ -231,13 +222,13 @@ def _(gradient, say, value):
         r"""
         ## The closed form, and why things cancel
 
-        Put the three together, with $\partial\hat x = g\,\gamma$:
+        Add the paths up, with $\partial\hat x = g\,\gamma$:
 
-        $$\partial x_i = \frac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i
-        {}- \tfrac1N\textstyle\sum_j \partial\hat x_j
-        {}- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)$$
+        $$\begin{aligned}\partial x_i = \tfrac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i
+        &- \tfrac1N\textstyle\sum_j \partial\hat x_j \\
+        &- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)\end{aligned}$$
 
-        It agrees with autograd to [[off]]. Read it so: BatchNorm takes from the gradient two parts that it could not use.
+        It agrees with autograd to [[off]]. Read it like this: BatchNorm removes two parts of the gradient that would change nothing.
 
         - Its **mean**. Adding a constant to all x changes nothing, so no gradient may point that way: Σ∂x = [[sum_dx]].
         - Its part **along x̂**. Stretching x about its mean changes nothing either, but for eps: Σ∂x·x̂ = [[along]], and the theory
@@ -246,13 +237,13 @@ def _(gradient, say, value):
         r"""
         ## 정리된 식, 그리고 왜 사라지는가
 
-        $\partial\hat x = g\,\gamma$라 하고 세 길을 합치면 다음과 같습니다.
+        $\partial\hat x = g\,\gamma$라 하고 경로를 모두 더하면 다음과 같습니다.
 
-        $$\partial x_i = \frac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i
-        {}- \tfrac1N\textstyle\sum_j \partial\hat x_j
-        {}- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)$$
+        $$\begin{aligned}\partial x_i = \tfrac{1}{\sqrt{\sigma^2+\varepsilon}}\Big(\partial\hat x_i
+        &- \tfrac1N\textstyle\sum_j \partial\hat x_j \\
+        &- \hat x_i\,\tfrac1N\textstyle\sum_j \partial\hat x_j\,\hat x_j\Big)\end{aligned}$$
 
-        자동 미분과의 차이는 [[off]]입니다. 이렇게 읽으면 됩니다. 배치 정규화는 그래디언트에서 쓸모없는 두 부분을 빼냅니다.
+        자동 미분과의 차이는 [[off]]입니다. 이렇게 읽으면 됩니다. 배치 정규화는 그래디언트에서 출력을 바꾸지 못하는 두 부분을 빼냅니다.
 
         - 그래디언트의 **평균**. 모든 x에 같은 수를 더해도 출력은 변하지 않으므로 그 방향의 그래디언트는 없어야 합니다:
           Σ∂x = [[sum_dx]].
@@ -265,33 +256,50 @@ def _(gradient, say, value):
 
 
 @app.cell
-def _(data, say):
-    def layer_gradient():
-        layer, t = nn.BatchNorm1d(2).astype(np.float64), Tensor(data, requires_grad=True)
-        layer(t).backward(COTANGENT)
-        return t.grad.numpy()
+def _(data, e, say):
+    layer = nn.BatchNorm1d(2, eps=EPS).astype(np.float64)
+    layer.load_state_dict({**layer.state_dict(), "weight": WEIGHT, "bias": BIAS})
+    comparison = compare_gradients(layer, data, COTANGENT)
+    by_method = dict(zip(
+        (say.pick("composed", "합성"), say.pick("fused", "융합"), say.pick("closed form", "정리된 식"),
+         say.pick("differences", "수치 미분")),
+        comparison.gradients["x"].values(), strict=True,
+    ))  # fmt: skip
+    mo.vstack([
+        say(
+            r"""
+            ## Composed = fused = closed form = differences
 
-    fused_gradient = layer_gradient()
-    with composed():
-        composed_gradient = layer_gradient()
-    report = testing.gradcheck(lambda t: F.batch_norm(t, training=True), data)
-    say(
-        r"""
-        ## Composed = fused = differences
+            `nn.BatchNorm1d` does not run nine steps but one **fused** op, with a kernel that reads memory as few times as it can.
+            Is its gradient the same? `compare_gradients(layer, x, g)` computes it in four ways. Here is ∂x of channel 1:
+            """,
+            r"""
+            ## 합성 = 융합 = 정리된 식 = 수치 미분
 
-        `nn.BatchNorm1d` does not run nine steps but one fused op, with a kernel that reads memory as few times as it can. Under
-        `with composed():` the same layer runs the steps. Their gradients differ by [[off]]. And `testing.gradcheck`
-        compares with differences of the output: `[[report]]`.
-        """,
-        r"""
-        ## 합성 = 융합 = 수치 미분
-
-        `nn.BatchNorm1d`는 아홉 단계를 따로 실행하지 않고, 메모리를 되도록 적게 읽는 융합 연산(fused op) 하나로 계산합니다.
-        `with composed():` 안에서는 같은 레이어가 아홉 단계로 계산합니다. 두 그래디언트의 차이는 [[off]]입니다. `testing.gradcheck`는
-        출력의 수치 미분과 비교합니다: `[[report]]`.
-        """,
-        off=np.abs(fused_gradient - composed_gradient).max(), report=" ".join(map(str, report)),
-    )  # fmt: skip
+            `nn.BatchNorm1d`는 아홉 단계를 따로 실행하지 않고, 메모리를 되도록 적게 읽는 **융합 연산**(fused op) 하나로 계산합니다.
+            그래도 그래디언트가 같을까요? `compare_gradients(layer, x, g)`는 네 가지 방법으로 구합니다. 채널 1의 ∂x입니다.
+            """,
+        ),
+        table({name: gradient_x[:, 0] for name, gradient_x in by_method.items()}, head=SAMPLES),
+        say(
+            r"""
+            From the composed gradient, the fused one differs by at most [[fused:.2g]] ULP, and the closed form by [[closed:.2g]].
+            (A ULP is the distance from one float64 number to the next.) Differences of the output are no formula at all, and
+            agree to [[numeric:.1g]].
+            """,
+            r"""
+            합성으로 구한 값과 비교하면 융합은 최대 [[fused:.2g]] ULP, 정리된 식은 [[closed:.2g]] ULP만큼 다릅니다. (ULP는 float64 수
+            하나와 그다음 수 사이의 간격입니다.) 수치 미분은 공식 없이 출력의 차이만으로 구한 값인데, [[numeric:.1g]] 안에서 같습니다.
+            """,
+            fused=comparison.ulps("x", "fused"), closed=comparison.ulps("x", "closed form"),
+            numeric=np.abs(comparison.gradients["x"]["differences"] - comparison.gradients["x"]["composed"]).max(),
+        ),
+        folded(
+            say.pick("The whole backward pass in words, with these numbers: e.narrate()",
+                     "지금 이 수들로 역전파 전체를 말로 풀어 보기: e.narrate()"),
+            e.narrate(say.language),
+        ),
+    ])  # fmt: skip
     return
 
 
@@ -314,7 +322,7 @@ def _(data, say):
 
             The loss Σ g·BN(x) is linear in the output, but not in x: the gradient changes as x moves. `create_graph=True` makes the
             gradient a tensor with a graph, and `grad` of it along a direction v gives H·v. No one wrote that rule: it follows from
-            the steps. Below, channel 1, with the difference of two gradients as a witness.
+            the steps. Below, channel 1, with the difference of two gradients beside it.
             """,
             r"""
             ## 2차 미분
@@ -378,6 +386,12 @@ def _(asked, given, say, two):
         expects(dx=asked.grad.numpy()),
         **given,
     )
+    return
+
+
+@app.cell
+def _(say):
+    say.next("lesson_4_train_eval", "4. Train and eval", "학습 모드와 평가 모드")
     return
 
 

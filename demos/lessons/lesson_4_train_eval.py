@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "4. Train and eval"
+# description = "학습 모드와 평가 모드"
+# ///
 import marimo
 
 app = marimo.App(app_title="4. Train and eval / 학습 모드와 평가 모드", css_file="lessons.css")
@@ -5,7 +10,7 @@ app = marimo.App(app_title="4. Train and eval / 학습 모드와 평가 모드",
 with app.setup:
     import marimo as mo
     import numpy as np
-    from common import Say, editor, expects, language_switch, picture, table
+    from common import Say, editor, expects, language_switch, picture, table, written
 
     from demos.interval import interval
     from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim, train, viz
@@ -19,9 +24,11 @@ def _():
     batches = mo.ui.slider(1, 60, 1, value=8, label="n", show_value=True)
     size = mo.ui.slider(2, 8, 1, value=5, label="N", show_value=True)
     epochs = mo.ui.slider(1, 8, 1, value=1, label="epochs", show_value=True)
-    batch_size = mo.ui.slider(steps=[4, 8, 20, 50, 100, 250, 500], value=250, label="batch size", show_value=True)
-    one = editor("# a, b: shape (4, 2), the first two batches\nrunning_mean = np.zeros(2)\nrunning_var = np.ones(2)")
-    two = editor("# x, g: shape (4, 2); running_mean, running_var, weight: shape (2,); eps\ndx = g")
+    batch_size = mo.ui.slider(
+        steps=[4, 8, 20, 50, 100, 250, 500], value=250, label="batch size / 배치 크기", show_value=True
+    )
+    one = editor("# a, b: (4, 2)\nrunning_mean = np.zeros(2)\nrunning_var = np.ones(2)")
+    two = editor("# x, g: (4, 2)\n# running_mean, running_var, weight: (2,)\ndx = g")
     language
     return batch_size, batches, epochs, language, momentum, one, size, two
 
@@ -92,12 +99,12 @@ def _(batches, momentum, say):
         layer(Tensor(rng.normal(3, 2, (32, 1)), dtype=np.float32))
         means.append(float(layer.running_mean.numpy()[0]))
         variances.append(float(layer.running_var.numpy()[0]))
-    figure, ((axes,),) = viz.subplots(1, 1, 6, 3)
-    axes.plot(means, color=viz.COLOURS[1], label="running mean")
-    axes.plot(variances, color=viz.COLOURS[0], label="running variance")
+    figure, ((axes,),) = viz.subplots(1, 1, 4.8, 3)
+    axes.plot(means, color=viz.COLOURS[1], label=say.pick("running mean", "이동 평균"))
+    axes.plot(variances, color=viz.COLOURS[0], label=say.pick("running variance", "이동 분산"))
     axes.hlines([3, 4], 0, 60, color="0.5", linestyle=":")
     axes.axvline(batches.value, color="0.5", linewidth=1)
-    axes.set(xlabel="batches", ylim=(0, 5))
+    axes.set(xlabel=say.pick("batches", "배치 수"), ylim=(0, 5))
     viz.legend_below(axes)
     keras = nn.BatchNorm1d.keras(1)
     mo.vstack([
@@ -167,14 +174,15 @@ def _(say, size):
             r"""
             In evaluation mode the first sample alone gives [[alone]] again. In training mode a batch of one is impossible:
             its mean is the value itself, so $\hat x$ = 0 whatever the value is, and nothing could be learned. The engine
-            refuses and says what to do:
+            refuses, and says what to do:
 
             > [[refusal]]
             """,
             r"""
             평가 모드에서는 첫 샘플 하나만 넣어도 그대로 [[alone]]입니다. 학습 모드에서는 크기가 1인 배치를 쓸 수 없습니다.
             평균이 자기 자신이라 값이 무엇이든 $\hat x$ = 0이 되어 아무것도 배울 수 없기 때문입니다. 엔진은 계산을 거절하고
-            해결 방법을 알려 줍니다.
+            해결 방법을 알려 줍니다. 메시지는 영어이지만 뜻은 이렇습니다. 채널마다 값이 둘 이상 있어야 하니, 작은 마지막 배치를
+            버리거나(`drop_last=True`), `eval()`로 이동 통계량을 쓰거나, `freeze()`로 이 레이어를 고정하세요.
 
             > [[refusal]]
             """,
@@ -200,7 +208,7 @@ def _(say):
             r"""
             ## The gradient in evaluation mode
 
-            In training mode x acts on μ and σ² too, so its gradient has three paths (lesson 3). In evaluation mode the
+            In training mode x acts on μ and σ² too, so its gradient has four paths (lesson 3). In evaluation mode the
             running statistics are constants. One path is left, and each sample is on its own:
 
             $$\frac{\partial L}{\partial x_i} = \frac{\gamma\, g_i}{\sqrt{\text{running var} + \varepsilon}}$$
@@ -208,8 +216,8 @@ def _(say):
             r"""
             ## 평가 모드의 그래디언트
 
-            학습 모드에서는 x가 μ와 σ²에도 영향을 주므로 그래디언트가 세 갈래로 들어옵니다(3과). 평가 모드에서는 이동 평균과 이동
-            분산이 상수입니다. 길은 하나만 남고, 샘플끼리 서로 영향을 주지 않습니다.
+            학습 모드에서는 x가 μ와 σ²에도 영향을 주므로 그래디언트의 경로가 네 개입니다(3과). 평가 모드에서는 이동 평균과 이동
+            분산이 상수입니다. 경로는 하나만 남고, 샘플끼리 서로 영향을 주지 않습니다.
 
             $$\frac{\partial L}{\partial x_i} = \frac{\gamma\, g_i}{\sqrt{\text{running var} + \varepsilon}}$$
             """,
@@ -248,7 +256,7 @@ def _(batch_size, epochs, say):
         r"""
         ## 두 통계량의 차이 재기
 
-        학습은 잘 되는데 왜 첫 epoch의 검증 정확도는 뒤처질까요? MNIST 숫자 2,000장으로 784-64-64-10 네트워크를 Adam으로,
+        학습은 잘 되는데 왜 첫 epoch의 검증 정확도는 뒤처질까요? MNIST 숫자 2,000장으로 784-64-64-10 신경망을 Adam으로,
         시드 다섯 개로 학습합니다. `train.statistics_gap`은 학습에 쓰지 않은 숫자 1,000장을 두 번 채점합니다. 한 번은 배치의
         통계량으로, 한 번은 이동 통계량으로 정규화하고 나머지는 모두 같습니다. 그다음 `train.recalibrate`가 이동 통계량을 학습 데이터
         전체에서 다시 구한 값으로 바꿉니다.
@@ -287,9 +295,9 @@ def _(by_batch, by_running, recalibrated, say, steps):
     mo.vstack([
         table(
             {
-                say.pick("batch statistics", "배치의 통계량"): [str(interval(by_batch))],
-                say.pick("running statistics", "이동 통계량"): [str(interval(by_running))],
-                say.pick("recalibrated", "recalibrate 후"): [str(interval(recalibrated))],
+                say.pick("batch statistics", "배치의 통계량"): [written(interval(by_batch))],
+                say.pick("running statistics", "이동 통계량"): [written(interval(by_running))],
+                say.pick("recalibrated", "recalibrate 후"): [written(interval(recalibrated))],
             },
             head=("", say.pick("accuracy, 95 % interval", "정확도, 95 % 구간")),
         ),
@@ -358,6 +366,16 @@ def _(a, b, fresh, say, two):
         x=a, g=b, weight=given["weight"], eps=fixed.eps,
         running_mean=fixed.running_mean.numpy(), running_var=fixed.running_var.numpy(),
     )  # fmt: skip
+    return
+
+
+@app.cell
+def _(say):
+    say.next(
+        "lesson_5_when_it_helps",
+        "5. When BatchNorm helps, and when it does not",
+        "배치 정규화는 언제 도움이 되고 언제 되지 않나",
+    )
     return
 
 

@@ -1,21 +1,26 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "5. When BatchNorm helps, and when it does not"
+# description = "배치 정규화는 언제 도움이 되고 언제 되지 않나"
+# ///
 import marimo
 
 app = marimo.App(app_title="5. When it helps / 언제 도움이 되나", css_file="lessons.css")
 
 with app.setup:
-    from itertools import pairwise
-
+    import experiments
     import marimo as mo
     import numpy as np
-    from common import Say, editor, expects, language_switch, picture, table
+    from common import Say, editor, expects, language_switch, picture, table, written
 
-    from demos import init_scale, iris_mlp, loss_landscape, titanic_mlp
+    from demos import init_scale, loss_landscape
     from demos.interval import interval
-    from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim, train, viz
+    from tinygrad_bn import Tensor, datasets, viz
     from tinygrad_bn import functional as F
 
     SEEDS = range(3)
-    ACTIVATIONS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "ReLU": nn.ReLU}
+    DIGITS, HELD_OUT = datasets.load("mnist5k").scaled().split(1000, seed=0)
+    TRAINING = DIGITS.take(np.arange(1000))
 
 
 @app.cell
@@ -23,16 +28,17 @@ def _():
     # All controls are made here, so that they keep their values when the language changes.
     language = language_switch()
     factor = mo.ui.slider(steps=[0.01, 0.1, 0.5, 1, 2, 10, 100], value=2, label="k", show_value=True)
-    activation = mo.ui.dropdown(list(ACTIVATIONS), value="tanh", label="activation")
+    activation = mo.ui.dropdown(list(experiments.ACTIVATIONS), value="tanh", label="activation / 활성화 함수")
+    shift = mo.ui.slider(-8, 8, 1, value=0, label="shift / 이동", show_value=True)
     gain = mo.ui.slider(0.25, 4, 0.25, value=0.5, label="gain", show_value=True)
-    depth = mo.ui.slider(2, 40, 2, value=10, label="depth", show_value=True)
-    std = mo.ui.slider(0, 15, 1, value=6, label="panel", show_value=True)
+    depth = mo.ui.slider(2, 40, 2, value=10, label="depth / 깊이", show_value=True)
+    std = mo.ui.slider(0, 15, 1, value=6, label="panel / 칸", show_value=True)
     rate = mo.ui.slider(-3, 1, 0.5, value=-2, label="log₁₀ lr", show_value=True)
     panels = mo.ui.run_button(label="▶ 16")
-    one = editor("# w, dw_1: shape (3, 2); batch x: (6, 3); gradient g of the output: (6, 2)\ndw = np.zeros((3, 2))")
-    two = editor("# gains: five differences of accuracy; t = 2.776\nlow, high = 0, 0")
+    one = editor("# w, dw_1: (3, 2)\n# x: (6, 3); g: (6, 2)\ndw = np.zeros((3, 2))")
+    two = editor("# gains: (5,)\nlow, high = 0, 0")
     language
-    return activation, depth, factor, gain, language, one, panels, rate, std, two
+    return activation, depth, factor, gain, language, one, panels, rate, shift, std, two
 
 
 @app.cell
@@ -48,7 +54,7 @@ def _(language):
         r"""
         # 5. 배치 정규화는 언제 도움이 되고 언제 되지 않나
 
-        여기서는 실험할 때마다 실제 네트워크를 시드 여러 개로 그 자리에서 학습합니다. ±가 붙은 수는 시드들의 평균과 95 %
+        여기서는 실험할 때마다 실제 신경망을 시드 여러 개로 그 자리에서 학습합니다. ±가 붙은 수는 시드들의 평균과 95 %
         구간입니다. 차이의 구간에 0이 들어 있지 않을 때만 차이가 있다고 봅니다. 15분쯤 걸립니다.
         """,
     )
@@ -70,7 +76,7 @@ def _(factor, say):
         r"""
         ## 가중치의 크기는 상관이 없다
 
-        배치 정규화는 σ로 나눕니다. 앞 층의 가중치가 모두 k배 커지면 σ도 k배가 되므로 출력은 그대로입니다.
+        배치 정규화는 σ로 나눕니다. 앞 레이어의 가중치가 모두 k배 커지면 σ도 k배가 되므로 출력은 그대로입니다.
 
         $$\text{BN}(k\,W x + b) = \text{BN}(W x)$$
 
@@ -102,7 +108,7 @@ def _(factor, say):
         weights becomes 1/k as large: [[ratio]] times. And W · ∂W = [[inner]]: the gradient is at right angles to the weights,
         for along them nothing changes. Three things follow.
 
-        - Large initial weights do no harm, but they learn slowly: a step of size lr·∂W turns them by an angle ∝ lr / k².
+        - Large initial weights do no harm, but they learn slowly: a step of gradient descent turns them by an angle ∝ lr / k².
         - Every step makes W longer (Pythagoras), which lowers the effective learning rate as training goes on. **Weight
           decay** before BatchNorm does not regularise the function; it keeps W short, and so the effective rate high.
         - A **bias** before BatchNorm is useless: μ takes it away again. The largest gradient of b is [[dead]], mere rounding.
@@ -126,6 +132,66 @@ def _(factor, say):
 
 
 @app.cell
+def _(say, shift):
+    say(
+        r"""
+        ## Before or after the activation?
+
+        The paper of 2015 puts BatchNorm before the activation, and so do the articles. Here are five values of a channel, which
+        the layer before may shift. ReLU cuts what is below 0:
+
+        [[shift]]
+        """,
+        r"""
+        ## 활성화 함수 앞에 둘까, 뒤에 둘까?
+
+        2015년 논문은 배치 정규화를 활성화 함수 앞에 두었고, 글들도 그렇게 합니다. 다음은 한 채널의 값 다섯 개입니다. 앞 레이어가 이
+        값들을 옮길 수 있고, ReLU는 0보다 작은 값을 자릅니다.
+
+        [[shift]]
+        """,
+        shift=shift,
+    )
+    return
+
+
+@app.cell
+def _():
+    placed = experiments.placed
+    order = np.array([[placed(TRAINING, HELD_OUT, first, seed) for seed in range(5)] for first in (True, False)])
+    return (order,)
+
+
+@app.cell
+def _(order, say, shift):
+    moved = Tensor(np.array([[-3.0], [-1], [0], [1], [3]]) + shift.value)
+    norm_first = F.relu(F.batch_norm(moved, training=True)).numpy()[:, 0]
+    relu_first = F.batch_norm(F.relu(moved), training=True).numpy()[:, 0]
+    mo.vstack([
+        table({"x": moved.numpy()[:, 0], "ReLU(BN(x))": norm_first, "BN(ReLU(x))": relu_first},
+              head=("", "1", "2", "3", "4", "5"), spec=".2f"),
+        say(
+            r"""
+            *Before* ReLU, BatchNorm takes the shift off again, and ReLU always cuts the lower part. *After* ReLU it gets what is
+            left: with a large shift nothing is cut, and the layer is linear; with a large negative one all values are 0, and
+            no gradient passes. That is the case for "before". In training it may not matter: 784-100-100-100-10 on 1,000
+            digits has after three epochs the accuracy [[before]] on other digits with BatchNorm before ReLU, [[after]] with
+            it after, a difference of [[gain]]. Both orders are in use.
+            """,
+            r"""
+            ReLU *앞*에 두면 배치 정규화가 옮겨진 만큼 되돌리므로, ReLU는 언제나 아래쪽 값을 자릅니다. *뒤*에 두면 ReLU를 지나고 남은
+            값을 받습니다. 크게 옮기면 하나도 잘리지 않아 레이어가 일차 함수가 되고, 반대쪽으로 크게 옮기면 모두 0이 되어 그래디언트가
+            지나가지 못합니다. 이것이 앞에 두는 이유입니다. 그래도 실제 학습에서는 차이가 없을 수 있습니다. 숫자 1,000장으로 784-100-100-100-10을 3 epoch
+            학습하면, 다른 숫자에 대한 정확도가 ReLU 앞에 둘 때 [[before]], 뒤에 둘 때 [[after]]이고 차이는 [[gain]]입니다.
+            두 순서 모두 쓰입니다.
+            """,
+            before=interval(order[0]), after=interval(order[1]), gain=interval(order[0] - order[1]),
+        ),
+    ])  # fmt: skip
+    return
+
+
+@app.cell
 def _(activation, depth, gain, say):
     say(
         r"""
@@ -144,7 +210,7 @@ def _(activation, depth, gain, say):
         r"""
         ## 깊이와 포화
 
-        숫자 그림 200장이 유닛 100개짜리 층들을 지나갑니다. 아직 학습하기 전이고, 가중치는 표준편차가 gain / √fan_in인
+        숫자 그림 200장이 유닛 100개짜리 레이어들을 지나갑니다. 아직 학습하기 전이고, 가중치는 표준편차가 gain / √fan_in인
         정규분포입니다. 배치 정규화가 없을 때 gain이 크면 tanh와 sigmoid의 값이 양 끝에 몰리는데, 그곳은 평평해서 그래디언트가
         거의 전해지지 않습니다(포화). gain이 작으면 신호가 사라집니다.
 
@@ -160,54 +226,34 @@ def _(activation, depth, gain, say):
 
 
 @app.cell
-def _():
-    digits, held_out = datasets.load("mnist5k").scaled().split(1000, seed=0)
-    training = digits.take(np.arange(1000))
-    return held_out, training
-
-
-@app.cell
-def _(activation, depth, gain, training):
-    def deep(batch_norm, seed):
-        manual_seed(seed)
-        layers = [nn.Flatten()]
-        for fan_in, fan_out in pairwise((784, *[100] * depth.value)):
-            linear = nn.Linear(fan_in, fan_out, bias=False)
-            nn.init.normal_(linear.weight, std=gain.value / fan_in**0.5)
-            norm = [nn.BatchNorm1d(fan_out)] if batch_norm else []
-            layers += [linear, *norm, ACTIVATIONS[activation.value]()]
-        return nn.Sequential(*layers, nn.Linear(100, 10))
-
-    def flow(batch_norm, seed):
-        net, batch = deep(batch_norm, seed), training.take(np.arange(200))
-        h, hidden = Tensor(batch.x), []
-        for layer in net:
-            h = layer(h)
-            if isinstance(layer, ACTIVATIONS[activation.value]):
-                h.retain_grad()
-                hidden.append(h)
-        F.cross_entropy(h, batch.y).backward()
-        return hidden[-1].numpy().ravel(), [np.linalg.norm(each.grad.numpy()) for each in hidden]
-
-    with np.errstate(all="ignore"):
-        flows = {bn: [flow(bn, seed) for seed in SEEDS] for bn in (False, True)}
+def _(activation, depth, gain):
+    how = activation.value, gain.value, depth.value
+    flows = {bn: [experiments.flow(TRAINING, *how, bn, seed) for seed in SEEDS] for bn in (False, True)}
     return (flows,)
 
 
 @app.cell
 def _(activation, depth, flows, say):
-    figure, (row,) = viz.subplots(1, 2, 8, 3)
-    for name, bn in (("without BatchNorm", False), ("with BatchNorm", True)):
-        values = flows[bn][0][0]
-        row[0].hist(values[np.isfinite(values)], 40, color=viz.colour(name), alpha=0.6, density=True)
-        lines = np.array([grads for _, grads in flows[bn]])
-        viz.plot_seeds(row[1], np.arange(1, depth.value + 1), np.where(lines > 0, lines, np.nan), name)
-    row[0].set(title=f"{activation.value}, layer {depth.value}: outputs", yscale="log")
-    row[1].set(title="norm of the gradient of the outputs", xlabel="layer", yscale="log")
-    viz.legend_below(row[1])
+    names = {False: say.pick("without BatchNorm", "배치 정규화 없음"), True: say.pick("with BatchNorm", "배치 정규화")}
+    outputs, ((histogram,),) = viz.subplots(1, 1, 4.4, 2.8)
+    norms, ((lines,),) = viz.subplots(1, 1, 4.4, 2.8)
+    values = {bn: flows[bn][0][0][np.isfinite(flows[bn][0][0])] for bn in names}
+    bins = np.histogram_bin_edges(np.concatenate([*values.values()]), 40)
+    for (bn, name), hue in zip(names.items(), viz.COLOURS, strict=False):
+        histogram.hist(values[bn], bins, color=hue, alpha=0.6, label=name)
+        for _, grads in flows[bn]:
+            lines.plot(range(1, depth.value + 1), np.where(np.array(grads) > 0, grads, np.nan), color=hue)
+    histogram.set(title=say.pick(f"outputs of layer {depth.value}", f"{depth.value}번째 레이어의 출력"), yscale="log")
+    lines.set(title=say.pick("gradient of each layer's output (norm)", "레이어별 출력의 그래디언트(크기)"),
+              xlabel=say.pick("layer", "레이어"), yscale="log")  # fmt: skip
+    histogram.locator_params(axis="x", nbins=5)
+    viz.legend_below(histogram)
     growth = [[(g[0] / max(g[-1], 1e-300)) ** (1 / (depth.value - 1)) for _, g in flows[bn]] for bn in (False, True)]
     mo.vstack([
-        picture(figure, say.pick("Outputs of the last layer, and gradients by layer", "마지막 층의 출력과 층별 그래디언트")),
+        mo.hstack([
+            picture(outputs, say.pick("Histogram of the outputs of the last layer", "마지막 레이어 출력의 히스토그램")),
+            picture(norms, say.pick("Norm of the gradient, layer by layer", "레이어별 그래디언트의 크기")),
+        ], wrap=True, justify="start"),
         say(
             r"""
             On the way back the gradient changes per layer by a factor of [[without]] without BatchNorm, and of [[with_bn]]
@@ -216,9 +262,9 @@ def _(activation, depth, flows, say):
             [[with_bn_again]] to the power of 100 is [[hundred]]. Residual connections were the cure.
             """,
             r"""
-            뒤로 한 층 갈 때마다 그래디언트는 배치 정규화가 없으면 [[without]]배, 있으면 [[with_bn]]배가 됩니다. 배치 정규화를
+            뒤로 레이어 하나를 지날 때마다 그래디언트는 배치 정규화가 없으면 [[without]]배, 있으면 [[with_bn]]배가 됩니다. 배치 정규화를
             쓰면 gain은 상관이 없고 그래디언트가 소실되지 않습니다. 하지만 배율이 1보다 큽니다. ReLU에서는 이론적으로 약 1.2입니다
-            (Yang 등, 2019). 열 층에서는 괜찮지만 백 층에서는 폭주합니다. [[with_bn_again]]의 100제곱은 [[hundred]]입니다.
+            (Yang 등, 2019). 레이어 10개에서는 괜찮지만 100개에서는 폭주합니다. [[with_bn_again]]의 100제곱은 [[hundred]]입니다.
             이 문제는 잔차 연결(residual connection)로 풀었습니다.
             """,
             without=interval(growth[0]), with_bn=interval(growth[1]), with_bn_again=np.mean(growth[1]),
@@ -246,8 +292,8 @@ def _(panels, rate, say, std):
         r"""
         ## 초기 가중치와 학습률: 열여섯 칸
 
-        ReLU를 쓰는 784-100-100-100-100-100-10 네트워크를 숫자 1,000장으로 경사 하강법, 배치 크기 100, 8 epoch 동안
-        학습합니다. panel은 초기 가중치의 표준편차를 고릅니다. 1(panel 0)부터 0.0001(panel 15)까지 있습니다.
+        ReLU를 쓰는 784-100-100-100-100-100-10 신경망을 숫자 1,000장으로 경사하강법, 배치 크기 100, 8 epoch 동안
+        학습합니다. 칸(panel)마다 초기 가중치의 표준편차가 다릅니다. 1(칸 0)부터 0.0001(칸 15)까지 있습니다.
 
         [[std]]
 
@@ -261,31 +307,8 @@ def _(panels, rate, say, std):
 
 
 @app.cell
-def _(rate, training):
-    def race(panel, seed, epochs=8):
-        deviation, curves = float(init_scale.SCALES[panel]), []
-        for batch_norm in (False, True):
-            net = init_scale.build(batch_norm, deviation, seed)
-            descent = optim.SGD(net.parameters(), lr=10.0**rate.value)
-            with np.errstate(all="ignore"):
-                history = train.fit(
-                    net, training, optimizer=descent, epochs=epochs, batch_size=100, seed=seed, progress=False,
-                    nonfinite="ignore",
-                )  # fmt: skip
-            curves.append(history["accuracy"])
-        return curves
-
-    return (race,)
-
-
-@app.cell
-def _(race, std):
-    raced = np.array([race(std.value, seed) for seed in SEEDS])[:, :, -1].T
-    return (raced,)
-
-
-@app.cell
-def _(raced, rate, say, std):
+def _(rate, say, std):
+    raced = np.array([experiments.race(TRAINING, std.value, 10.0**rate.value, seed) for seed in SEEDS])[:, :, -1].T
     say(
         r"""
         Standard deviation [[deviation]], learning rate [[lr]]. Accuracy on the training digits without BatchNorm:
@@ -294,7 +317,7 @@ def _(raced, rate, say, std):
         """,
         r"""
         표준편차 [[deviation]], 학습률 [[lr]]. 학습 데이터의 정확도는 배치 정규화가 없으면 [[without]], 있으면 [[with_bn]]이고,
-        차이는 [[gain]]입니다. panel 2와 학습률 $10^{-2}$를 골라 보세요. 가중치가 네트워크에 잘 맞는 곳이라 배치 정규화가
+        차이는 [[gain]]입니다. 칸 2와 학습률 $10^{-2}$를 골라 보세요. 가중치가 신경망에 잘 맞는 곳이라 배치 정규화가
         *없을 때* 더 빨리 배웁니다. 그다음 학습률 1도 골라 보세요.
         """,
         deviation=float(init_scale.SCALES[std.value]), lr=10.0**rate.value, without=interval(raced[0]),
@@ -304,13 +327,18 @@ def _(raced, rate, say, std):
 
 
 @app.cell
-def _(panels, race, say):
+def _(panels, rate, say):
     mo.stop(not panels.value)
-    all_panels, grid = viz.subplots(4, 4, 8, 7, sharex=True, sharey=True)
+    all_panels, grid = viz.subplots(4, 4, 5, 5.4, sharex=True, sharey=True)
     for panel, axes in enumerate(mo.status.progress_bar(list(grid.flat))):
-        for model, line in zip(init_scale.MODELS, race(panel, 0), strict=True):
-            axes.plot(range(1, len(line) + 1), line, color=viz.colour(model), label=model)
-        axes.set(title=f"std {init_scale.SCALES[panel]:.2g}", ylim=(0, 1.02))
+        curves = experiments.race(TRAINING, panel, 10.0**rate.value, 0)
+        labels = say.pick("without BatchNorm", "배치 정규화 없음"), say.pick("with BatchNorm", "배치 정규화")
+        for label, colour, line in zip(labels, viz.COLOURS, curves, strict=False):
+            axes.plot(range(1, len(line) + 1), line, color=colour, label=label)
+        axes.set_title(f"{init_scale.SCALES[panel]:.2g}", fontsize=9)
+        axes.set(ylim=(0, 1.02))
+    title = say.pick("accuracy by epoch, for this deviation of weights", "가중치의 표준편차별 epoch에 따른 정확도")
+    all_panels.suptitle(title, fontsize=10)
     viz.legend_below(grid[0, 0])
     picture(
         all_panels, say.pick("Training accuracy for sixteen scales of weights", "초기 가중치 열여섯 가지의 학습 정확도")
@@ -319,30 +347,9 @@ def _(panels, race, say):
 
 
 @app.cell
-def _(training):
-    def with_noise(model, seed):
-        net = loss_landscape.build(model, seed)
-        batches = datasets.Batches(training.x, training.y, 100, seed=seed)
-        descent, losses = optim.SGD(net.parameters(), lr=0.2), []
-        for _ in range(5):
-            for x, y in batches:
-                for layer in net:
-                    if isinstance(layer, loss_landscape.Noise):
-                        layer.draw()
-                descent.zero_grad()
-                loss = F.cross_entropy(net(Tensor(x)), y)
-                loss.backward()
-                descent.step()
-                losses.append(loss.item())
-        return np.mean(losses[-10:])
-
-    noisy = {model: np.array([with_noise(model, seed) for seed in range(4)]) for model in loss_landscape.MODELS}
-    return (noisy,)
-
-
-@app.cell
-def _(noisy, say):
-    without_bn, with_bn, with_noisy = noisy.values()
+def _(say):
+    models = loss_landscape.MODELS
+    without_bn, with_bn, with_noisy = np.array([[experiments.noisy(TRAINING, m, s) for s in range(4)] for m in models])
     mo.vstack([
         say(
             r"""
@@ -356,28 +363,27 @@ def _(noisy, say):
             r"""
             ## 공변량 변화 때문일까?
 
-            2015년 논문은 배치 정규화의 효과를 *내부 공변량 변화(Internal Covariate Shift)*로 설명합니다. 앞 층들이 학습하면
-            다음 층에 들어오는 입력의 분포가 계속 변하는데, 배치 정규화가 그것을 붙잡아 준다는 것입니다. Santurkar 등(2018)은
+            2015년 논문은 배치 정규화의 효과를 *내부 공변량 변화(Internal Covariate Shift)*로 설명합니다. 앞 레이어들이 학습하면
+            다음 레이어에 들어오는 입력의 분포가 계속 변하는데, 배치 정규화가 그것을 붙잡아 준다는 것입니다. Santurkar 등(2018)은
             이를 실험해 보았습니다. 배치 정규화 **뒤에** 잡음을 넣어, 갱신할 때마다 유닛마다 다른 크기로 값을 옮기고 늘여서 분포를
             일부러 흔들었습니다. 다음은 학습률 0.2로 5 epoch 학습한 뒤의 손실입니다.
             """,
         ),
         table(
             {
-                say.pick("without BatchNorm", "배치 정규화 없음"): [str(interval(without_bn))],
-                say.pick("with BatchNorm", "배치 정규화"): [str(interval(with_bn))],
-                say.pick("with noise behind it", "배치 정규화 + 잡음"): [str(interval(with_noisy))],
+                say.pick("without BatchNorm", "배치 정규화 없음"): [written(interval(without_bn))],
+                say.pick("with BatchNorm", "배치 정규화"): [written(interval(with_bn))],
+                say.pick("with noise behind it", "배치 정규화 + 잡음"): [written(interval(with_noisy))],
             },
             head=("", say.pick("training loss", "학습 손실")),
         ),
         say(
             r"""
-            The network with noise is ahead of the one without BatchNorm by [[ahead]], though its distributions keep still
-            least of all. So steady distributions are not the main reason. What Santurkar et al. found instead: the loss becomes
+            The loss with noise is lower than that without BatchNorm by [[ahead]], though here the distributions move the most. So steady distributions are not the main reason. What Santurkar et al. found instead: the loss becomes
             smoother, and its gradient is worth following for a longer step. `python -m demos loss_landscape` measures it.
             """,
             r"""
-            잡음을 넣은 네트워크는 분포가 가장 심하게 흔들리는데도 배치 정규화가 없는 네트워크보다 손실이 [[ahead]]만큼 낮습니다.
+            잡음을 넣은 신경망은 분포가 가장 심하게 흔들리는데도 배치 정규화가 없는 신경망보다 손실이 [[ahead]]만큼 낮습니다.
             그러니 분포가 안정되는 것이 주된 이유는 아닙니다. Santurkar 등이 찾은 이유는 손실 함수가 더 매끄러워진다는 것입니다.
             그래서 그래디언트를 믿고 더 크게 움직일 수 있습니다. `python -m demos loss_landscape`로 재 볼 수 있습니다.
             """,
@@ -389,28 +395,8 @@ def _(noisy, say):
 
 @app.cell
 def _():
-    def small(data, build, optimizer, epochs, batch_size, seed):
-        known = datasets.load(data).complete()
-        training_part, test = known.split(len(known) // 5, seed=seed)
-        accuracies = []
-        for batch_norm in (False, True):
-            manual_seed(seed)
-            net = build(batch_norm)
-            options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "progress": False}
-            train.fit(net, training_part, optimizer=optimizer(net), **options)
-            train.recalibrate(net, training_part)
-            accuracies.append(train.evaluate(net, test).accuracy)
-        return accuracies
-
-    iris = np.array([
-        small("iris", lambda bn: iris_mlp.build(bn, 4, 3), lambda n: optim.Adam(n.parameters(), lr=1e-3), 15, 32, seed)
-        for seed in range(6)
-    ]).T  # fmt: skip
-    titanic = np.array([
-        small("titanic", lambda bn, s=seed: titanic_mlp.build(bn, s), lambda n: optim.SGD(n.parameters(), lr=0.01),
-              20, 128, seed)
-        for seed in range(8)
-    ]).T  # fmt: skip
+    iris = np.array([experiments.iris(seed) for seed in range(6)]).T
+    titanic = np.array([experiments.titanic(seed) for seed in range(8)]).T
     return iris, titanic
 
 
@@ -426,13 +412,13 @@ def _(iris, say, titanic):
             r"""
             ## 붓꽃과 타이타닉, 솔직하게
 
-            글들은 작은 데이터로 작은 네트워크를 학습합니다. 같은 실험을 시드마다 데이터를 다르게 나누어 다시 해 봅시다.
+            글들은 작은 데이터로 작은 신경망을 학습합니다. 같은 실험을 시드마다 데이터를 다르게 나누어 다시 해 봅시다.
             """,
         ),
         table(
             {
-                "Iris": [str(interval(v)) for v in (*iris, iris[1] - iris[0])],
-                "Titanic": [str(interval(v)) for v in (*titanic, titanic[1] - titanic[0])],
+                "Iris": [written(interval(v)) for v in (*iris, iris[1] - iris[0])],
+                "Titanic": [written(interval(v)) for v in (*titanic, titanic[1] - titanic[0])],
             },
             head=(
                 say.pick("test accuracy", "테스트 정확도"), say.pick("without", "없음"), say.pick("with", "있음"),
@@ -441,16 +427,16 @@ def _(iris, say, titanic):
         ),
         say(
             r"""
-            One flower of the 30 is worth [[flower]]. For a single seed, the difference on Titanic varied between [[low]] and
-            [[high]]: one run with and one run without, like 69 % and 71 % in the second article, show nothing. BatchNorm pays
+            One flower of the 30 is worth [[flower:.3f]]. For a single seed, the difference on Titanic varied between [[low:.3f]] and
+            [[high:.3f]]: one run with and one run without, like 69 % and 71 % in the second article, show nothing. BatchNorm pays
             in deep networks, with large learning rates and with badly scaled weights. A small network on small data has none
             of these.
             """,
             r"""
-            붓꽃은 테스트용 30송이 가운데 한 송이가 [[flower]]에 해당합니다. 타이타닉에서 시드 하나만 보면 차이가 [[low]]에서
-            [[high]]까지 나왔습니다. 두 번째 글의 69 %와 71 %처럼 한 번씩만 돌려 본 결과로는 아무것도 알 수 없습니다. 배치
-            정규화는 네트워크가 깊을 때, 학습률이 클 때, 가중치의 크기가 맞지 않을 때 효과가 있습니다. 작은 데이터의 작은
-            네트워크에는 해당하는 것이 없습니다.
+            붓꽃은 테스트용 30송이 가운데 한 송이가 [[flower:.3f]]에 해당합니다. 타이타닉에서 시드 하나만 보면 차이가 [[low:.3f]]에서
+            [[high:.3f]]까지 나왔습니다. 두 번째 글의 69 %와 71 %처럼 한 번씩만 돌려 본 결과로는 아무것도 알 수 없습니다. 배치
+            정규화는 신경망이 깊을 때, 학습률이 클 때, 가중치의 크기가 맞지 않을 때 효과가 있습니다. 작은 데이터의 작은
+            신경망에는 해당하는 것이 없습니다.
             """,
             flower=1 / 30, low=(titanic[1] - titanic[0]).min(), high=(titanic[1] - titanic[0]).max(),
         ),
@@ -500,6 +486,12 @@ def _(say, titanic, two):
         expects(low=ends.low, high=ends.high),
         gains=gains,
     )
+    return
+
+
+@app.cell
+def _(say):
+    say.next("lesson_6_write_your_own", "6. Write your own", "직접 만들기")
     return
 
 

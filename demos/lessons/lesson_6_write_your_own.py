@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "6. Write your own"
+# description = "직접 만들기"
+# ///
 import marimo
 
 app = marimo.App(app_title="6. Write your own / 직접 만들기", css_file="lessons.css")
@@ -8,7 +13,7 @@ with app.setup:
     import marimo as mo
     import numba
     import numpy as np
-    from common import Say, editor, expects, language_switch, table
+    from common import Say, editor, expects, language_switch, missing, table
     from tinygrad_bn_kernels import kernel
 
     from tinygrad_bn import Tensor, fused, primitive, testing
@@ -37,7 +42,7 @@ def _():
     r_max = mo.ui.slider(1, 3, 0.25, value=3, label="r max", show_value=True)
     d_max = mo.ui.slider(0, 5, 0.25, value=5, label="d max", show_value=True)
     rows_count = mo.ui.slider(steps=[32, 128, 500, 2000], value=500, label="N", show_value=True)
-    one, two = editor(RULE), editor(LAYER)
+    one, two = editor(RULE, checked=True), editor(LAYER)
     language
     return d_max, language, one, r_max, rows_count, two
 
@@ -66,11 +71,21 @@ def _(language):
 def _(one, say):
     def graded(name):
         def check(variables):
+            if wrong := missing(variables, name):
+                return wrong
+            if not hasattr(variables[name], "op"):
+                return (
+                    f"{name} is no op yet: keep the line with @ above its def.",
+                    f"{name}은 아직 연산이 아닙니다. def 위의 @ 줄을 남겨 두세요.",
+                )
             try:
                 testing.check_op(variables[name])
             except AssertionError as error:
                 text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-                return f"check_op found a mistake:\n{text}", f"check_op이 틀린 곳을 찾았습니다.\n{text}"
+                return (
+                    f"check_op found a mistake. `gradient` is what your rule gives, `numerical` a difference:\n{text}",
+                    f"check_op이 틀린 곳을 찾았습니다. gradient는 규칙의 값, numerical은 수치 미분입니다.\n{text}",
+                )
             return None
 
         return check
@@ -114,7 +129,7 @@ def _(say):
         $$y = \hat x\cdot r + d \qquad r = \frac{\sigma_B}{\sigma} \qquad d = \frac{\mu_B - \mu}{\sigma}$$
 
         Put $\hat x = (x - \mu_B)/\sigma_B$ in: y = (x − μ)/σ, what evaluation computes, but for eps. The trick is that r and d count
-        as **constants** in the backward pass, so the gradient keeps the three paths of BatchNorm. And both are clipped, $r$ to
+        as **constants** in the backward pass, so the gradient keeps the four paths of BatchNorm. And both are clipped, $r$ to
         $[1/r_{max}, r_{max}]$ and d to $\pm d_{max}$. Training begins with $r_{max}$ = 1 and $d_{max}$ = 0, which is BatchNorm,
         and lets them grow.
 
@@ -138,7 +153,7 @@ def _(say):
         $$y = \hat x\cdot r + d \qquad r = \frac{\sigma_B}{\sigma} \qquad d = \frac{\mu_B - \mu}{\sigma}$$
 
         $\hat x = (x - \mu_B)/\sigma_B$를 넣어 보면 y = (x − μ)/σ, 곧 eps의 영향을 빼면 평가할 때의 계산과 똑같습니다. 요령은 역전파에서 r과 d를
-        **상수**로 보는 것입니다. 그래서 그래디언트에는 배치 정규화의 세 갈래 길이 그대로 남습니다. 또 r은
+        **상수**로 보는 것입니다. 그래서 그래디언트에는 배치 정규화의 네 경로가 그대로 남습니다. 또 r은
         $[1/r_{max}, r_{max}]$로, d는 $\pm d_{max}$로 자릅니다. 학습은 $r_{max}$ = 1, $d_{max}$ = 0에서 시작해(이때는 배치
         정규화와 같습니다) 점점 키웁니다.
 
@@ -293,7 +308,9 @@ def _(kernel_report, rows_count, say):
 
         It has the op's name, so the engine finds it, and `check_op` compares it with the composition:
         `[[report]]`. The backward pass goes through the composition, for there is no `batch_renorm.vjp`. Here is
-        the forward pass of [[rows_count]] × 256 values in float32:
+        the time of the forward pass, for N × 256 values in float32:
+
+        [[rows_count]]
         """,
         r"""
         ## 커널
@@ -311,7 +328,9 @@ def _(kernel_report, rows_count, say):
         ```
 
         연산과 이름이 같아서 엔진이 찾아 쓰고, `check_op`은 합성 연산의 결과와 비교합니다: `[[report]]`. `batch_renorm.vjp`는
-        없으므로 역전파는 합성 연산으로 합니다. 이제 float32 값 [[rows_count]] × 256개로 순전파 시간을 재 봅시다.
+        없으므로 역전파는 합성 연산으로 합니다. 이제 float32 값 N × 256개로 순전파 시간을 재 봅시다.
+
+        [[rows_count]]
         """,
         report=kernel_report, rows_count=rows_count,
     )  # fmt: skip
@@ -368,6 +387,8 @@ def _(graded, say, two):
     right = F.layer_norm(Tensor(x), 6, eps=1e-5).numpy()
 
     def is_layer_norm(variables):
+        if not hasattr(variables.get("own_layer_norm"), "op"):
+            return graded("own_layer_norm")(variables)  # which says what is missing
         y = variables["own_layer_norm"](x, eps=1e-5)
         return expects(y=right)({"y": y}) or graded("own_layer_norm")(variables)
 
@@ -376,7 +397,7 @@ def _(graded, say, two):
         ## The second exercise: LayerNorm
 
         LayerNorm takes mean and variance of each *sample* over its features, instead of each feature over the batch. So it needs
-        no batch and no running statistics, and is the same in training and evaluation. The backward pass has the same three
+        no batch and no running statistics, and is the same in training and evaluation. The backward pass has the same four
         paths, along the other axis: there the gradients of one sample sum to 0, and no sample feels another.
 
         **2.** Write it as a composition, with `F.mean(x, axis=-1, keepdims=True)` and `F.sqrt`. No rule is needed.
@@ -385,7 +406,7 @@ def _(graded, say, two):
         ## 연습 문제 2: 층 정규화(LayerNorm)
 
         층 정규화(LayerNorm)는 배치에서 특성(feature)마다가 아니라 *샘플*마다 특성들의 평균과 분산을 구합니다. 그래서 배치도 이동 통계량도
-        필요 없고, 학습할 때와 평가할 때가 같습니다. 역전파의 세 갈래 길도 같지만 방향이 다릅니다. 한 샘플 안에서 그래디언트의 합이
+        필요 없고, 학습할 때와 평가할 때가 같습니다. 역전파의 네 경로도 같지만 방향이 다릅니다. 한 샘플 안에서 그래디언트의 합이
         0이 되고, 샘플끼리는 서로 영향을 주지 않습니다.
 
         **2.** `F.mean(x, axis=-1, keepdims=True)`와 `F.sqrt`를 써서 합성 연산으로 만들어 보세요. 규칙은 필요 없습니다.
@@ -399,6 +420,27 @@ def _(graded, say, two):
         is_layer_norm,
         fused=fused, rows=rows, F=F,
     )  # fmt: skip
+    return
+
+
+@app.cell
+def _(say):
+    say(
+        r"""
+        ## Where next
+
+        `python -m demos quiz` asks you for every gradient of BatchNorm. `python -m demos bn_backward --x 1 2 3 4 6` prints them
+        for your own numbers, and `e.html("steps.html")` draws them for your own network. `demos/lessons/questions.md` answers
+        what others asked.
+        """,
+        r"""
+        ## 다음에 볼 것
+
+        `python -m demos quiz`는 배치 정규화의 그래디언트를 하나씩 물어봅니다. `python -m demos bn_backward --x 1 2 3 4 6`은 여러분의
+        숫자로 모든 값을 출력하고, `e.html("steps.html")`은 여러분의 신경망으로 그림을 그립니다. 다른 사람들이 물어본 것은
+        `demos/lessons/questions.ko.md`에 답이 있습니다.
+        """,
+    )
     return
 
 

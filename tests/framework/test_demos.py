@@ -99,6 +99,30 @@ def test_normalize_numbers_prints_the_values_of_the_article(capsys):
     assert float(re.search(r"largest difference from X : (\S+),", printed)[1]) < 1e-4
 
 
+def test_bn_backward_takes_a_batch_of_ones_own_and_evaluation(tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    assert main(["bn_backward", "--x", "1", "2", "3", "4", "6", *out]) == 0
+    printed = capsys.readouterr().out
+    assert {"steps.png", "paths.png"} <= {path.name for path in tmp_path.iterdir()}
+    shares = re.findall(
+        r"^(direct|through [a-z ]+): x → .*\n(?:.*out\n)?  gradient (\[\[[^\]]*\](?:\s*\[.*\])*\])", printed, re.M
+    )
+    names, numbers = zip(*shares, strict=True)
+    assert names == ("direct", "through var", "through mu", "through mu and var")
+    parts = np.array([re.findall(r"-?\d+\.\d*", text) for text in numbers], float)
+    x, g = np.array([1.0, 2, 3, 4, 6]), np.random.default_rng(0).normal(size=5)
+    h, loss = 1e-5, lambda z: (1.5 * (z - z.mean()) / np.sqrt(z.var() + 1e-5) * g).sum()
+    slope = [(loss(x + h * e) - loss(x - h * e)) / (2 * h) for e in np.eye(5)]
+    np.testing.assert_allclose(parts.sum(axis=0), slope, atol=3e-4)
+    assert main(["bn_backward", "--eval", "--x", "-1", "2", *out]) == 0
+    printed = capsys.readouterr().out
+    assert "along one path" in printed
+    assert "\nvar = " not in printed
+    for wrong in (["1"], ["1", "nan"], ["one", "two"]):
+        with pytest.raises(SystemExit):
+            main(["bn_backward", "--x", *wrong, *out])
+
+
 def test_bn_backward(tmp_path, capsys):
     assert main(["bn_backward", "--seed", "3", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")

@@ -62,9 +62,14 @@ def test_an_exercise_says_how_an_answer_is_wrong():
         "pass": "Give dx a value",
         "dx = -right": "wrong sign",
         "dx = 4 * right": "4 times",
-        "dx = right.T": r"dx\[0, 1\] is 3, the engine has -2",
+        "dx = None": "Give dx a value",
+        "dx = 'right'": "has to be a number or an array of numbers; it is a str",
+        "dx = [[1, 2], [3]]": "it is a list",
+        "dx = right.T": r"dx\[0, 1\] is 3, the engine has −2",
         "dx = right[0]": r"shape \(2,\), the engine's has \(2, 2\)",
-        "dx = right / 'a'": "stopped with",
+        "x = 1\ndx = right / 'a'": "Line 2 stopped with",
+        "dx = (": "Line 1 stopped with SyntaxError",
+        "raise SystemExit": "stopped with",
         "dx = np.full((2, 2), np.nan)": "is nan",
     }
     for code, words in wrong.items():
