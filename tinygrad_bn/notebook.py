@@ -44,6 +44,8 @@ class TensorInNotebook:
 class ModuleInNotebook:
     """What makes a notebook show a module: its parameters and buffers, and the modules inside, which unfold."""
 
+    __slots__ = ()
+
     def _repr_html_(self) -> str:
         return _module(self, "", "", opened=True)
 
