@@ -277,7 +277,7 @@ def _(g_1, g_2, g_3, say):
         say(
             r"""
             The last two rows agree, and the engine never made the matrix. Set all g to 1, as `.sum().backward()` does: the
-            gradient is 0, up to rounding ([[ones]]). The sum of $\hat x$ is 0 whatever x is, so it has nothing to teach. To
+            gradient is 0, up to rounding ([[ones]]). The sum of $\hat x$ is 0 whatever x is, so its gradient has to be 0. To
             test a gradient of BatchNorm, use a random cotangent.
             """,
             r"""

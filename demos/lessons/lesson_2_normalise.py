@@ -174,7 +174,7 @@ def _(X, bias, mu, say, var, weight):
             r"""
             Now the output has the mean [[out_mean]] and the standard deviation [[out_std]]: that is β and γ, whatever
             the input was. With γ = σ = [[sigma]] and β = μ = [[mu]] the layer returns its input, except for [[off]],
-            which comes from eps. So a network with BatchNorm can do all that it could do without.
+            which comes from eps. So a network with BatchNorm can compute all that it could without.
             """,
             r"""
             지금 출력의 평균은 [[out_mean]], 표준편차는 [[out_std]]입니다. 입력이 무엇이든 출력의 평균과 표준편차는 β와

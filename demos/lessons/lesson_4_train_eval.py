@@ -112,7 +112,7 @@ def _(batches, momentum, say):
         say(
             r"""
             After [[n]] batches the running mean is [[mean]] and the running variance [[var]]. In theory they have gone
-            $1-(1-m)^n$ = [[share]] of the way. A small momentum is slow, a large one restless.
+            $1-(1-m)^n$ = [[share]] of the way. A small momentum is slow, a large one noisy.
 
             **Two conventions.** Here and in PyTorch the momentum is the weight of the *new* batch, usually 0.1. In Keras it
             is the weight of the *old* value, usually 0.99; so Keras' default is our [[keras]], ten times slower than
@@ -139,7 +139,7 @@ def _(say, size):
         r"""
         ## The same samples, twice; and a batch of one
 
-        Both modes get the same first sample. In training mode its output depends on who else is in the batch:
+        Both modes get the same first sample. In training mode its output depends on the rest of the batch:
 
         [[size]]
         """,

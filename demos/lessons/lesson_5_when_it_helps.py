@@ -259,7 +259,7 @@ def _(activation, depth, flows, say):
             On the way back the gradient changes per layer by a factor of [[without]] without BatchNorm, and of [[with_bn]]
             with it. With BatchNorm the gain does not matter, and nothing vanishes; but the factor is above 1. For ReLU it is
             about 1.2 in theory (Yang et al. 2019). That is harmless for ten layers, and explodes in a hundred:
-            [[with_bn_again]] to the power of 100 is [[hundred]]. Residual connections were the cure.
+            [[with_bn_again]] to the power of 100 is [[hundred]]. Residual connections solved this.
             """,
             r"""
             뒤로 레이어 하나를 지날 때마다 그래디언트는 배치 정규화가 없으면 [[without]]배, 있으면 [[with_bn]]배가 됩니다. 배치 정규화를
@@ -380,7 +380,7 @@ def _(say):
         say(
             r"""
             The loss with noise is lower than that without BatchNorm by [[ahead]], though here the distributions move the most. So steady distributions are not the main reason. What Santurkar et al. found instead: the loss becomes
-            smoother, and its gradient is worth following for a longer step. `python -m demos loss_landscape` measures it.
+            smoother, and a gradient stays right for a longer step. `python -m demos loss_landscape` measures it.
             """,
             r"""
             잡음을 넣은 신경망은 분포가 가장 심하게 흔들리는데도 배치 정규화가 없는 신경망보다 손실이 [[ahead]]만큼 낮습니다.

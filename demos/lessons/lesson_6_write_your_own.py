@@ -398,7 +398,7 @@ def _(graded, say, two):
 
         LayerNorm takes mean and variance of each *sample* over its features, instead of each feature over the batch. So it needs
         no batch and no running statistics, and is the same in training and evaluation. The backward pass has the same four
-        paths, along the other axis: there the gradients of one sample sum to 0, and no sample feels another.
+        paths, along the other axis: there the gradients of one sample sum to 0, and samples do not affect each other.
 
         **2.** Write it as a composition, with `F.mean(x, axis=-1, keepdims=True)` and `F.sqrt`. No rule is needed.
         """,

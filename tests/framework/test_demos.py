@@ -400,7 +400,7 @@ def test_the_log_of_the_third_article(tmp_path, capsys):
 def test_the_page_of_all_demos(tmp_path, capsys):
     assert gallery.main(["bn_backward", "deep_mlp"], ["--out", str(tmp_path), "--check"]) == 0
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == page.count('type="checkbox"') == 2, "a click enlarges each figure"
+    assert page.count("data:image/png;base64,") == page.count('type="checkbox"') == 3, "a click enlarges each figure"
     assert "with BatchNorm the validation accuracy is above 0.85" in page
     assert page.count("<details open>") == 1, "the output of bn_backward is not folded"
     assert "`" not in page
