@@ -108,14 +108,12 @@ class _BatchNorm(Module):
         `running = (1 - momentum) * running + momentum * batch`, where the batch's variance is unbiased: `count` is the
         number of values in each channel.
         """
-        if not self.training:
-            return
-        if self._collect is not None:
+        if self.training and self._collect is not None:
             self._collect(mean, var, count)
             return
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        buffers = [b for b in (self.running_mean, self.running_var, self.num_batches_tracked) if b is not None]
+        if not (self.training and buffers):
             return
-        buffers = self.running_mean, self.running_var, self.num_batches_tracked
         arrays = [b._data for b in buffers]
         momentum = 1 / (float(arrays[2]) + 1) if self.momentum is None else float(self.momentum)
         unbias = count / (count - self.running_var_correction)
