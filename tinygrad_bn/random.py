@@ -28,6 +28,11 @@ def generator(rng: np.random.Generator | None = None) -> np.random.Generator:
     return _generator if rng is None else rng
 
 
+def draw_key(rng: np.random.Generator | None = None) -> int:
+    """A key for `philox`, from 0 to 2**63 − 1, drawn from `rng` or else from the default generator."""
+    return int(generator(rng).integers(2**63))
+
+
 def philox(key: int, count: int) -> NDArray[Any]:
     """`count` random 32-bit words as uint64. Word i depends only on the 64-bit `key` and i, so it can be recomputed.
 

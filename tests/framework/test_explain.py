@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, functional, grad, nn, no_grad, optim
-from tinygrad_bn.explain import explain, hooks
+from tinygrad_bn import Tensor, functional, grad, hooks, nn, no_grad, optim
+from tinygrad_bn.explain import explain
 from tinygrad_bn.sample import RandomDraw
 from tinygrad_bn.tensor import OPS
 

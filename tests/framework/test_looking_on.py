@@ -9,9 +9,9 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, backend, functional, nn, optim
+from tinygrad_bn import Tensor, backend, functional, hooks, nn, optim
 from tinygrad_bn.diagnose import AnomalyError, LayerHistograms, StatisticsGaps, UpdateRatios, detect_anomaly, lint
-from tinygrad_bn.explain import explain, hooks
+from tinygrad_bn.explain import explain
 
 
 class Log(nn.Module):

@@ -15,7 +15,7 @@ from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.diagnose.findings import Finding
 from tinygrad_bn.diagnose.seam import Call, Watcher
 from tinygrad_bn.diagnose.structure import WEIGHTED, Named, Pair, dropout_before, label
-from tinygrad_bn.explain.hooks import listening, unseen
+from tinygrad_bn.hooks import listening, unseen
 from tinygrad_bn.modes import no_grad
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS
 from tinygrad_bn.nn.module import Module

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn import nn, viz
+from tinygrad_bn import hooks, nn, viz
 from tinygrad_bn.arguments import expect_integer
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.diagnose.measured import RATIO, SHIFT, running_gap, statistics, trace
 from tinygrad_bn.diagnose.structure import label
-from tinygrad_bn.explain import hooks
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Tensor
-from tinygrad_bn.train.scores import Data, Loss, arrays_of, expect_model, measure
+from tinygrad_bn.train.scores import Data, Loss, arrays_of, expect_model, measure, outputs_and_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ class LayerHistograms(Recorder):
                 outputs[names[module]] = y  # of its last call
 
         with nn.batch_statistics(model), nn.observe(note), recording(True):
-            value = measure(model(self.x), self.y, self.loss).value
+            value = measure(partial(outputs_and_loss, model, self.loss), self.x, self.y, self.loss).value
         differentiable = {name: y for name, y in outputs.items() if y.requires_grad}
         gradients = dict(zip(differentiable, grad(value, list(differentiable.values())), strict=True))
         for name, y in outputs.items():

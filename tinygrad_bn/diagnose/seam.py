@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_bn import autograd
-from tinygrad_bn.explain import hooks
+from tinygrad_bn import autograd, hooks
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Node, Op
 
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 ENGINE = {PACKAGE + name for name in ("tensor.py", "autograd.py", "backend.py", "modes.py")}
-LOOKING_ON = tuple(os.path.join(PACKAGE, folder, "") for folder in ("explain", "diagnose"))
+LOOKING_ON = (PACKAGE + "hooks.py", *(os.path.join(PACKAGE, folder, "") for folder in ("explain", "diagnose")))
 LINES = 2  # of the caller's program
 
 

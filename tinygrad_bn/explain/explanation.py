@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from tinygrad_bn import backend
-from tinygrad_bn.explain import hooks, names
+from tinygrad_bn import backend, hooks
+from tinygrad_bn.explain import names
 from tinygrad_bn.explain.paths import Way, parting, ways
 from tinygrad_bn.explain.recorder import Recorder
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step

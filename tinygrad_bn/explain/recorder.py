@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn import autograd, backend, tensor
-from tinygrad_bn.explain import hooks
+from tinygrad_bn import autograd, backend, hooks, tensor
 from tinygrad_bn.explain.names import Locals, parameters_of
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.nn.module import Module

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn import backend, more_ops
+from tinygrad_bn import backend, more_ops, random
 from tinygrad_bn.arguments import expect_array, expect_axis, expect_flags, expect_floats, expect_integer, expect_number
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
 from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
-from tinygrad_bn.random import generator, philox
+from tinygrad_bn.random import philox
 from tinygrad_bn.sample import REAL, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused, primitive
 
@@ -158,4 +158,4 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
     expect_floats(x, "dropout")
     if not training or p == 0:
         return x
-    return dropout_by_key(x, p=p, key=int(generator(rng).integers(2**63)))
+    return dropout_by_key(x, p=p, key=random.draw_key(rng))

@@ -27,7 +27,7 @@ def _expect_reduction(reduction: str) -> None:
 def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
     _expect_reduction(reduction)
     reduced = mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
-    note(reduced, reduction, loss.size, lambda: loss.size)
+    note(reduced, reduction, loss.size, None, float, loss.size)
     return reduced
 
 
@@ -112,7 +112,7 @@ def _class_weight(weight: Operand | None, x: Operand) -> Any:
         raise ValueError("class weights are constants here; pass weight.detach()")
     if values(weight).shape != (x.shape[1],):
         raise ValueError(f"weight has shape {values(weight).shape}, for {x.shape[1]} classes")
-    return values(weight).astype(x.dtype)
+    return values(weight).astype(x.dtype, copy=False)
 
 
 def nll_loss(
@@ -129,7 +129,7 @@ def nll_loss(
     classes, weight = _classes(x, target, ignore_index), _class_weight(weight, x)
     loss, total = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
     loss = astype(loss, dtype=x.dtype)
-    note(loss, reduction, classes.size, lambda: total, ignore_index)
+    note(loss, reduction, classes.size, ignore_index, float, total)
     return reshape(loss, shape=classes.shape) if reduction == "none" else loss
 
 
@@ -245,5 +245,5 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    note(loss, reduction, classes.size, lambda: _total(classes, weight, ignore_index), ignore_index)
+    note(loss, reduction, classes.size, ignore_index, _total, classes, weight, ignore_index)
     return reshape(loss, shape=classes.shape) if reduction == "none" and classes.ndim > 1 else loss

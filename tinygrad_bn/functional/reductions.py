@@ -31,11 +31,13 @@ def reductions(made: list[Reduced]) -> Mode:
     return Mode(_listener, made)
 
 
-def note(result: Any, reduction: str, size: int, total: Callable[[], Any], ignored: int | None = None) -> None:
+def note(
+    result: Any, reduction: str, size: int, ignored: int | None, total: Callable[..., Any], *operands: Any
+) -> None:
     """Tell the listener of a loss of `size` elements that was reduced to `result`; for the arguments see `Reduced`.
 
-    `total` is a function, since reading the number may wait for the device: it is called only if someone listens.
+    `total` is a function of `operands`, since reading a number may wait for the device: only a listener calls it.
     """
     made = _listener.get()
     if made is not None and reduction != "none":
-        made.append(Reduced(result, reduction == "sum", float(total()), size, ignored))
+        made.append(Reduced(result, reduction == "sum", float(total(*operands)), size, ignored))

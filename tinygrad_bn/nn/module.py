@@ -16,7 +16,7 @@ from tinygrad_bn.tensor import Tensor
 
 Observer: TypeAlias = Callable[["Module", Tensor], None]
 
-_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 class Parameter(Tensor):
@@ -105,7 +105,7 @@ class Module(ModuleInNotebook):
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Run `forward`. Positional arrays and lists become tensors on the module's device."""
         y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
-        observer = _observer.get()
+        observer = OBSERVER.get()
         if observer is not None:
             observer(self, y)
         return y
@@ -330,12 +330,12 @@ def _holds(value: object, wanted: Callable[[Any], bool]) -> bool:
 
 def observe(observer: Observer) -> Mode:
     """Inside this block, `observer(module, output)` is called after the forward of every module."""
-    return Mode(_observer, observer)
+    return Mode(OBSERVER, observer)
 
 
 def being_observed() -> bool:
     """Whether an observer is set."""
-    return _observer.get() is not None
+    return OBSERVER.get() is not None
 
 
 def evaluating(model: Module) -> Block[Module]:

@@ -81,6 +81,10 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     `max_norm` below 0, TypeError for params that are not tensors.
     """
     expect_number("max_norm", max_norm, 0, finite=False)
+    return _clip_norm(listed(params), max_norm)
+
+
+def _clip_norm(params: list[Any], max_norm: float) -> float:
     gradients = _gradients(params)
     norm = _norm([g for _, g in gradients])
     if math.isfinite(norm) and norm > max_norm:

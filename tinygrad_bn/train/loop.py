@@ -6,19 +6,30 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from tinygrad_bn import captured, nn
 from tinygrad_bn import functional as F
-from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.datasets import Batches, Seed
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
 from tinygrad_bn.tensor import Tensor
 from tinygrad_bn.train.history import Epoch, History
-from tinygrad_bn.train.scores import Data, Loss, MeanScore, Score, arrays_of, evaluate, expect_model, measure
+from tinygrad_bn.train.scores import (
+    Data,
+    Loss,
+    MeanScore,
+    Score,
+    arrays_of,
+    evaluate,
+    expect_model,
+    measure,
+    outputs_and_loss,
+)
 
 Callback: TypeAlias = Callable[[History, nn.Module], bool | None]
 NonFinite: TypeAlias = Literal["raise", "skip", "restore", "ignore"]
@@ -45,6 +56,7 @@ def fit(
     clip_norm: float | None = None,
     nonfinite: NonFinite = "raise",
     callbacks: Callback | Iterable[Callback] = (),
+    capture: bool | None = None,
     progress: bool = True,
     description: str = "training",
     device: str | None = None,
@@ -76,6 +88,8 @@ def fit(
             that step. "ignore": do not look.
         callbacks: functions (history, model), all called after every epoch. Training ends if one returns True. The
             method `on_step(model)` of a callback, if it has one, is called after every step.
+        capture: whether to run forward and backward pass as a `tinygrad_bn.capture`, where that is possible: the same
+            bits, faster. None: if the loss and all modules are this package's own, whose Python is known to be safe.
         progress: show a progress bar.
         description: label of the progress bar.
         device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
@@ -92,7 +106,7 @@ def fit(
     """
     expect_model(model, loss)
     expect_integer("epochs", epochs, 0)
-    expect_flags(progress=progress)
+    expect_flags(progress=progress, capture=capture is not None and capture)
     if nonfinite not in ("raise", "skip", "restore", "ignore"):
         raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {nonfinite!r}")
     if clip_norm is not None:
@@ -111,7 +125,7 @@ def fit(
     if device is not None:
         model.to(device)
     optimizer = optimizer or Adam(model.parameters())
-    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite)
+    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, _is_own(model, loss) if capture is None else capture)
     history = History()
     model.train()
     bar = _progress(progress)
@@ -148,11 +162,27 @@ class _Steps:
     """The steps of the optimizer, and what happens where one would not be finite."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loss: Loss, clip_norm: float | None, nonfinite: NonFinite
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: Loss,
+        clip_norm: float | None,
+        nonfinite: NonFinite,
+        captures: bool,
     ) -> None:
         self.model, self.optimizer, self.loss, self.clip_norm = model, optimizer, loss, clip_norm
         self.nonfinite = nonfinite
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def both_ways(x: Array, y: Array) -> tuple[Tensor, Any, Any]:
+            outputs, target, value = outputs_and_loss(model, loss, x, y)
+            optimizer.zero_grad()
+            mean = value[0] if isinstance(value, tuple) else value
+            if isinstance(mean, Tensor) and mean.size == 1:  # what else it may be is reported later
+                mean.backward()
+            return outputs, target, value
+
+        self.run = captured.capture(both_ways, quiet=True) if captures else both_ways
 
     def remember(self) -> None:
         """Note what the epoch that begins may have to restore. Arrays of tensors are replaced, never written into."""
@@ -164,15 +194,12 @@ class _Steps:
     def take(self, x: Array, y: Array, mean: MeanScore) -> str:
         """Take a step on a batch, and its score into the mean; or say why not, with the model as it was before."""
         before = [b._data for b in self.buffers]
-        batch = measure(self.model(x), y, self.loss)
+        batch = measure(self.run, x, y, self.loss)
         if not isinstance(batch.value, Tensor):
             raise TypeError(f"loss has to return a Tensor; got a {type(batch.value).__name__}")
-        self.optimizer.zero_grad()
         if batch.weight:
             fault = "" if math.isfinite(batch.loss) or self.nonfinite == "ignore" else f"the loss is {batch.loss}"
-            if not fault:
-                batch.value.backward()
-                fault = self._clipped()
+            fault = fault or self._clipped()
             if fault:
                 for b, array in zip(self.buffers, before, strict=True):
                     b._data = array
@@ -216,6 +243,14 @@ class _Steps:
     def _name(self, p: Tensor) -> str:
         names: dict[Tensor, str] = {q: name for name, q in self.model.named_parameters()}
         return names.get(p, f"a parameter of shape {p.shape}")
+
+
+def _is_own(model: nn.Module, loss: Loss) -> bool:
+    """Whether the loss and all modules are this package's."""
+    function = loss.func if isinstance(loss, partial) else loss
+    home = fit.__module__.split(".")[0]
+    places = [getattr(function, "__module__", ""), *(type(m).__module__ for m in model.modules())]
+    return all(place.split(".")[0] == home for place in places)
 
 
 def _is_finite(t: Tensor) -> bool:

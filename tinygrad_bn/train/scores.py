@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -86,19 +87,25 @@ def score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) 
     mean, samples = MeanScore(), 0
     with no_grad():
         for x, y in batches:
-            mean.add(measure(model(x), y, loss))
+            mean.add(measure(partial(outputs_and_loss, model, loss), x, y, loss))
             samples += len(x)
     if not samples:
         raise ValueError("no samples to evaluate on")
     return mean.score()
 
 
-def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
-    """The loss and the hits of a batch."""
+def outputs_and_loss(model: nn.Module, loss: Loss, x: Array, y: Array) -> tuple[Tensor, Any, Any]:
+    """The outputs, the targets on their device, and what the loss returns."""
+    outputs = model(x)
     target = y if outputs.device == "cpu" else Tensor(y).to(outputs.device)
+    return outputs, target, loss(outputs, target)
+
+
+def measure(run: Callable[[Array, Array], tuple[Tensor, Any, Any]], x: Array, y: Array, loss: Loss) -> Batch:
+    """The loss and the hits of a batch. `run` gives what `outputs_and_loss` does."""
     made: list[Reduced] = []
-    with reductions(made), np.errstate(invalid="ignore"):  # 0 / 0 where no target counts
-        value = loss(outputs, target)
+    with reductions(made), np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where no target counts
+        outputs, target, value = run(x, y)
     pair = isinstance(value, tuple) and len(value) == 2
     if pair:
         value, weight = value[0], float(value[1])
@@ -116,7 +123,8 @@ def measure(outputs: Tensor, y: Array, loss: Loss) -> Batch:
 
 def _weight(value: Any, made: list[Reduced], samples: int, has_other_terms: Callable[[], bool]) -> tuple[float, bool]:
     """What the mean of a loss was divided by, and whether the loss is the sum instead."""
-    whole = [r for r in made if r.result is value]
+    array = getattr(value, "_data", value)
+    whole = [r for r in made if getattr(r.result, "_data", r.result) is array]
     if any(r.summed for r in made):  # not the whole: then the loss divided the sum, by its samples
         return (whole[0].total, True) if whole else (samples, False)
     shares = {round(r.total / r.size, 12) for r in made if r.size}
@@ -134,7 +142,7 @@ def _has_other_terms(value: Any, made: list[Reduced], outputs: Tensor, target: A
     """Whether a loss depends on the outputs in other ways than through those that were reduced."""
     if not isinstance(value, Tensor):
         return all(float(r.result) != value for r in made)
-    if value.node is None:  # as in `evaluate`, which records nothing
+    if value.node is None or not value.node.inputs:  # nothing was recorded, or a backward pass has freed it
         outputs, made = Tensor(outputs.detach(), requires_grad=True), []
         with recording(True), reductions(made), np.errstate(invalid="ignore"):
             value = loss(outputs, target)

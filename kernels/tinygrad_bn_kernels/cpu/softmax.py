@@ -45,7 +45,7 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
     for i in range(start, stop):
         t = target[i]
         if t == ignore_index:
-            loss[i] = mass[i] = 0.0
+            loss[i] = mass[i] = normalizer[i, 0] = normalizer[i, 1] = 0.0
             continue
         largest, log_sum = _log_normalizer(x[i])
         normalizer[i, 0], normalizer[i, 1] = largest, log_sum

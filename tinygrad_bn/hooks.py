@@ -14,8 +14,13 @@ from functools import partial, wraps
 from threading import Lock
 from typing import Any
 
-from tinygrad_bn import autograd, backend, tensor
+from tinygrad_bn import autograd, backend, random, tensor
+from tinygrad_bn.functional import losses
+from tinygrad_bn.nn.batch_norm import _BatchNorm
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.optim import gradients
+from tinygrad_bn.optim.optimizer import Optimizer
+from tinygrad_bn.optim.schedules import Schedule
 
 # Owner, its function, and the method of a listener that is called instead.
 PLACES = (
@@ -28,6 +33,22 @@ PLACES = (
     (backend, "forward", "forward"),
     (backend, "vjp", "vjp"),
     (Module, "__call__", "module"),
+    (_BatchNorm, "track", "host"),
+    (Optimizer, "step", "host"),
+    (Schedule, "step", "host"),
+    (gradients, "_clip_norm", "host"),
+    (random, "draw_key", "host"),
+    (losses, "note", "host"),
+    (backend, "new_array", "copy"),
+    (backend, "full", "copy"),
+    (backend, "move", "copy"),
+    (backend, "index_copy", "copy"),
+    (backend, "new_values", "read"),
+    (backend, "read_only", "read"),
+    (backend, "numpy_view", "read"),
+    (backend, "converted", "read"),
+    (backend, "to_numpy", "read"),
+    (tensor.Tensor, "item", "read"),
 )
 SEAM = ("forward", "vjp")  # inside of these nothing is seen: an op may call others
 
@@ -57,6 +78,11 @@ def listening(listener: Any) -> Iterator[None]:
             if not _blocks:
                 for (owner, name, _), original in zip(PLACES, _originals, strict=True):
                     setattr(owner, name, original)
+
+
+def anybody() -> bool:
+    """Whether somebody looks on, in this thread or task."""
+    return bool(_listeners.get())
 
 
 @contextmanager
