@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.benchmarks import networks
 from tests.benchmarks.networks import normal
-from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train
+from tinygrad_bn import Tensor, capture, datasets, functional, manual_seed, nn, optim, train
 
 Work = Callable[[], object]
 
@@ -24,16 +24,18 @@ def _both_ways(function: Callable[[Tensor], Tensor], x: np.ndarray, g: np.ndarra
     return run
 
 
-def _step(model: nn.Module, x: np.ndarray, y: np.ndarray) -> Work:
+def _step(model: nn.Module, x: np.ndarray, y: np.ndarray, captured: bool) -> Work:
     optimizer = optim.Adam(model.parameters())
 
-    def step() -> None:
-        loss = functional.cross_entropy(model(Tensor(x)), y)
+    def step(x: np.ndarray, y: np.ndarray) -> Tensor:
+        loss = functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss
 
-    return step
+    run = capture(step) if captured else step
+    return lambda: run(x, y)
 
 
 def batch_norm(shape: list[int], relu: bool = False) -> Work:
@@ -41,16 +43,16 @@ def batch_norm(shape: list[int], relu: bool = False) -> Work:
     return _both_ways(networks.normalize(nn, shape, relu), *normal(2, *shape))
 
 
-def mlp_step(sizes: list[int], batch: int) -> Work:
+def mlp_step(sizes: list[int], batch: int, captured: bool = False) -> Work:
     """Forward, cross-entropy, backward and Adam."""
     manual_seed(0)
-    return _step(networks.mlp(nn, sizes), *networks.samples(sizes, batch))
+    return _step(networks.mlp(nn, sizes), *networks.samples(sizes, batch), captured)
 
 
-def cnn_step(batch: int) -> Work:
+def cnn_step(batch: int, captured: bool = False) -> Work:
     """Forward, cross-entropy, backward and Adam."""
     manual_seed(0)
-    return _step(networks.cnn(nn), *networks.images(batch))
+    return _step(networks.cnn(nn), *networks.images(batch), captured)
 
 
 def cnn_epoch(name: str) -> Work:

@@ -37,7 +37,7 @@ class Recorder:
         if type(value) is not np.ndarray:
             return value
         watched = value.view(Argument)
-        watched.recorder = self
+        watched.recorder, watched.array = self, value
         return watched
 
     def place_of(self, value: Any) -> Any:
@@ -181,6 +181,7 @@ class Argument(np.ndarray[Any, Any]):
 
     def __array_finalize__(self, whole: Any) -> None:
         self.recorder: Recorder | None = getattr(whole, "recorder", None)
+        self.array: Any = None  # what this is a view of, if it is no view of another one
 
     def __array_ufunc__(self, ufunc: Any, method: Any, *inputs: Any, **kwargs: Any) -> Any:
         self._read(ufunc.__name__)
@@ -212,7 +213,9 @@ for _name in (
 
 def plain(value: Any) -> Any:
     """The array behind an `Argument`; another value as it is."""
-    return value.view(np.ndarray) if type(value) is Argument else value
+    if type(value) is not Argument:
+        return value
+    return value.view(np.ndarray) if value.array is None else value.array
 
 
 def is_array(value: Any) -> bool:
