@@ -79,7 +79,12 @@ class Recorder:
             return self._use(value)
         return Place(self._known[id(value)]) if _is_own(value) and id(value) in self._known else value
 
-    def _add_host(self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, of: str = "") -> int:
+    def _add_host(
+        self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, of: str = "",
+        options: dict[str, Any] | None = None,
+    ) -> int:  # fmt: skip
+        if options:
+            self.refuse(f"{name} is called with names of arguments ({', '.join(options)}); give them by position")
         placed = tuple(map(self._placed, args))
         slot = self._define(result) if is_array(result) or _is_own(result) else NOWHERE
         self.lines.append(Host(name, of or ".".join(self._path), placed, (slot,), function))
@@ -155,19 +160,20 @@ class Recorder:
                     self.refuse("a gradient is added to that of a step before: call zero_grad() in the step")
                 self._add_host("grad", set_grad, (t, t.grad._data), None, self._names.get(t, ""))
 
-    def copy(self, run: Callable[..., Any], *args: Any) -> Any:
+    def copy(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """A function of the seam that makes an array."""
-        result = run(*(args := tuple(map(plain, args))))
+        args = tuple(map(plain, args))
+        result = run(*args, **options)
         if is_array(result) and not any(result is a for a in args):
-            self._add_host(run.__name__, run, args, result)
+            self._add_host(run.__name__, run, args, result, options=options)
         return result
 
-    def host(self, run: Callable[..., Any], *args: Any) -> Any:
+    def host(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Work of the host, which a program does by calling the same function."""
         args = tuple(map(plain, args))
         with hooks.unseen():
-            result = run(*args)
-        self._add_host(run.__name__, run, args, result)
+            result = run(*args, **options)
+        self._add_host(run.__name__, run, args, result, options=options)
         return result
 
     def read(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
