@@ -6,7 +6,8 @@ import numpy as np
 
 from tests.benchmarks import networks
 from tests.benchmarks.networks import normal
-from tinygrad_bn import Tensor, capture, datasets, functional, manual_seed, nn, optim, train
+from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train
+from tinygrad_bn.captured import capture
 
 Work = Callable[[], object]
 

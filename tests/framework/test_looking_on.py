@@ -173,7 +173,7 @@ def test_what_looks_on_sees_what_happens_in_blocks_inside_of_its_own():
             return half.log()
 
         y = f(x)
-    assert outer.origin == inner.origin
+    assert repr(outer.origin) == repr(inner.origin)  # a NaN is not equal to itself
     assert (outer.origin.op, y.shape) == ("log", (1,))
     assert list(e) == list(e2) == ["x", "half", "y"], "names of local variables reach both"
     assert backend.forward.__module__ == "tinygrad_bn.backend"

@@ -35,7 +35,7 @@ class capture:
     Taken up at once: new values of parameters, buffers and optimizer options; changed attributes of modules; and
     changed variables that `function`, functions that it names, and `forward` of its modules use by name. Other Python
     code of the step runs only while it is recorded. So the step may not read numbers of its tensors, as `loss.item()`
-    does, and should not print or count: return tensors instead.
+    does, nor set a mode, a gradient or an option, print or count: that would stand still.
 
     Under `composed`, `debug`, `nn.observe`, `explain` and `detect_anomaly`, and in a second thread at the same time,
     steps run as always.
@@ -47,6 +47,7 @@ class capture:
 
     >>> import numpy as np
     >>> from tinygrad_bn import functional as F, nn, optim
+    >>> from tinygrad_bn.captured import capture
     >>> model = nn.Sequential(nn.Linear(2, 3, rng=np.random.default_rng(0)), nn.BatchNorm1d(3))
     >>> optimizer = optim.SGD(model.parameters(), lr=0.1)
     >>> @capture

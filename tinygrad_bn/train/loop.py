@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -56,7 +55,7 @@ def fit(
     clip_norm: float | None = None,
     nonfinite: NonFinite = "raise",
     callbacks: Callback | Iterable[Callback] = (),
-    capture: bool | None = None,
+    capture: bool = True,
     progress: bool = True,
     description: str = "training",
     device: str | None = None,
@@ -88,8 +87,8 @@ def fit(
             that step. "ignore": do not look.
         callbacks: functions (history, model), all called after every epoch. Training ends if one returns True. The
             method `on_step(model)` of a callback, if it has one, is called after every step.
-        capture: whether to run forward and backward pass as a `tinygrad_bn.capture`, where that is possible: the same
-            bits, faster. None: if the loss and all modules are this package's own, whose Python is known to be safe.
+        capture: where the loss and all modules are this package's own, record forward and backward pass once, and run
+            them as a straight line of array operations: the same bits, faster.
         progress: show a progress bar.
         description: label of the progress bar.
         device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
@@ -106,7 +105,7 @@ def fit(
     """
     expect_model(model, loss)
     expect_integer("epochs", epochs, 0)
-    expect_flags(progress=progress, capture=capture is not None and capture)
+    expect_flags(progress=progress, capture=capture)
     if nonfinite not in ("raise", "skip", "restore", "ignore"):
         raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {nonfinite!r}")
     if clip_norm is not None:
@@ -125,7 +124,7 @@ def fit(
     if device is not None:
         model.to(device)
     optimizer = optimizer or Adam(model.parameters())
-    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, _is_own(model, loss) if capture is None else capture)
+    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture and _is_own(model, loss))
     history = History()
     model.train()
     bar = _progress(progress)
@@ -247,9 +246,8 @@ class _Steps:
 
 def _is_own(model: nn.Module, loss: Loss) -> bool:
     """Whether the loss and all modules are this package's."""
-    function = loss.func if isinstance(loss, partial) else loss
     home = fit.__module__.split(".")[0]
-    places = [getattr(function, "__module__", ""), *(type(m).__module__ for m in model.modules())]
+    places = [getattr(loss, "__module__", ""), *(type(m).__module__ for m in model.modules())]
     return all(place.split(".")[0] == home for place in places)
 
 
