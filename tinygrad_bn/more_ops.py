@@ -229,11 +229,12 @@ def getitem(x: Operand, *, index: Any) -> Operand:
 )
 def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
-    out = np.zeros(shape, x.dtype)
     if any(isinstance(i, np.ndarray | list | tuple) for i in (index if isinstance(index, tuple) else (index,))):
-        np.add.at(out, index, x)
-    else:  # basic indices do not repeat
-        out[index] = x
+        wide = np.zeros(shape, np.result_type(x, np.float32) if x.dtype.kind == "f" else x.dtype)  # no sums in half
+        np.add.at(wide, index, x)
+        return wide.astype(x.dtype, copy=False)
+    out = np.zeros(shape, x.dtype)
+    out[index] = x  # basic indices do not repeat
     return out
 
 

@@ -440,3 +440,9 @@ def test_average_pooling_of_tiles_and_of_slices(kernel, stride, size):
     np.testing.assert_allclose(y.numpy(), views.mean(axis=(4, 5)), rtol=1e-12)
     g = np.random.default_rng(1).normal(size=y.shape)
     assert (grad(y, x, Tensor(g)) * x).sum().item() == pytest.approx((y.numpy() * g).sum())  # y is linear in x
+
+
+def test_the_gradient_of_an_index_that_repeats_is_not_added_up_in_half_precision():
+    x = leaf([1.0, 2.0], np.float16)
+    (g,) = gradients(x[np.zeros(4000, int)], x, g=0.125)
+    assert g.tolist() == [500.0, 0.0]
