@@ -11,7 +11,7 @@ import pytest
 
 from demos import mnist_cnn
 from tests.framework.test_explain import explained
-from tests.framework.test_explain_show import Net
+from tests.framework.test_explain_show import Net, explained_twice
 from tinygrad_bn import Tensor, functional, grad, nn
 from tinygrad_bn.explain import explain
 
@@ -296,3 +296,10 @@ def test_nested_boxes_hold_each_other(browser, tmp_path):
             page.click("#next")
             lit = page.evaluate("[...document.querySelectorAll('.node.lit')].map(n => n.dataset.key)")
             assert {e.path_of(s) for s in way} <= set(lit)
+
+
+def test_a_folded_box_that_is_used_twice_is_drawn(browser, tmp_path):
+    pages = opened(browser, explained_twice().html(tmp_path / "page.html"), 1200, 900, "light")
+    page = next(pages)
+    assert page.query_selector("svg") is not None
+    next(pages, None)

@@ -316,3 +316,36 @@ def test_explaining_images_is_complete():
     e = explained(images)[0]
     for path in ("0.out", "1.xhat", "3.out", "4.out", "5.xhat", "9.out"):
         assert content(e)["nodes"][path]["grad"] is not None
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_alone_is_told_although_its_scope_is_that_of_the_loss(shape, training):
+    layer, x = (
+        nn.BatchNorm1d(3).train(training),
+        Tensor(np.random.default_rng(0).normal(size=shape), requires_grad=True),
+    )
+    with explain() as e:
+        (layer(x) ** 2).sum().backward()
+    assert e.narrate().startswith("The backward pass of BatchNorm")
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        self.lin = nn.Linear(2, 2, rng=np.random.default_rng(0))
+
+    def forward(self, x):
+        return self.lin(functional.tanh(self.lin(x)))
+
+
+def explained_twice():
+    x = Tensor(np.ones((3, 2), np.float32), requires_grad=True)
+    with explain() as e:
+        Twice()(x).sum().backward()
+    return e
+
+
+def test_a_folded_box_that_is_used_twice_is_drawn():
+    e = explained_twice()
+    assert {"box:lin"} < folded(e, ()).keys()  # it comes after itself, through tanh
+    assert len(e.figure().axes) > 0

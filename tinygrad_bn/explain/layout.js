@@ -57,7 +57,7 @@ function bend(nodes, layer) {
 
 function longest(nodes, layer) {
   const last = keys => keys.reduce((a, k) => a === undefined || layer.get(k) > layer.get(a) ? k : a, undefined), spine = new Set()
-  for (let k = last([...nodes.keys()]); k !== undefined;) {
+  for (let k = last([...nodes.keys()]); k !== undefined && !spine.has(k);) {  // a box that is used twice may come after itself
     spine.add(k)
     const from = nodes.get(k).from, computed = from.filter(f => !nodes.get(f).given)
     const f = last(computed.length ? computed : from.slice(0, 1))

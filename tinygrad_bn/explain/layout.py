@@ -95,8 +95,8 @@ def _dummy(source: str, target: str, layer: int) -> str:
 
 def _spine(sources: Mapping[str, Sequence[str]], layers: dict[str, int], given: Mapping[str, str]) -> set[str]:
     key = max(sources, key=lambda k: layers[k], default="")
-    spine = set()
-    while key:
+    spine: set[str] = set()
+    while key and key not in spine:  # a folded box that is used twice may come after itself
         spine.add(key)
         computed = [s for s in sources[key] if s not in given] or list(sources[key][:1])
         before = max(computed, key=lambda k: layers[k], default="")

@@ -72,8 +72,8 @@ class _Story:
         self.out = self._last(xhat)
 
     def _last(self, step: Step) -> Step:
-        """The result of the layer: where the only way on leaves it."""
-        while len(users := [s for s in self.p.users(step) if s.origin == self.scope]) == 1:
+        """The result of the layer: its step `out`, or where the only way on leaves it."""
+        while "out" not in step.names and len(users := [s for s in self.p.users(step) if s.origin == self.scope]) == 1:
             step = users[0]
         return step
 
