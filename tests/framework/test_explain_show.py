@@ -330,6 +330,17 @@ def test_a_layer_alone_is_told_although_its_scope_is_that_of_the_loss(shape, tra
     assert e.narrate().startswith("The backward pass of BatchNorm")
 
 
+def test_the_story_of_a_layer_in_evaluation_has_the_numbers_of_its_channel():
+    layer, rng = nn.BatchNorm2d(3).astype(np.float64).eval(), np.random.default_rng(0)
+    layer.running_var.data = np.array([0.25, 1.0, 4.0])
+    x = Tensor(rng.normal(size=(2, 3, 2, 1)), requires_grad=True)
+    with explain() as e:
+        (layer(x) * np.array([0.0, 0.0, 1.0]).reshape(3, 1, 1)).sum().backward()
+    story = e.narrate()
+    assert "in channel 3 of 3, over N = 4 values" in story
+    assert "ivar = 0.5" in story
+
+
 class Twice(nn.Module):
     def __init__(self):
         self.lin = nn.Linear(2, 2, rng=np.random.default_rng(0))

@@ -80,7 +80,8 @@ class _Story:
     def one(self, array: Any) -> Any:
         """The numbers of the channel, in float64."""
         a = np.asarray(backend.to_numpy(array), np.float64)
-        return a[:, self.channel].ravel() if a.ndim > 1 else a[self.channel : self.channel + 1]
+        axis = 1 if a.ndim >= self.xhat.array.ndim else 0  # of the channels, in (N, C, ...), (C, 1, 1) or (C,)
+        return np.take(a, self.channel, axis).ravel()
 
     def grad(self, step: Step) -> Any:
         return self.one(self.p.grads[step])
