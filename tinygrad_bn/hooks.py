@@ -14,6 +14,8 @@ from functools import partial, wraps
 from threading import Lock
 from typing import Any
 
+from tinygrad_bn_kernels import HELD_AT_FORKS
+
 from tinygrad_bn import autograd, backend, random, tensor
 from tinygrad_bn.functional import losses
 from tinygrad_bn.nn.batch_norm import _BatchNorm
@@ -58,6 +60,8 @@ _listeners: ContextVar[tuple[Any, ...]] = ContextVar("listeners", default=())
 _lock = Lock()
 _blocks: set[object] = set()  # that look on now, in all threads
 _originals: list[Any] = []
+
+HELD_AT_FORKS.append(_lock)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What the lessons share: their two languages, figures in one style, and exercises that the engine checks.
 
 A lesson runs in the browser (`make lessons`), and as a script, which prints its text, without pictures, and the answers
-of its exercises: `python demos/lessons/chain_rule.py --lang ko`.
+of its exercises: `python demos/lessons/lesson_1_chain_rule.py --lang ko`.
 """
 
 from __future__ import annotations

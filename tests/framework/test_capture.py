@@ -86,6 +86,27 @@ def test_a_convolutional_network_gives_the_bits_of_the_engine():
     expect_same_bits(convolutional, data=IMAGES)
 
 
+def test_the_last_lines_run_where_there_are_more_lines_than_slots():
+    ends = []
+    for wrap in (lambda f: f, capture):
+        w = Tensor([1.0, 2.0], requires_grad=True)
+        optimizer = optim.SGD([w], 0.1)
+        schedule = optim.StepLR(optimizer, 1, 0.5)
+
+        @wrap
+        def step(w=w, optimizer=optimizer, schedule=schedule):
+            optimizer.zero_grad()
+            F.exp(w).sum().backward()
+            optimizer.step()
+            schedule.step()
+
+        for _ in range(6):
+            step()
+        ends.append((w.numpy().tolist(), optimizer.param_groups[0]["lr"]))
+    assert ends[0] == ends[1]
+    assert step.programs
+
+
 def test_without_kernels_too():
     ends = []
     with kernels_disabled():

@@ -114,9 +114,11 @@ class Program:
         for number, line in enumerate(self.lines):
             last |= dict.fromkeys((*slots_in(line.args), *slots_in(getattr(line, "params", ())), *line.outs), number)
         kept = {*slots_in(result), NOWHERE}
-        dead = [[slot for slot, n in last.items() if n == number and slot not in kept] for number in range(len(last))]
+        dead = [
+            [slot for slot, n in last.items() if n == number and slot not in kept] for number in range(len(self.lines))
+        ]
         self._tail: list[Any] = []  # arguments that are no arrays, in slots behind those of the record
-        self._code = [(line, self._fetched(line.args), free) for line, free in zip(self.lines, dead, strict=False)]
+        self._code = [(line, self._fetched(line.args), free) for line, free in zip(self.lines, dead, strict=True)]
 
     def _fetched(self, args: tuple[Any, ...]) -> list[int]:
         """The slot of each argument."""
