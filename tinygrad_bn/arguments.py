@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+LARGEST = 1 << 60  # of an option that is a size: sums of several stay below 2 ** 63
+
 
 def bind(
     name: str, names: Sequence[str], given: Mapping[str, Any], options: Mapping[str, Any], operands: Any, params: Any
@@ -160,7 +162,15 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     if len(each) != ndim or not whole or min(each, default=least) < least:
         several = f", or {ndim} of them" if ndim > 1 else ""
         raise ValueError(f"{name} has to be an integer of at least {least}{several}; got {value!r}")
+    if max(each, default=0) > LARGEST:
+        raise ValueError(f"{name} may be at most 2**60; got {value!r}")
     return tuple(int(v) for v in each)
+
+
+def expect_fits_memory(name: str, shape: Sequence[int]) -> None:
+    """Raise ValueError if an array of this shape has more bytes than can be numbered."""
+    if math.prod(shape) > LARGEST // 2:
+        raise ValueError(f"{name} would have the shape {tuple(shape)}, which is more than any memory holds")
 
 
 def expect_flags(**flags: Any) -> None:

@@ -299,3 +299,18 @@ def test_copies_and_pickles_do_not_share_memory():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         np.testing.assert_array_equal(other.weight.numpy(), layer.weight.numpy())
         assert other.weight.data.pointer != layer.weight.data.pointer
+
+
+@pytest.mark.parametrize("far", [2**15, 2**32, 2**40])
+def test_windows_far_outside_the_input(far):
+    def results(device):
+        x = Tensor(np.arange(16.0).reshape(1, 1, 4, 4), requires_grad=True)
+        weight = Tensor(np.arange(1.0, 5).reshape(1, 1, 2, 2), requires_grad=True)
+        a, b = x.to(device), weight.to(device)
+        wide = functional.conv2d(a, b, stride=far, padding=far)
+        back = functional.conv_transpose2d(a[..., :3, :3], b, stride=far, padding=far)
+        (wide.sum() + back.sum()).backward()
+        return [t.numpy() for t in (wide, back, x.grad, weight.grad)]
+
+    for got, want in zip(results("cuda"), results("cpu"), strict=True):
+        np.testing.assert_array_equal(got, want)

@@ -1,10 +1,17 @@
 """Convolution and pooling: shapes, layers, errors. Gradients of every order are tested for every op in test_ops.py."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, manual_seed, nn, optim
+from tests.tools.processes import output, python
+from tinygrad_bn import Tensor, composed, grad, manual_seed, nn, optim
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend import kernels_disabled
+from tinygrad_bn.functional import convolution
 
 X = np.random.default_rng(0).normal(size=(2, 4, 6, 5))
 W = np.random.default_rng(1).normal(size=(6, 4, 3, 3))
@@ -108,3 +115,109 @@ def test_a_small_network_learns_where_a_bright_pixel_is():
         optimizer.step()
     assert loss.item() < 0.05
     assert "kernel_size=(3, 3), padding=1" in repr(model)
+
+
+# ---- windows far outside the input -----------------------------------------------------------------------
+
+FAR = [2**15, 2**20, 2**31, 2**32, 2**33, 2**40, 2**60]
+
+
+@pytest.mark.parametrize("context", [nullcontext, composed, kernels_disabled])
+@pytest.mark.parametrize("far", FAR)
+def test_windows_far_outside_the_input_see_zeros(far, context):
+    x = Tensor(np.arange(4.0**2).reshape(1, 1, 4, 4), requires_grad=True)
+    weight = Tensor(np.ones((1, 1, 2, 2)), requires_grad=True)
+    with context():
+        y = F.conv2d(x, weight, np.array([0.5]), stride=far, padding=far)
+        gx, gweight = grad(y.sum(), [x, weight], create_graph=True)
+        (second,) = grad((gx * gx).sum(), [weight])
+    want = np.full((3, 3), 0.5)
+    want[1, 1] = 0 + 1 + 4 + 5 + 0.5
+    np.testing.assert_array_equal(y.numpy()[0, 0], want)
+    np.testing.assert_array_equal(gx.numpy()[0, 0], np.pad(np.ones((2, 2)), (0, 2)))
+    np.testing.assert_array_equal(gweight.numpy()[0, 0], [[0, 1], [4, 5]])
+    np.testing.assert_array_equal(second.numpy()[0, 0], np.full((2, 2), 2.0))
+
+
+@pytest.mark.parametrize("context", [nullcontext, composed, kernels_disabled])
+@pytest.mark.parametrize("far", FAR)
+def test_a_transposed_convolution_whose_outputs_lie_far_apart(far, context):
+    x = Tensor(np.arange(9.0).reshape(1, 1, 3, 3), requires_grad=True)
+    weight = Tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True, dtype=np.float64)
+    with context():
+        y = F.conv_transpose2d(x, weight, stride=far, padding=far)
+        gx, gweight = grad(y.sum(), [x, weight], create_graph=True)
+        (second,) = grad((gx * gx).sum(), [weight])
+    np.testing.assert_array_equal(y.numpy()[0, 0], [[4, 8], [12, 16]])  # the element in the middle is 4
+    np.testing.assert_array_equal(gx.numpy()[0, 0], np.pad([[10]], 1))
+    np.testing.assert_array_equal(gweight.numpy()[0, 0], np.full((2, 2), 4))
+    np.testing.assert_array_equal(second.numpy()[0, 0], np.full((2, 2), 20))
+
+
+def test_far_windows_of_layers_and_other_ranks():
+    far = 2**40
+    x = Tensor(np.arange(1.0, 5, dtype=np.float32).reshape(1, 1, 4))
+    assert F.conv1d(x, np.ones((1, 1, 2), np.float32), stride=far, padding=far).numpy().tolist() == [[[0, 3, 0]]]
+    both = F.conv1d(x, np.array([[[1.0, 10.0]]], np.float32), stride=far, padding=far, dilation=far)
+    assert both.numpy().tolist() == [[[10, 1]]]
+    cube = Tensor(np.ones((1, 1, 2, 2, 2), np.float16))
+    y = F.conv3d(cube, np.ones((1, 1, 2, 2, 2), np.float16), stride=far, padding=far)
+    assert (y.dtype, y.numpy().sum(), y.numpy()[0, 0, 1, 1, 1]) == (np.float16, 8, 8)
+    layer = nn.Conv2d(1, 2, 2, stride=far, padding=far)
+    layer(np.ones((3, 1, 4, 4), np.float32)).sum().backward()
+    assert layer.bias.grad.numpy().tolist() == [27, 27]
+    infinite = F.conv1d(x, np.array([[[np.inf, 1.0]]], np.float32), stride=far, padding=far)
+    assert np.isnan(infinite.numpy()[0, 0, [0, 2]]).all()  # 0 · ∞, as near the input
+
+
+def test_far_windows_do_not_end_the_process():
+    """They once did: a process of its own, so that a return of the fault fails one test."""
+    program = """if True:
+        import numpy as np
+        from tinygrad_bn import functional as F
+        for dtype in (np.float32, np.float64):
+            x, w = np.ones((1, 1, 4, 4), dtype), np.ones((1, 1, 2, 2), dtype)
+            for far in (2**31, 2**32, 2**33, 2**40, 2**60):
+                assert F.conv2d(x, w, stride=far, padding=far).sum() == 4
+                assert F.conv_transpose2d(x[..., :3, :3], w, stride=far, padding=far).sum() == 4
+        print("all there")
+    """
+    assert output(python(program)) == "all there"
+
+
+@st.composite
+def convolutions(draw):
+    """Sizes and options of any convolution of one to three axes with small numbers."""
+    ndim = draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(ndim))  # noqa: E731
+    return (
+        each(1, 5),
+        each(1, 3),
+        draw(st.integers(1, 2)),
+        each(1, 5),
+        tuple(zip(each(0, 8), each(0, 8), strict=True)),
+        each(1, 5),
+    )
+
+
+@given(convolutions(), st.integers(0, 99))
+def test_distant_windows_are_those_of_the_padded_input(geometry, seed):
+    """The route that never writes the padding down gives the values and gradients of the one that does."""
+    size, kernel, groups, stride, padding, dilation = geometry
+    rng, ndim = np.random.default_rng(seed), len(size)
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[ndim]
+    shapes = (2, 2 * groups, *size), (3 * groups, 2, *kernel), (3 * groups,)
+    leaves = [Tensor(rng.normal(size=shape), requires_grad=True) for shape in shapes]
+    results = []
+    for distant in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(convolution, "_is_distant", lambda *_, is_it=distant: is_it)
+            try:
+                y = function(*leaves, stride, padding, dilation, groups)
+            except ValueError:  # it does not fit
+                return
+            first = grad(y, leaves, Tensor(np.sin(np.arange(y.size)).reshape(y.shape)), create_graph=True)
+            second = grad((first[0] ** 2).sum() + (first[1] ** 2).sum(), leaves[:2])
+            results.append([y, *first, *second])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-10, atol=1e-10)

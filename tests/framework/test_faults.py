@@ -162,7 +162,7 @@ def test_pooling_with_a_dilation_far_larger_than_the_input(dilation):
 
 def test_sizes_that_no_memory_holds_are_errors_at_once():
     x = Tensor(np.ones((1, 1, 4, 4), np.float32))
-    with pytest.raises(ValueError, match="pooling may be up to 1152921504606846976"):
+    with pytest.raises(ValueError, match=r"kernel_size may be at most 2\*\*60"):
         F.max_pool2d(x, 2**70, padding=2**69)
     for function in (F.adaptive_avg_pool, F.adaptive_max_pool):
         with pytest.raises(MemoryError):

@@ -8,6 +8,7 @@ import pytest
 from tinygrad_bn import Tensor, composed, nn
 from tinygrad_bn import functional as F
 from tinygrad_bn.ops import reshape
+from tinygrad_bn.tensor import OPS
 
 NO_NUMBERS = {
     "object": np.array([object()]), "complex": np.array([1j]), "text": np.array(["a"]),
@@ -44,7 +45,6 @@ def test_arrays_that_hold_no_real_numbers(call, kind):
 X = Tensor(np.ones((2, 3, 4), np.float32))
 IMAGE, WEIGHT = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 2, 2), np.float32)
 BN = nn.BatchNorm1d
-UNLIMITED = OverflowError, ValueError  # of the kernel, or of NumPy where there is none
 REFUSED = [
     (lambda: F.pad(np.ones(3, int), width=((1, 1),), value=0.5), ValueError, r"pad\(int64.*cannot hold the value"),
     (lambda: F.pad(Tensor([1, 2]), width=((1, 1),), value=np.nan), ValueError, r"pad\(int64"),
@@ -65,8 +65,19 @@ REFUSED = [
     (lambda: nn.Softmax(True), TypeError, "axis has to be an integer"),
     (lambda: F.cross_entropy(X, np.ones((2, 4), int), ignore_index=True), TypeError, "ignore_index has to be an int"),
     (lambda: F.conv2d(IMAGE, WEIGHT, padding=2**23), MemoryError, r"conv\(float32 \(1, 1, 4, 4\).*padding=\(\(8388608"),
-    (lambda: F.conv2d(IMAGE, WEIGHT, padding=2**62), UNLIMITED, r"conv\(float32 \(1, 1, 4, 4\).*padding=\(\(4611"),
-    (lambda: F.conv2d(IMAGE, WEIGHT, padding=2**70), UNLIMITED, r"conv\(float32 \(1, 1, 4, 4\).*padding=\(\(1180"),
+    (lambda: F.conv2d(IMAGE, WEIGHT, padding=2**40), ValueError, r"output of conv2d would have the shape \(1, 1, 21"),
+    (lambda: F.conv2d(IMAGE, WEIGHT, padding=2**62), ValueError, r"padding may be at most 2\*\*60; got 4611"),
+    (lambda: F.conv2d(IMAGE, WEIGHT, dilation=2**70), ValueError, r"dilation may be at most 2\*\*60; got 1180"),
+    (lambda: F.conv2d(IMAGE, WEIGHT, padding=((0, 2**70), (0, 0))), ValueError, r"padding .*may be at most 2\*\*60"),
+    (lambda: F.conv2d(IMAGE, WEIGHT, padding=((0, True), (0, 0))), ValueError, "padding .*has to be an integer"),
+    (lambda: F.conv_transpose2d(IMAGE, WEIGHT, stride=2**40), ValueError, r"conv_transpose2d would have the shape"),
+    (
+        lambda: OPS["conv"].function(
+            IMAGE, WEIGHT, stride=(2**32,) * 2, padding=((2**32, 2**32),) * 2, dilation=(1, 1), groups=1
+        ),
+        (MemoryError, ValueError),
+        r"^conv\(float32",
+    ),
     (lambda: F.conv_transpose2d(IMAGE, WEIGHT, stride=2**23), MemoryError, r"conv_input\(float32.*stride=\(8388608"),
     (lambda: F.pad(IMAGE, width=((2**44, 0), *[(0, 0)] * 3)), MemoryError, r"pad\(float32.*width=\(\(17592186044416"),
     (lambda: BN.keras(3, momentum=None), TypeError, "momentum has to be a number; got None"),

@@ -19,10 +19,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import at_least_single, each_axis, expect_array, expect_floats, expect_integer
+from tinygrad_bn.arguments import (
+    at_least_single,
+    each_axis,
+    expect_array,
+    expect_fits_memory,
+    expect_floats,
+    expect_integer,
+)
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
-from tinygrad_bn.more_ops import getitem
+from tinygrad_bn.more_ops import getitem, pad, scatter_add
 from tinygrad_bn.ops import reshape
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
@@ -198,19 +205,80 @@ def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs
         raise ValueError(f"padding is 'same', 'valid', or in numbers; got {padding!r}")
     if not isinstance(padding, tuple | list) or not any(isinstance(p, tuple | list) for p in padding):
         return tuple((p, p) for p in each_axis(padding, ndim, "padding", 0))
-    of_two = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in padding)
-    if (
-        len(padding) != ndim
-        or not of_two
-        or not all(isinstance(p, int | np.integer) and p >= 0 for p in chain(*padding))
-    ):
+    if len(padding) != ndim or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in padding):
         raise ValueError(f"padding needs a pair (before, after) of 0 or more for each of {ndim} axes; got {padding}")
-    return tuple((int(before), int(after)) for before, after in padding)
+    flat = each_axis(tuple(chain(*padding)), 2 * ndim, "padding in pairs (before, after)", 0)
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _limited(stride: Ints, size: Ints, padding: Pairs) -> Ints:
     """The stride, at most as long as the padded input: a longer one gives one window too, but may overflow in loops."""
     return tuple(min(s, n + before + after) for s, n, (before, after) in zip(stride, size, padding, strict=True))
+
+
+# ---- windows far outside the input or far apart ----------------------------------------------------------
+
+Axes: TypeAlias = list[tuple[Array, Array]]
+
+
+def _is_distant(size: Ints, out: Ints, padding: Pairs) -> bool:
+    """Whether the padded input is far larger than input and output: it cannot be written down."""
+    padded = math.prod(n + before + after for n, (before, after) in zip(size, padding, strict=True))
+    return padded > max(1 << 16, 16 * math.prod(size), 16 * math.prod(out))
+
+
+def _distinct_windows(size: Ints, kernel: Ints, out: Ints, stride: Ints, padding: Pairs, dilation: Ints) -> Axes:
+    """For each axis: the input's places in each distinct window, (windows, k), and the window of each output.
+
+    Places outside the input are `size`. So all windows of padding alone are one.
+    """
+    axes = []
+    for n, k, m, s, (before, _), d in zip(size, kernel, out, stride, padding, dilation, strict=True):
+        at = np.arange(m)[:, None] * s + np.arange(k) * d - before
+        places, window = np.unique(np.where((at >= 0) & (at < n), at, n), axis=0, return_inverse=True)
+        axes.append((places, window.reshape(-1)))
+    return axes
+
+
+def _side_by_side(axes: Axes) -> dict[str, Any]:
+    """The options of a convolution whose windows lie one after the other."""
+    ndim = len(axes)
+    kernel = tuple(places.shape[1] for places, _ in axes)
+    return {"stride": kernel, "padding": ((0, 0),) * ndim, "dilation": (1,) * ndim}
+
+
+def _along(axis: int, index: Any) -> tuple[Any, ...]:
+    return (*(slice(None),) * axis, index)
+
+
+def _distant_conv(x: Operand, weight: Operand, bias: Operand | None, groups: int, axes: Axes) -> Operand:
+    """Convolution of x by its distinct windows, each written down once."""
+    x = pad(x, width=((0, 0), (0, 0), *((0, 1),) * len(axes)))
+    for axis, (places, _) in enumerate(axes, start=2):
+        x = getitem(x, index=_along(axis, places.reshape(-1)))
+    y = _conv(x, weight, bias, groups=groups, **_side_by_side(axes))
+    for axis, (_, window) in enumerate(axes, start=2):
+        y = getitem(y, index=_along(axis, window))
+    return y
+
+
+def _distant_conv_input(g: Operand, weight: Operand, size: Ints, groups: int, axes: Axes) -> Operand:
+    """The adjoint of `_distant_conv` in x (N, C, *size): the same steps backwards."""
+    for axis, (places, window) in enumerate(axes, start=2):
+        g = scatter_add(g, index=_along(axis, window), shape=(*g.shape[:axis], len(places), *g.shape[axis + 1 :]))
+    written = tuple(places.size for places, _ in axes)
+    x = conv_input(g, weight, size=written, groups=groups, **_side_by_side(axes))
+    for axis, ((places, _), n) in enumerate(zip(axes, size, strict=True), start=2):
+        shape = (*x.shape[:axis], n + 1, *x.shape[axis + 1 :])
+        x = getitem(scatter_add(x, index=_along(axis, places.reshape(-1)), shape=shape), index=_along(axis, slice(n)))
+    return x
+
+
+# ---- functions of any number of axes ---------------------------------------------------------------------
+
+
+def _conv(x: Operand, weight: Operand, bias: Operand | None, **options: Any) -> Operand:
+    return conv(x, weight, **options) if bias is None else conv_with_bias(x, weight, bias, **options)
 
 
 def _check_bias(bias: Operand, channels: int) -> None:
@@ -270,12 +338,14 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
             raise ValueError(
                 f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}"
             )
+        expect_fits_memory(f"the output of conv{ndim}d", (x.shape[0], weight.shape[0], *out))
+        if bias is not None:
+            _check_bias(bias, weight.shape[0])
+        if _is_distant(x.shape[2:], out, padded):
+            axes = _distinct_windows(x.shape[2:], kernel, out, stride, padded, dilation)
+            return _distant_conv(x, weight, bias, groups, axes)
         stride = _limited(stride, x.shape[2:], padded)
-        options: dict[str, Any] = {"stride": stride, "padding": padded, "dilation": dilation, "groups": groups}
-        if bias is None:
-            return conv(x, weight, **options)
-        _check_bias(bias, weight.shape[0])
-        return conv_with_bias(x, weight, bias, **options)
+        return _conv(x, weight, bias, stride=stride, padding=padded, dilation=dilation, groups=groups)
 
     convolution.__name__ = convolution.__qualname__ = f"conv{ndim}d"
     return convolution
@@ -325,9 +395,14 @@ def conv_transpose2d(
     )
     if min(size) < 1:
         raise ValueError(f"an input of shape {x.shape} with padding {around} leaves no output")
+    expect_fits_memory("the output of conv_transpose2d", (x.shape[0], weight.shape[1] * groups, *size))
     padded = tuple((p, p) for p in around)
-    stride = _limited(stride, size, padded)
-    y = conv_input(x, weight, size=size, stride=stride, padding=padded, dilation=dilation, groups=groups)
+    if _is_distant(size, x.shape[2:], padded):
+        axes = _distinct_windows(size, weight.shape[2:], x.shape[2:], stride, padded, dilation)
+        y = _distant_conv_input(x, weight, size, groups, axes)
+    else:
+        stride = _limited(stride, size, padded)
+        y = conv_input(x, weight, size=size, stride=stride, padding=padded, dilation=dilation, groups=groups)
     if bias is None:
         return y
     _check_bias(bias, y.shape[1])

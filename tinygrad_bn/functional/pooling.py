@@ -23,8 +23,6 @@ from tinygrad_bn.ops import astype, reshape
 from tinygrad_bn.sample import Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
-LARGEST = 1 << 60  # of an option: sums and products with the size of an input stay below 2 ** 63
-
 
 def pooled_size(size: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool) -> Ints:
     """Lengths of the output's axes; with `ceil_mode` windows may stick out, but none starts after x."""
@@ -160,8 +158,6 @@ def window_options(
     kernel = each_axis(kernel_size, ndim, "kernel_size", 1)
     steps = kernel if stride is None else each_axis(stride, ndim, "stride", 1)
     around, spread = each_axis(padding, ndim, "padding", 0), each_axis(dilation, ndim, "dilation", 1)
-    if max(*kernel, *steps, *around, *spread) > LARGEST:
-        raise ValueError(f"kernel, stride, padding and dilation of pooling may be up to {LARGEST}")
     if any(2 * p > k for p, k in zip(around, kernel, strict=True)):
         raise ValueError(f"padding {around} is more than half of the kernel {kernel}: some windows would hold nothing")
     return kernel, steps, around, spread

@@ -12,6 +12,7 @@ The rows of the output are as wide as the buffer: the elements past their end ar
 gradient. As 0 · ∞ is NaN, the reference handles weights, and gradients of weights, that are not finite.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -278,6 +279,8 @@ def _frame(kernel: Ints, out: Ints, stride: Ints, padding: Pairs, dilation: Ints
     plane = (c * rows.stride + i % rows.stride) * columns.stride + j % columns.stride
     offsets = (plane * rows.extent + i // rows.stride) * columns.extent + j // columns.stride
     frame = rows.before, columns.before, rows.stride, columns.stride, rows.extent, columns.extent
+    if channels * math.prod(frame[2:]) >= 1 << 48:  # beyond int64 the loops would leave the buffer
+        raise MemoryError(f"the padded image would have {channels * math.prod(frame[2:])} elements")
     return frame, np.ascontiguousarray(offsets, np.intp).ravel()
 
 
