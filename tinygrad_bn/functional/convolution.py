@@ -218,6 +218,8 @@ def _limited(stride: Ints, size: Ints, padding: Pairs) -> Ints:
 
 # ---- windows far outside the input or far apart ----------------------------------------------------------
 
+NEAR = 32  # padding that is always written down: the usual case, without a further look
+
 Axes: TypeAlias = list[tuple[Array, Array]]
 
 
@@ -338,12 +340,13 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
             raise ValueError(
                 f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}"
             )
-        expect_fits_memory(f"the output of conv{ndim}d", (x.shape[0], weight.shape[0], *out))
         if bias is not None:
             _check_bias(bias, weight.shape[0])
-        if _is_distant(x.shape[2:], out, padded):
-            axes = _distinct_windows(x.shape[2:], kernel, out, stride, padded, dilation)
-            return _distant_conv(x, weight, bias, groups, axes)
+        if max(map(max, padded)) > NEAR:
+            expect_fits_memory(f"the output of conv{ndim}d", (x.shape[0], weight.shape[0], *out))
+            if _is_distant(x.shape[2:], out, padded):
+                axes = _distinct_windows(x.shape[2:], kernel, out, stride, padded, dilation)
+                return _distant_conv(x, weight, bias, groups, axes)
         stride = _limited(stride, x.shape[2:], padded)
         return _conv(x, weight, bias, stride=stride, padding=padded, dilation=dilation, groups=groups)
 
