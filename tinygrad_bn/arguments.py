@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from inspect import unwrap
+from inspect import Parameter, unwrap
 from typing import Any
 
 import numpy as np
 
+NUMBERS = int, float, np.integer, np.float16, np.float32  # np.float64 is a float; a long double is no number here
+LARGEST_FLOAT = np.finfo(np.float64).max.item()
 LARGEST = 1 << 60  # of an option that is a size: sums of several stay below 2 ** 63
 
 
@@ -47,23 +49,62 @@ def bind(
     return operands, params
 
 
-def checked_option(name: str, option: str, value: Any, default: Any) -> Any:
+# What an option may be without a further look, by its annotation.
+FAST: dict[str, tuple[type, ...]] = {
+    "float": (float, int), "float | None": (float, int), "int": (int,), "bool": (bool,), "Axis": (int,),
+    "int | None": (int,), "Reduction": (),
+}  # fmt: skip
+
+
+def fast(parameter: Parameter) -> tuple[type, ...]:
+    """The types of an op's option that need no `option_value`."""
+    if parameter.name in RANGED:
+        return ()
+    other = (bool,) if isinstance(parameter.default, bool) else (int,) if parameter.name == "axis" else (int, float)
+    return FAST.get(_annotation(parameter), other)
+
+
+def _annotation(parameter: Parameter) -> str:
+    return getattr(parameter.annotation, "__name__", str(parameter.annotation))
+
+
+def option_value(name: str, parameter: Parameter, value: Any) -> Any:
     """An option of the op `name`, NumPy's scalars as Python's.
 
-    Raises TypeError for a tensor, None, a text unless its default is one, a wrong axis, and anything but True or False
-    where the default is one of them.
+    Raises TypeError for a tensor, for None and a text unless the default is one, and for what is not of the annotated
+    type, where this is bool, int, float or an axis; ValueError for one that is out of range.
     """
+    option, default, kind = parameter.name, parameter.default, _annotation(parameter)
     if value is None:
+        if default is None:
+            return None
         raise TypeError(f"{name}(): {option} may not be None")
-    if isinstance(value, str) and not isinstance(default, str) and option != "axis":
-        raise TypeError(f"{name}(): {option} may not be a text; got {value!r}")
     if hasattr(value, "requires_grad"):
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
-    if isinstance(default, bool) and not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}(): {option} has to be True or False; got {value!r}")
-    if option != "axis":
-        return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
-    return checked_axis(name, value)
+    if option == "axis":
+        return checked_axis(name, value)
+    if option in RANGED:
+        return RANGED[option](f"{name}(): {option}", value)
+    if isinstance(default, bool) or kind == "bool":
+        expect_flags(**{f"{name}(): {option}": value})
+        return bool(value)
+    if kind.startswith("int") and "tuple" not in kind:
+        return expect_integer(f"{name}(): {option}", value)
+    if kind.startswith("float"):
+        flag = isinstance(value, bool | np.bool_) and kind == "float | bool"
+        return bool(value) if flag else python_number(f"{name}(): {option}", value)
+    if isinstance(value, str) and kind != "str" and not isinstance(default, str) and default is not Parameter.empty:
+        raise TypeError(f"{name}(): {option} may not be a text; got {value!r}")
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
+
+
+def python_number(name: str, value: Any) -> Any:
+    """A number as Python's. Raises TypeError for anything else; NaN and infinity are numbers."""
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value = value[()]
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+        raise TypeError(f"{name} has to be a number; got {value!r}")
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def checked_axis(name: str, value: Any) -> Any:
@@ -121,6 +162,16 @@ def holds_numbers(x: object) -> bool:
     return hasattr(x, "dtype") or isinstance(x, int | float | list | tuple)
 
 
+def is_array(x: object) -> bool:
+    """Whether x is a tensor of ours, or an array or a scalar with a dtype of NumPy."""
+    return isinstance(getattr(x, "dtype", None), np.dtype)
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether numbers of this dtype may be computed with: not complex ones, objects, texts, dates or long doubles."""
+    return dtype.kind in "fiub" and dtype.char != "g"
+
+
 def is_floating(x: Any) -> bool:
     """Whether x is a tensor or an array of floating-point numbers."""
     return hasattr(x, "shape") and x.dtype.kind == "f"
@@ -137,10 +188,16 @@ def expect_leaf(x: Any) -> None:
 
 def expect_array(x: Any, caller: str) -> None:
     """Raise TypeError unless x is a tensor or an array of real numbers or booleans."""
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{caller} takes a tensor or an array; got a {type(x).__name__}: make a Tensor of it")
-    if x.dtype.kind not in "fiub":
+    if not is_array(x):
+        raise TypeError(f"{caller} takes a tensor or an array; got {full_name(x)}: make a Tensor of it")
+    if not is_real(x.dtype):
         raise TypeError(f"{caller} takes real numbers; got an array of dtype {x.dtype}")
+
+
+def full_name(x: object) -> str:
+    """What x is, for an error: "a list", "a torch.Tensor"."""
+    kind = type(x)
+    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__name__}"
 
 
 def expect_floats(x: Any, caller: str) -> None:
@@ -215,25 +272,65 @@ def expect_eps(eps: float, zero: bool = True) -> None:
         raise ValueError("eps has to be greater than 0")
 
 
-def expect_integer(name: str, value: Any, least: float = -math.inf) -> int:
-    """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is below `least`."""
+def expect_integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
+    """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is not in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} has to be an integer; got {value!r}")
     if value < least:
         raise ValueError(f"{name} has to be at least {least}; got {value}")
+    if value > most:
+        raise ValueError(f"{name} may be at most {most}; got {value}")
     return int(value)
+
+
+def expect_size(name: str, value: Any) -> int:
+    """`value`, a number of channels or features, as an int. Raises TypeError or ValueError unless it is 1 … 2**60."""
+    return expect_integer(name, value, 1, LARGEST)
 
 
 def expect_number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, finite: bool = True
 ) -> Any:
-    """`value`. Raises TypeError unless it is a number, ValueError if it is NaN, infinite or not in [least, most]."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    """`value`. Raises TypeError unless it is a number, ValueError if it is NaN, infinite or not in [least, most].
+
+    An integer that a float64 cannot hold is infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} has to be a number; got {value!r}")
     within = least <= value <= most  # NaN is not
     if not within and least > -math.inf:
         wanted = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name} has to be {wanted}; got {value}")
-    if not within or (finite and not math.isfinite(value)):
+    large = abs(value) > LARGEST_FLOAT if isinstance(value, int) else not math.isfinite(value)
+    if not within or (finite and large):
         raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")
     return value
+
+
+def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        usual = type(value) is float and least <= value <= most and value < math.inf
+        return value if usual else python_number(name, expect_number(name, value, least, most))
+
+    return check
+
+
+def expect_reduction(name: str, value: Any) -> Any:
+    """`value`. Raises ValueError unless it is a reduction of losses."""
+    if value not in ("mean", "sum", "none") or not isinstance(value, str):
+        raise ValueError(f"{name} is one of 'mean', 'sum' and 'none'; got {value!r}")
+    return value
+
+
+def expect_int64(name: str, value: Any) -> int:
+    """`value` as an int. Raises TypeError unless it is an integer, ValueError unless it is an int64."""
+    if not -(2**63) <= expect_integer(name, value) < 2**63:
+        raise ValueError(f"{name} has to be an int64; got {value}")
+    return int(value)
+
+
+# Options of ops that have a range, by name. A kernel would not ask.
+RANGED: dict[str, Callable[[str, Any], Any]] = {
+    "eps": _ranged(0, math.inf), "p": _ranged(0, 1), "smoothing": _ranged(0, 1),
+    "correction": _ranged(-math.inf, math.inf), "ignore_index": expect_int64, "reduction": expect_reduction,
+}  # fmt: skip

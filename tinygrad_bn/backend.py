@@ -22,6 +22,7 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
+from tinygrad_bn.arguments import full_name, is_array, is_real
 from tinygrad_bn.modes import Mode
 
 __all__ = [
@@ -107,12 +108,14 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
             result = op.forward(*arrays, **params)
-    except REPORTED as error:
+    except Exception as error:
         if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
             return forward(op, arrays, params, again=True)
         expect_one_place(arrays)
         expect_numbers(op.name, arrays)
-        kind = next(k for k in REPORTED if isinstance(error, k))
+        kind = next((k for k in REPORTED if isinstance(error, k)), None)
+        if kind is None:  # such as Numba's, for operands that are all right
+            raise
         reason = getattr(error, "reason", error)  # without the ops inside this one
         if kind is AttributeError and not all(hasattr(a, "dtype") for a in arrays):  # a number has no shape
             kind, reason = TypeError, "takes tensors or arrays"
@@ -140,7 +143,7 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
         return y  # the usual case: `_kernel` looked at this dtype
     dtypes = [a.dtype for a in arrays if hasattr(a, "dtype")]
     floating = [d for d in dtypes if d.kind == "f"]
-    if len(floating) < len(dtypes):
+    if own.kind != "f" or own.char == "g" or len(floating) < len(arrays):
         expect_numbers(op.name, arrays)
     if own.kind != "f" or len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y
@@ -192,6 +195,7 @@ def _kernel(name: str, arrays: Sequence[Any]) -> Any:
     for other in arrays:
         if (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
+    expect_numbers(name, arrays)
     return None
 
 
@@ -215,8 +219,11 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
     if isinstance(data, np.ma.MaskedArray):
         raise TypeError("a tensor has no mask; give masked.filled(value)")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
-    array = np.array(data, dtype=dtype)
-    if array.dtype.kind not in "fiub":
+    try:
+        array = np.array(data, dtype=dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise type(error)(f"a Tensor holds real numbers, in lists of equal lengths: {error}") from error
+    if not is_real(array.dtype):
         raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
     if not typed and dtype is None and array.dtype == np.float64:
         return array.astype(np.float32)
@@ -340,10 +347,11 @@ def expect_one_place(operands: Collection[object]) -> None:
 def expect_numbers(name: str, operands: Collection[Any]) -> None:
     """Raise TypeError unless the operands of the op `name` are real numbers, booleans or arrays of them, or None."""
     for o in operands:
-        if hasattr(o, "dtype") and o.dtype.kind not in "fiub":
-            raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
-        if not hasattr(o, "dtype") and not isinstance(o, int | float | None):
-            raise TypeError(f"{name} takes tensors, arrays or numbers; got a {type(o).__name__}")
+        if is_array(o):
+            if not is_real(o.dtype):
+                raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
+        elif not isinstance(o, int | float | None):
+            raise TypeError(f"{name} takes tensors, arrays or numbers; got {full_name(o)}")
 
 
 def move(array: Any, device: str) -> Any:

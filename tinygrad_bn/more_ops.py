@@ -278,7 +278,7 @@ def stack(*xs: Operand, axis: int = 0) -> Operand:
     formula="y = x with a border of value;  ∂x = g without the border",
     sample=sample.for_pad,
 )
-def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float = 0.0) -> Operand:
+def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float | bool = 0.0) -> Operand:
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""
     if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
         raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import bind, checked_option, expect_declaration, expect_leaf, holds_numbers, is_floating
+from tinygrad_bn.arguments import bind, expect_declaration, expect_leaf, fast, holds_numbers, is_floating, option_value
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
 from tinygrad_bn.notebook import TensorInNotebook
@@ -200,7 +200,8 @@ def fused(
 def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any, *fields: Any) -> Function[P]:
     parameters = signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]  # empty for any number of operands
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    unchecked = {option: fast(p) for option, p in options.items()}
     given = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     defaults = {option: value for option, value in given.items() if option in options}
     name, count = function.__name__, len(names)
@@ -215,10 +216,8 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
         if len(operands) != count or not required <= params.keys() <= options.keys():
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
-            kind, default = type(value), defaults.get(option)
-            plain = type(default) is not bool and (kind is int or (kind is float and option != "axis"))
-            if not plain and (value is not None or default is not None):
-                params[option] = checked_option(name, option, value, defaults.get(option, value))
+            if type(value) not in unchecked[option]:
+                params[option] = option_value(name, options[option], value)
         return apply(op, operands, {**defaults, **params})
 
     @wraps(function)

@@ -6,7 +6,14 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_array, expect_floats, expect_integer, expect_number, holds_numbers
+from tinygrad_bn.arguments import (
+    expect_array,
+    expect_floats,
+    expect_int64,
+    expect_number,
+    expect_reduction,
+    holds_numbers,
+)
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.basics import largest
 from tinygrad_bn.functional.reductions import note
@@ -19,13 +26,8 @@ from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
-def _expect_reduction(reduction: str) -> None:
-    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is one of 'mean', 'sum' and 'none'; got {reduction!r}")
-
-
 def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
-    _expect_reduction(reduction)
+    expect_reduction("reduction", reduction)
     reduced = mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
     note(reduced, reduction, loss.size, None, float, loss.size)
     return reduced
@@ -87,8 +89,7 @@ def binary_cross_entropy_with_logits(
 
 def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
     """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
-    if not -(2**63) <= expect_integer("ignore_index", ignore_index) < 2**63:
-        raise ValueError(f"ignore_index has to be an int64; got {ignore_index}")
+    expect_int64("ignore_index", ignore_index)
     expect_floats(x, "cross-entropy")
     classes = _target(target)
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
@@ -141,8 +142,7 @@ def _picked(
     In float64. The second result is the sum of the targets' weights, by which a mean is divided. Rows whose target is
     `ignore_index` count 0 in both.
     """
-    _expect_reduction(reduction)
-    expect_number("label_smoothing", smoothing, 0, 1)
+    expect_reduction("reduction", reduction)
     counts = target != ignore_index
     classes = where(counts, target, 0)
     if device_of(classes) == "cpu":  # on another device a look would wait for it: there a wrong class gives NaN
