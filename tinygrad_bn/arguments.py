@@ -58,18 +58,19 @@ FAST: dict[str, tuple[type, ...]] = {
 
 def fast(parameter: Parameter) -> tuple[type, ...]:
     """The types of an op's option that need no `option_value`."""
-    if parameter.name in RANGED:
-        return ()
     other = (bool,) if isinstance(parameter.default, bool) else (int,) if parameter.name == "axis" else (int, float)
-    return FAST.get(_annotation(parameter), other)
+    types = () if parameter.name in RANGED else FAST.get(_annotation(parameter), other)
+    return (*types, type(None)) if parameter.default is None else types
 
 
 def _annotation(parameter: Parameter) -> str:
     return getattr(parameter.annotation, "__name__", str(parameter.annotation))
 
 
-def option_value(name: str, parameter: Parameter, value: Any) -> Any:
+def option_value(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -> Any:
     """An option of the op `name`, NumPy's scalars as Python's.
+
+    `last` gets a value that is right and cannot change, so that the same object need not be checked again.
 
     Raises TypeError for a tensor, for None and a text unless the default is one, and for what is not of the annotated
     type, where this is bool, int, float or an axis; ValueError for one that is out of range.
@@ -84,7 +85,8 @@ def option_value(name: str, parameter: Parameter, value: Any) -> Any:
     if option == "axis":
         return checked_axis(name, value)
     if option in RANGED:
-        return RANGED[option](f"{name}(): {option}", value)
+        last[option] = RANGED[option](f"{name}(): {option}", value)
+        return last[option]
     if isinstance(default, bool) or kind == "bool":
         expect_flags(**{f"{name}(): {option}": value})
         return bool(value)
@@ -308,11 +310,7 @@ def expect_number(
 
 
 def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> Any:
-        usual = type(value) is float and least <= value <= most and value < math.inf
-        return value if usual else python_number(name, expect_number(name, value, least, most))
-
-    return check
+    return lambda name, value: python_number(name, expect_number(name, value, least, most))
 
 
 def expect_reduction(name: str, value: Any) -> Any:

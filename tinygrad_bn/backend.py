@@ -36,6 +36,7 @@ R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
 IN_KERNELS = "?bhilqBHILQefd"  # NumPy's characters of the dtypes that kernels take: not of long doubles
+NUMBERS = frozenset({float, int, bool, type(None)})
 # Errors that `forward` explains with the op's operands.
 REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -129,6 +130,7 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
     y, saved = op.split(result)
     for a in (y, *saved):
         if type(a) is not np.ndarray and hasattr(a, "requires_grad"):  # `type` first, as it is faster
+            expect_numbers(op.name, arrays)
             raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
     return _promoted(op, as_array(y), arrays, params), saved
 
@@ -195,7 +197,6 @@ def _kernel(name: str, arrays: Sequence[Any]) -> Any:
     for other in arrays:
         if (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
-    expect_numbers(name, arrays)
     return None
 
 
@@ -347,6 +348,8 @@ def expect_one_place(operands: Collection[object]) -> None:
 def expect_numbers(name: str, operands: Collection[Any]) -> None:
     """Raise TypeError unless the operands of the op `name` are real numbers, booleans or arrays of them, or None."""
     for o in operands:
+        if type(o) in NUMBERS or (type(o) is np.ndarray and o.dtype.char in IN_KERNELS):
+            continue  # the usual cases, fast
         if is_array(o):
             if not is_real(o.dtype):
                 raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")

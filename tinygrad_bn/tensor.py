@@ -201,7 +201,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     parameters = signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]  # empty for any number of operands
     options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-    unchecked = {option: fast(p) for option, p in options.items()}
+    unchecked, last = {option: fast(p) for option, p in options.items()}, dict[str, Any]()
     given = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     defaults = {option: value for option, value in given.items() if option in options}
     name, count = function.__name__, len(names)
@@ -216,8 +216,8 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
         if len(operands) != count or not required <= params.keys() <= options.keys():
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
-            if type(value) not in unchecked[option]:
-                params[option] = option_value(name, options[option], value)
+            if type(value) not in unchecked[option] and value is not last.get(option, last):
+                params[option] = option_value(name, options[option], value, last)
         return apply(op, operands, {**defaults, **params})
 
     @wraps(function)
