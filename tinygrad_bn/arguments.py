@@ -57,7 +57,7 @@ FAST: dict[str, tuple[type, ...]] = {
 
 
 def fast(parameter: Parameter) -> tuple[type, ...]:
-    """The types of an op's option that need no `option_value`."""
+    """The types of an op's option that need no `checked`."""
     other = (bool,) if isinstance(parameter.default, bool) else (int,) if parameter.name == "axis" else (int, float)
     types = () if parameter.name in RANGED else FAST.get(_annotation(parameter), other)
     return (*types, type(None)) if parameter.default is None else types
@@ -67,7 +67,7 @@ def _annotation(parameter: Parameter) -> str:
     return getattr(parameter.annotation, "__name__", str(parameter.annotation))
 
 
-def option_value(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -> Any:
+def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -> Any:
     """An option of the op `name`, NumPy's scalars as Python's.
 
     `last` gets a value that is right and cannot change, so that the same object need not be checked again.
@@ -88,13 +88,13 @@ def option_value(name: str, parameter: Parameter, value: Any, last: dict[str, An
         last[option] = RANGED[option](f"{name}(): {option}", value)
         return last[option]
     if isinstance(default, bool) or kind == "bool":
-        expect_flags(**{f"{name}(): {option}": value})
-        return bool(value)
+        return flag(f"{name}(): {option}", value)
     if kind.startswith("int") and "tuple" not in kind:
         return expect_integer(f"{name}(): {option}", value)
     if kind.startswith("float"):
-        flag = isinstance(value, bool | np.bool_) and kind == "float | bool"
-        return bool(value) if flag else python_number(f"{name}(): {option}", value)
+        if isinstance(value, bool | np.bool_) and kind == "float | bool":
+            return bool(value)
+        return python_number(f"{name}(): {option}", value)
     if isinstance(value, str) and kind != "str" and not isinstance(default, str) and default is not Parameter.empty:
         raise TypeError(f"{name}(): {option} may not be a text; got {value!r}")
     return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
@@ -105,7 +105,7 @@ def python_number(name: str, value: Any) -> Any:
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value[()]
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
-        raise TypeError(f"{name} has to be a number; got {value!r}")
+        raise TypeError(f"{name} has to be a number; got {shown(value)}")
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -113,7 +113,7 @@ def checked_axis(name: str, value: Any) -> Any:
     """An axis or a tuple of axes as Python's integers. Raises TypeError for anything else."""
     axes = value if isinstance(value, tuple) else (value,)
     if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in axes):
-        raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {value!r}")
+        raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {shown(value)}")
     plain = tuple(map(operator.index, axes))
     return plain if isinstance(value, tuple) else plain[0]
 
@@ -176,7 +176,7 @@ def is_real(dtype: Any) -> bool:
 
 def is_floating(x: Any) -> bool:
     """Whether x is a tensor or an array of floating-point numbers."""
-    return hasattr(x, "shape") and x.dtype.kind == "f"
+    return is_array(x) and x.dtype.kind == "f"
 
 
 def expect_leaf(x: Any) -> None:
@@ -220,9 +220,9 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     whole = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in each)
     if len(each) != ndim or not whole or min(each, default=least) < least:
         several = f", or {ndim} of them" if ndim > 1 else ""
-        raise ValueError(f"{name} has to be an integer of at least {least}{several}; got {value!r}")
+        raise ValueError(f"{name} has to be an integer of at least {least}{several}; got {shown(value)}")
     if max(each, default=0) > LARGEST:
-        raise ValueError(f"{name} may be at most 2**60; got {value!r}")
+        raise ValueError(f"{name} may be at most 2**60; got {shown(value)}")
     return tuple(int(v) for v in each)
 
 
@@ -235,8 +235,39 @@ def expect_fits_memory(name: str, shape: Sequence[int]) -> None:
 def expect_flags(**flags: Any) -> None:
     """Raise TypeError unless each is True or False."""
     for name, value in flags.items():
-        if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"{name} has to be True or False; got {value!r}")
+        flag(name, value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as a bool. Raises TypeError unless it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} has to be True or False; got {shown(value)}")
+    return bool(value)
+
+
+def expect_text(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a str."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} has to be a text; got {shown(value)}")
+
+
+def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+    """The dtype. Raises TypeError unless it is one of floating-point numbers of at most 64 bits."""
+    if dtype is None or hasattr(dtype, "_data"):
+        raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}")
+    dtype = np.dtype(dtype)
+    if dtype.kind != "f" or not is_real(dtype):
+        raise TypeError(f"{name} has to be floating-point, of at most 64 bits; got {dtype}")
+    return dtype
+
+
+def shown(value: Any) -> str:
+    """`value` for an error, shortened."""
+    try:
+        text = repr(value)
+    except Exception:  # integers of more than 4,300 digits have none
+        text = full_name(value)
+    return text if len(text) <= 200 else f"{text[:150]} … {text[-20:]}"
 
 
 def all_or_none(names: str, *values: Any) -> None:
@@ -277,11 +308,11 @@ def expect_eps(eps: float, zero: bool = True) -> None:
 def expect_integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
     """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is not in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} has to be an integer; got {value!r}")
+        raise TypeError(f"{name} has to be an integer; got {shown(value)}")
     if value < least:
-        raise ValueError(f"{name} has to be at least {least}; got {value}")
+        raise ValueError(f"{name} has to be at least {least}; got {shown(value)}")
     if value > most:
-        raise ValueError(f"{name} may be at most {most}; got {value}")
+        raise ValueError(f"{name} may be at most {most}; got {shown(value)}")
     return int(value)
 
 
@@ -295,16 +326,17 @@ def expect_number(
 ) -> Any:
     """`value`. Raises TypeError unless it is a number, ValueError if it is NaN, infinite or not in [least, most].
 
-    An integer that a float64 cannot hold is infinite.
+    An integer that a float64 cannot hold is a ValueError too.
     """
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
-        raise TypeError(f"{name} has to be a number; got {value!r}")
+        raise TypeError(f"{name} has to be a number; got {shown(value)}")
     within = least <= value <= most  # NaN is not
     if not within and least > -math.inf:
         wanted = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
-        raise ValueError(f"{name} has to be {wanted}; got {value}")
-    large = abs(value) > LARGEST_FLOAT if isinstance(value, int) else not math.isfinite(value)
-    if not within or (finite and large):
+        raise ValueError(f"{name} has to be {wanted}; got {shown(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
+        raise ValueError(f"{name} is an integer too large for a float: {shown(value)}")
+    if not within or (finite and not math.isfinite(value)):
         raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")
     return value
 

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from tinygrad_bn import backend
+from tinygrad_bn.arguments import flag
 from tinygrad_bn.modes import call_recording, recording
 from tinygrad_bn.tensor import OPS, Node, Tensor, apply
 
 
 def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, create_graph: bool = False) -> None:
     """See `Tensor.backward`."""
-    keep = create_graph if retain_graph is None else retain_graph
+    keep = create_graph if retain_graph is None else flag("retain_graph", retain_graph)
     call_recording(create_graph, _accumulate, y, _cotangent(y, g), create_graph, not keep)
 
 

@@ -22,7 +22,7 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
-from tinygrad_bn.arguments import full_name, is_array, is_real
+from tinygrad_bn.arguments import LARGEST_FLOAT, full_name, is_array, is_real, shown
 from tinygrad_bn.modes import Mode
 
 __all__ = [
@@ -36,7 +36,6 @@ R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
 IN_KERNELS = "?bhilqBHILQefd"  # NumPy's characters of the dtypes that kernels take: not of long doubles
-NUMBERS = frozenset({float, int, bool, type(None)})
 # Errors that `forward` explains with the op's operands.
 REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -108,23 +107,13 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
     try:
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
+            if op.saves:
+                expect_numbers(op.name, arrays)
             result = op.forward(*arrays, **params)
     except Exception as error:
         if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
             return forward(op, arrays, params, again=True)
-        expect_one_place(arrays)
-        expect_numbers(op.name, arrays)
-        kind = next((k for k in REPORTED if isinstance(error, k)), None)
-        if kind is None:  # such as Numba's, for operands that are all right
-            raise
-        reason = getattr(error, "reason", error)  # without the ops inside this one
-        if kind is AttributeError and not all(hasattr(a, "dtype") for a in arrays):  # a number has no shape
-            kind, reason = TypeError, "takes tensors or arrays"
-        elif kind is TypeError and "NoneType" in str(reason):
-            reason = "an operand is None"
-        described: Any = kind(f"{describe(op, arrays, params)}: {reason}")
-        described.reason = reason
-        raise described from error
+        raise _explained(error, op, arrays, params) from error
     if type(result) is np.ndarray and not op.saves:
         return _promoted(op, result, arrays, params), ()
     y, saved = op.split(result)
@@ -133,6 +122,36 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
             expect_numbers(op.name, arrays)
             raise TypeError(f"{op.name} used a tensor that is not one of its operands: pass it as one")
     return _promoted(op, as_array(y), arrays, params), saved
+
+
+def composition(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """What the composition of a fused op gives; its errors are those of `forward`."""
+    try:
+        return op.forward(*operands, **params)
+    except Exception as error:
+        raise _explained(error, op, operands, params) from error
+
+
+def _explained(error: Exception, op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Exception:
+    """The error with the call in words, or a plainer one if an operand is wrong; any other kind as it is."""
+    try:
+        expect_one_place(operands)
+        expect_numbers(op.name, operands)
+    except (TypeError, ValueError) as plainer:
+        return plainer
+    kind = next((k for k in REPORTED if isinstance(error, k)), None)
+    if kind is None:  # such as Numba's, for operands that are all right
+        return error
+    reason = getattr(error, "reason", error)  # without the ops inside this one
+    if kind is AttributeError and not all(hasattr(o, "dtype") for o in operands):  # a number has no shape
+        kind, reason = TypeError, "takes tensors or arrays"
+    elif kind is TypeError and "NoneType" in str(reason):
+        reason = "an operand is None"
+    elif kind is OverflowError and "too large to convert" in str(reason):  # of an axis, an option or an operand
+        kind = ValueError
+    described: Any = kind(f"{describe(op, operands, params)}: {reason}")
+    described.reason = reason
+    return described
 
 
 def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -144,9 +163,11 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     if arrays and getattr(arrays[0], "dtype", None) is own:
         return y  # the usual case: `_kernel` looked at this dtype
     dtypes = [a.dtype for a in arrays if hasattr(a, "dtype")]
-    floating = [d for d in dtypes if d.kind == "f"]
+    floating = [d for d in dtypes if getattr(d, "kind", "") == "f"]
     if own.kind != "f" or own.char == "g" or len(floating) < len(arrays):
         expect_numbers(op.name, arrays)
+        if not is_real(own):  # of integers beyond int64, or of None
+            raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
     if own.kind != "f" or len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y
     widest = max(floating, key=lambda d: d.itemsize, default=np.dtype(np.float32))
@@ -197,13 +218,15 @@ def _kernel(name: str, arrays: Sequence[Any]) -> Any:
     for other in arrays:
         if (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
+    if isinstance(first, np.generic):  # its dtype may be that of the result
+        expect_numbers(name, arrays)
     return None
 
 
 def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:
     """A call in words: `sum(float32 (3, 4), axis=5)`."""
-    words = [f"{place(o)} {o.dtype} {o.shape}".lstrip() if hasattr(o, "dtype") else repr(o) for o in operands]
-    return f"{op.name}({', '.join(words + [f'{k}={v!r}' for k, v in params.items()])})"
+    words = [f"{place(o)} {o.dtype} {o.shape}".lstrip() if hasattr(o, "dtype") else shown(o) for o in operands]
+    return f"{op.name}({', '.join(words + [f'{k}={shown(v)}' for k, v in params.items()])})"
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------
@@ -221,11 +244,15 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
         raise TypeError("a tensor has no mask; give masked.filled(value)")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
     try:
-        array = np.array(data, dtype=dtype)
-    except (ValueError, TypeError, OverflowError) as error:
+        array = np.array(data)
+    except (ValueError, TypeError) as error:
         raise type(error)(f"a Tensor holds real numbers, in lists of equal lengths: {error}") from error
-    if not is_real(array.dtype):
+    if array.dtype.kind not in "fiub":
         raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
+    if dtype is not None:
+        array = array.astype(dtype, copy=False)
+    if not is_real(array.dtype):
+        raise TypeError(f"a Tensor holds real numbers of at most 64 bits; these data have dtype {array.dtype}")
     if not typed and dtype is None and array.dtype == np.float64:
         return array.astype(np.float32)
     return array
@@ -235,6 +262,8 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
 def new_values(value: Any, old: Any) -> Any:
     """A copy of `value` to replace the array `old`: on its device, in its dtype; the shape has to be the same."""
     given = as_array(value)
+    if not is_real(given.dtype):
+        raise TypeError(f"{given.dtype} data do not fit a tensor of dtype {old.dtype}")
     if device_of(given) != "cpu":
         expect_one_place((old, given))
     if not np.can_cast(given.dtype, old.dtype, "same_kind"):
@@ -346,13 +375,20 @@ def expect_one_place(operands: Collection[object]) -> None:
 
 
 def expect_numbers(name: str, operands: Collection[Any]) -> None:
-    """Raise TypeError unless the operands of the op `name` are real numbers, booleans or arrays of them, or None."""
-    for o in operands:
-        if type(o) in NUMBERS or (type(o) is np.ndarray and o.dtype.char in IN_KERNELS):
+    """Raise TypeError unless the operands of the op `name` are real numbers, booleans or arrays of them.
+
+    All but the first may be None. An integer that a float64 cannot hold is a ValueError.
+    """
+    for i, o in enumerate(operands):
+        if type(o) is float or (type(o) is np.ndarray and o.dtype.char in IN_KERNELS):
             continue  # the usual cases, fast
+        if isinstance(o, int) and abs(o) > LARGEST_FLOAT:
+            raise ValueError(f"{name} takes numbers that fit a float64; got {shown(o)}")
         if is_array(o):
             if not is_real(o.dtype):
                 raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
+        elif o is None and not i and len(operands) > 0:
+            raise TypeError(f"{name}(None{', …' * (len(operands) > 1)}): an operand is None")
         elif not isinstance(o, int | float | None):
             raise TypeError(f"{name} takes tensors, arrays or numbers; got {full_name(o)}")
 

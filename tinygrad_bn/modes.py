@@ -16,6 +16,8 @@ from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from itertools import repeat, starmap
 from typing import Any, Generic, TypeVar
 
+from tinygrad_bn.arguments import flag
+
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
@@ -148,8 +150,9 @@ class _Pausing:
                 step, sent = body.throw, error
 
 
-def call_recording(on: bool, function: Callable[..., T], *args: Any) -> T:
+def call_recording(create_graph: bool, function: Callable[..., T], *args: Any) -> T:
     """`function(*args)`, in which ops record or do not. In a context of its own: the caller's never changes."""
+    on = flag("create_graph", create_graph)
     return copy_context().run(_call_recording, on, function, args)
 
 

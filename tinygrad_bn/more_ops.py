@@ -57,6 +57,8 @@ def pow(a: Operand, b: Operand) -> Operand:
 def _real(x: Any) -> Any:
     """An array of floating-point numbers; integers in float64, as unsigned ones have no negative."""
     x = np.asarray(x)
+    if x.dtype.kind not in "fiub":
+        raise TypeError(f"takes real numbers; got dtype {x.dtype}")
     return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 

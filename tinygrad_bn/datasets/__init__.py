@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_flags, expect_integer
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_text
 from tinygrad_bn.datasets.catalogue import KNOWN, OWN
 from tinygrad_bn.datasets.fetch import find
 from tinygrad_bn.datasets.files import DataError, read_csv, read_idx
@@ -53,6 +53,12 @@ class Dataset:
         for a in (self.x, self.y):
             expect_arrays(a)
         expect_integer("white", self.white, 1)
+        for name, text in (("name", self.name), ("source", self.source)):
+            expect_text(name, text)
+        if not isinstance(self.classes, tuple | list):
+            raise TypeError(f"classes are a tuple of names; got {self.classes!r:.60}")
+        for text in self.classes:
+            expect_text("the name of a class", text)
         if len(self.x) != len(self.y):
             raise DataError(f"{self.source}: {len(self.x)} samples, but {len(self.y)} labels")
 
@@ -63,7 +69,11 @@ class Dataset:
         return f"Dataset({self.name!r}: x {self.x.dtype} {self.x.shape}, {len(self.classes)} classes, {self.source})"
 
     def take(self, indices: Array) -> Dataset:
-        """The samples at `indices`, an array of integers, or of one boolean for each sample."""
+        """The samples at `indices`, an array of integers, or of one boolean for each sample; TypeError for others."""
+        indices = np.asarray(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iub"):
+            raise TypeError(f"indices are an array (n,) of integers or booleans; got {indices.dtype} {indices.shape}")
+        indices = indices if indices.size else indices.astype(np.intp)  # NumPy makes [] a float
         return replace(self, x=self.x[indices], y=self.y[indices])
 
     def complete(self) -> Dataset:

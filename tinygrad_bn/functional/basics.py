@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend, more_ops, random
-from tinygrad_bn.arguments import expect_array, expect_axis, expect_flags, expect_floats, expect_integer, expect_number
+from tinygrad_bn.arguments import (
+    expect_array,
+    expect_axis,
+    expect_flags,
+    expect_floats,
+    expect_integer,
+    expect_number,
+    full_name,
+    is_array,
+)
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
 from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
@@ -62,12 +71,19 @@ def softmax(x: Operand, axis: int = -1) -> Tensor:
 
 def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Join tensors along an axis that they have."""
-    return more_ops.concatenate(*tensors, axis=axis)
+    return more_ops.concatenate(*_several("concatenate", tensors), axis=axis)
 
 
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Join tensors of one shape along a new axis."""
-    return more_ops.stack(*tensors, axis=axis)
+    return more_ops.stack(*_several("stack", tensors), axis=axis)
+
+
+def _several(name: str, tensors: Any) -> list[Any]:
+    """The tensors as a list. Raises TypeError unless they are in a list or a tuple, or rows of a tensor or array."""
+    if not isinstance(tensors, list | tuple) and not (is_array(tensors) and tensors.ndim):
+        raise TypeError(f"{name} takes a list of tensors; got {full_name(tensors)}")
+    return list(tensors)
 
 
 def flatten(x: Operand, start_axis: int = 1) -> Tensor:
@@ -156,6 +172,7 @@ def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Ge
     expect_probability(p)
     expect_flags(training=training)
     expect_floats(x, "dropout")
+    random.generator(rng)  # raises TypeError unless it is one
     if not training or p == 0:
         return x
     return dropout_by_key(x, p=p, key=random.draw_key(rng))

@@ -69,6 +69,14 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
     return _reduced(inner * (d - inner * 0.5), reduction)
 
 
+def _expect_scale(name: str, scale: Operand) -> None:
+    """Raise TypeError unless it is a number, or a tensor or an array of real numbers."""
+    if not isinstance(scale, int | float):
+        expect_array(scale, f"the {name} of a loss")
+    elif not isinstance(scale, bool):
+        expect_number(name, scale, finite=False)
+
+
 def binary_cross_entropy_with_logits(
     x: Operand,
     target: Operand,
@@ -81,6 +89,9 @@ def binary_cross_entropy_with_logits(
     `weight` scales each element's loss and `pos_weight` (p above) the positive part; both broadcast with x.
     """
     _difference(x, target)  # for its check of the shapes
+    for name, scale in (("weight", weight), ("pos_weight", pos_weight)):
+        if scale is not None:
+            _expect_scale(name, scale)
     target = values(target) if isinstance(target, list | tuple) else target
     positive = softplus(-x) * target if pos_weight is None else softplus(-x) * target * pos_weight
     loss = positive + softplus(x) * (1 - target)
@@ -111,6 +122,7 @@ def _class_weight(weight: Operand | None, x: Operand) -> Any:
         return None
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError("class weights are constants here; pass weight.detach()")
+    expect_array(weight, "the weight of a loss")
     if values(weight).shape != (x.shape[1],):
         raise ValueError(f"weight has shape {values(weight).shape}, for {x.shape[1]} classes")
     return values(weight).astype(x.dtype, copy=False)

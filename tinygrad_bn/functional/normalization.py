@@ -70,6 +70,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
+    expect_eps(eps)
     return _last_axes_norm(x, normalized_shape, weight, bias, eps, centered=True)
 
 

@@ -39,8 +39,7 @@ class _BatchNorm(Module):
         num_features = expect_integer("num_features", num_features, 1)
         expect_eps(eps, zero=False)
         expect_flags(affine=affine, track_running_stats=track_running_stats)
-        if running_var_correction not in (0, 1):
-            raise ValueError(f"running_var_correction has to be 0 or 1; got {running_var_correction!r}")
+        running_var_correction = expect_integer("running_var_correction", running_var_correction, 0, 1)
         if momentum is not None:  # which is the cumulative mean
             expect_number("momentum", momentum, 0, 1)
         if virtual_batch_size is not None:
@@ -153,6 +152,7 @@ class _BatchNorm(Module):
 
         Raises ValueError if statistics are to be frozen that are not tracked.
         """
+        expect_flags(affine=affine, stats=stats)
         if stats and not self.track_running_stats:
             raise ValueError(f"{self!r} has no running statistics to freeze; call freeze(stats=False)")
         self.stats_frozen = stats

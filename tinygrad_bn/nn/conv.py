@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import each_axis, expect_array, expect_flags, expect_integer
+from tinygrad_bn.arguments import each_axis, expect_array, expect_fits_memory, expect_flags, expect_size
 from tinygrad_bn.functional.convolution import Ints, Padding, pairs, transposed_options
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import AFFINE, Module, Parameter
@@ -38,15 +38,16 @@ class _Conv(Module):
         bias: bool = True,
         rng: np.random.Generator | None = None,
     ) -> None:
-        self.in_channels = expect_integer("in_channels", in_channels, 1)
-        self.out_channels = expect_integer("out_channels", out_channels, 1)
-        self.groups = expect_integer("groups", groups, 1)
+        self.in_channels = expect_size("in_channels", in_channels)
+        self.out_channels = expect_size("out_channels", out_channels)
+        self.groups = expect_size("groups", groups)
         expect_flags(bias=bias)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"{in_channels} and {out_channels} channels do not divide into {groups} groups")
         self.kernel_size = each_axis(kernel_size, self._ndim, "kernel_size", 1)
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self._check_options()
+        expect_fits_memory(f"the weight of {type(self).__name__}", self._weight_shape())
         bound = 1 / math.sqrt(math.prod(self._weight_shape()[1:]))  # the fan-in, as PyTorch counts it
         self.weight = Parameter(np.empty(self._weight_shape(), np.float32))
         init.uniform_(self.weight, -bound, bound, rng)

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
+from tinygrad_bn.arguments import full_name
 from tinygrad_bn.backend import Array
 from tinygrad_bn.modes import no_grad
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS, BatchNorm1d
@@ -48,6 +49,8 @@ def fold_batch_norm(model: Module, example: Array) -> Folded:
     >>> fold_batch_norm(model, np.ones((2, 3), np.float32)).norms
     1
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"model has to be a module; got {full_name(model)}")
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(f"{name or 'the model'} is in training mode: call eval() on the model first")

@@ -8,10 +8,18 @@ from typing import ClassVar, cast
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_array, expect_flags, expect_integer, expect_number
+from tinygrad_bn.arguments import (
+    expect_array,
+    expect_fits_memory,
+    expect_flags,
+    expect_integer,
+    expect_number,
+    expect_size,
+)
 from tinygrad_bn.functional.basics import expect_probability
 from tinygrad_bn.nn import init
 from tinygrad_bn.nn.module import AFFINE, Module, Parameter
+from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Tensor
 
 
@@ -26,9 +34,10 @@ class Linear(Module):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, rng: np.random.Generator | None = None
     ) -> None:
-        in_features = expect_integer("in_features", in_features, 1)
-        out_features = expect_integer("out_features", out_features, 1)
+        in_features = expect_size("in_features", in_features)
+        out_features = expect_size("out_features", out_features)
         expect_flags(bias=bias)
+        expect_fits_memory("the weight of Linear", (out_features, in_features))
         bound = 1 / math.sqrt(in_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter(np.empty((out_features, in_features), np.float32))
@@ -51,6 +60,7 @@ class Identity(Module):
     """y = x."""
 
     def forward(self, x: Tensor) -> Tensor:
+        expect_array(x, "Identity")
         return x
 
 
@@ -66,6 +76,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, rng: np.random.Generator | None = None) -> None:
         expect_probability(p)
+        generator(rng)  # raises TypeError unless it is one
         self.p, self.rng = p, rng
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tinygrad_bn.arguments import expect_flags, floating_dtype, full_name
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
@@ -65,6 +66,9 @@ class Module(ModuleInNotebook):
         self = super().__new__(cls)
         object.__setattr__(self, "_kinds", dict(cls._optional))
         return self
+
+    def __init__(self) -> None:
+        """A layer without options takes none."""
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute.
@@ -185,6 +189,7 @@ class Module(ModuleInNotebook):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode (or evaluation mode) here and below."""
+        expect_flags(mode=mode)
         for module in self.modules():
             module.training = mode
         return self
@@ -208,14 +213,14 @@ class Module(ModuleInNotebook):
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set `requires_grad` of every parameter."""
+        expect_flags(requires_grad=requires_grad)
         for p in self.parameters():
             p.requires_grad = requires_grad
         return self
 
     def astype(self, dtype: DTypeLike) -> Self:
         """Convert the floating-point parameters and buffers to `dtype`, which is floating-point too, else TypeError."""
-        if np.dtype(dtype).kind != "f":
-            raise TypeError(f"parameters are floating-point numbers; got the dtype {np.dtype(dtype)}")
+        dtype = floating_dtype("the dtype of parameters", dtype)
         for module in self.modules():
             module._convert(dtype)
         return self
@@ -254,6 +259,9 @@ class Module(ModuleInNotebook):
             ValueError: shapes differ.
             TypeError: dtypes cannot be cast within their kind (NumPy's "same_kind"), such as float to int.
         """
+        expect_flags(strict=strict)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"a state is a dictionary of arrays, as state_dict() gives it; got {full_name(state)}")
         own = dict(self.named_tensors())
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
         unexpected = [k for k in state if k not in own]

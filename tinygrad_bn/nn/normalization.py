@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_array, expect_eps, expect_flags, expect_integer
+from tinygrad_bn.arguments import expect_array, expect_eps, expect_flags, expect_size
 from tinygrad_bn.functional.normalization import last_axes
 from tinygrad_bn.nn.module import AFFINE, Module, Parameter
 from tinygrad_bn.tensor import Tensor
@@ -66,7 +66,7 @@ class GroupNorm(Module):
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         expect_eps(eps)
         expect_flags(affine=affine)
-        if expect_integer("num_channels", num_channels, 1) % expect_integer("num_groups", num_groups, 1):
+        if expect_size("num_channels", num_channels) % expect_size("num_groups", num_groups):
             raise ValueError(f"{num_channels} channels do not divide into {num_groups} groups")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = Parameter(np.ones(num_channels, np.float32)) if affine else None
@@ -89,7 +89,7 @@ class _InstanceNorm(Module):
     def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = False) -> None:
         expect_eps(eps)
         expect_flags(affine=affine)
-        self.num_features, self.eps = expect_integer("num_features", num_features, 1), eps
+        self.num_features, self.eps = expect_size("num_features", num_features), eps
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_features, np.float32)) if affine else None
 

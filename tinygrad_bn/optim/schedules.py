@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tinygrad_bn.arguments import expect_integer, expect_number
+from tinygrad_bn.arguments import expect_integer, expect_number, expect_size
 from tinygrad_bn.optim.optimizer import Optimizer
 
 RATES = ("lr", "initial_lr")  # of each group
@@ -98,7 +98,7 @@ class StepLR(Schedule):
         super().__init__(optimizer)
 
     def _check(self) -> None:
-        expect_integer("step_size", self.step_size, 1)
+        expect_size("step_size", self.step_size)
         expect_number("gamma", self.gamma, 0)
 
     def next_lr(self, lr: float, initial: float) -> float:
@@ -116,7 +116,7 @@ class CosineAnnealingLR(Schedule):
         super().__init__(optimizer)
 
     def _check(self) -> None:
-        expect_integer("T_max", self.T_max, 1)
+        expect_size("T_max", self.T_max)
         expect_number("eta_min", self.eta_min, 0)
 
     def next_lr(self, lr: float, initial: float) -> float:
@@ -139,7 +139,7 @@ class WarmupLR(Schedule):
             group["lr"] /= warmup_steps + 1
 
     def _check(self) -> None:
-        expect_integer("warmup_steps", self.warmup_steps, 1)
+        expect_size("warmup_steps", self.warmup_steps)
         if not (self.after is None or isinstance(self.after, Schedule)):
             raise TypeError(f"after has to be a Schedule or None; got {self.after!r}")
         if self.after is not None and self.after.optimizer is not self.optimizer:

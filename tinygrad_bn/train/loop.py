@@ -12,7 +12,7 @@ import numpy as np
 
 from tinygrad_bn import captured, nn
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.datasets import Batches, Seed
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
@@ -106,6 +106,7 @@ def fit(
     expect_model(model, loss)
     expect_integer("epochs", epochs, 0)
     expect_flags(progress=progress, capture=capture)
+    expect_text("description", description)
     if nonfinite not in ("raise", "skip", "restore", "ignore"):
         raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {nonfinite!r}")
     if clip_norm is not None:

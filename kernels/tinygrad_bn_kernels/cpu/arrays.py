@@ -26,6 +26,8 @@ def compiled(x: Array, dtype: DTypeLike | None = None) -> Array:
         dtype = (own if own.isnative else own.newbyteorder()) if own.char in "fd" else np.result_type(x, np.float32)
     if x.flags.carray and own == dtype:
         return x  # the usual case
+    if own != dtype and own.kind not in "fiub":
+        raise TypeError(f"kernels take real numbers; got an array of dtype {own}")
     if own != dtype or not (x.flags.c_contiguous and x.flags.aligned):
         return np.array(x, dtype, order="C")
     return x if x.flags.writeable else np.asarray(_Writable(x))
