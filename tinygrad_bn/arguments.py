@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 NUMBERS = int, float, np.integer, np.float16, np.float32  # np.float64 is a float; a long double is no number here
+REAL = "?bhilqBHILQefd"  # NumPy's characters of the dtypes to compute with: not of long doubles
 LARGEST_FLOAT = np.finfo(np.float64).max.item()
+INT64 = np.iinfo(np.int64)
 LARGEST = 1 << 60  # of an option that is a size: sums of several stay below 2 ** 63
 
 
@@ -58,7 +60,10 @@ FAST: dict[str, tuple[type, ...]] = {
 
 def fast(parameter: Parameter) -> tuple[type, ...]:
     """The types of an op's option that need no `checked`."""
-    other = (bool,) if isinstance(parameter.default, bool) else (int,) if parameter.name == "axis" else (int, float)
+    if isinstance(parameter.default, bool) or parameter.name == "axis":
+        other: tuple[type, ...] = (bool,) if parameter.name != "axis" else (int,)
+    else:
+        other = (int, float, tuple, type)  # such as shapes and dtypes, which the op looks at
     types = () if parameter.name in RANGED else FAST.get(_annotation(parameter), other)
     return (*types, type(None)) if parameter.default is None else types
 
@@ -95,8 +100,8 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
         if isinstance(value, bool | np.bool_) and kind == "float | bool":
             return bool(value)
         return python_number(f"{name}(): {option}", value)
-    if isinstance(value, str) and kind != "str" and not isinstance(default, str) and default is not Parameter.empty:
-        raise TypeError(f"{name}(): {option} may not be a text; got {value!r}")
+    if isinstance(value, str) and kind not in ("str", "Any", "_empty") and not isinstance(default, str):
+        raise TypeError(f"{name}(): {option} may not be a text; got {shown(value)}")
     return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
 
 
@@ -112,7 +117,7 @@ def python_number(name: str, value: Any) -> Any:
 def checked_axis(name: str, value: Any) -> Any:
     """An axis or a tuple of axes as Python's integers. Raises TypeError for anything else."""
     axes = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(a, bool | np.bool_) or not hasattr(a, "__index__") or np.ndim(a) for a in axes):
+    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in axes):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {shown(value)}")
     plain = tuple(map(operator.index, axes))
     return plain if isinstance(value, tuple) else plain[0]
@@ -123,7 +128,7 @@ def expect_axis(name: str, x: Any, axis: Any) -> None:
     axes = () if axis is None else checked_axis(name, axis)
     ndim = max(x.ndim, 1)  # 0-d counts as one element
     if any(not -ndim <= a < ndim for a in (axes if isinstance(axes, tuple) else (axes,))):
-        raise IndexError(f"{name}(): x {x.shape} has no axis {axis}")
+        raise IndexError(f"{name}(): x {x.shape} has no axis {shown(axis)}")
 
 
 def expect_declaration(
@@ -171,7 +176,7 @@ def is_array(x: object) -> bool:
 
 def is_real(dtype: Any) -> bool:
     """Whether numbers of this dtype may be computed with: not complex ones, objects, texts, dates or long doubles."""
-    return dtype.kind in "fiub" and dtype.char != "g"
+    return dtype.char in REAL
 
 
 def is_floating(x: Any) -> bool:
@@ -190,16 +195,18 @@ def expect_leaf(x: Any) -> None:
 
 def expect_array(x: Any, caller: str) -> None:
     """Raise TypeError unless x is a tensor or an array of real numbers or booleans."""
-    if not is_array(x):
+    dtype = getattr(x, "dtype", None)
+    if not isinstance(dtype, np.dtype):
         raise TypeError(f"{caller} takes a tensor or an array; got {full_name(x)}: make a Tensor of it")
-    if not is_real(x.dtype):
-        raise TypeError(f"{caller} takes real numbers; got an array of dtype {x.dtype}")
+    if dtype.char not in REAL:
+        raise TypeError(f"{caller} takes real numbers; got an array of dtype {dtype}")
 
 
 def full_name(x: object) -> str:
     """What x is, for an error: "a list", "a torch.Tensor"."""
     kind = type(x)
-    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__name__}"
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def expect_floats(x: Any, caller: str) -> None:
@@ -216,6 +223,8 @@ def at_least_single(dtype: Any) -> np.dtype[Any]:
 
 def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     """One number for each axis. Raises ValueError unless `value` is one number, or one for each axis."""
+    if type(value) is int and least <= value <= LARGEST:
+        return (value,) * ndim  # the usual case, fast
     each = tuple(value) if isinstance(value, tuple | list | np.ndarray) else (value,) * ndim
     whole = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in each)
     if len(each) != ndim or not whole or min(each, default=least) < least:
@@ -255,17 +264,20 @@ def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     """The dtype. Raises TypeError unless it is one of floating-point numbers of at most 64 bits."""
     if dtype is None or hasattr(dtype, "_data"):
         raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}")
-    dtype = np.dtype(dtype)
-    if dtype.kind != "f" or not is_real(dtype):
-        raise TypeError(f"{name} has to be floating-point, of at most 64 bits; got {dtype}")
-    return dtype
+    try:
+        found = np.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}") from error
+    if found.kind != "f" or not is_real(found):
+        raise TypeError(f"{name} has to be floating-point, of at most 64 bits; got {found}")
+    return found
 
 
 def shown(value: Any) -> str:
     """`value` for an error, shortened."""
     try:
         text = repr(value)
-    except Exception:  # integers of more than 4,300 digits have none
+    except Exception:  # integers of more than 4,300 digits have no text
         text = full_name(value)
     return text if len(text) <= 200 else f"{text[:150]} … {text[-20:]}"
 
@@ -293,6 +305,8 @@ def expect_vectors(x: Any, **vectors: Any) -> None:
     if x.ndim < 2:
         raise ValueError(f"x has to be of shape (N, C, ...); got {x.shape}")
     for name, v in vectors.items():
+        if hasattr(v, "dtype"):
+            expect_array(v, name)
         shape = v.shape if hasattr(v, "shape") else np.shape(v)
         if v is not None and shape != x.shape[1:2]:
             raise ValueError(f"{name} has shape {shape}, for {x.shape[1]} channels of x {x.shape}")
@@ -307,6 +321,8 @@ def expect_eps(eps: float, zero: bool = True) -> None:
 
 def expect_integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
     """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is not in [least, most]."""
+    if type(value) is int and least <= value <= most:
+        return value  # the usual case, fast
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} has to be an integer; got {shown(value)}")
     if value < least:
@@ -328,6 +344,8 @@ def expect_number(
 
     An integer that a float64 cannot hold is a ValueError too.
     """
+    if type(value) is float and least <= value <= most and -math.inf < value < math.inf:
+        return value  # the usual case, fast
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} has to be a number; got {shown(value)}")
     within = least <= value <= most  # NaN is not
@@ -348,15 +366,15 @@ def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:
 def expect_reduction(name: str, value: Any) -> Any:
     """`value`. Raises ValueError unless it is a reduction of losses."""
     if value not in ("mean", "sum", "none") or not isinstance(value, str):
-        raise ValueError(f"{name} is one of 'mean', 'sum' and 'none'; got {value!r}")
+        raise ValueError(f"{name} is one of 'mean', 'sum' and 'none'; got {shown(value)}")
     return value
 
 
 def expect_int64(name: str, value: Any) -> int:
     """`value` as an int. Raises TypeError unless it is an integer, ValueError unless it is an int64."""
-    if not -(2**63) <= expect_integer(name, value) < 2**63:
-        raise ValueError(f"{name} has to be an int64; got {value}")
-    return int(value)
+    if not INT64.min <= (integer := expect_integer(name, value)) <= INT64.max:
+        raise ValueError(f"{name} has to be an int64; got {shown(value)}")
+    return integer
 
 
 # Options of ops that have a range, by name. A kernel would not ask.

@@ -22,7 +22,7 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
-from tinygrad_bn.arguments import LARGEST_FLOAT, full_name, is_array, is_real, shown
+from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, shown
 from tinygrad_bn.modes import Mode
 
 __all__ = [
@@ -35,7 +35,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
-IN_KERNELS = "?bhilqBHILQefd"  # NumPy's characters of the dtypes that kernels take: not of long doubles
 # Errors that `forward` explains with the op's operands.
 REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -105,10 +104,10 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
     """The result of `op` and its by-products: from its kernel, or from the reference without one or if it declines."""
     kernel = _kernel(op.name, arrays)
     try:
+        if op.saves:  # a look at the result would not find all wrong operands
+            expect_numbers(op.name, arrays)
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
-            if op.saves:
-                expect_numbers(op.name, arrays)
             result = op.forward(*arrays, **params)
     except Exception as error:
         if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
@@ -127,6 +126,7 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
 def composition(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
     """What the composition of a fused op gives; its errors are those of `forward`."""
     try:
+        expect_numbers(op.name, operands)
         return op.forward(*operands, **params)
     except Exception as error:
         raise _explained(error, op, operands, params) from error
@@ -147,6 +147,8 @@ def _explained(error: Exception, op: Op, operands: Sequence[Any], params: dict[s
         kind, reason = TypeError, "takes tensors or arrays"
     elif kind is TypeError and "NoneType" in str(reason):
         reason = "an operand is None"
+    elif kind is TypeError and "did not contain a loop" in str(reason):
+        reason = "it is not defined for these dtypes"
     elif kind is OverflowError and "too large to convert" in str(reason):  # of an axis, an option or an operand
         kind = ValueError
     described: Any = kind(f"{describe(op, operands, params)}: {reason}")
@@ -162,13 +164,14 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     own = y.dtype
     if arrays and getattr(arrays[0], "dtype", None) is own:
         return y  # the usual case: `_kernel` looked at this dtype
+    expect_numbers(op.name, arrays)
+    if own.char not in REAL:  # of integers beyond int64, or of None
+        raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
+    if own.kind != "f":
+        return y
     dtypes = [a.dtype for a in arrays if hasattr(a, "dtype")]
-    floating = [d for d in dtypes if getattr(d, "kind", "") == "f"]
-    if own.kind != "f" or own.char == "g" or len(floating) < len(arrays):
-        expect_numbers(op.name, arrays)
-        if not is_real(own):  # of integers beyond int64, or of None
-            raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
-    if own.kind != "f" or len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
+    floating = [d for d in dtypes if d.kind == "f"]
+    if len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y
     widest = max(floating, key=lambda d: d.itemsize, default=np.dtype(np.float32))
     if own.itemsize < widest.itemsize and not op.fused:  # NumPy takes int8 to float16
@@ -208,10 +211,10 @@ def kernels_disabled() -> Mode:
 
 
 def _kernel(name: str, arrays: Sequence[Any]) -> Any:
-    """The kernel for these operands, or None. Numbers, foreign byte orders and long doubles are left to NumPy."""
+    """The kernel for these operands, or None. Numbers and foreign byte orders are left to NumPy."""
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
-        if first.dtype.isnative and first.dtype.char in IN_KERNELS:
+        if first.dtype.isnative and first.dtype.char in REAL:
             return find_kernel(name, "cpu")
         expect_numbers(name, arrays)
         return None
@@ -247,11 +250,11 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
         array = np.array(data)
     except (ValueError, TypeError) as error:
         raise type(error)(f"a Tensor holds real numbers, in lists of equal lengths: {error}") from error
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
     if dtype is not None:
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
         array = array.astype(dtype, copy=False)
-    if not is_real(array.dtype):
+    if array.dtype.char not in REAL:
         raise TypeError(f"a Tensor holds real numbers of at most 64 bits; these data have dtype {array.dtype}")
     if not typed and dtype is None and array.dtype == np.float64:
         return array.astype(np.float32)
@@ -374,23 +377,24 @@ def expect_one_place(operands: Collection[object]) -> None:
         raise TypeError(f"operands live on different devices, {' and '.join(sorted(devices))}; move one with .to()")
 
 
-def expect_numbers(name: str, operands: Collection[Any]) -> None:
+def expect_numbers(name: str, operands: Sequence[Any]) -> None:
     """Raise TypeError unless the operands of the op `name` are real numbers, booleans or arrays of them.
 
     All but the first may be None. An integer that a float64 cannot hold is a ValueError.
     """
-    for i, o in enumerate(operands):
-        if type(o) is float or (type(o) is np.ndarray and o.dtype.char in IN_KERNELS):
+    for o in operands:
+        kind = type(o)
+        if kind is float or (kind is np.ndarray and o.dtype.char in REAL) or (kind is int and abs(o) < LARGEST):
             continue  # the usual cases, fast
-        if isinstance(o, int) and abs(o) > LARGEST_FLOAT:
-            raise ValueError(f"{name} takes numbers that fit a float64; got {shown(o)}")
         if is_array(o):
             if not is_real(o.dtype):
                 raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
-        elif o is None and not i and len(operands) > 0:
-            raise TypeError(f"{name}(None{', …' * (len(operands) > 1)}): an operand is None")
         elif not isinstance(o, int | float | None):
             raise TypeError(f"{name} takes tensors, arrays or numbers; got {full_name(o)}")
+        elif isinstance(o, int) and abs(o) > LARGEST_FLOAT:
+            raise ValueError(f"{name} takes numbers that fit a float64; got {shown(o)}")
+    if operands and operands[0] is None:
+        raise TypeError(f"{name}(None{', …' * (len(operands) > 1)}): an operand is None")
 
 
 def move(array: Any, device: str) -> Any:
@@ -399,9 +403,9 @@ def move(array: Any, device: str) -> Any:
     Raises ValueError for an unknown name, TypeError for a dtype that the device does not take, and RuntimeError if
     there is no such device, naming the missing package or driver.
     """
-    if device not in DEVICES:
-        one = '; "cuda" is one GPU, the first' if str(device).startswith("cuda") else ""
-        raise ValueError(f"there is no device {device!r}; there are {' and '.join(map(repr, DEVICES))}{one}")
+    if not isinstance(device, str) or device not in DEVICES:
+        one = '; "cuda" is one GPU, the first' if shown(device).startswith("'cuda") else ""
+        raise ValueError(f"there is no device {shown(device)}; there are {' and '.join(map(repr, DEVICES))}{one}")
     if device_of(array) == device:
         return array
     return array.numpy() if device == "cpu" else device_arrays().DeviceArray.from_numpy(np.asarray(array))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygrad_bn.arguments import expect_integer
+from tinygrad_bn.arguments import expect_integer, shown
 
 _generator = np.random.default_rng()
 
@@ -24,7 +24,7 @@ def manual_seed(seed: int) -> np.random.Generator:
 def generator(rng: np.random.Generator | None = None) -> np.random.Generator:
     """The generator to draw from: `rng`, or else the default one. Raises TypeError if `rng` is no generator."""
     if not (rng is None or isinstance(rng, np.random.Generator)):
-        raise TypeError(f"rng has to be a NumPy Generator, such as np.random.default_rng(0), or None; got {rng!r}")
+        raise TypeError(f"rng has to be a NumPy Generator, such as np.random.default_rng(0), or None; got {shown(rng)}")
     return _generator if rng is None else rng
 
 
@@ -44,7 +44,7 @@ def philox(key: int, count: int) -> NDArray[Any]:
     expect_integer("count", count, 0)
     expect_integer("key", key, 0)
     if key >= 2**64:
-        raise ValueError(f"key has to be below 2**64; got {key}")
+        raise ValueError(f"key has to be below 2**64; got {shown(key)}")
     key = int(key)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     counters = np.arange(-(-count // 4), dtype=np.uint64)

@@ -363,7 +363,7 @@ class Tensor(TensorInNotebook):
     def requires_grad(self, value: bool) -> None:
         if value and self._data.dtype.kind != "f":
             raise TypeError(f"only floating-point tensors can require a gradient; this one is {self.dtype}")
-        self._requires_grad = flag("requires_grad", value)
+        self._requires_grad = value if type(value) is bool else flag("requires_grad", value)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -426,7 +426,7 @@ class Tensor(TensorInNotebook):
 
     def to(self, device: str) -> Tensor:
         """This tensor if it lives on `device`, else a copy there; the gradient comes back. See `cuda.to`."""
-        return self if device == self.device else OPS["to"].function(self, device=device)
+        return self if isinstance(device, str) and device == self.device else OPS["to"].function(self, device=device)
 
     # ---- to NumPy and Python ----------------------------------------------------------------------------
 

@@ -259,7 +259,7 @@ def test_kernels_run_uncompiled_too():
     output(python(INTERPRETED, NUMBA_DISABLE_JIT=1))
 
 
-@pytest.mark.parametrize("dtype", [">f4", "longdouble", "f2"])
+@pytest.mark.parametrize("dtype", [">f4", "f2"])
 def test_other_dtypes_have_right_answers(dtype):
     x = np.random.default_rng(0).normal(size=(70, 80)).astype(dtype)
     plain = x.astype(np.float64)

@@ -18,6 +18,7 @@ from tinygrad_bn.arguments import (
     expect_number,
     full_name,
     is_array,
+    shown,
 )
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
@@ -94,7 +95,7 @@ def flatten(x: Operand, start_axis: int = 1) -> Tensor:
     expect_array(x, "flatten")
     first = expect_integer("start_axis", start_axis)
     if not -x.ndim <= first < x.ndim:
-        raise ValueError(f"x {x.shape} has no axis {start_axis} to flatten from")
+        raise ValueError(f"x {x.shape} has no axis {shown(start_axis)} to flatten from")
     first %= x.ndim
     return reshape(x, shape=(*x.shape[:first], math.prod(x.shape[first:])))
 

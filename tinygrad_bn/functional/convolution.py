@@ -25,7 +25,8 @@ from tinygrad_bn.arguments import (
     expect_array,
     expect_fits_memory,
     expect_floats,
-    expect_integer,
+    expect_size,
+    shown,
 )
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.statistics import values
@@ -202,11 +203,13 @@ def pairs(padding: Padding, kernel: Ints, stride: Ints, dilation: Ints) -> Pairs
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)
     if isinstance(padding, str):
-        raise ValueError(f"padding is 'same', 'valid', or in numbers; got {padding!r}")
+        raise ValueError(f"padding is 'same', 'valid', or in numbers; got {shown(padding)}")
     if not isinstance(padding, tuple | list) or not any(isinstance(p, tuple | list) for p in padding):
         return tuple((p, p) for p in each_axis(padding, ndim, "padding", 0))
     if len(padding) != ndim or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in padding):
-        raise ValueError(f"padding needs a pair (before, after) of 0 or more for each of {ndim} axes; got {padding}")
+        raise ValueError(
+            f"padding needs a pair (before, after) of 0 or more for each of {ndim} axes; got {shown(padding)}"
+        )
     flat = each_axis(tuple(chain(*padding)), 2 * ndim, "padding in pairs (before, after)", 0)
     return tuple(zip(flat[::2], flat[1::2], strict=True))
 
@@ -323,7 +326,7 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
         expect_array(weight, f"the weight of conv{ndim}d")
         if x.ndim != ndim + 2 or np.ndim(values(weight)) != ndim + 2:
             raise ValueError(f"conv{ndim}d takes x and weight of {ndim + 2} axes; got {x.shape} and {weight.shape}")
-        groups = expect_integer("groups", groups, 1)
+        groups = expect_size("groups", groups)
         if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
             raise ValueError(
                 f"channels of x {x.shape} and weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
@@ -387,7 +390,7 @@ def conv_transpose2d(
     """
     expect_floats(x, "conv_transpose2d")
     expect_array(weight, "the weight of conv_transpose2d")
-    groups = expect_integer("groups", groups, 1)
+    groups = expect_size("groups", groups)
     fits = x.ndim == weight.ndim == 4
     if not fits or x.shape[1] != weight.shape[0] or x.shape[1] % groups:
         raise ValueError(f"conv_transpose2d: x {x.shape}, weight {weight.shape} and {groups} groups do not fit")

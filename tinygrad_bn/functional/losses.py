@@ -13,6 +13,7 @@ from tinygrad_bn.arguments import (
     expect_number,
     expect_reduction,
     holds_numbers,
+    shown,
 )
 from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.basics import largest
@@ -63,7 +64,7 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
     """½ d² where |d| ≤ delta, delta · (|d| − ½ delta) elsewhere, with d = x − target (Huber 1964)."""
     expect_number("delta", delta, finite=False)
     if not delta > 0:
-        raise ValueError(f"delta has to be greater than 0; got {delta}")
+        raise ValueError(f"delta has to be greater than 0; got {shown(delta)}")
     d = _difference(x, target)
     inner = clip(d, min=-delta, max=delta)  # of d, not of |d|, which has a kink at 0
     return _reduced(inner * (d - inner * 0.5), reduction)
@@ -105,9 +106,14 @@ def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
     classes = _target(target)
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
         raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
-    if classes.dtype.kind not in "iu":
-        raise TypeError(f"targets are class indices, of an integer dtype; got {classes.dtype}")
+    _expect_classes(classes)
     return classes
+
+
+def _expect_classes(target: Any) -> None:
+    """Raise TypeError unless the targets are integers."""
+    if target.dtype.kind not in "iu":
+        raise TypeError(f"targets are class indices, of an integer dtype; got {target.dtype}")
 
 
 def _as_rows(x: Operand) -> Operand:
@@ -212,6 +218,11 @@ def softmax_cross_entropy(
     and the sum of the targets' weights.
     """
     target = values(target)
+    _expect_classes(target)
+    if x.ndim != 2 or target.shape != x.shape[:1]:
+        raise ValueError(f"logits are (M, C) and targets (M,); got {x.shape} and {target.shape}")
+    if weight is not None and weight.shape != x.shape[1:]:
+        raise ValueError(f"weight has shape {weight.shape}, for {x.shape[1]} classes")
     counts = reshape(target != ignore_index, shape=(-1, 1))  # the logits of other rows may be NaN: 0 · NaN is not 0
     x = where(counts, x, 0.0)
     top = largest(x, 1)

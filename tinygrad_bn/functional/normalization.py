@@ -13,8 +13,8 @@ from tinygrad_bn.arguments import (
     expect_channels,
     expect_eps,
     expect_floats,
-    expect_integer,
     expect_several,
+    expect_size,
 )
 from tinygrad_bn.functional.batch_norm import batch_norm_steps
 from tinygrad_bn.functional.statistics import mean, values
@@ -70,7 +70,6 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Layer normalisation (Ba et al. 2016): over the last axes, which have the shape `normalized_shape`."""
-    expect_eps(eps)
     return _last_axes_norm(x, normalized_shape, weight, bias, eps, centered=True)
 
 
@@ -82,7 +81,7 @@ def group_norm(
     Raises ValueError if the channels do not divide into the groups, or a group has one value.
     """
     expect_channels(x)
-    if expect_integer("num_groups", num_groups, 1) and x.shape[1] % num_groups:
+    if expect_size("num_groups", num_groups) and x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
     expect_several(x, x.shape[0] * num_groups, "group")
     planes = x.shape[1] // num_groups
@@ -125,7 +124,7 @@ def _block_norm(
     bias: Operand | None,
     shape: tuple[int, ...],
     blocks: Blocks,
-    eps: float,
+    eps: Any,
     centered: bool = True,
 ) -> Tensor:
     """Normalise the blocks of x; `shape` is that of weight and bias."""
@@ -145,6 +144,6 @@ def _last_axes_norm(
     samples = x.shape[: x.ndim - len(shape)]
     if (*samples, *shape) != x.shape:
         raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {shape}")
-    eps = float(np.finfo(at_least_single(x.dtype)).eps) if eps is None else eps
+    eps = float(np.finfo(at_least_single(x.dtype)).eps) if eps is None and not centered else eps
     blocks = math.prod(samples), 1, math.prod(shape), 1
     return _block_norm(x, weight, bias, shape, blocks, eps, centered)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_number
+from tinygrad_bn.arguments import expect_number, shown
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Tensor
 
@@ -82,7 +82,7 @@ def gain(nonlinearity: str, slope: float = 0.01) -> float:
         "leaky_relu": math.sqrt(2 / (1 + slope**2)),
     }
     if not isinstance(nonlinearity, str) or nonlinearity not in gains:
-        raise ValueError(f"no gain is known for {nonlinearity!r}; known are {', '.join(gains)}")
+        raise ValueError(f"no gain is known for {shown(nonlinearity)}; known are {', '.join(gains)}")
     return gains[nonlinearity]
 
 
@@ -104,7 +104,7 @@ def xavier_uniform_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
 
 def _kaiming_std(t: Tensor, a: float, mode: str, nonlinearity: str) -> float:
     if mode not in ("fan_in", "fan_out"):
-        raise ValueError(f"mode is 'fan_in' or 'fan_out'; got {mode!r}")
+        raise ValueError(f"mode is 'fan_in' or 'fan_out'; got {shown(mode)}")
     return gain(nonlinearity, a) / math.sqrt(max(fans(t)[mode == "fan_out"], 1))
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.arguments import expect_flags, floating_dtype, full_name
+from tinygrad_bn.arguments import expect_flags, floating_dtype, full_name, shown
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
@@ -67,8 +67,10 @@ class Module(ModuleInNotebook):
         object.__setattr__(self, "_kinds", dict(cls._optional))
         return self
 
-    def __init__(self) -> None:
-        """A layer without options takes none."""
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Of a layer without options. Raises TypeError for any."""
+        if args or options:
+            raise TypeError(f"{type(self).__name__} takes no options; got {shown(args or options)}")
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute.

@@ -9,7 +9,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
 from tinygrad_bn.optim.gradients import expect_tensors, gradient_of, listed
@@ -173,7 +173,7 @@ def _check_options(group: Group) -> None:
     betas = group.get("betas", (0, 0))
     two = isinstance(betas, tuple | list) and len(betas) == 2
     if not two or not all(isinstance(b, Real) and not isinstance(b, bool) and 0 <= float(b) < 1 for b in betas):
-        raise ValueError(f"betas have to be two numbers in [0, 1); got {betas!r}")
+        raise ValueError(f"betas have to be two numbers in [0, 1); got {shown(betas)}")
 
 
 def param_groups(model: Module, decay: float) -> list[Group]:

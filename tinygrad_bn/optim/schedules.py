@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tinygrad_bn.arguments import expect_integer, expect_number, expect_size
+from tinygrad_bn.arguments import expect_integer, expect_number, expect_size, shown
 from tinygrad_bn.optim.optimizer import Optimizer
 
 RATES = ("lr", "initial_lr")  # of each group
@@ -141,7 +141,7 @@ class WarmupLR(Schedule):
     def _check(self) -> None:
         expect_size("warmup_steps", self.warmup_steps)
         if not (self.after is None or isinstance(self.after, Schedule)):
-            raise TypeError(f"after has to be a Schedule or None; got {self.after!r}")
+            raise TypeError(f"after has to be a Schedule or None; got {shown(self.after)}")
         if self.after is not None and self.after.optimizer is not self.optimizer:
             raise ValueError("after is a schedule of another optimizer")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinygrad_bn import captured, nn
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.datasets import Batches, Seed
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
@@ -108,12 +108,12 @@ def fit(
     expect_flags(progress=progress, capture=capture)
     expect_text("description", description)
     if nonfinite not in ("raise", "skip", "restore", "ignore"):
-        raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {nonfinite!r}")
+        raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {shown(nonfinite)}")
     if clip_norm is not None:
         expect_number("clip_norm", clip_norm, 0, finite=False)
     callbacks = list(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else [callbacks]
     if not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks are functions (history, model); got {callbacks!r}")
+        raise TypeError(f"callbacks are functions (history, model); got {shown(callbacks)}")
     _expect_optimizer(optimizer, schedule)
     each_step = [c.on_step for c in callbacks if hasattr(c, "on_step")]
     batches = Batches(*arrays_of(data), batch_size, seed=seed, drop_last=drop_last)
@@ -258,11 +258,13 @@ def _is_finite(t: Tensor) -> bool:
 
 def _expect_optimizer(optimizer: Any, schedule: Any) -> None:
     if not (optimizer is None or isinstance(optimizer, Optimizer)):
-        raise TypeError(f"optimizer has to be an Optimizer, such as optim.Adam(model.parameters()); got {optimizer!r}")
+        raise TypeError(
+            f"optimizer has to be an Optimizer, such as optim.Adam(model.parameters()); got {shown(optimizer)}"
+        )
     if schedule is None:
         return
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule has to be a Schedule, such as optim.StepLR(optimizer, 10); got {schedule!r}")
+        raise TypeError(f"schedule has to be a Schedule, such as optim.StepLR(optimizer, 10); got {shown(schedule)}")
     if schedule.optimizer is not optimizer:
         raise ValueError("schedule belongs to another optimizer than the one that is given")
 

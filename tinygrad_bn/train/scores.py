@@ -11,7 +11,7 @@ import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
-from tinygrad_bn.arguments import expect_number
+from tinygrad_bn.arguments import expect_number, shown
 from tinygrad_bn.backend import Array, device_of
 from tinygrad_bn.datasets import Batches, Dataset, expect_arrays
 from tinygrad_bn.functional.reductions import Reduced, reductions
@@ -176,7 +176,7 @@ def expect_model(model: Any, loss: Any = F.cross_entropy) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a module; got a {type(model).__name__}")
     if not callable(loss):
-        raise TypeError(f"loss has to be a function of outputs and targets; got {loss!r}")
+        raise TypeError(f"loss has to be a function of outputs and targets; got {shown(loss)}")
 
 
 def arrays_of(data: Data) -> tuple[Array, Array]:

@@ -91,7 +91,8 @@ def _find_invalid(target, classes, ignore_index):
 def _prepared(x: Array, target: Array, weight: Array | None, ignore_index: int) -> tuple[Array, Array, Array]:
     """Operands in the loops' dtypes; a weight of None is 1.
 
-    Raises ValueError for other shapes and for targets that are not classes: loops would access memory out of bounds.
+    Raises TypeError for targets that are not integers, ValueError for other shapes and for targets that are not
+    classes: loops would access memory out of bounds.
     """
     rows, count = x.shape
     weight = np.ones(count) if weight is None else compiled(weight, _FLOAT64)
@@ -99,6 +100,8 @@ def _prepared(x: Array, target: Array, weight: Array | None, ignore_index: int) 
         raise ValueError(
             f"expected logits (M, C), targets (M,), weights (C,); got {x.shape}, {target.shape}, {weight.shape}"
         )
+    if target.dtype.kind not in "iu":
+        raise TypeError(f"targets are class indices, of an integer dtype; got {target.dtype}")
     classes = compiled(target, _INT64)
     wraps = target.dtype == np.uint64 and target.size and target.max() >= 1 << 63
     if (i := int(target.argmax()) if wraps else _find_invalid(classes, count, ignore_index)) >= 0:

@@ -150,6 +150,8 @@ def _prepared(x: DeviceArray, target: DeviceArray, weight: DeviceArray | None) -
     """Targets as int64, and weights in the dtype of x; None is all ones."""
     maps.check(x, target, *(() if weight is None else (weight,)))
     shape = x.shape[1:] if weight is None else weight.shape
+    if target.dtype.kind not in "iu":
+        raise TypeError(f"targets are class indices, of an integer dtype; got {target.dtype}")
     if target.shape != x.shape[:1] or shape != x.shape[1:] or not x.shape[1]:
         raise ValueError(f"logits (M, C) {x.shape} need targets (M,) and weights (C,); got {target.shape} and {shape}")
     return target.astype(np.int64, copy=False), maps.vector_or(1, weight, x.shape[1], x.dtype)
