@@ -390,7 +390,8 @@ def expect_numbers(name: str, operands: Sequence[Any]) -> None:
             if not is_real(o.dtype):
                 raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
         elif not isinstance(o, int | float | None):
-            raise TypeError(f"{name} takes tensors, arrays or numbers; got {full_name(o)}")
+            cure = ": make a Tensor of it" if hasattr(o, "__array__") else ""
+            raise TypeError(f"{name} takes tensors, arrays or numbers; got {full_name(o)}{cure}")
         elif isinstance(o, int) and abs(o) > LARGEST_FLOAT:
             raise ValueError(f"{name} takes numbers that fit a float64; got {shown(o)}")
     if operands and operands[0] is None:

@@ -219,3 +219,20 @@ def test_large_integers_are_numbers_while_a_float_holds_them():
         Tensor([1.0]) * 10**400
     with pytest.raises(ValueError, match=r"sum\(float32.*too large"):
         F.sum(X, axis=10**400)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Conv2d(1, 1, 2**40), "the weight of Conv2d would have the shape"),
+        (lambda: nn.Conv2d(1, 1, 2, stride=2**70), r"stride may be at most 2\*\*60"),
+        (lambda: nn.Linear(2**40, 2**40), "the weight of Linear would have the shape"),
+        (lambda: nn.BatchNorm1d(2**70), "num_features may be at most"),
+        (lambda: nn.LayerNorm((2**40, 2**40)), "the block to normalise would have the shape"),
+        (lambda: nn.GroupNorm(2**61, 2**61), "num_channels may be at most"),
+        (lambda: F.adaptive_avg_pool(PLANES, 2**60), "the output of adaptive pooling would have the shape"),
+    ],
+)
+def test_sizes_that_no_memory_holds(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -12,6 +12,7 @@ from tinygrad_bn.arguments import (
     each_axis,
     expect_channels,
     expect_eps,
+    expect_fits_memory,
     expect_floats,
     expect_several,
     expect_size,
@@ -115,6 +116,7 @@ def last_axes(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     shape = each_axis(normalized_shape, len(normalized_shape) if several else 1, "normalized_shape", 1)  # type: ignore[arg-type]
     if not shape:
         raise ValueError("normalized_shape is empty: there is no axis to normalise over")
+    expect_fits_memory("the block to normalise", shape)
     return shape
 
 

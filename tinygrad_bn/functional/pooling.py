@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import at_least_single, each_axis, expect_flags, expect_floats
+from tinygrad_bn.arguments import at_least_single, each_axis, expect_fits_memory, expect_flags, expect_floats
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.convolution import Ints, Pairs, windows
 from tinygrad_bn.functional.statistics import mean, values
@@ -249,7 +249,9 @@ def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
     expect_floats(x, "adaptive pooling")
     if x.ndim < 3:
         raise ValueError(f"adaptive pooling takes x of (N, C, ...); got {x.shape}")
-    return each_axis(output_size, x.ndim - 2, "output_size", 1)
+    out = each_axis(output_size, x.ndim - 2, "output_size", 1)
+    expect_fits_memory("the output of adaptive pooling", (*x.shape[:2], *out))
+    return out
 
 
 def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:

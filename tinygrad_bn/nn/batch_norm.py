@@ -36,7 +36,7 @@ class _BatchNorm(Module):
         running_var_correction: int = 1,
         virtual_batch_size: int | None = None,
     ) -> None:
-        num_features = expect_integer("num_features", num_features, 1)
+        num_features = expect_integer("num_features", num_features, 1, 1 << 60)
         expect_eps(eps, zero=False)
         expect_flags(affine=affine, track_running_stats=track_running_stats)
         running_var_correction = expect_integer("running_var_correction", running_var_correction, 0, 1)
