@@ -58,13 +58,25 @@ FAST: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def fast(parameter: Parameter) -> tuple[type, ...]:
-    """The types of an op's option that need no `checked`."""
-    if isinstance(parameter.default, bool) or parameter.name == "axis":
-        other: tuple[type, ...] = (bool,) if parameter.name != "axis" else (int,)
+def fast(
+    function: Callable[..., Any], options: Mapping[str, Parameter]
+) -> tuple[dict[str, tuple[type, ...]], dict[str, Any]]:
+    """Of an op: the types of each option that need no `checked`, and the last right value of each that has a range.
+
+    An op outside this package may mean something else by an option's name: there names have no ranges.
+    """
+    own = function.__module__.split(".")[0] == __name__.split(".")[0]
+    last = dict.fromkeys(RANGED.keys() & options if own else (), object())  # no value is that object
+    return {option: () if option in last else _types(p) for option, p in options.items()}, last
+
+
+def _types(parameter: Parameter) -> tuple[type, ...]:
+    """The types of an option that need no further look."""
+    if parameter.name == "axis" or isinstance(parameter.default, bool):
+        other: tuple[type, ...] = (int,) if parameter.name == "axis" else (bool,)
     else:
         other = (int, float, tuple, type)  # such as shapes and dtypes, which the op looks at
-    types = () if parameter.name in RANGED else FAST.get(_annotation(parameter), other)
+    types = FAST.get(_annotation(parameter), other)
     return (*types, type(None)) if parameter.default is None else types
 
 
@@ -89,7 +101,7 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option == "axis":
         return checked_axis(name, value)
-    if option in RANGED:
+    if option in last:
         last[option] = RANGED[option](f"{name}(): {option}", value)
         return last[option]
     if isinstance(default, bool) or kind == "bool":

@@ -202,7 +202,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     parameters = signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]  # empty for any number of operands
     options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-    unchecked, last = {option: fast(p) for option, p in options.items()}, dict[str, Any]()
+    unchecked, last = fast(function, options)
     given = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     defaults = {option: value for option, value in given.items() if option in options}
     name, count = function.__name__, len(names)

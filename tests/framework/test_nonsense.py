@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, composed, manual_seed, nn, optim, train
+from tinygrad_bn import Tensor, composed, fused, manual_seed, nn, optim, tensor, train
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.nn import init
+from tinygrad_bn.sample import REAL, elementwise
 
 
 class Foreign:
@@ -219,6 +220,19 @@ def test_large_integers_are_numbers_while_a_float_holds_them():
         Tensor([1.0]) * 10**400
     with pytest.raises(ValueError, match=r"sum\(float32.*too large"):
         F.sum(X, axis=10**400)
+
+
+def test_an_op_of_the_user_gives_names_their_own_meaning(monkeypatch):
+    monkeypatch.setattr(tensor, "OPS", dict(tensor.OPS))
+
+    @fused(formula="y = xᵖ", sample=elementwise(REAL, p=3, times=2, fully=True))
+    def powered(x, *, p: float, times: int = 1, fully: bool = True):
+        return x**p * times
+
+    assert powered(Tensor([2.0]), p=3, times=np.int64(2)).item() == 16
+    for wrong in ({"p": "a"}, {"p": True}, {"p": 3, "times": 1.5}, {"p": 3, "fully": 1}):
+        with pytest.raises(TypeError, match=r"powered\(\): \w+ has to be"):
+            powered(Tensor([2.0]), **wrong)
 
 
 @pytest.mark.parametrize(

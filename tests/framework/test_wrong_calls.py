@@ -84,6 +84,24 @@ REFUSED = [
     (lambda: BN.onnx(3, momentum="a"), TypeError, "momentum has to be a number; got 'a'"),
     (lambda: BN.keras(3, momentum=2.0), ValueError, r"momentum has to be in \[0, 1\]; got 2.0"),
     (lambda: F.batch_norm_training(np.ones((2, 2)), None, None, eps="a"), TypeError, "eps has to be a number; got 'a'"),
+    (lambda: F.batch_norm_training(np.ones((2, 2)), None, None, eps=None), TypeError, "eps may not be None"),
+    (lambda: F.batch_norm_relu(np.ones((2, 2)), None, None, eps=-1.0), ValueError, "eps has to be 0 or more; got -1"),
+    (lambda: F.batch_norm_relu(np.ones((2, 2)), None, None, eps=True), TypeError, "eps has to be a number; got True"),
+    *[
+        (lambda t=t: F.softmax_cross_entropy(np.ones((2, 2)), np.array(t), None), TypeError, "targets are class indices")
+        for t in ([0.0, 1.0], [True, False])
+    ],
+    *[
+        (lambda o=o: F.softmax_cross_entropy(np.ones((2, 2)), np.array([0, 1]), None, **o), error, next(iter(o)))
+        for o, error in (
+            ({"smoothing": True}, TypeError),
+            ({"smoothing": 1.5}, ValueError),
+            ({"ignore_index": 1.5}, TypeError),
+            ({"ignore_index": True}, TypeError),
+            ({"ignore_index": 2**70}, ValueError),
+            ({"reduction": "avg"}, ValueError),
+        )
+    ],
     (lambda: F.batch_norm_inference(*[np.ones((2, 1)), ONE, ONE, None, None], eps="a"), TypeError, "eps has to be a"),
     *[
         (lambda f=f, a=a: f(X, axis=a), (IndexError, TypeError), rf"^softmax\(\): {words}")
