@@ -104,7 +104,7 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
     """The result of `op` and its by-products: from its kernel, or from the reference without one or if it declines."""
     kernel = _kernel(op.name, arrays)
     try:
-        if op.saves:  # a look at the result would not find all wrong operands
+        if op.saves and (kernel is None or not op.differentiable):  # the result would not show all wrong operands
             expect_numbers(op.name, arrays)
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
@@ -384,12 +384,13 @@ def expect_numbers(name: str, operands: Sequence[Any]) -> None:
     """
     for o in operands:
         kind = type(o)
-        if kind is float or (kind is np.ndarray and o.dtype.char in REAL) or (kind is int and abs(o) < LARGEST):
+        usual = o.dtype.char in REAL if kind is np.ndarray else o is None or kind is float
+        if usual or (kind is int and -LARGEST < o < LARGEST):
             continue  # the usual cases, fast
         if is_array(o):
             if not is_real(o.dtype):
                 raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")
-        elif not isinstance(o, int | float | None):
+        elif not isinstance(o, int | float):
             cure = ": make a Tensor of it" if hasattr(o, "__array__") else ""
             raise TypeError(f"{name} takes tensors, arrays or numbers; got {full_name(o)}{cure}")
         elif isinstance(o, int) and abs(o) > LARGEST_FLOAT:
