@@ -248,9 +248,9 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
 
 
 def expect_fits_memory(name: str, shape: Sequence[int]) -> None:
-    """Raise ValueError if an array of this shape has more bytes than can be numbered."""
+    """Raise MemoryError if an array of this shape has more bytes than can be numbered."""
     if math.prod(shape) > LARGEST // 2:
-        raise ValueError(f"{name} would have the shape {tuple(shape)}, which is more than any memory holds")
+        raise MemoryError(f"{name} would have the shape {tuple(shape)}, which is more than any memory holds")
 
 
 def expect_flags(**flags: Any) -> None:

@@ -316,6 +316,7 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
         Raises:
             ValueError: shapes or options that do not fit.
             TypeError: x is not floating-point.
+            MemoryError: an output that no memory holds.
 
         >>> conv2d(np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2)), padding="same")[0, 0]
         array([[4., 4., 2.],
