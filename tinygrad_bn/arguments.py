@@ -352,9 +352,10 @@ def expect_size(name: str, value: Any) -> int:
 def expect_number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, finite: bool = True
 ) -> Any:
-    """`value`. Raises TypeError unless it is a number, ValueError if it is NaN, infinite or not in [least, most].
+    """`value`, a scalar of NumPy as Python's.
 
-    An integer that a float64 cannot hold is a ValueError too.
+    Raises TypeError unless it is a number, ValueError if it is NaN, infinite, not in [least, most], or an integer that
+    a float64 cannot hold.
     """
     if type(value) is float and least <= value <= most and -math.inf < value < math.inf:
         return value  # the usual case, fast
@@ -368,7 +369,7 @@ def expect_number(
         raise ValueError(f"{name} is an integer too large for a float: {shown(value)}")
     if not within or (finite and not math.isfinite(value)):
         raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:

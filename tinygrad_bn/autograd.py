@@ -166,7 +166,7 @@ def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) 
         if gxs is not NotImplemented:
             return gxs
     elif not op.fused:
-        return op.pull(g, t, node.inputs, needs, node.params)
+        return backend.pull(op, g, t, node.inputs, needs, node.params)
     return _pull_composition(node, g, needs, create_graph)
 
 

@@ -35,6 +35,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
+ROUND_TWICE = {"rsqrt", "sigmoid", "softplus"}  # ops whose reference takes several steps of NumPy
+LARGEST_HALF = float(np.finfo(np.float16).max)
 # Errors that `forward` explains with the op's operands.
 REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -102,7 +104,7 @@ if hasattr(os, "register_at_fork"):
 
 def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool = False) -> tuple[Any, Sequence[Any]]:
     """The result of `op` and its by-products: from its kernel, or from the reference without one or if it declines."""
-    kernel = _kernel(op.name, arrays)
+    kernel = _kernel(op.name, arrays, op)
     try:
         if op.saves and (kernel is None or not op.differentiable):  # the result would not show all wrong operands
             expect_numbers(op.name, arrays)
@@ -162,14 +164,20 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     NumPy's integers would make it wider. Numbers alone still give float64, and an op with the option `dtype` chooses.
     """
     own = y.dtype
-    if arrays and getattr(arrays[0], "dtype", None) is own:
+    if arrays and getattr(arrays[0], "dtype", None) is own and not isinstance(arrays[0], np.generic):
         return y  # the usual case: `_kernel` looked at this dtype
+    typed = [a for a in arrays if hasattr(a, "dtype")]
+    dtypes = [a.dtype for a in typed if not isinstance(a, np.generic)]
+    if 0 < len(dtypes) < len(typed) and not op.updates:  # NumPy's scalars beside arrays are numbers, as Python's
+        return forward(op, [a.item() if isinstance(a, np.generic) else a for a in arrays], params)[0]
     expect_numbers(op.name, arrays)
     if own.char not in REAL:  # of integers beyond int64, or of None
         raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
+    if own.kind in "iu":
+        _expect_held(op, own, arrays, params)
     if own.kind != "f":
         return y
-    dtypes = [a.dtype for a in arrays if hasattr(a, "dtype")]
+    dtypes = dtypes or [a.dtype for a in typed]
     floating = [d for d in dtypes if d.kind == "f"]
     if len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y
@@ -202,7 +210,43 @@ def vjp(
                 got = f"{len(gxs)} gradients" if isinstance(gxs, tuple | list) else f"a {type(gxs).__name__}"
                 raise TypeError(f"the kernel {op.vjp!r} returned {got}; its op has {len(needs)} operands")
             return [gx if need else None for gx, need in zip(gxs, needs, strict=True)]
-    return NotImplemented if op.fused else op.pull(g, y, arrays, needs, params)
+    return NotImplemented if op.fused else pull(op, g, y, arrays, needs, params)
+
+
+def pull(op: Op, g: Any, y: Any, xs: Sequence[Any], needs: Sequence[bool], params: dict[str, Any]) -> list[Any]:
+    """The gradients by the op's rules, of arrays or tensors. Of half precision in float32: the engine rounds them."""
+    if g.dtype.char == "e":
+        g, y, *xs = (_single(x) for x in (g, y, *xs))
+    gxs: list[Any] = op.pull(g, y, xs, needs, params)
+    return gxs
+
+
+def _single(x: Any) -> Any:
+    """A tensor or an array of half precision in float32, anything else as it is."""
+    return x.astype(np.float32) if hasattr(x, "dtype") and x.dtype.char == "e" else x
+
+
+def _in_single(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference of an op, computed in float32 and rounded to half precision once."""
+
+    def compute(*arrays: Any, **params: Any) -> Any:
+        y = np.asarray(reference(*map(_single, arrays), **params))
+        return y.astype(np.float16) if y.dtype.char == "f" else y
+
+    return compute
+
+
+def _rounds_once(op: Op, arrays: Sequence[Any]) -> bool:
+    """Whether `op` of half precision has to be computed in float32: NumPy would round a number, or between steps.
+
+    A comparison rounds the number, so that a half 0.1 equals 0.1, unless it would become infinite.
+    """
+    if any(hasattr(a, "dtype") and a.dtype.kind == "f" and a.dtype.char != "e" for a in arrays):
+        return False
+    numbers = [a for a in arrays if type(a) in (int, float)]
+    if not op.differentiable:
+        return any(abs(n) > LARGEST_HALF for n in numbers)
+    return bool(numbers) or op.name in ROUND_TWICE
 
 
 def kernels_disabled() -> Mode:
@@ -210,26 +254,49 @@ def kernels_disabled() -> Mode:
     return Mode(ENABLED, False)
 
 
-def _kernel(name: str, arrays: Sequence[Any]) -> Any:
-    """The kernel for these operands, or None. Numbers and foreign byte orders are left to NumPy."""
+def _kernel(name: str, arrays: Sequence[Any], op: Op = None) -> Any:
+    """The kernel for these operands, or None. Numbers and foreign byte orders are left to NumPy.
+
+    Without a kernel an `op` of half precision may need `_in_single`.
+    """
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
         if first.dtype.isnative and first.dtype.char in REAL:
             return find_kernel(name, "cpu")
         expect_numbers(name, arrays)
-        return None
+        return _half_kernel(name, arrays, op) if first.dtype.char == "e" else None
     for other in arrays:
         if (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
+        if isinstance(other, np.ndarray) and other.dtype.char == "e":
+            return _half_kernel(name, arrays, op)
     if isinstance(first, np.generic):  # its dtype may be that of the result
         expect_numbers(name, arrays)
     return None
+
+
+def _half_kernel(name: str, arrays: Sequence[Any], op: Op) -> Any:
+    """`_kernel` where the first array is of half precision."""
+    first = arrays[0]
+    kernel = find_kernel(name, "cpu") if isinstance(first, np.ndarray) and first.dtype.isnative else None
+    if kernel is None and op is not None and not op.fused and _rounds_once(op, arrays):
+        return _in_single(op.forward)
+    return kernel
 
 
 def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:
     """A call in words: `sum(float32 (3, 4), axis=5)`."""
     words = [f"{place(o)} {o.dtype} {o.shape}".lstrip() if hasattr(o, "dtype") else shown(o) for o in operands]
     return f"{op.name}({', '.join(words + [f'{k}={shown(v)}' for k, v in params.items()])})"
+
+
+def _expect_held(op: Op, dtype: np.dtype[Any], arrays: Sequence[Any], params: dict[str, Any]) -> None:
+    """Raise OverflowError if a number does not fit the integer `dtype` of the result. NumPy's `where` would wrap it."""
+    limits = np.iinfo(dtype)
+    for number in arrays:
+        if type(number) is int and not limits.min <= number <= limits.max:
+            words = describe(op, arrays, params)
+            raise OverflowError(f"{words}: {dtype} cannot hold {number}; convert the array to a wider dtype first")
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def tanh(x: Operand) -> Operand:
 
 
 @primitive(
-    lambda g, y, x: g * y * (1 - y),
+    lambda g, y, x: g * (y * (1 - y)),
     formula="y = 1 / (1 + e⁻ˣ);  ∂x = g · y · (1 − y)",
     sample=elementwise(REAL),
 )
@@ -106,7 +106,7 @@ def softplus(x: Operand) -> Operand:
 
 
 @primitive(
-    lambda g, y, x: g * (2 / math.sqrt(math.pi)) * exp(-x * x),
+    lambda g, y, x: g * (exp(-x * x) * (2 / math.sqrt(math.pi))),
     formula="y = erf x;  ∂x = g · 2/√π · e^(−x²)",
     sample=elementwise(REAL),
 )
@@ -116,7 +116,7 @@ def erf(x: Operand) -> Operand:
 
 
 @primitive(
-    lambda g, y, x: g * (-2 / math.sqrt(math.pi)) * exp(-x * x),
+    lambda g, y, x: g * (exp(-x * x) * (-2 / math.sqrt(math.pi))),
     formula="y = 1 − erf x;  ∂x = −g · 2/√π · e^(−x²)",
     sample=elementwise(REAL),
 )

@@ -22,7 +22,7 @@ from tinygrad_bn.arguments import (
 )
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
-from tinygrad_bn.ops import astype, exp, log, reshape, sub, sum, where
+from tinygrad_bn.ops import astype, exp, log, mul, reshape, sub, sum, where
 from tinygrad_bn.random import philox
 from tinygrad_bn.sample import REAL, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused, primitive
@@ -106,16 +106,18 @@ def flatten(x: Operand, start_axis: int = 1) -> Tensor:
 def leaky_relu(x: Operand, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, negative_slope · x elsewhere."""
     expect_array(x, "leaky_relu")
-    expect_number("negative_slope", negative_slope)
-    return where(x > 0, x, x * negative_slope)
+    slope = expect_number("negative_slope", negative_slope)
+    return where(x > 0, x, mul(x, slope))
 
 
 def elu(x: Operand, alpha: float = 1.0) -> Tensor:
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
     expect_array(x, "elu")
-    expect_number("alpha", alpha)
+    alpha = expect_number("alpha", alpha)
+    if x.dtype == np.float16:  # which may not hold alpha
+        return astype(elu(astype(x, dtype=np.float32), alpha), dtype=np.float16)
     positive = x > 0
-    return where(positive, x, alpha * expm1(where(positive, 0.0, x)))  # no overflow in the branch not taken
+    return where(positive, x, mul(alpha, expm1(where(positive, 0.0, x))))  # no overflow in the branch not taken
 
 
 @fused(formula="y = x · σ(x);  ∂x = g · σ(x) · (1 + x · σ(−x))", sample=elementwise(REAL))

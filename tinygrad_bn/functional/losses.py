@@ -7,12 +7,14 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tinygrad_bn.arguments import (
+    at_least_single,
     expect_array,
     expect_floats,
     expect_int64,
     expect_number,
     expect_reduction,
     holds_numbers,
+    is_floating,
     shown,
 )
 from tinygrad_bn.backend import device_of
@@ -27,9 +29,10 @@ from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
-def _reduced(loss: Tensor, reduction: Reduction) -> Tensor:
+def _reduced(loss: Tensor, reduction: Reduction, dtype: Any) -> Tensor:
     expect_reduction("reduction", reduction)
     reduced = mean(loss) if reduction == "mean" else sum(loss) if reduction == "sum" else loss
+    reduced = reduced if reduced.dtype == dtype else astype(reduced, dtype=dtype)
     note(reduced, reduction, loss.size, None, float, loss.size)
     return reduced
 
@@ -42,22 +45,32 @@ def _target(target: Operand) -> Any:
     return array
 
 
-def _difference(x: Operand, target: Operand) -> Operand:
+def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any], Any]:
+    """The operands of a loss in the dtype to compute in, and the dtype of the loss.
+
+    That is the widest floating-point dtype of all operands; half precision is computed in float32.
+    Raises ValueError where the shapes of x and target differ.
+    """
     expect_floats(x, "a loss")
     if x.shape != (shape := _target(target).shape):
         raise ValueError(f"prediction and target differ in shape: {x.shape} and {shape}")
-    return x - target
+    operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in (x, target, *weights)]
+    dtype = np.result_type(*(o.dtype for o in operands if is_floating(o)))
+    wide = at_least_single(dtype)
+    return [astype(o, dtype=wide) if hasattr(o, "shape") and o.dtype != wide else o for o in operands], dtype
 
 
 def mse_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
     """Squared error (x − target)². Raises ValueError where the shapes differ."""
-    difference = _difference(x, target)
-    return _reduced(difference * difference, reduction)
+    (x, target), dtype = _working(x, target)
+    difference = x - target
+    return _reduced(difference * difference, reduction, dtype)
 
 
 def l1_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
     """Absolute error |x − target|. Raises ValueError where the shapes differ."""
-    return _reduced(abs(_difference(x, target)), reduction)
+    (x, target), dtype = _working(x, target)
+    return _reduced(abs(x - target), reduction, dtype)
 
 
 def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduction = "mean") -> Tensor:
@@ -65,9 +78,10 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
     expect_number("delta", delta, finite=False)
     if not delta > 0:
         raise ValueError(f"delta has to be greater than 0; got {shown(delta)}")
-    d = _difference(x, target)
+    (x, target), dtype = _working(x, target)
+    d = x - target
     inner = clip(d, min=-delta, max=delta)  # of d, not of |d|, which has a kink at 0
-    return _reduced(inner * (d - inner * 0.5), reduction)
+    return _reduced(inner * (d - inner * 0.5), reduction, dtype)
 
 
 def _expect_scale(name: str, scale: Operand) -> None:
@@ -89,14 +103,13 @@ def binary_cross_entropy_with_logits(
 
     `weight` scales each element's loss and `pos_weight` (p above) the positive part; both broadcast with x.
     """
-    _difference(x, target)  # for its check of the shapes
     for name, scale in (("weight", weight), ("pos_weight", pos_weight)):
         if scale is not None:
             _expect_scale(name, scale)
-    target = values(target) if isinstance(target, list | tuple) else target
+    (x, target, weight, pos_weight), dtype = _working(x, target, weight, pos_weight)
     positive = softplus(-x) * target if pos_weight is None else softplus(-x) * target * pos_weight
     loss = positive + softplus(x) * (1 - target)
-    return _reduced(loss if weight is None else loss * weight, reduction)
+    return _reduced(loss if weight is None else loss * weight, reduction, dtype)
 
 
 def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
@@ -131,7 +144,7 @@ def _class_weight(weight: Operand | None, x: Operand) -> Any:
     expect_array(weight, "the weight of a loss")
     if values(weight).shape != (x.shape[1],):
         raise ValueError(f"weight has shape {values(weight).shape}, for {x.shape[1]} classes")
-    return values(weight).astype(x.dtype, copy=False)
+    return values(weight).astype(at_least_single(x.dtype), copy=False)  # half precision could not hold it
 
 
 def nll_loss(

@@ -19,7 +19,7 @@ from tinygrad_bn.arguments import (
 )
 from tinygrad_bn.functional.batch_norm import batch_norm_steps
 from tinygrad_bn.functional.statistics import mean, values
-from tinygrad_bn.ops import reshape, rsqrt
+from tinygrad_bn.ops import reshape, rsqrt, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused
 
@@ -53,7 +53,7 @@ def block_norm(x: Operand, weight: Operand, bias: Operand, *, blocks: Blocks, ep
     else:  # one value is its own mean
         xmu = channels - channels if centered else channels
         var = mean(xmu * xmu, axis=2, keepdims=True)
-        xhat, mu = xmu * rsqrt(var + eps), channels if centered else var * 0
+        xhat, mu = xmu * rsqrt(var + eps), channels if centered else where(var == var, 0.0, var)
     y = reshape(xhat, shape=blocks)
     y = y if weight is None else y * reshape(weight, shape=(groups, planes, 1))
     y = y if bias is None else y + reshape(bias, shape=(groups, planes, 1))
