@@ -166,9 +166,12 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     own = y.dtype
     if arrays and getattr(arrays[0], "dtype", None) is own and not isinstance(arrays[0], np.generic):
         return y  # the usual case: `_kernel` looked at this dtype
-    typed = [a for a in arrays if hasattr(a, "dtype")]
-    dtypes = [a.dtype for a in typed if not isinstance(a, np.generic)]
-    if 0 < len(dtypes) < len(typed) and not op.updates:  # NumPy's scalars beside arrays are numbers, as Python's
+    dtypes: list[Any] = []
+    scalars: list[Any] = []
+    for a in arrays:
+        if hasattr(a, "dtype"):
+            (scalars if isinstance(a, np.generic) else dtypes).append(a.dtype)
+    if scalars and dtypes and not op.updates:  # NumPy's scalars beside arrays are numbers, as Python's
         return forward(op, [a.item() if isinstance(a, np.generic) else a for a in arrays], params)[0]
     expect_numbers(op.name, arrays)
     if own.char not in REAL:  # of integers beyond int64, or of None
@@ -177,7 +180,7 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
         _expect_held(op, own, arrays, params)
     if own.kind != "f":
         return y
-    dtypes = dtypes or [a.dtype for a in typed]
+    dtypes = dtypes or scalars
     floating = [d for d in dtypes if d.kind == "f"]
     if len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y
@@ -266,10 +269,11 @@ def _kernel(name: str, arrays: Sequence[Any], op: Op = None) -> Any:
         expect_numbers(name, arrays)
         return _half_kernel(name, arrays, op) if first.dtype.char == "e" else None
     for other in arrays:
-        if (device := device_of(other)) != "cpu":
+        if type(other) is np.ndarray:
+            if other.dtype.char == "e":
+                return _half_kernel(name, arrays, op)
+        elif (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
-        if isinstance(other, np.ndarray) and other.dtype.char == "e":
-            return _half_kernel(name, arrays, op)
     if isinstance(first, np.generic):  # its dtype may be that of the result
         expect_numbers(name, arrays)
     return None

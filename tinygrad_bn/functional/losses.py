@@ -54,6 +54,9 @@ def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any],
     expect_floats(x, "a loss")
     if x.shape != (shape := _target(target).shape):
         raise ValueError(f"prediction and target differ in shape: {x.shape} and {shape}")
+    dtype = x.dtype
+    if dtype.char in "fd" and not [o for o in (target, *weights) if o is not None and getattr(o, "dtype", 0) != dtype]:
+        return [x, target, *weights], dtype  # the usual case
     operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in (x, target, *weights)]
     dtype = np.result_type(*(o.dtype for o in operands if is_floating(o)))
     wide = at_least_single(dtype)
