@@ -166,6 +166,7 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     own = y.dtype
     if arrays and getattr(arrays[0], "dtype", None) is own and not isinstance(arrays[0], np.generic):
         return y  # the usual case: `_kernel` looked at this dtype
+    expect_numbers(op.name, arrays)
     dtypes: list[Any] = []
     scalars: list[Any] = []
     for a in arrays:
@@ -173,7 +174,6 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
             (scalars if isinstance(a, np.generic) else dtypes).append(a.dtype)
     if scalars and dtypes and not op.updates:  # NumPy's scalars beside arrays are numbers, as Python's
         return forward(op, [a.item() if isinstance(a, np.generic) else a for a in arrays], params)[0]
-    expect_numbers(op.name, arrays)
     if own.char not in REAL:  # of integers beyond int64, or of None
         raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
     if own.kind in "iu":
