@@ -1,6 +1,7 @@
 """Training that ends early: by Ctrl-C, or before a step that is not finite."""
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -203,13 +204,91 @@ def test_the_last_epoch_is_restored(optimizer):
     assert whole_state(models[0], optimizers[0]) == kept[1]
 
 
-def test_parameters_that_overflowed_are_named_even_where_batches_are_skipped():
+OPTIMIZERS = {
+    "sgd": partial(optim.SGD, lr=1.0, momentum=0.9),
+    "adam": partial(optim.Adam, lr=1e-3),
+    "rmsprop": partial(optim.RMSprop, momentum=0.9, centered=True),
+    "adagrad": optim.Adagrad,
+}
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "restore"])
+@pytest.mark.parametrize("at", [1, 2, 4, 8])  # the first step, and the last of the first and of the second epoch
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_would_make_a_parameter_infinite_leaves_no_trace(name, at, nonfinite):
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    states = [whole_state(model, optimizer)]
+
+    class Watch:
+        def __call__(self, history: History, model: nn.Module) -> None:
+            """Nothing to do after an epoch."""
+
+        def on_step(self, model: nn.Module) -> None:
+            states.append(whole_state(model, optimizer))
+            optimizer.param_groups[0]["lr"] = 1e300 if len(states) == at else rate
+
+    rate = optimizer.param_groups[0]["lr"]
+    if at == 1:
+        optimizer.param_groups[0]["lr"], states = 1e300, [whole_state(model, optimizer)]
+    options = {"epochs": 2, "batch_size": 8, "optimizer": optimizer, "callbacks": Watch(), "nonfinite": nonfinite}
+    fault = (
+        rf"epoch {(at + 3) // 4}, step {(at - 1) % 4 + 1} of 4: \S+ would become NaN or infinite: lower the learning"
+    )
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match=f"^{fault} rate; parameters and running statistics are those before"):
+            fit(model, samples(32), **options, **QUIET)
+        assert without_lr(whole_state(model, optimizer)) == without_lr(states[-1])
+        return
+    history = fit(model, samples(32), **options, **QUIET)
+    assert np.isfinite(np.concatenate([p.numpy().ravel() for p in model.parameters()])).all()
+    if nonfinite == "restore":
+        assert re.match(fault, history.diverged)
+        assert without_lr(whole_state(model, optimizer)) == without_lr(states[0 if at <= 4 else 4])
+    else:
+        assert history.skipped >= 1
+        assert without_lr(states[at]) == without_lr(states[at - 1])
+
+
+def without_lr(state: str) -> str:
+    return re.sub(r"'lr': [^,}]+", "", state)
+
+
+def test_a_buffer_that_would_no_longer_be_finite_stops_the_training():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            self.linear, self.seen = nn.Linear(4, 3), nn.Buffer(np.ones(2, np.float32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.data = self.seen.numpy() * np.float32(1e20)
+            return self.linear(x)
+
+    model = Scaled()
+    with pytest.raises(NonFiniteError, match=r"^epoch 1, step 2 of 4: seen would become NaN or infinite; parameters"):
+        fit(model, samples(8), batch_size=2, **QUIET)
+    assert model.seen.numpy().tolist() == [np.float32(1e20)] * 2
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_the_only_step_of_a_training_may_not_overflow(capture):
+    model = nn.Linear(1, 1, rng=np.random.default_rng(0))
+    before, optimizer = state(model), optim.SGD(model.parameters(), lr=1e20)
+    data = np.full((1, 1), 1e20, np.float32), np.zeros((1, 1), np.float32)
+    with pytest.raises(NonFiniteError, match=r"^epoch 1, step 1 of 1"):
+        fit(model, data, epochs=1, loss=F.mse_loss, optimizer=optimizer, capture=capture, **QUIET)
+    assert state(model) == before
+
+
+def test_a_parameter_that_is_not_finite_from_the_start_is_named():
+    model = network()
+    model[0].weight.data = np.full((16, 4), np.nan, np.float32)
     for nonfinite in ("raise", "skip"):
-        model = network(batch_norm=False)
-        optimizer = optim.SGD(model.parameters(), lr=3e38)
-        with pytest.raises(NonFiniteError, match=r"0\.weight is not finite itself, after the step before: lower"):
-            fit(model, samples(32, seed=1), optimizer=optimizer, loss=lambda z, y: F.cross_entropy(z, y) * 1e3,
-                batch_size=8, nonfinite=nonfinite, **QUIET)  # fmt: skip
+        with pytest.raises(NonFiniteError, match=r"the loss is nan; 0\.weight was not finite before this step"):
+            fit(model, samples(8), nonfinite=nonfinite, **QUIET)
+    masked = nn.Linear(4, 3)
+    masked.bias.data = np.float32([0, 0, -np.inf])  # a class that is ruled out
+    x, y = samples(32)
+    assert len(fit(masked, (x, y % 2), epochs=2, optimizer=optim.SGD(masked.parameters()), **QUIET)) == 2
 
 
 def test_what_is_not_finite_can_be_ignored():

@@ -102,6 +102,11 @@ class Run:
                 return False
         return all(own.get(name) is view for own, name, view in self.state_views)
 
+    def state_as(self, arrays: list[Array]) -> list[tuple[Array, Array]]:
+        """Each array in the state of a parameter, and the one that it would be if the flat arrays were `arrays`."""
+        others = [view for array in arrays for view in self._views(array)]
+        return [(view, other) for (_, _, view), other in zip(self.state_views, others, strict=True)]
+
     def values(self) -> Array:
         """The parameters, in the precision of the update."""
         if any(p._data is not view for p, view in zip(self.params, self.views, strict=True)):  # one was assigned to

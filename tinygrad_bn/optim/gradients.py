@@ -56,15 +56,17 @@ def squared_norm(g: Operand) -> Any:
     return np.sum(np.square(g, dtype=np.float64))
 
 
-def _norm(arrays: list[Array]) -> float:
-    """The 2-norm of all elements. Small arrays are joined, since a call costs more than their elements.
-
-    Elements whose squares overflow, or vanish, are divided by the largest first.
-    """
+def _by_likeness(arrays: list[Array]) -> list[Array]:
+    """The same elements in flat arrays. Small arrays are joined, since a call costs more than their elements."""
     alike: dict[Any, list[Array]] = {}
     for i, a in enumerate(arrays):
         alike.setdefault((a.dtype, device_of(a), i if a.size >= LARGE else None), []).append(a)
-    groups = [joined(some) for some in alike.values()]
+    return [joined(some) for some in alike.values()]
+
+
+def _norm(arrays: list[Array]) -> float:
+    """The 2-norm of all elements. Those whose squares overflow, or vanish, are divided by the largest first."""
+    groups = _by_likeness(arrays)
     total = sum(float(squared_norm(a)) for a in groups)
     if 1e-200 < total < math.inf:
         return math.sqrt(total)
@@ -72,6 +74,13 @@ def _norm(arrays: list[Array]) -> float:
     if not 0 < top < math.inf:
         return top
     return top * math.sqrt(sum(float(squared_norm(div(astype(a, dtype=np.float64), top))) for a in groups))
+
+
+def all_finite(arrays: list[Array]) -> bool:
+    """Whether no element is NaN or infinite; on a GPU, nor the sum of their squares."""
+    return all(
+        np.isfinite(a).all() if device_of(a) == "cpu" else math.isfinite(squared_norm(a)) for a in _by_likeness(arrays)
+    )
 
 
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown
-from tinygrad_bn.backend import Array, move, to_numpy
+from tinygrad_bn.backend import Array, join, move, to_numpy
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
 from tinygrad_bn.optim.gradients import expect_tensors, gradient_of, listed
 from tinygrad_bn.tensor import Tensor
@@ -77,6 +77,21 @@ class Optimizer:
             values, gradient = run.values(), run.gradient(gradients)
             options = SimpleNamespace(step=run.next_step(), new=run.new, **run.group)
             run.assign(self._update(values, gradient, run.state, options))
+
+    def _undoing(self) -> Callable[[], None]:
+        """A function that takes back the next step. Parameters are replaced, but their state is overwritten."""
+        arrays = [(p, p._data) for p in self._params()]
+        state = {p: dict(own) for p, own in self.state.items()}
+        runs = [(run, [join([a]) for a in run.state.values()]) for run in self._runs]
+
+        def undo() -> None:
+            kept = {id(old): new for run, copies in runs for old, new in run.state_as(copies)}
+            for p, array in arrays:
+                p._data = array
+            self.state = {p: {k: kept.get(id(v), v) for k, v in own.items()} for p, own in state.items()}
+            self._runs = []
+
+        return undo
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_runs": []}  # a copy has other parameters

@@ -16,6 +16,7 @@ from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, e
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.datasets import Batches, Seed
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
+from tinygrad_bn.optim.gradients import all_finite
 from tinygrad_bn.tensor import Tensor
 from tinygrad_bn.train.history import Epoch, History
 from tinygrad_bn.train.scores import (
@@ -81,10 +82,10 @@ def fit(
         drop_last: skip the last batch if it is smaller than `batch_size`.
         schedule: learning rate schedule of `optimizer`, stepped after every epoch.
         clip_norm: upper limit of the norm of all gradients together.
-        nonfinite: what to do where a loss or a gradient is NaN or infinite, before the optimizer uses it. "raise" an
-            error, "skip" the batch, or "restore" the model and the optimizer as the last completed epoch left them,
-            and end the training. With "raise" and "skip" parameters and running statistics stay as they were before
-            that step. "ignore": do not look.
+        nonfinite: what to do where a loss or a gradient is NaN or infinite, or a step makes a parameter or a buffer so.
+            "raise" an error, "skip" the batch, or "restore" the model and the optimizer as the last completed epoch
+            left them, and end the training. With "raise" and "skip" the model and the optimizer stay as they were
+            before that step. "ignore": do not look.
         callbacks: functions (history, model), all called after every epoch. Training ends if one returns True. The
             method `on_step(model)` of a callback, if it has one, is called after every step.
         capture: where the loss and all modules are this package's own, record forward and backward pass once, and run
@@ -193,20 +194,27 @@ class _Steps:
 
     def take(self, x: Array, y: Array, mean: MeanScore) -> str:
         """Take a step on a batch, and its score into the mean; or say why not, with the model as it was before."""
-        before = [b._data for b in self.buffers]
+        tensors = [*self.params, *self.buffers]
+        before = [t._data for t in tensors]
         batch = measure(self.run, x, y, self.loss)
         if not isinstance(batch.value, Tensor):
             raise TypeError(f"loss has to return a Tensor; got a {type(batch.value).__name__}")
+        looks, fault, undo = self.nonfinite != "ignore", "", None
         if batch.weight:
-            fault = "" if math.isfinite(batch.loss) or self.nonfinite == "ignore" else f"the loss is {batch.loss}"
-            fault = fault or self._clipped()
-            if fault:
-                for b, array in zip(self.buffers, before, strict=True):
-                    b._data = array
-                return fault if np.isfinite(x).all() else f"{fault}, since the samples are not finite"
-            self.optimizer.step()
-        mean.add(batch)
-        return ""
+            fault = f"the loss is {batch.loss}" if looks and not math.isfinite(batch.loss) else self._clipped()
+            if not fault:
+                undo = self.optimizer._undoing() if looks else None
+                self.optimizer.step()
+        if looks and not fault:
+            fault = self._overflow([pair for pair in zip(tensors, before, strict=True) if pair[0]._data is not pair[1]])
+        if not fault:
+            mean.add(batch)
+            return ""
+        if undo is not None:
+            undo()
+        for t, array in zip(tensors, before, strict=True):
+            t._data = array
+        return fault if np.isfinite(x).all() else f"{fault}, since the samples are not finite"
 
     def _clipped(self) -> str:
         """Clip the gradients; why that is not possible, or "" if all are finite."""
@@ -219,6 +227,17 @@ class _Steps:
         return (
             f"the gradient of {self._name(wrong[0])} is not finite" if wrong else "the norm of the gradients overflows"
         )
+
+    def _overflow(self, changed: list[tuple[Tensor, Array]]) -> str:
+        """Which of the changed tensors, each with its array before, becomes NaN or infinite; "" if none does."""
+        if all_finite([t._data for t, _ in changed if t._data.dtype.kind == "f"]):
+            return ""
+        for t, old in changed:
+            was, now = to_numpy(old), to_numpy(t)
+            if (~np.isfinite(now) & (now != was) & ~np.isnan(was)).any():
+                cure = "" if isinstance(t, nn.module.Buffer) else ": lower the learning rate"
+                return f"{self._name(t)} would become NaN or infinite{cure}"
+        return ""
 
     def handle(self, fault: str, history: History) -> None:
         """Skip the step, or restore the last completed epoch, or raise the error."""
@@ -235,13 +254,13 @@ class _Steps:
             return
         kept = "parameters and running statistics are those before this step"
         if wrong:
-            kept = f"{self._name(wrong[0])} is not finite itself, after the step before: lower the learning rate"
+            kept = f"{self._name(wrong[0])} was not finite before this step"
         error = NonFiniteError(f"{fault}; {kept}. See the option nonfinite of fit")
         error.history = history
         raise error
 
     def _name(self, p: Tensor) -> str:
-        names: dict[Tensor, str] = {q: name for name, q in self.model.named_parameters()}
+        names = {t: name for name, t in self.model.named_tensors()}
         return names.get(p, f"a parameter of shape {p.shape}")
 
 
