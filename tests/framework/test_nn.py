@@ -376,3 +376,25 @@ def test_summary_has_a_row_for_parameters_beside_children(capsys):
     out = capsys.readouterr().out
     assert any("Residual" in line and line.rstrip(" │").endswith(" 1") for line in out.splitlines())
     assert "Parameters: 41 = 41 trainable" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("0.weight", None), ("0.weight", "a"), ("0.weight", np.ones((2, 2), complex)), ("0.weight", [[1, 2], [3]]),
+        ("0.weight", np.ones((2, 2), object)), ("0.weight", np.full((2, 2), 1e300)), ("1.running_var", [1.0, -1.0]),
+        ("1.num_batches_tracked", -1), ("1.num_batches_tracked", 1.5), ("1.running_mean", 5.0),
+    ],
+)  # fmt: skip
+def test_a_state_that_does_not_fit_changes_nothing(key, value):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = repr(model.state_dict())
+    with pytest.raises((TypeError, ValueError), match=rf"{key}\b"):
+        model.load_state_dict(model.state_dict() | {"0.bias": np.ones(2), key: value})
+    assert repr(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("state", [None, 3, [], "weight"])
+def test_a_state_is_a_dictionary(state):
+    with pytest.raises(TypeError, match="a state is a dictionary of arrays, as state_dict"):
+        nn.Linear(2, 2).load_state_dict(state)

@@ -258,8 +258,10 @@ class Module(ModuleInNotebook):
 
         Raises:
             KeyError: with `strict`, keys are missing or unexpected.
-            ValueError: shapes differ.
-            TypeError: dtypes cannot be cast within their kind (NumPy's "same_kind"), such as float to int.
+            ValueError: shapes differ; a number overflows in the parameter's dtype; a running variance or a count is
+                negative.
+            TypeError: dtypes cannot be cast within their kind (NumPy's "same_kind"), such as float to int; or `state`
+                is not a dictionary.
         """
         expect_flags(strict=strict)
         if not isinstance(state, Mapping):
@@ -269,7 +271,12 @@ class Module(ModuleInNotebook):
         unexpected = [k for k in state if k not in own]
         if strict and (missing or unexpected):
             raise KeyError(f"missing keys: {missing or 'none'}; unexpected keys: {unexpected or 'none'}")
-        arrays = {k: to_numpy(state[k]) for k in own if k in state}
+        arrays = {k: _array_of(k, state[k]) for k in own if k in state}
+        wrong = [k for k, a in arrays.items() if not np.can_cast(a.dtype, own[k].dtype, "same_kind")]
+        if wrong:
+            raise TypeError(
+                "dtypes cannot be cast: " + "; ".join(f"{k}: {arrays[k].dtype} to {own[k].dtype}" for k in wrong)
+            )
         wrong = [
             f"{k}: got {a.shape}, expected {own[k].shape}"
             for k, a in arrays.items()
@@ -277,13 +284,15 @@ class Module(ModuleInNotebook):
         ]
         if wrong:
             raise ValueError(f"shapes differ: {'; '.join(wrong)}")
-        wrong = [k for k, a in arrays.items() if not np.can_cast(a.dtype, own[k].dtype, "same_kind")]
-        if wrong:
-            raise TypeError(
-                "dtypes cannot be cast: " + "; ".join(f"{k}: {arrays[k].dtype} to {own[k].dtype}" for k in wrong)
-            )
+        with np.errstate(over="ignore"):
+            cast = {k: a.astype(own[k].dtype).reshape(own[k].shape) for k, a in arrays.items()}
         for k, a in arrays.items():
-            own[k].data = a.reshape(own[k].shape)
+            if (np.isfinite(a) & ~np.isfinite(cast[k].reshape(a.shape))).any():
+                raise ValueError(f"{k} has numbers that overflow in its dtype, {own[k].dtype}")
+            if k.endswith(("running_var", "num_batches_tracked")) and (a < 0).any():
+                raise ValueError(f"{k} is negative")
+        for k, a in cast.items():
+            own[k].data = a
 
     # ---- printing ---------------------------------------------------------------------------------------
 
@@ -325,6 +334,13 @@ class Module(ModuleInNotebook):
         trainable = sum(p.size for p in self.parameters() if p.requires_grad)
         total = sum({t: t.size for _, t in self.named_tensors() if t.dtype.kind == "f"}.values())
         console.print(f"Parameters: {total:,} = {trainable:,} trainable + {total - trainable:,} non-trainable")
+
+
+def _array_of(name: str, value: Any) -> Array:
+    try:
+        return to_numpy(value)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"{name} is no array: {error}") from None
 
 
 def _is_state(value: object) -> bool:

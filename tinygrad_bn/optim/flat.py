@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from tinygrad_bn.arguments import at_least_single
 from tinygrad_bn.backend import Array, as_array, expect_one_place, full, join
 from tinygrad_bn.tensor import Tensor
@@ -137,11 +139,20 @@ class Run:
 
 
 def state_array(p: Tensor, name: str, value: Any) -> Array:
-    """State of a parameter as an array in the precision of the update. Raises ValueError if it has another shape."""
-    array = as_array(value).astype(at_least_single(p.dtype), copy=False)
+    """State of a parameter as an array in the precision of the update.
+
+    Raises ValueError if it has another shape, TypeError if it holds no real numbers.
+    """
+    try:
+        array = as_array(value)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"the state {name} of a parameter of shape {p.shape} is no array: {error}") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"the state {name} of a parameter of shape {p.shape} has the dtype {array.dtype}")
     if array.shape != p.shape:
         raise ValueError(f"the state {name} of a parameter of shape {p.shape} has the shape {array.shape}")
-    return array
+    with np.errstate(over="ignore"):
+        return array.astype(at_least_single(p.dtype), copy=False)
 
 
 def joined(arrays: list[Array]) -> Array:

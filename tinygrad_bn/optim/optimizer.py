@@ -9,6 +9,8 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown
 from tinygrad_bn.backend import Array, join, move, to_numpy
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
@@ -38,6 +40,7 @@ class Optimizer:
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Mapping[str, Any]], **defaults: Any) -> None:
+        self.defaults = defaults
         given = listed(params)
         groups = given if any(isinstance(g, Mapping) for g in given) else [{"params": given}]
         if not all(isinstance(g, Mapping) and "params" in g for g in groups):
@@ -45,7 +48,7 @@ class Optimizer:
         self.param_groups: list[Group] = [{**defaults, **g, "params": listed(g["params"])} for g in groups]
         self.state: dict[Tensor, State] = {}
         self._runs: list[Run] = []
-        everything = self._params()
+        everything = [p for group in self.param_groups for p in group["params"]]
         expect_tensors(everything)
         if not everything:
             raise ValueError("there are no parameters to optimise")
@@ -53,11 +56,24 @@ class Optimizer:
             raise ValueError("a parameter is given more than once")
         if not all(p.is_leaf for p in everything):
             raise ValueError("a parameter is the result of an op, so an update would not last; give leaves")
+        for p in everything:
+            if p.dtype.kind != "f":
+                raise TypeError(
+                    f"parameters are floating-point tensors; got one of shape {p.shape} and dtype {p.dtype}"
+                )
         for group in self.param_groups:
             for option in group:
                 if option not in defaults and option not in ("params", "initial_lr"):
                     raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
             _check_options(group)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute. Raises AttributeError for an option, which each group has for itself."""
+        if name in vars(self).get("defaults", ()):
+            raise AttributeError(
+                f"{name} is an option of the groups: for group in optimizer.param_groups: group[{name!r}] = {value!r}"
+            )
+        object.__setattr__(self, name, value)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -69,9 +85,12 @@ class Optimizer:
 
         Raises ValueError or TypeError, and changes no parameter, if an option, a gradient or a state does not fit.
         """
+        params = self._params()
         for group in self.param_groups:
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(f"a group in param_groups has no {', '.join(sorted(missing))}")
             _check_options(group)
-        gradients = {p: g for p in self._params() if (g := gradient_of(p)) is not None and p._requires_grad}
+        gradients = {p: g for p in params if (g := gradient_of(p)) is not None and p._requires_grad}
         self._runs = lay_out(self.param_groups, gradients, self.state, self._initial_state, self._runs)
         for run in self._runs:
             values, gradient = run.values(), run.gradient(gradients)
@@ -79,15 +98,18 @@ class Optimizer:
             run.assign(self._update(values, gradient, run.state, options))
 
     def _undoing(self) -> Callable[[], None]:
-        """A function that takes back the next step. Parameters are replaced, but their state is overwritten."""
+        """A function that takes back all steps from now on. They replace parameters, but overwrite their state."""
         arrays = [(p, p._data) for p in self._params()]
         state = {p: dict(own) for p, own in self.state.items()}
+        options = [(group, dict(group)) for group in self.param_groups]
         runs = [(run, [join([a]) for a in run.state.values()]) for run in self._runs]
 
         def undo() -> None:
             kept = {id(old): new for run, copies in runs for old, new in run.state_as(copies)}
             for p, array in arrays:
                 p._data = array
+            for group, old in options:
+                group.update(old)
             self.state = {p: {k: kept.get(id(v), v) for k, v in own.items()} for p, own in state.items()}
             self._runs = []
 
@@ -109,7 +131,16 @@ class Optimizer:
         raise TypeError(f"{type(self).__name__} defines no _update")
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        try:
+            params = [p for group in self.param_groups for p in group["params"]]
+        except (TypeError, KeyError):
+            params = [None]
+        if not all(isinstance(p, Tensor) for p in params):
+            raise TypeError(
+                'param_groups is a list of dictionaries with a list of tensors under "params"; one was changed to '
+                f"something else: {self.param_groups!r:.200}"
+            )
+        return params
 
     def state_dict(self) -> dict[str, Any]:
         """Options and state, keyed by the position of the parameter: enough to resume exactly.
@@ -135,29 +166,35 @@ class Optimizer:
             raise ValueError("a state is what state_dict() gives: {'state': {position: {...}}, 'param_groups': [...]}")
         if len(state["param_groups"]) != len(self.param_groups):
             raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
-        groups = [self._loaded_group(*pair) for pair in zip(self.param_groups, state["param_groups"], strict=True)]
+        position = {p: i for i, p in enumerate(self._params())}
+        groups = [
+            self._loaded_group(group, saved, [position[p] for p in group["params"]])
+            for group, saved in zip(self.param_groups, state["param_groups"], strict=True)
+        ]
         needed = [(p, self._initial_state(group)) for group in groups for p in group["params"]]
         loaded: dict[Tensor, State] = {}
         for i, saved in state["state"].items():
             if not (str(i).isdecimal() and int(i) < len(needed)):
                 raise ValueError(f"there is a saved state of parameter {i}, for {len(needed)} parameters")
             p, names = needed[int(i)]
+            if p in loaded:
+                raise ValueError(f"there are two saved states of parameter {i}")
             if missing := {"step", *names} - saved.keys():
                 raise ValueError(f"the saved state of parameter {i} has no {', '.join(sorted(missing))}")
             expect_integer(f"the step of parameter {i}", saved["step"], 0)
-            arrays = {k: move(state_array(p, k, v), p.device) for k, v in saved.items() if k != "step"}
+            arrays = {k: move(_loaded_array(p, k, v), p.device) for k, v in saved.items() if k != "step"}
             loaded[p] = {"step": int(saved["step"]), **copy.deepcopy(arrays)}
         for group, new in zip(self.param_groups, groups, strict=True):
             group.update(new)
         self.state = loaded
 
-    def _loaded_group(self, group: Group, saved: Mapping[str, Any]) -> Group:
-        """The group with the saved options, checked."""
+    def _loaded_group(self, group: Group, saved: Mapping[str, Any], positions: list[int]) -> Group:
+        """The group with the saved options, checked; `positions` are those of its parameters."""
         others = {"params", "initial_lr"}  # the second only under a schedule
         if saved.keys() - others != group.keys() - others:
             raise ValueError(f"the saved options {', '.join(saved)} are not those of {type(self).__name__}")
-        if (count := len(saved.get("params", group["params"]))) != len(group["params"]):
-            raise ValueError(f"a saved group of {count} parameters, for {len(group['params'])}")
+        if (params := saved.get("params", positions)) not in (positions, tuple(positions)):
+            raise ValueError(f"a group has the parameters at {positions}; the saved one has params={params!r}")
         new = {**group, **saved, "params": group["params"]}
         _check_options(new)
         return new
@@ -169,6 +206,18 @@ def _is_state(state: Any) -> bool:
     if not (isinstance(own, Mapping) and isinstance(groups, list | tuple)):
         return False
     return all(isinstance(part, Mapping) for part in (*own.values(), *groups))
+
+
+SQUARES = frozenset({"exp_avg_sq", "square_avg", "sum"})  # state that is the root's operand
+
+
+def _loaded_array(p: Tensor, name: str, value: Any) -> Array:
+    """Saved state as an array. Raises ValueError if it has another shape, or numbers that no step can leave."""
+    array = to_numpy(state_array(p, name, value))
+    if not np.isfinite(array).all() or (name in SQUARES and (array < 0).any()):
+        wanted = "finite, and not negative" if name in SQUARES else "finite"
+        raise ValueError(f"the saved state {name} of a parameter of shape {p.shape} has to be {wanted}, as {p.dtype}")
+    return array
 
 
 RANGES = dict.fromkeys(

@@ -25,10 +25,8 @@ class Schedule:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"a schedule takes an Optimizer; got a {type(optimizer).__name__}")
         self.optimizer, self.t = optimizer, 0
-        self._check()
+        self._check_all()
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -42,10 +40,23 @@ class Schedule:
         raise TypeError(f"{type(self).__name__} defines no next_lr")
 
     def step(self) -> None:
-        """Advance by one step."""
+        """Advance by one step. On an error nothing changes.
+
+        Raises TypeError or ValueError if an option or a learning rate that was set by hand, or the next rate, does not
+        fit.
+        """
+        self._check_all()
+        groups = self.optimizer.param_groups
+        for group in groups:
+            expect_number("lr", group["lr"], 0)
         self.t += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.next_lr(group["lr"], group["initial_lr"])
+        try:
+            rates = [expect_number("lr", self.next_lr(g["lr"], g["initial_lr"]), 0) for g in groups]
+        except BaseException:
+            self.t -= 1
+            raise
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """The options, the step, and the learning rates of the groups: enough to resume exactly."""
@@ -78,13 +89,18 @@ class Schedule:
                 )
             for value in state[rate]:
                 expect_number(rate, value, 0)
-        expect_integer("t", state["t"], 0)
         new = {k: state[k] for k, v in own.items() if not isinstance(v, Schedule)}
         trial = copy.copy(self)
         vars(trial).update(new)
-        trial._check()
+        trial._check_all()
         inside = [pair for k, v in own.items() if isinstance(v, Schedule) for pair in v._loading(state[k])]
         return [(self, new), *inside]
+
+    def _check_all(self) -> None:
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(f"a schedule takes an Optimizer; got a {type(self.optimizer).__name__}")
+        expect_integer("t", self.t, 0)
+        self._check()
 
     def _check(self) -> None:
         """Raise TypeError or ValueError for an option that does not fit."""

@@ -190,7 +190,7 @@ class _Steps:
         self.buffers = list(self.model.buffers())
         if self.nonfinite == "restore":
             tensors = {*self.params, *self.model.parameters(), *self.buffers}
-            self.epoch = [(t, t._data) for t in tensors], self.optimizer.state_dict()
+            self.epoch = [(t, t._data) for t in tensors], self.optimizer._undoing()
 
     def take(self, x: Array, y: Array, mean: MeanScore) -> str:
         """Take a step on a batch, and its score into the mean; or say why not, with the model as it was before."""
@@ -242,10 +242,10 @@ class _Steps:
     def handle(self, fault: str, history: History) -> None:
         """Skip the step, or restore the last completed epoch, or raise the error."""
         if self.nonfinite == "restore":
-            tensors, state = self.epoch
+            tensors, undo = self.epoch
+            undo()
             for t, array in tensors:
                 t._data = array
-            self.optimizer.load_state_dict(state)
             history.diverged = fault
             return
         wrong = [p for p in self.params if not _is_finite(p)]
