@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
 from contextvars import ContextVar, copy_context
 from functools import partial, wraps
-from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from inspect import CO_ITERABLE_COROUTINE, isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from itertools import repeat, starmap
 from typing import Any, Generic, TypeVar
 
@@ -61,10 +61,33 @@ class Block(io.IOBase, ContextDecorator, Generic[T]):
         return Block(self.prepare)  # a new one for each call of a decorated function: for threads
 
     def __call__(self, function: F) -> F:
-        """The function with this change during its call. Raises TypeError for one whose body runs after the call."""
-        if isgeneratorfunction(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
-            raise TypeError(f"the body of {function.__name__} runs after the call: use a with block in it")
-        return super().__call__(function)
+        """The function, static method or class method, with this change during its calls.
+
+        Raises TypeError for anything else; and for one whose body runs after the call, at the latest when it is called.
+        """
+        if isinstance(function, staticmethod | classmethod):
+            return type(function)(self(function.__func__))  # type: ignore[return-value]
+        if not callable(function) or isinstance(function, type):
+            raise TypeError(f"only functions and methods can be decorated; got {function!r}")
+        return self._decorated(function)
+
+    def _decorated(self, function: Any) -> Any:
+        if _kind_of_body(function) is not None:
+            raise TypeError(f"the body of {function!r} runs after the call: use a with block in it")
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._recreate_cm():
+                result = function(*args, **kwargs)
+            return self._in_body(result) if isinstance(result, BODIES) else result
+
+        return call
+
+    def _in_body(self, body: Any) -> Any:
+        """The generator or coroutine that a decorated function returned, with this change in its body."""
+        if not isinstance(body, types.AsyncGeneratorType):
+            body.close()
+        raise TypeError(f"the body of {body.__qualname__} runs after the call: use a with block in it")
 
 
 class Mode(Block[Any]):
@@ -74,10 +97,15 @@ class Mode(Block[Any]):
         super().__init__(lambda: (partial(variable.set, variable.get()), partial(variable.set, value)))
         self.variable, self.value = variable, value
 
-    def __call__(self, function: F) -> F:
+    def _decorated(self, function: Any) -> Any:
         """The function with this setting in its body, and not where the body waits at a yield or an await."""
-        pausing: Any = _decorated(function, self)
-        return pausing or super().__call__(function)
+        kind = _kind_of_body(function)
+        return super()._decorated(function) if kind is None else _pausing(kind, function, self)
+
+    def _in_body(self, body: Any) -> Any:
+        paused = _pausing(type(body), lambda: body, self)
+        awaitable = _is_awaitable(getattr(body, "gi_code", None))
+        return (types.coroutine(paused) if awaitable else paused)()
 
 
 def attributes_as_before(attributes: Iterable[tuple[object, str]]) -> Callable[[], object]:
@@ -86,40 +114,58 @@ def attributes_as_before(attributes: Iterable[tuple[object, str]]) -> Callable[[
     return partial(deque, starmap(dict.update, states), 0)
 
 
-def _decorated(function: Callable[..., Any], mode: Mode) -> Any:
-    """A generator or coroutine function under `mode`; None for a plain function, whose body never waits."""
-    if isgeneratorfunction(function):
+BODIES = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+
+def _kind_of_body(function: Any) -> type | None:
+    """What a call of a generator or coroutine function, or of an object with such a `__call__`, returns."""
+    for f in (function, type(function).__call__):
+        if isgeneratorfunction(f) and not _is_awaitable(getattr(f, "__code__", None)):
+            return types.GeneratorType
+        if iscoroutinefunction(f):
+            return types.CoroutineType
+        if isasyncgenfunction(f):
+            return types.AsyncGeneratorType
+    return None
+
+
+def _is_awaitable(code: types.CodeType | None) -> bool:
+    """Whether this is the code of a generator function under `types.coroutine`."""
+    return code is not None and bool(code.co_flags & CO_ITERABLE_COROUTINE)
+
+
+def _pausing(kind: type, function: Callable[..., Any], mode: Mode) -> Any:
+    """The function under `mode`; `kind` is the type of what it returns."""
+    if kind is types.GeneratorType:
 
         @wraps(function)
         def generator(*args: Any, **kwargs: Any) -> Any:
             return (yield from _Pausing(mode).steps(function(*args, **kwargs)))
 
         return generator
-    if iscoroutinefunction(function):
+    if kind is types.CoroutineType:
 
         @wraps(function)
         async def coroutine(*args: Any, **kwargs: Any) -> Any:
             return await _Pausing(mode).steps(function(*args, **kwargs))
 
         return coroutine
-    if isasyncgenfunction(function):
 
-        @wraps(function)
-        async def async_generator(*args: Any, **kwargs: Any) -> Any:
-            body, pausing = function(*args, **kwargs), _Pausing(mode)
-            step = body.asend(None)
-            while True:
-                try:
-                    result = await pausing.steps(step)
-                except StopAsyncIteration:
-                    return
-                try:
-                    step = body.asend((yield result))
-                except BaseException as error:  # thrown in here, for the body; also when it is closed
-                    step = body.athrow(error)
+    @wraps(function)
+    async def async_generator(*args: Any, **kwargs: Any) -> Any:
+        body, pausing = function(*args, **kwargs), _Pausing(mode)
+        step = body.asend(None)
+        while True:
+            try:
+                result = await pausing.steps(step)
+            except StopAsyncIteration:
+                return
+            try:
+                step = body.asend((yield result))
+            except BaseException as error:  # thrown in here, for the body; also when it is closed
+                step = body.athrow(error)
 
-        return async_generator
-    return None
+    return async_generator
 
 
 class _Pausing:
@@ -163,7 +209,7 @@ def _call_recording(on: bool, function: Callable[..., T], args: tuple[Any, ...])
 
 def recording(on: bool) -> Mode:
     """Inside `with recording(on):` ops record how their results are computed, or do not."""
-    return Mode(RECORDING, on)
+    return Mode(RECORDING, flag("on", on))
 
 
 def no_grad() -> Mode:

@@ -1,7 +1,9 @@
 """Modes as decorators: they hold in the body of a function, and not while the body waits for its caller."""
 
 import asyncio
+import functools
 import inspect
+import types
 
 import pytest
 
@@ -191,3 +193,121 @@ def test_every_setting_of_the_thread_holds_in_a_decorated_generator(mode):
     inside, outside = mode()(seen)(), seen()
     assert [next(inside) == next(outside) for _ in range(3)] == [False] * 3
     assert next(outside) == (False, True)
+
+
+# ---- what else is decorated -------------------------------------------------------------------------------
+
+
+def recordings():
+    yield is_recording()
+
+
+async def recording_later():
+    return is_recording()
+
+
+async def recordings_later():
+    yield is_recording()
+
+
+@types.coroutine
+def recording_at_last():
+    yield from ()
+    return is_recording()
+
+
+@functools.wraps(recordings)
+def wrapped():
+    return recordings()
+
+
+class Generates:
+    def __call__(self):
+        yield is_recording()
+
+
+class Awaits:
+    async def __call__(self):
+        return is_recording()
+
+
+class GeneratesLater:
+    async def __call__(self):
+        yield is_recording()
+
+
+class Computes:
+    def __call__(self):
+        return is_recording()
+
+
+def first(result):
+    """What a function, or the first pause of its body, gives."""
+
+    async def of(body):
+        return [value async for value in body][0]
+
+    if inspect.isasyncgen(result):
+        return asyncio.run(of(result))
+    if inspect.iscoroutine(result):
+        return asyncio.run(result)
+    return next(result) if inspect.isgenerator(result) else result
+
+
+BODIES = {
+    "generator object": Generates(), "coroutine object": Awaits(), "async generator object": GeneratesLater(),
+    "wrapped": wrapped, "lambda": lambda: recordings(), "lambda, coroutine": lambda: recording_later(),
+    "lambda, async generator": lambda: recordings_later(), "cached": functools.lru_cache(recordings),
+    "partial": functools.partial(recordings), "partial of object": functools.partial(Generates()),
+    "partial of partial": functools.partial(functools.partial(recording_later)), "bound": Generates().__call__,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_mode_holds_in_the_body_of_whatever_is_called(name):
+    assert first(no_grad()(BODIES[name])()) is False
+    assert is_recording()
+    with pytest.raises(TypeError, match="runs after the call: use a with block in it"):
+        nn.evaluating(nn.ReLU())(BODIES[name])()
+
+
+def test_a_mode_holds_in_objects_and_methods():
+    class Model:
+        @no_grad()
+        @staticmethod
+        def static():
+            return is_recording()
+
+        @no_grad()
+        @classmethod
+        def of_class(cls):
+            yield cls, is_recording()
+
+        @no_grad()
+        def method(self):
+            return recordings()
+
+    for model in (Model, Model()):
+        assert model.static() is False
+        assert list(model.of_class()) == [(Model, False)]
+    assert list(Model().method()) == [False]
+    assert no_grad()(Computes())() is False
+
+
+def test_a_coroutine_of_types_can_be_awaited():
+    async def awaits():
+        return await no_grad()(recording_at_last)(), is_recording()
+
+    assert asyncio.run(awaits()) == (False, True)
+
+
+@pytest.mark.parametrize("wrong", [3, None, "f", Computes, property(Computes())])
+def test_what_cannot_be_decorated_is_refused(wrong):
+    for change in (no_grad(), composed(), nn.evaluating(nn.ReLU())):
+        with pytest.raises(TypeError, match="only functions and methods can be decorated; got"):
+            change(wrong)
+
+
+def test_recording_is_true_or_false():
+    with pytest.raises(TypeError, match="on has to be True or False; got 'no'"):
+        recording("no")
