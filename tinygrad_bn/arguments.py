@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, unwrap
 from typing import Any
@@ -15,6 +18,15 @@ REAL = "?bhilqBHILQefd"  # NumPy's characters of the dtypes to compute with: not
 LARGEST_FLOAT = np.finfo(np.float64).max.item()
 INT64 = np.iinfo(np.int64)
 LARGEST = 1 << 60  # of an option that is a size: sums of several stay below 2 ** 63
+PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside of this package that called into it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def bind(
@@ -324,11 +336,12 @@ def expect_vectors(x: Any, **vectors: Any) -> None:
             raise ValueError(f"{name} has shape {shape}, for {x.shape[1]} channels of x {x.shape}")
 
 
-def expect_eps(eps: float, zero: bool = True) -> None:
-    """Raise TypeError unless eps is a number, ValueError if it is negative, not finite, or 0 without `zero`."""
+def expect_eps(eps: float, zero: bool = True) -> float:
+    """`eps`. Raise TypeError unless eps is a number, ValueError if it is negative, not finite, or 0 without `zero`."""
     expect_number("eps", eps, 0)
     if not (eps or zero):
         raise ValueError("eps has to be greater than 0")
+    return eps
 
 
 def expect_integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
@@ -395,3 +408,14 @@ RANGED: dict[str, Callable[[str, Any], Any]] = {
     "eps": _ranged(0, math.inf), "p": _ranged(0, 1), "smoothing": _ranged(0, 1),
     "correction": _ranged(-math.inf, math.inf), "ignore_index": expect_int64, "reduction": expect_reduction,
 }  # fmt: skip
+
+# The options of BatchNorm, each with its check.
+BATCH_NORM: Mapping[str, Callable[[str, Any], Any]] = {
+    "num_features": lambda name, value: expect_integer(name, value, 1, LARGEST),
+    "eps": lambda _, value: expect_eps(value, zero=False),
+    "momentum": lambda name, value: None if value is None else expect_number(name, value, 0, 1),
+    "virtual_batch_size": lambda name, value: None if value is None else expect_integer(name, value, 1),
+    "running_var_correction": lambda name, value: expect_integer(name, value, 0, 1),
+    "stats_frozen": flag,
+    "training": flag,
+}

@@ -66,7 +66,7 @@ class Block(io.IOBase, ContextDecorator, Generic[T]):
         Raises TypeError for anything else; and for one whose body runs after the call, at the latest when it is called.
         """
         if isinstance(function, staticmethod | classmethod):
-            return type(function)(self(function.__func__))  # type: ignore[return-value]
+            return type(function)(self(function.__func__))
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"only functions and methods can be decorated; got {function!r}")
         return self._decorated(function)

@@ -245,7 +245,8 @@ def first(result):
     """What a function, or the first pause of its body, gives."""
 
     async def of(body):
-        return [value async for value in body][0]
+        values = [value async for value in body]
+        return values[0]
 
     if inspect.isasyncgen(result):
         return asyncio.run(of(result))

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+from collections import UserDict, deque
 
 import numpy as np
 import pytest
@@ -347,13 +348,12 @@ def test_seeds_and_generators_are_checked():
 
 def test_parameters_that_would_not_be_found_are_refused():
     model = Residual()
-    model.extra = [nn.Parameter([1.0])]
     with pytest.raises(TypeError, match=r"Residual\.extra\[0\] would not be found"):
-        list(model.parameters())
-    model.extra = [[nn.Linear(1, 1)]]
+        model.extra = [nn.Parameter([1.0])]
     with pytest.raises(TypeError, match="would not be found"):
-        model.state_dict()
-    model.extra = {"a": nn.Linear(1, 1)}
+        model.extra = [[nn.Linear(1, 1)]]
+    model.extra = {}
+    model.extra["a"] = nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"Residual\.extra is a dictionary"):
         model.state_dict()
     model.extra = model
@@ -398,3 +398,97 @@ def test_a_state_that_does_not_fit_changes_nothing(key, value):
 def test_a_state_is_a_dictionary(state):
     with pytest.raises(TypeError, match="a state is a dictionary of arrays, as state_dict"):
         nn.Linear(2, 2).load_state_dict(state)
+
+
+# ---- what a user means as state does not vanish ---------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+TRAINED = {
+    "parameter in a list": lambda: [nn.Parameter([1.0])],
+    "tensor with a gradient in a tuple": lambda: (Tensor([1.0], requires_grad=True),),
+    "set": lambda: {nn.Linear(2, 2)},
+    "frozen set": lambda: frozenset({nn.Parameter([1.0])}),
+    "deque": lambda: deque([nn.Linear(2, 2)]),
+    "keys": lambda: {nn.Linear(2, 2): 1},
+    "mapping": lambda: UserDict(a=nn.Parameter([1.0])),
+    "dictionary in a list": lambda: [{"a": nn.Buffer([1.0])}],
+    "array of objects": lambda: np.array([nn.Linear(2, 2)], dtype=object),
+    "array among modules": lambda: [nn.Linear(2, 2), np.ones(2)],
+    "tensor among modules": lambda: (nn.Linear(2, 2), Tensor([1.0])),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_state_that_would_not_be_found_is_refused(name):
+    with pytest.raises(TypeError, match=r"Holder\.value"):
+        Holder(TRAINED[name]())
+    if isinstance(items := TRAINED[name](), list):
+        module = Holder([])
+        module.value.extend(items)
+        with pytest.raises(TypeError, match=r"Holder\.value"):
+            list(module.parameters())
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {1, 2}, [1.0], [np.ones(2)], (Tensor([1.0]),), np.ones(2), [None, len]])
+def test_constants_are_attributes(value):
+    module = Holder(value)
+    assert list(module.state_dict()) == []
+    module.value = 3
+
+
+def test_modules_in_a_list_are_replaced_by_modules_only():
+    module = Holder([nn.Linear(2, 2)])
+    for wrong in ([np.ones(2)], (Tensor([1.0]),), {"a": 1}, 3):
+        with pytest.raises(TypeError, match=r"Holder\.value"):
+            module.value = wrong
+    for right in ([nn.ReLU(), nn.Linear(2, 2)], nn.Linear(2, 2), [], None, (nn.Linear(2, 2),)):
+        module.value = right
+    module.value = [nn.Linear(2, 2)]
+    module.value[0] = np.ones(2)
+    with pytest.raises(
+        TypeError, match=r"Holder\.value\[0\] would not be found, since it is not a module but a ndarray"
+    ):
+        module.state_dict()
+
+
+def test_parameters_of_a_class_are_refused():
+    for value in (nn.Parameter([1.0]), nn.Buffer([1.0]), nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=r"Odd\.value would not be found, since the class has it"):
+            type("Odd", (nn.Module,), {"value": value})
+    type("Even", (nn.Module,), {"value": nn.ReLU()})
+
+
+# ---- options set after building ---------------------------------------------------------------------------
+
+WRONG_OPTIONS = {
+    "momentum": [5, -1, math.nan, "a", True], "eps": [0, -1, math.nan, math.inf, "a", None],
+    "training": ["no", None, 2], "stats_frozen": ["no", None], "virtual_batch_size": [-1, 0, 1.5, "a"],
+    "running_var_correction": [2, "a", None], "num_features": [0, 1.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", WRONG_OPTIONS)
+def test_options_of_batch_norm_set_by_hand_are_checked(option):
+    for layer in (nn.BatchNorm1d(2), nn.BatchNorm2d(2)):
+        for value in WRONG_OPTIONS[option]:
+            before = getattr(layer, option)
+            with pytest.raises((TypeError, ValueError), match=f"{option} has to be"):
+                setattr(layer, option, value)
+            assert getattr(layer, option) is before
+    if option in ("eps", "momentum"):
+        with pytest.raises((TypeError, ValueError), match=f"{option} has to be"):
+            nn.BatchNorm1d(2, **{option: "a"})
+
+
+@pytest.mark.parametrize("mode", ["no", None, 1])
+def test_modes_are_true_or_false(mode):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for call in (model.train, model.requires_grad_, model[1].freeze, lambda mode: setattr(model[0], "training", mode)):
+        with pytest.raises(TypeError, match="has to be True or False"):
+            call(mode)
+    assert all(m.training for m in model.modules())

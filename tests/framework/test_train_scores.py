@@ -189,3 +189,65 @@ def test_calls_in_a_loop_go_on_with_other_orders():
     assert orders() != drawn
     assert len(set(map(tuple, drawn))) == 3
     assert len(set(map(tuple, orders(seed=0)))) == 1, "a number is one order"
+
+
+# ---- what a loss or a model returns -------------------------------------------------------------------------
+
+WEIGHTS_THAT_FIT = [8, 8.0, np.int64(8), np.float32(8), np.array(8), np.array([8.0]), Tensor(8.0)]
+
+
+@pytest.mark.parametrize("weight", ["a", "3", None, True, 1j, np.ones(2), math.nan, math.inf, -1, np.array("3")])
+def test_a_weight_is_one_number(weight):
+    for function in (fit, evaluate):
+        with pytest.raises((TypeError, ValueError), match="the weight of a loss has to be"):
+            function(network(), samples(4), loss=lambda z, y: (F.cross_entropy(z, y), weight))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS_THAT_FIT, ids=repr)
+def test_a_weight_may_be_any_kind_of_number(weight):
+    score = evaluate(network(), samples(8), loss=lambda z, y: (F.cross_entropy(z, y), weight))
+    assert score == evaluate(network(), samples(8))
+
+
+@pytest.mark.parametrize("value", [np.array(1j), np.array("3"), np.array(None), "3", None, [1.0]], ids=repr)
+def test_a_loss_is_a_real_number(value):
+    for function in (fit, evaluate):
+        with pytest.raises(TypeError, match="loss has to return one number in a Tensor"):
+            function(network(), samples(4), loss=lambda z, y: value)
+
+
+def test_warnings_name_the_line_of_the_caller():
+    x, y = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32), np.array([0, -100, 1, -100])
+    mixed = MIXED["two losses"]
+    bad = np.full((4, 3), np.nan, np.float32)
+    calls = {
+        lambda: evaluate(Scorer(), (x, y), loss=mixed): UserWarning,
+        lambda: fit(Scorer(), (x, y), epochs=1, validation=(x, y), loss=mixed, **QUIET): UserWarning,
+        lambda: nn.BatchNorm1d(3)(bad): RuntimeWarning,
+        lambda: fit(nn.Sequential(nn.BatchNorm1d(3)), (bad, y), epochs=1, nonfinite="ignore", **QUIET): RuntimeWarning,
+    }
+    for call, category in calls.items():
+        with pytest.warns(category, match="approximate|not finite") as warned:
+            call()
+        assert {w.filename for w in warned} == {__file__}
+
+
+@pytest.mark.parametrize("output", [None, np.ones((4, 3)), (Tensor([1.0]),), 1.0], ids=repr)
+def test_a_model_that_returns_no_tensor_is_named(output):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return output
+
+    for function in (fit, evaluate):
+        with pytest.raises(TypeError, match="Odd has to return a Tensor; got a"):
+            function(Odd(), samples(4))
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    before = state(model := network())
+    with pytest.raises(ValueError, match="optimizer has no parameter of the model"):
+        fit(model, samples(4), optimizer=optim.Adam(network().parameters()), **QUIET)
+    assert state(model) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from operator import is_
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from tinygrad_bn import backend, hooks
+from tinygrad_bn.arguments import warn_caller
 from tinygrad_bn.captured.nests import SCALARS, mapped, same
 from tinygrad_bn.captured.program import Program, array_of
 from tinygrad_bn.captured.recorder import Recorder, is_array, plain
@@ -134,7 +134,7 @@ class _Case:
             self.refusal, self.program = reason, None
             if fault or not self.quiet:
                 name = getattr(self.function, "__qualname__", "a function")
-                warnings.warn(f"{name} is not captured, and runs as always: {reason}", stacklevel=4)
+                warn_caller(f"{name} is not captured, and runs as always: {reason}")
         elif self.program is not None and not change:
             self.steps += 1
         else:

@@ -5,7 +5,6 @@ The computation is in `functional/batch_norm.py`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import all_or_none, expect_eps, expect_flags, expect_floats, expect_integer, expect_number
+from tinygrad_bn.arguments import BATCH_NORM, all_or_none, expect_flags, expect_floats, expect_number, warn_caller
 from tinygrad_bn.backend import atomic
 from tinygrad_bn.nn.module import AFFINE, Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
@@ -22,6 +21,7 @@ from tinygrad_bn.tensor import Tensor
 
 class _BatchNorm(Module):
     _optional: ClassVar = AFFINE | dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"), Buffer)
+    _checks: ClassVar = BATCH_NORM
     _shapes: ClassVar[dict[int, str]]  # how many axes the input may have, and their names
     _collect: Callable[[Any, Any, int], None] | None = None  # takes the statistics of each batch instead of `track`
 
@@ -36,23 +36,15 @@ class _BatchNorm(Module):
         running_var_correction: int = 1,
         virtual_batch_size: int | None = None,
     ) -> None:
-        num_features = expect_integer("num_features", num_features, 1, 1 << 60)
-        expect_eps(eps, zero=False)
         expect_flags(affine=affine, track_running_stats=track_running_stats)
-        running_var_correction = expect_integer("running_var_correction", running_var_correction, 0, 1)
-        if momentum is not None:  # which is the cumulative mean
-            expect_number("momentum", momentum, 0, 1)
-        if virtual_batch_size is not None:
-            virtual_batch_size = expect_integer("virtual_batch_size", virtual_batch_size, 1)
-        if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # not from a preset
-            warnings.warn(
-                f"momentum={momentum} is the weight of the NEW batch here, as in PyTorch; did you mean "
-                f"{1 - momentum:.3g}? ({type(self).__name__}.keras and .onnx take the weight of the old value)",
-                stacklevel=2,
-            )
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum  # checked, as when they are set later
         self.running_var_correction, self.virtual_batch_size = running_var_correction, virtual_batch_size
         self.num_batches_skipped, self.stats_frozen = 0, False
+        if momentum is not None and 0.5 < momentum < 1 and running_var_correction:  # not from a preset
+            warn_caller(
+                f"momentum={momentum} is the weight of the NEW batch here, as in PyTorch; did you mean "
+                f"{1 - momentum:.3g}? ({type(self).__name__}.keras and .onnx take the weight of the old value)"
+            )
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_features, np.float32)) if affine else None
         self.running_mean = Buffer(np.zeros(num_features, np.float32)) if track_running_stats else None
@@ -123,11 +115,10 @@ class _BatchNorm(Module):
             return
         self.num_batches_skipped += 1
         if self.num_batches_skipped == 1:
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__}({self.num_features}) met a batch whose statistics are not finite; the "
                 "running statistics stay as they were (num_batches_skipped counts such batches)",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def _by_ghost_batches(self, x: Tensor, parts: int) -> Tensor:

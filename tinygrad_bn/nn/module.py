@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.arguments import expect_flags, floating_dtype, full_name, shown
+from tinygrad_bn.arguments import expect_flags, flag, floating_dtype, full_name, shown
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
@@ -60,7 +61,17 @@ class Module(ModuleInNotebook):
 
     training: bool = True
     _optional: ClassVar[Mapping[str, type]] = {}  # what an attribute is that may be None from the beginning
+    _checks: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {"training": flag}  # of options
     _kinds: dict[str, type]  # whether an attribute is, or was before it was None, a Parameter, a Buffer or a Module
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, value in vars(cls).items():
+            if _is_state(value) and not (isinstance(value, Module) and not any(value.named_tensors())):
+                raise TypeError(
+                    f"{cls.__name__}.{name} would not be found, since the class has it and not its objects; assign the "
+                    f"{type(value).__name__} in __init__"
+                )
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         self = super().__new__(cls)
@@ -75,17 +86,22 @@ class Module(ModuleInNotebook):
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute.
 
-        Raises TypeError if anything but its like, or None, is to replace a parameter, buffer or module.
+        Raises TypeError if anything but its like, or None, is to replace a parameter, buffer or module; for state that
+        would not be found, as `named_children` does; TypeError or ValueError for an option that does not fit.
         """
+        if name in self._checks:
+            value = self._checks[name](name, value)
         wanted = self._kinds.get(name)
-        if wanted and value is not None and not isinstance(value, wanted):
+        holds_modules = type(value) not in PLAIN and any(list(self._children_in(name, value)))
+        others = wanted is Module and (holds_modules or (isinstance(value, list | tuple) and not value))
+        if wanted and value is not None and not isinstance(value, wanted) and not others:
             values = "" if wanted is Module or getattr(self, name, None) is None else ", or new values to its .data"
             raise TypeError(
                 f"{type(self).__name__}.{name} is a {wanted.__name__}; assign a {wanted.__name__} or None{values}; "
                 f"got a {type(value).__name__}"
             )
         for kind in (Parameter, Buffer, Module):
-            if isinstance(value, kind):
+            if isinstance(value, kind) or (kind is Module and holds_modules):
                 self._kinds[name] = kind
         object.__setattr__(self, name, value)
 
@@ -124,25 +140,31 @@ class Module(ModuleInNotebook):
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Modules among the attributes. A module in a list is named `attribute.index`.
 
-        Raises TypeError for state that would not be found: parameters and buffers in a list, nested lists,
-        dictionaries.
+        Raises TypeError for state that would not be found: parameters, buffers and tensors that require a gradient in
+        a list; modules in nested lists, dictionaries and sets; arrays among modules.
         """
         for name, value in vars(self).items():
-            if type(value) in PLAIN:
-                continue
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, list | tuple):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
-                    elif _holds(item, _is_state):
-                        raise TypeError(
-                            f"{type(self).__name__}.{name}[{i}] would not be found, since it is not a module; "
-                            "make it an attribute"
-                        )
-            elif isinstance(value, dict) and _holds(value, _is_state):
-                raise TypeError(f"{type(self).__name__}.{name} is a dictionary; use attributes, or a list of modules")
+            elif type(value) not in PLAIN:
+                yield from self._children_in(name, value)
+
+    def _children_in(self, name: str, value: object) -> Iterator[tuple[str, Module]]:
+        if isinstance(value, Module):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            among_modules = self._kinds.get(name) is Module or any(isinstance(item, Module) for item in value)
+            for i, item in enumerate(value):
+                if isinstance(item, Module):
+                    yield f"{name}.{i}", item
+                elif _holds(item, _is_state) or (among_modules and isinstance(item, Tensor | np.ndarray)):
+                    raise TypeError(
+                        f"{type(self).__name__}.{name}[{i}] would not be found, since it is not a module but a "
+                        f"{type(item).__name__}; make it an attribute"
+                    )
+        elif isinstance(value, (*COLLECTIONS, np.ndarray)) and _holds(value, _is_state):
+            kind = "dictionary" if isinstance(value, Mapping) else type(value).__name__
+            raise TypeError(f"{type(self).__name__}.{name} is a {kind}; use attributes, or a list of modules")
 
     def named_modules(self, prefix: str = "", _above: tuple[Module, ...] = ()) -> Iterator[tuple[str, Module]]:
         """This module, named "", and all below it. Raises ValueError if a module contains itself."""
@@ -344,14 +366,21 @@ def _array_of(name: str, value: Any) -> Array:
 
 
 def _is_state(value: object) -> bool:
-    return isinstance(value, Module | Parameter | Buffer)
+    trained = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+    return trained or isinstance(value, Module | Parameter | Buffer)
+
+
+COLLECTIONS = (list, tuple, Set, Mapping, deque)  # no iterators, which looking inside would use up
 
 
 def _holds(value: object, wanted: Callable[[Any], bool]) -> bool:
-    """Whether `value` is what is wanted, or contains it: in lists, tuples and the values of dictionaries."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return wanted(value) or (isinstance(value, list | tuple) and any(_holds(item, wanted) for item in value))
+    """Whether `value` is what is wanted, or contains it: in lists, tuples, sets and dictionaries."""
+    if isinstance(value, COLLECTIONS):
+        items = (*value, *value.values()) if isinstance(value, Mapping) else value
+        return any(_holds(item, wanted) for item in items)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return any(map(wanted, value.flat))
+    return wanted(value)
 
 
 def observe(observer: Observer) -> Mode:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from tinygrad_bn import captured, nn
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown, warn_caller
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.datasets import Batches, Seed
 from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
@@ -73,9 +72,10 @@ def fit(
         optimizer: the default is `Adam(model.parameters())`.
         loss: function (outputs, targets) that returns the mean loss of the batch. The mean over several batches is
             exact for the losses of `functional`, with class weights, ignored targets and `reduction="sum"` too. Any
-            other loss counts by its samples, and a sum in it is taken to be divided by them; one that counts otherwise
-            returns a pair (mean loss, weight of the batch). A loss that adds a mean over the targets that count to
-            other terms of the outputs counts by its samples too, with a warning. A batch of weight 0, such as one
+            other loss counts by its samples, and a sum in it is taken to be divided by them; one that counts otherwise,
+            returns a pair (mean loss, weight of the batch). So `F.sum` of losses with `reduction="none"` depends on the
+            batches: let `reduction="sum"` add them, which is known. A loss that adds a mean over the targets that count
+            to other terms of the outputs counts by its samples too, with a warning. A batch of weight 0, such as one
             whose targets are all ignored in one of the means, takes no step of the optimizer.
         seed: for shuffling. An integer gives the same batches in every call. From a NumPy Generator, or by default
             from that of `manual_seed`, the orders go on: a second call sees others.
@@ -117,6 +117,8 @@ def fit(
         raise TypeError(f"callbacks are functions (history, model); got {shown(callbacks)}")
     _expect_optimizer(optimizer, schedule)
     each_step = [c.on_step for c in callbacks if hasattr(c, "on_step")]
+    if not all(map(callable, each_step)):
+        raise TypeError(f"on_step of a callback is a function of the model; got {each_step!r}")
     batches = Batches(*arrays_of(data), batch_size, seed=seed, drop_last=drop_last)
     if not len(batches):
         raise ValueError(f"no batches: {len(batches.x)} samples, batch_size={batch_size}, drop_last={drop_last}")
@@ -126,6 +128,9 @@ def fit(
     if device is not None:
         model.to(device)
     optimizer = optimizer or Adam(model.parameters())
+    own = set(model.parameters())
+    if own and own.isdisjoint(optimizer._params()):
+        raise ValueError("optimizer has no parameter of the model: make it with model.parameters()")
     steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture and _is_own(model, loss))
     history = History()
     model.train()
@@ -290,10 +295,9 @@ def _expect_optimizer(optimizer: Any, schedule: Any) -> None:
 
 def _warn_about_batch_of_one(model: nn.Module, batches: Batches) -> None:
     if batches.smallest == 1 and any(isinstance(m, nn.BatchNorm1d) and not m.stats_frozen for m in model.modules()):
-        warnings.warn(
+        warn_caller(
             f"{len(batches.x)} samples in batches of {batches.batch_size} leave a batch of one; BatchNorm1d cannot "
-            "normalise one sample (1, C) in training: use drop_last=True or another batch_size",
-            stacklevel=3,
+            "normalise one sample (1, C) in training: use drop_last=True or another batch_size"
         )
 
 

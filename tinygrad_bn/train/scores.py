@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -11,7 +10,7 @@ import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
-from tinygrad_bn.arguments import expect_number, shown
+from tinygrad_bn.arguments import expect_number, shown, warn_caller
 from tinygrad_bn.backend import Array, device_of
 from tinygrad_bn.datasets import Batches, Dataset, expect_arrays
 from tinygrad_bn.functional.reductions import Reduced, reductions
@@ -97,6 +96,8 @@ def score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) 
 def outputs_and_loss(model: nn.Module, loss: Loss, x: Array, y: Array) -> tuple[Tensor, Any, Any]:
     """The outputs, the targets on their device, and what the loss returns."""
     outputs = model(x)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"{type(model).__name__} has to return a Tensor; got a {type(outputs).__name__}")
     target = y if outputs.device == "cpu" else Tensor(y).to(outputs.device)
     return outputs, target, loss(outputs, target)
 
@@ -108,17 +109,19 @@ def measure(run: Callable[[Array, Array], tuple[Tensor, Any, Any]], x: Array, y:
         outputs, target, value = run(x, y)
     pair = isinstance(value, tuple) and len(value) == 2
     if pair:
-        value, weight = value[0], float(value[1])
-        expect_number("the weight of a loss", weight, 0)
-    if not isinstance(value, Tensor | np.ndarray | np.generic | float | int) or getattr(value, "size", 1) != 1:
-        raise TypeError(
-            "loss has to return one number in a Tensor, or a pair of it and its weight; got "
-            f"{f'the shape {value.shape}' if hasattr(value, 'shape') else f'a {type(value).__name__}'}"
-        )
+        value, weight = value[0], value[1]
+        weight = float(expect_number("the weight of a loss", weight.item() if _is_one_number(weight) else weight, 0))
+    if not isinstance(value, float | int) and not _is_one_number(value):
+        what = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+        raise TypeError(f"loss has to return one number in a Tensor, or a pair of it and its weight; got {what}")
     summed = False
     if not pair:
         weight, summed = _weight(value, made, len(y), lambda: _has_other_terms(value, made, outputs, target, loss))
     return Batch(value, float(value), weight, summed, *_hits(outputs, y, {r.ignored for r in made}))
+
+
+def _is_one_number(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray | np.generic) and value.size == 1 and value.dtype.kind in "fiub"
 
 
 def _weight(value: Any, made: list[Reduced], samples: int, has_other_terms: Callable[[], bool]) -> tuple[float, bool]:
@@ -129,10 +132,9 @@ def _weight(value: Any, made: list[Reduced], samples: int, has_other_terms: Call
         return (whole[0].total, True) if whole else (samples, False)
     shares = {round(r.total / r.size, 12) for r in made if r.size}
     if len(shares) > 1 or (shares - {1.0} and not whole and has_other_terms()):
-        warnings.warn(
+        warn_caller(
             "the loss adds means over different numbers or weights of targets: its mean over batches is approximate. "
-            "Let it return a pair (loss, weight)",
-            stacklevel=2,
+            "Let it return a pair (loss, weight)"
         )
         return (samples if all(r.total for r in made) else 0), False  # one of the means is 0 / 0
     return (made[0].total if made else samples), False
