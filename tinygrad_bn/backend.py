@@ -264,10 +264,11 @@ def _kernel(name: str, arrays: Sequence[Any], op: Op = None) -> Any:
     """
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
-        if first.dtype.isnative and first.dtype.char in REAL:
+        char = first.dtype.char
+        if char in REAL and char != "e" and first.dtype.isnative:
             return find_kernel(name, "cpu")
         expect_numbers(name, arrays)
-        return _half_kernel(name, arrays, op) if first.dtype.char == "e" else None
+        return _half_kernel(name, arrays, op) if char == "e" else None
     for other in arrays:
         if type(other) is np.ndarray:
             if other.dtype.char == "e":

@@ -314,3 +314,18 @@ def test_windows_far_outside_the_input(far):
 
     for got, want in zip(results("cuda"), results("cpu"), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+def test_a_step_that_would_overflow_is_undone_on_cuda():
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
+    model = network()
+    optimizer = optim.Adam(model.to("cuda").parameters())
+    options = {"epochs": 1, "batch_size": 8, "optimizer": optimizer, "progress": False}
+    train.fit(model, data, **options)
+    before = repr((model.state_dict(), optimizer.state_dict()["state"]))
+    optimizer.param_groups[0]["lr"] = 1e300
+    with pytest.raises(train.NonFiniteError, match=r"^epoch 1, step 1 of 1: 0\.weight would become NaN or infinite"):
+        train.fit(model, data, **options)
+    assert repr((model.state_dict(), optimizer.state_dict()["state"])) == before
