@@ -113,6 +113,14 @@ def test_memory_in_use_is_forgotten_when_newer_memory_needs_the_room():
     assert cache.kept == 0
 
 
+def test_memory_beyond_the_limit_goes_back_with_its_array():
+    cache = MemoryCache(3 * MEGABYTE + 3 * ALIGNMENT)
+    arrays = [cache.empty((MEGABYTE,), np.uint8) for _ in range(8)]
+    memory = [weakref.ref(a.base.memory) for a in arrays]
+    arrays.clear()  # and no call of the cache after that
+    assert [m() is None for m in memory] == [True] * 5 + [False] * 3
+
+
 def test_memory_in_use_takes_no_room_from_memory_that_waits():
     cache = MemoryCache(3 * MEGABYTE)
     where = place(cache.empty((MEGABYTE,), np.uint8))
@@ -120,7 +128,7 @@ def test_memory_in_use_takes_no_room_from_memory_that_waits():
     assert place(cache.empty((MEGABYTE,), np.uint8)) == where
     del held
     assert MEGABYTE < cache.kept <= cache.limit
-    assert cache._bytes == cache.kept
+    assert cache._held == cache.kept
 
 
 def test_sizes_that_do_not_come_again_leave_nothing():

@@ -8,6 +8,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict, deque
+from contextlib import suppress
 from threading import RLock
 from typing import Any
 
@@ -38,17 +39,18 @@ class _Buffer:
 class MemoryCache:
     """Reuses the memory of buffers that are gone.
 
-    At most `limit` bytes wait to be used again; beyond that, the memory that waits longest is dropped first. No Python
-    code runs where memory becomes free: whether it is too much is seen at the next call of any method.
+    At most `limit` bytes are held here: memory that waits to be used again, and lent memory that will. For memory
+    beyond that the lent memory that is oldest is forgotten, and goes back to the system with its buffer; then the
+    memory that waits longest is dropped. No Python code runs where a buffer goes.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._lent: dict[weakref.ref[_Buffer], Array] = {}
+        self._lent: OrderedDict[weakref.ref[_Buffer], Array] = OrderedDict()
         self._gone: deque[weakref.ref[_Buffer]] = deque()  # each buffer that goes: `append` runs no Python code
         self._idle: OrderedDict[weakref.ref[_Buffer], Array] = OrderedDict()  # memory of buffers that are gone
         self._free: dict[int, dict[weakref.ref[_Buffer], None]] = {}  # the same, sorted by the size of their memory
-        self._bytes = 0  # of the idle memory; more after a Ctrl-C, never less
+        self._held = 0  # bytes of lent and idle memory; more after a Ctrl-C, never less
         self._lock = RLock()  # a destructor, called here by the garbage collector, may allocate
 
     @property
@@ -65,7 +67,7 @@ class MemoryCache:
         free = self._take(size)
         buffer = _Buffer(self._allocate(size) if free is None else free, shape, dtype)
         if size <= self.limit:
-            self._lent[weakref.ref(buffer, self._gone.append)] = buffer.memory
+            self._lend(buffer)
         return np.asarray(buffer)
 
     def release(self) -> int:
@@ -75,7 +77,7 @@ class MemoryCache:
             released = self._count()
             self._free.clear()
             self._idle.clear()
-            self._bytes = 0
+            self._held = sum(memory.size for memory in list(self._lent.values()))
             return released
 
     def reset_after_fork(self) -> None:
@@ -99,30 +101,36 @@ class MemoryCache:
             while free:
                 buffer, _ = free.popitem()
                 if (memory := self._idle.pop(buffer, None)) is not None:  # None after a Ctrl-C
-                    self._bytes -= size
+                    self._held -= size
                     return memory
             self._free.pop(size, None)
             return None
 
     def _settle(self) -> None:
-        """Count the memory of buffers that are gone, and drop what is beyond the limit."""
+        """Let the memory of buffers that are gone wait here."""
         while self._gone:
             buffer = self._gone[0]
             if (memory := self._lent.pop(buffer, None)) is not None:
-                self._bytes += memory.size
                 self._idle[buffer] = memory
                 self._free.setdefault(memory.size, {})[buffer] = None
             if self._gone and self._gone[0] is buffer:  # now, as a Ctrl-C above must not lose it
                 self._gone.popleft()
-        if self._bytes > self.limit:
-            self._bytes = self._count()
-            while self._idle and self._bytes > self.limit:
-                buffer, memory = self._idle.popitem(last=False)
-                self._bytes -= memory.size
-                free = self._free.get(memory.size, {})
-                free.pop(buffer, None)
-                if not free:
-                    self._free.pop(memory.size, None)
+
+    def _lend(self, buffer: _Buffer) -> None:
+        """Hold the memory of the buffer, for when it is gone, and nothing beyond the limit."""
+        with self._lock:
+            self._held += buffer.memory.size
+            while self._held > self.limit and (held := self._lent or self._idle):
+                with suppress(KeyError):  # a destructor that runs here has taken it
+                    forgotten, memory = held.popitem(last=False)
+                    self._held -= memory.size
+                    if alike := self._free.get(memory.size):
+                        alike.pop(forgotten, None)
+                    if not alike:
+                        self._free.pop(memory.size, None)
+            if not (self._lent or self._idle):
+                self._held = buffer.memory.size
+            self._lent[weakref.ref(buffer, self._gone.append)] = buffer.memory
 
     def _count(self) -> int:
         return sum(memory.size for memory in list(self._idle.values()))
