@@ -8,7 +8,6 @@ On "cpu" an array is NumPy's. On "cuda" it is a `DeviceArray` of `tinygrad_bn_ke
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from functools import wraps
@@ -17,7 +16,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from tinygrad_bn_kernels import ENABLED
+from tinygrad_bn_kernels import ENABLED, RENEWED_IN_CHILDREN
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
@@ -89,14 +88,13 @@ def atomic(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _reset_after_fork() -> None:
-    """A new lock: the old one may be held by a thread that the child does not have."""
+def _renew_lock() -> None:
+    """For a forked child."""
     global updating
     updating = RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
+RENEWED_IN_CHILDREN.append(_renew_lock)
 
 
 # ---- running an op --------------------------------------------------------------------------------------

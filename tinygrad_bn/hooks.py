@@ -7,14 +7,14 @@ way round. A listener has a method for each place that it looks at, with the fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
-from tinygrad_bn_kernels import HELD_AT_FORKS
+from tinygrad_bn_kernels import HELD_AT_FORKS, RENEWED_IN_CHILDREN
 
 from tinygrad_bn import autograd, backend, random, tensor
 from tinygrad_bn.functional import losses
@@ -58,7 +58,7 @@ SEAM = ("forward", "vjp")  # inside of these nothing is seen: an op may call oth
 
 _listeners: ContextVar[tuple[Any, ...]] = ContextVar("listeners", default=())
 _lock = Lock()
-_blocks: set[object] = set()  # that look on now, in all threads
+_blocks: dict[object, int] = {}  # that look on now, with their threads
 _originals: list[Any] = []
 
 HELD_AT_FORKS.append(_lock)
@@ -72,7 +72,7 @@ def listening(listener: Any) -> Iterator[None]:
         with _lock:
             if not _blocks:
                 _originals[:] = [getattr(owner, name) for owner, name, _ in PLACES]
-            _blocks.add(block)
+            _blocks[block] = get_ident()
             for (owner, name, method), original in zip(PLACES, _originals, strict=True):
                 setattr(owner, name, _replacement(original, method))
         _listeners.set((*before, listener))
@@ -80,10 +80,24 @@ def listening(listener: Any) -> Iterator[None]:
     finally:
         _listeners.set(before)
         with _lock:
-            _blocks.discard(block)
-            if not _blocks:
-                for (owner, name, _), original in zip(PLACES, _originals, strict=True):
-                    setattr(owner, name, original)
+            _end([block])
+
+
+def _end(blocks: Iterable[object]) -> None:
+    """These blocks look on no more. After the last one the functions of the engine are as before."""
+    for block in blocks:
+        _blocks.pop(block, None)
+    if not _blocks:
+        for (owner, name, _), original in zip(PLACES, _originals, strict=False):  # none if Ctrl-C came first
+            setattr(owner, name, original)
+
+
+def _end_other_threads() -> None:
+    """For a forked child, which has one thread."""
+    _end([block for block, thread in _blocks.items() if thread != get_ident()])
+
+
+RENEWED_IN_CHILDREN.append(_end_other_threads)
 
 
 def anybody() -> bool:

@@ -76,8 +76,11 @@ ENABLED: ContextVar[bool] = ContextVar("enabled", default=True)  # whether the C
 
 importing = RLock()  # held during an import at first use: Python's own locks of modules stay held in a forked child
 
-# A fork waits for these locks, in this order: a child would have no thread to release a lock that is held.
+# A child has no thread that would release a lock that another thread holds. So a fork waits for these locks, in this
+# order. For a lock under which a thread may wait for one of them, that would be a deadlock: the child gets a new one,
+# by one of the functions RENEWED_IN_CHILDREN.
 HELD_AT_FORKS: list[Any] = [importing]
+RENEWED_IN_CHILDREN: list[Callable[[], None]] = []
 _held: list[Any] = []
 
 
@@ -94,8 +97,14 @@ def _after_fork() -> None:
         lock.release()
 
 
+def _in_child() -> None:
+    for renew in RENEWED_IN_CHILDREN:
+        renew()
+    _after_fork()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def load(module: str) -> ModuleType:

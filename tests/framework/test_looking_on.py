@@ -1,10 +1,11 @@
 """Explanations, `detect_anomaly`, `lint` and recorders together, in any order. Each sees only what is its own."""
 
 import cProfile
+import os
 import pstats
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import pytest
@@ -178,3 +179,27 @@ def test_what_looks_on_sees_what_happens_in_blocks_inside_of_its_own():
     assert list(e) == list(e2) == ["x", "half", "y"], "names of local variables reach both"
     assert backend.forward.__module__ == "tinygrad_bn.backend"
     assert sys.getprofile() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX's")
+@pytest.mark.parametrize("own", [False, True], ids=["another thread looks on", "both do"])
+def test_a_forked_child_forgets_who_looks_on_in_other_threads(own):
+    inside, go_on = threading.Event(), threading.Event()
+    original = backend.forward
+
+    def look_on():
+        with hooks.listening(object()):
+            inside.set()
+            go_on.wait()
+
+    thread = threading.Thread(target=look_on)
+    thread.start()
+    inside.wait()
+    with hooks.listening(object()) if own else nullcontext():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (backend.forward is original) != own else 1)
+    go_on.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert backend.forward is original

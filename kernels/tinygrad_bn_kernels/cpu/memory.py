@@ -5,7 +5,6 @@ allocates the same sizes again and again.
 """
 
 import math
-import os
 import weakref
 from collections import OrderedDict, deque
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tinygrad_bn_kernels import RENEWED_IN_CHILDREN
 from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.threads import setting
 
@@ -80,8 +80,8 @@ class MemoryCache:
             self._held = sum(memory.size for memory in list(self._lent.values()))
             return released
 
-    def reset_after_fork(self) -> None:
-        """A new lock: the old one may be held by a thread that the child does not have."""
+    def renew_lock(self) -> None:
+        """For a forked child."""
         self._lock = RLock()
 
     def _allocate(self, size: int) -> Array:
@@ -137,10 +137,7 @@ class MemoryCache:
 
 
 cache = MemoryCache(setting("TINYGRAD_BN_KEEP_MEGABYTES", 512, least=0) << 20)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=cache.reset_after_fork)
+RENEWED_IN_CHILDREN.append(cache.renew_lock)
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tinygrad_bn_kernels import importing
+from tinygrad_bn_kernels import RENEWED_IN_CHILDREN, importing
 
 if TYPE_CHECKING:
     from tinygrad_bn_kernels.cpu.thread_pool import ThreadPool
@@ -121,5 +121,4 @@ def _reset_after_fork() -> None:
 
 
 atexit.register(_shutdown)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
+RENEWED_IN_CHILDREN.append(_reset_after_fork)
