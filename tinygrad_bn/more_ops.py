@@ -21,7 +21,7 @@ from tinygrad_bn.tensor import Axis, Function, Operand, primitive
 
 def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
     if isinstance(b, int | float):
-        return g * b * pow(a, b - 1) if b else g * (y * 0)  # b · aᵇ⁻¹, or one of its derivatives, may be 0 · ∞
+        return g * (b * pow(a, b - 1)) if b else g * (y * 0)  # b · aᵇ⁻¹, or one of its derivatives, may be 0 · ∞
     constant = b == 0
     if getattr(b, "requires_grad", False):  # elsewhere ∂²y/∂a∂b = 1/a
         tiny = float(np.finfo(a.dtype).tiny)

@@ -57,7 +57,7 @@ def mul(a: Operand, b: Operand) -> Operand:
 
 @primitive(
     lambda g, y, a, b: g / b,
-    lambda g, y, a, b: -g * y / b,
+    lambda g, y, a, b: -g * (y / b),
     formula="y = a / b;  ∂a = g / b,  ∂b = −g · y / b",
     sample=broadcasting(REAL, NONZERO),
 )

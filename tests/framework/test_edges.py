@@ -447,3 +447,17 @@ def test_the_gradient_of_an_index_that_repeats_is_not_added_up_in_half_precision
     x = leaf([1.0, 2.0], np.float16)
     (g,) = gradients(x[np.zeros(4000, int)], x, g=0.125)
     assert g.tolist() == [500.0, 0.0]
+
+
+HUGE_GRADIENTS = {  # a function that shrinks a gradient of 2e38, where, and its derivative
+    "power of -2": (lambda x: x**-2.0, 4.0, -2 / 64),
+    "power of 3": (lambda x: x**3.0, 0.25, 3 / 16),
+    "divisor": (lambda x: 1000.0 / x, 100.0, -0.1),
+}
+
+
+@pytest.mark.parametrize(("function", "at", "slope"), HUGE_GRADIENTS.values(), ids=HUGE_GRADIENTS)
+def test_a_huge_gradient_that_shrinks_does_not_overflow_on_the_way(function, at, slope):
+    x = Tensor(np.float32([at]), requires_grad=True)
+    function(x).backward(np.float32([2e38]))
+    np.testing.assert_allclose(x.grad.numpy(), [2e38 * slope], rtol=1e-6)
