@@ -8,6 +8,7 @@ import argparse
 import os
 import platform
 import sys
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from typing import Any
 
@@ -56,7 +57,10 @@ class Bench:
 
     def __init__(self, seconds: float, quick: bool) -> None:
         self.seconds, self.rounds = seconds, 2 if quick else 5
-        self.contenders = [Contender(name) for name in MODULES if not (quick and name == "compiled")]
+        names = [name for name in MODULES if not (quick and name == "compiled")]
+        with ExitStack() as stack:
+            self.contenders = [stack.enter_context(closing(Contender(name))) for name in names]
+            self._running = stack.pop_all()  # only if all have started
         self.table = Table(box=box.MARKDOWN)
         for head in ("work", "ours, ms", *(f"vs {peer}" for peer in PEERS), "share of the limit"):
             self.table.add_column(head, justify="left" if head == "work" else "right")
@@ -79,16 +83,14 @@ class Bench:
         """Memory that a step of BatchNorm (and ReLU) takes at its peak, ours and PyTorch's, in fresh processes."""
         found = []
         for name in ("ours", "PyTorch"):
-            contender = Contender(name)
-            contender.prepare("batch_norm", BATCH_NORM[3], relu)  # compiles, and starts threads
-            found.append(f"{name} {contender.peak('batch_norm', LARGE, relu) // 10**6} MB")
-            contender.close()
+            with closing(Contender(name)) as contender:
+                contender.prepare("batch_norm", BATCH_NORM[3], relu)  # compiles, and starts threads
+                found.append(f"{name} {contender.peak('batch_norm', LARGE, relu) // 10**6} MB")
         return ", ".join(found)
 
     def close(self) -> None:
         """End the contenders."""
-        for contender in self.contenders:
-            contender.close()
+        self._running.close()
 
 
 def _range(values: list[float]) -> str:

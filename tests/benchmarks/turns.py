@@ -30,7 +30,11 @@ class Contender:
         self.name = name
         command, pipe = [sys.executable, "-m", "tests.benchmarks.turns", name], subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
-        self.ask("begin")
+        try:
+            self.ask("begin")
+        except BaseException:  # a library that is not installed, or Ctrl-C: leave no process behind
+            self.close()
+            raise
 
     def ask(self, *question: Any) -> Any:
         """The answer to one line; the process is stopped again then. Raises RuntimeError if it ended."""
