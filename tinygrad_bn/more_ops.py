@@ -46,7 +46,7 @@ def pow(a: Operand, b: Operand) -> Operand:
     if (
         isinstance(b, int | float)
         and (isinstance(b, int) or b.is_integer())
-        and np.abs(b) > 2
+        and not -1 <= b <= 2
         and np.result_type(a).kind == "f"
     ):
         magnitude = np.abs(a) ** b  # negative bases take 20 times as long
