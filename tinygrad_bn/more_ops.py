@@ -43,12 +43,9 @@ def _pow_by_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
 def pow(a: Operand, b: Operand) -> Operand:
     """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0, also at a = 0; ∂b of 0ᵇ is 0 for b ≥ 0, else −∞."""
     a = a if isinstance(a, int | float) else np.asarray(a)
-    if (
-        isinstance(b, int | float)
-        and (isinstance(b, int) or b.is_integer())
-        and not -1 <= b <= 2
-        and np.result_type(a).kind == "f"
-    ):
+    if not isinstance(b, int | float):
+        return np.power(a, b)
+    if (isinstance(b, int) or b.is_integer()) and not -1 <= b <= 2 and np.result_type(a).kind == "f":
         magnitude = np.abs(a) ** b  # negative bases take 20 times as long
         return np.copysign(magnitude, a) if b % 2 else magnitude
     return a**b  # unlike np.power it is fast for 0.5, 1 and 2
