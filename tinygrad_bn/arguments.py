@@ -114,8 +114,8 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
     if option == "axis":
         return checked_axis(name, value)
     if option in last:
-        last[option] = RANGED[option](f"{name}(): {option}", value)
-        return last[option]
+        value = last[option] = RANGED[option](f"{name}(): {option}", value)
+        return value
     if isinstance(default, bool) or kind == "bool":
         return flag(f"{name}(): {option}", value)
     if kind.startswith("int") and "tuple" not in kind:
@@ -386,7 +386,7 @@ def expect_number(
 
 
 def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:
-    return lambda name, value: python_number(name, expect_number(name, value, least, most))
+    return lambda name, value: expect_number(name, value, least, most)
 
 
 def expect_reduction(name: str, value: Any) -> Any:

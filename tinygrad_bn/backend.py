@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from threading import RLock
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -112,7 +112,7 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
     except Exception as error:
         if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
             return forward(op, arrays, params, again=True)
-        raise _explained(error, op, arrays, params) from error
+        _explain(error, op, arrays, params)
     if type(result) is np.ndarray and not op.saves:
         return _promoted(op, result, arrays, params), ()
     y, saved = op.split(result)
@@ -129,19 +129,19 @@ def composition(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
         expect_numbers(op.name, operands)
         return op.forward(*operands, **params)
     except Exception as error:
-        raise _explained(error, op, operands, params) from error
+        _explain(error, op, operands, params)
 
 
-def _explained(error: Exception, op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Exception:
-    """The error with the call in words, or a plainer one if an operand is wrong; any other kind as it is."""
+def _explain(error: Exception, op: Op, operands: Sequence[Any], params: dict[str, Any]) -> NoReturn:
+    """Raise the error with the call in words, or a plainer one if an operand is wrong; any other kind as it is."""
     try:
         expect_one_place(operands)
         expect_numbers(op.name, operands)
     except (TypeError, ValueError) as plainer:
-        return plainer
+        raise plainer from error
     kind = next((k for k in REPORTED if isinstance(error, k)), None)
     if kind is None:  # such as Numba's, for operands that are all right
-        return error
+        raise error
     reason = getattr(error, "reason", error)  # without the ops inside this one
     if kind is AttributeError and not all(hasattr(o, "dtype") for o in operands):  # a number has no shape
         kind, reason = TypeError, "takes tensors or arrays"
@@ -153,7 +153,7 @@ def _explained(error: Exception, op: Op, operands: Sequence[Any], params: dict[s
         kind = ValueError
     described: Any = kind(f"{describe(op, operands, params)}: {reason}")
     described.reason = reason
-    return described
+    raise described from error
 
 
 def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> Any:
@@ -317,13 +317,12 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
         raise TypeError("a tensor has no mask; give masked.filled(value)")
     typed = isinstance(data, np.ndarray | np.generic) or hasattr(data, "__array__")
     try:
-        array = np.array(data)
+        array = np.asarray(data)
     except (ValueError, TypeError) as error:
         raise type(error)(f"a Tensor holds real numbers, in lists of equal lengths: {error}") from error
-    if dtype is not None:
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
-        array = array.astype(dtype, copy=False)
+    if dtype is not None and array.dtype.kind not in "fiub":
+        raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
+    array = np.array(array if typed else data, dtype)  # not `astype`, which would wrap integers that do not fit
     if array.dtype.char not in REAL:
         raise TypeError(f"a Tensor holds real numbers of at most 64 bits; these data have dtype {array.dtype}")
     if not typed and dtype is None and array.dtype == np.float64:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, composed, grad, nn
+from tinygrad_bn import Tensor, composed, grad, nn, optim, primitive
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
+from tinygrad_bn.sample import REAL, elementwise
 
 ROUTES = {"kernels": nullcontext, "reference": kernels_disabled, "composed": composed}
 
@@ -461,3 +462,39 @@ def test_a_huge_gradient_that_shrinks_does_not_overflow_on_the_way(function, at,
     x = Tensor(np.float32([at]), requires_grad=True)
     function(x).backward(np.float32([2e38]))
     np.testing.assert_allclose(x.grad.numpy(), [2e38 * slope], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype"),
+    [([300], np.uint8), ([-1], np.uint8), ([1000], np.int8), ([np.nan], np.int64), ([1e30], np.int32)],
+)
+def test_data_that_a_dtype_cannot_hold_are_refused(data, dtype):
+    with pytest.raises((OverflowError, ValueError)):
+        Tensor(data, dtype=dtype)
+
+
+def test_the_error_of_a_users_op_is_not_its_own_cause():
+    @primitive(lambda g, y, x: g, formula="y = x", sample=elementwise(REAL))
+    def failing_op(x):
+        return {}["missing"]
+
+    with pytest.raises(KeyError) as raised:
+        failing_op(Tensor([1.0]))
+    assert raised.value.__cause__ is None
+
+
+def test_a_scalar_of_numpy_leaves_the_dtype_of_a_loss():
+    x, target = np.zeros(3, np.float32), np.ones(3, np.float32)
+    for option in ("weight", "pos_weight"):
+        loss = F.binary_cross_entropy_with_logits(x, target, **{option: np.float64(2)})
+        assert loss.dtype == np.float32
+
+
+def test_a_state_whose_squares_overflowed_is_loaded():
+    p = nn.Parameter(np.ones(2, np.float32))
+    optimizer = optim.Adam([p])
+    p.grad = Tensor(np.float32([1e22, 1]))
+    with np.errstate(over="ignore"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert np.isinf(optimizer.state[p]["exp_avg_sq"]).any()

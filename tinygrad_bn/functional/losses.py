@@ -57,7 +57,8 @@ def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any],
     dtype = x.dtype
     if dtype.char in "fd" and not [o for o in (target, *weights) if o is not None and getattr(o, "dtype", 0) != dtype]:
         return [x, target, *weights], dtype  # the usual case
-    operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in (x, target, *weights)]
+    numbers = [o.item() if isinstance(o, np.generic) else o for o in weights]
+    operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in (x, target, *numbers)]
     dtype = np.result_type(*(o.dtype for o in operands if is_floating(o)))
     wide = at_least_single(dtype)
     return [astype(o, dtype=wide) if hasattr(o, "shape") and o.dtype != wide else o for o in operands], dtype

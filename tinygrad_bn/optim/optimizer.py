@@ -214,8 +214,9 @@ SQUARES = frozenset({"exp_avg_sq", "square_avg", "sum"})  # state that is the ro
 def _loaded_array(p: Tensor, name: str, value: Any) -> Array:
     """Saved state as an array. Raises ValueError if it has another shape, or numbers that no step can leave."""
     array = to_numpy(state_array(p, name, value))
-    if not np.isfinite(array).all() or (name in SQUARES and (array < 0).any()):
-        wanted = "finite, and not negative" if name in SQUARES else "finite"
+    right = array >= 0 if name in SQUARES else np.isfinite(array)  # squares may have overflowed
+    if not right.all():
+        wanted = "0 or more" if name in SQUARES else "finite"
         raise ValueError(f"the saved state {name} of a parameter of shape {p.shape} has to be {wanted}, as {p.dtype}")
     return array
 

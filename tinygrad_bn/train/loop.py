@@ -72,7 +72,7 @@ def fit(
         optimizer: the default is `Adam(model.parameters())`.
         loss: function (outputs, targets) that returns the mean loss of the batch. The mean over several batches is
             exact for the losses of `functional`, with class weights, ignored targets and `reduction="sum"` too. Any
-            other loss counts by its samples, and a sum in it is taken to be divided by them; one that counts otherwise,
+            other loss counts by its samples, and a sum in it is taken to be divided by them; one that counts otherwise
             returns a pair (mean loss, weight of the batch). So `F.sum` of losses with `reduction="none"` depends on the
             batches: let `reduction="sum"` add them, which is known. A loss that adds a mean over the targets that count
             to other terms of the outputs counts by its samples too, with a warning. A batch of weight 0, such as one
