@@ -391,7 +391,7 @@ def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:
 
 def expect_reduction(name: str, value: Any) -> Any:
     """`value`. Raises ValueError unless it is a reduction of losses."""
-    if value not in ("mean", "sum", "none") or not isinstance(value, str):
+    if not isinstance(value, str) or value not in ("mean", "sum", "none"):
         raise ValueError(f"{name} is one of 'mean', 'sum' and 'none'; got {shown(value)}")
     return value
 

@@ -498,3 +498,16 @@ def test_a_state_whose_squares_overflowed_is_loaded():
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert np.isinf(optimizer.state[p]["exp_avg_sq"]).any()
+
+
+def test_a_class_beside_module_is_initialised():
+    class Beside:
+        def __init__(self):
+            super().__init__()
+            self.beside = 1
+
+    class Net(nn.Module, Beside):
+        def __init__(self):
+            super().__init__()
+
+    assert Net().beside == 1

@@ -82,6 +82,7 @@ class Module(ModuleInNotebook):
         """Of a layer without options. Raises TypeError for any."""
         if args or options:
             raise TypeError(f"{type(self).__name__} takes no options; got {shown(args or options)}")
+        super().__init__()  # of a class beside this one
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute.
@@ -155,6 +156,8 @@ class Module(ModuleInNotebook):
         elif isinstance(value, list | tuple):
             among_modules = self._kinds.get(name) is Module or any(isinstance(item, Module) for item in value)
             for i, item in enumerate(value):
+                if type(item) in (int, float, str):  # soon done, as there may be many
+                    continue
                 if isinstance(item, Module):
                     yield f"{name}.{i}", item
                 elif _holds(item, _is_state) or (among_modules and isinstance(item, Tensor | np.ndarray)):
@@ -311,7 +314,8 @@ class Module(ModuleInNotebook):
         for k, a in arrays.items():
             if (np.isfinite(a) & ~np.isfinite(cast[k].reshape(a.shape))).any():
                 raise ValueError(f"{k} has numbers that overflow in its dtype, {own[k].dtype}")
-            if k.endswith(("running_var", "num_batches_tracked")) and (a < 0).any():
+            counts = isinstance(own[k], Buffer) and k.split(".")[-1] in ("running_var", "num_batches_tracked")
+            if counts and (a < 0).any():
                 raise ValueError(f"{k} is negative")
         for k, a in cast.items():
             own[k].data = a

@@ -216,7 +216,7 @@ def _loaded_array(p: Tensor, name: str, value: Any) -> Array:
     array = to_numpy(state_array(p, name, value))
     right = array >= 0 if name in SQUARES else np.isfinite(array)  # squares may have overflowed
     if not right.all():
-        wanted = "0 or more" if name in SQUARES else "finite"
+        wanted = "not negative" if name in SQUARES else "finite"
         raise ValueError(f"the saved state {name} of a parameter of shape {p.shape} has to be {wanted}, as {p.dtype}")
     return array
 

@@ -128,7 +128,7 @@ def fit(
     if device is not None:
         model.to(device)
     optimizer = optimizer or Adam(model.parameters())
-    own = set(model.parameters())
+    own = {p for p in model.parameters() if p.requires_grad}
     if own and own.isdisjoint(optimizer._params()):
         raise ValueError("optimizer has no parameter of the model: make it with model.parameters()")
     steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture and _is_own(model, loss))
