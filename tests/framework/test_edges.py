@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tinygrad_bn import Tensor, composed, grad, nn, optim, primitive
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
+from tinygrad_bn.datasets import Batches
 from tinygrad_bn.sample import REAL, elementwise
 
 ROUTES = {"kernels": nullcontext, "reference": kernels_disabled, "composed": composed}
@@ -511,3 +512,11 @@ def test_a_class_beside_module_is_initialised():
             super().__init__()
 
     assert Net().beside == 1
+
+
+def test_a_size_may_be_a_small_integer_of_numpy():
+    x = np.random.default_rng(0).normal(size=(2, 300, 4)).astype(np.float32)
+    assert np.array_equal(F.group_norm(x, np.int8(4)), F.group_norm(x, 4))
+    assert nn.GroupNorm(np.int8(100), 300)(x).shape == x.shape
+    assert len(Batches(x, x, batch_size=np.int8(2))) == 1
+    assert len(Batches(np.arange(800), np.arange(800), batch_size=np.int8(100))) == 8

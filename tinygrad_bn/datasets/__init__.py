@@ -174,7 +174,7 @@ class Batches:
         self, x: Array, y: Array, batch_size: int, *, seed: Seed = None, shuffle: bool = True, drop_last: bool = False
     ) -> None:
         expect_arrays(x, y)
-        expect_integer("batch_size", batch_size, 1)
+        batch_size = expect_integer("batch_size", batch_size, 1)
         if not isinstance(seed, np.random.Generator | None):
             expect_integer("seed", seed, 0)
         expect_flags(shuffle=shuffle, drop_last=drop_last)

@@ -82,7 +82,8 @@ def group_norm(
     Raises ValueError if the channels do not divide into the groups, or a group has one value.
     """
     expect_channels(x)
-    if expect_size("num_groups", num_groups) and x.shape[1] % num_groups:
+    num_groups = expect_size("num_groups", num_groups)
+    if x.shape[1] % num_groups:
         raise ValueError(f"the channels of shape {x.shape} do not divide into {num_groups} groups")
     expect_several(x, x.shape[0] * num_groups, "group")
     planes = x.shape[1] // num_groups

@@ -66,7 +66,8 @@ class GroupNorm(Module):
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         expect_eps(eps)
         expect_flags(affine=affine)
-        if expect_size("num_channels", num_channels) % expect_size("num_groups", num_groups):
+        num_channels, num_groups = expect_size("num_channels", num_channels), expect_size("num_groups", num_groups)
+        if num_channels % num_groups:
             raise ValueError(f"{num_channels} channels do not divide into {num_groups} groups")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = Parameter(np.ones(num_channels, np.float32)) if affine else None
