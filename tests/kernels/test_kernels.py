@@ -13,7 +13,7 @@ import tinygrad_bn_kernels as kernels_module
 from hypothesis import given
 from hypothesis import strategies as st
 from tinygrad_bn_kernels import MODULES, kernel, names
-from tinygrad_bn_kernels.cpu import norm
+from tinygrad_bn_kernels.cpu.norm_terms import PROBES
 
 from tests.tools.processes import output, python
 from tests.tools.thresholds import thresholds
@@ -364,7 +364,7 @@ def test_only_gradients_that_are_needed_are_computed():
 def looked_at(channels):
     """The elements (n, s) from which the backward pass estimates a common offset of gradients (C, N, S)."""
     _, n, size = channels.shape
-    return [divmod(t * (n * size - 1) // (norm.PROBES - 1), size) for t in range(norm.PROBES)]
+    return [divmod(t * (n * size - 1) // (PROBES - 1), size) for t in range(PROBES)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

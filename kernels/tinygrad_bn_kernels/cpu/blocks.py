@@ -13,7 +13,7 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
-from tinygrad_bn_kernels.cpu.norm import plane_statistics
+from tinygrad_bn_kernels.cpu.norm_planes import plane_statistics
 from tinygrad_bn_kernels.cpu.norm_terms import common_shift, is_ordinary, normalizer
 from tinygrad_bn_kernels.cpu.threads import split
 

@@ -8,18 +8,9 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
-from tinygrad_bn_kernels.cpu.norm import (
-    CHUNK,
-    Vector,
-    affine_or_default,
-    by_channel,
-    clear,
-    expect_channels,
-    plane_normalize,
-    rows_constants,
-    rows_normalize,
-    takes,
-)
+from tinygrad_bn_kernels.cpu.norm import Vector, affine_or_default, by_channel, expect_channels, takes
+from tinygrad_bn_kernels.cpu.norm_planes import plane_normalize
+from tinygrad_bn_kernels.cpu.norm_rows import CHUNK, clear, rows_constants, rows_normalize
 from tinygrad_bn_kernels.cpu.norm_terms import is_ordinary
 from tinygrad_bn_kernels.cpu.threads import split
 
@@ -67,7 +58,7 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     """x (N, C, ...) normalised by the given mean and variance (C,); weight and bias (C,) or None."""
     statistics = compiled(mean, np.float64), compiled(var, np.float64)
     expect_channels(x, *statistics)
-    if not takes(x, eps):
+    if not takes(x):
         return NotImplemented
     source = compiled(x)
     affine = affine_or_default(source, weight, bias)

@@ -4,6 +4,10 @@ import numpy as np
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 
+# Gradients of a channel that are sampled to choose a shift. With three samples, one channel in a hundred gets a useless
+# shift by chance, and all sums are computed twice.
+PROBES = 8
+
 
 @njit()
 def is_ordinary(weight, mean, var, eps):
