@@ -439,7 +439,10 @@ def expect_broadcast(shape: Sequence[int], wide: Sequence[int]) -> None:
 
 def expect_one_place(operands: Collection[object]) -> None:
     """Raise TypeError if arrays live on different devices: nothing is copied between devices without being asked."""
-    if set(map(type, operands)) == {np.ndarray}:
+    for o in operands:
+        if type(o) is not np.ndarray:
+            break
+    else:
         return  # the usual case
     devices = {device_of(o) for o in operands if hasattr(o, "dtype")}
     if len(devices) > 1:
@@ -453,9 +456,10 @@ def expect_numbers(name: str, operands: Sequence[Any]) -> None:
     """
     for o in operands:
         kind = type(o)
-        usual = o.dtype.char in REAL if kind is np.ndarray else o is None or kind is float
-        if usual or (kind is int and -LARGEST < o < LARGEST):
-            continue  # the usual cases, fast
+        if kind is np.ndarray and o.dtype.char in REAL:
+            continue  # the usual case, fast
+        if o is None or kind is float or (kind is int and -LARGEST < o < LARGEST):
+            continue
         if is_array(o):
             if not is_real(o.dtype):
                 raise TypeError(f"{name} takes real numbers; got an array of dtype {o.dtype}")

@@ -198,7 +198,7 @@ class _Pausing:
 
 def call_recording(create_graph: bool, function: Callable[..., T], *args: Any) -> T:
     """`function(*args)`, in which ops record or do not. In a context of its own: the caller's never changes."""
-    on = flag("create_graph", create_graph)
+    on = create_graph if type(create_graph) is bool else flag("create_graph", create_graph)
     return copy_context().run(_call_recording, on, function, args)
 
 
