@@ -1,4 +1,4 @@
-"""Elementwise functions: one scalar definition each, from which the programs for all layouts are made.
+"""Elementwise functions: the programs for all layouts, each made from a function of `scalars`.
 
 Arrays of one shape are flat loops, with 128-bit accesses for floats; Python numbers are arguments of the program.
 Broadcast operands are loops over rows. Types are promoted as in NumPy.
@@ -6,7 +6,6 @@ Broadcast operands are loops over rows. Types are promoted as in NumPy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,101 +15,9 @@ from numpy.typing import DTypeLike
 from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, launch, program, u4
+from tinygrad_bn_kernels.cuda.scalars import FLOAT, SAME, TRUTH, Scalar
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import broadcast, contiguous, row_block, walks
-
-Scalar = Callable[..., Any]
-
-# ---- scalar definitions ----------------------------------------------------------------------------------
-# Each maps the type T to a function of scalars of that type; constants are written T(…). All propagate NaN.
-
-
-def _sigmoid(T: Any) -> Scalar:
-    def sigmoid(x):
-        e = math.exp(-abs(x))
-        return (T(1) if x >= T(0) else e) / (T(1) + e)
-
-    return sigmoid
-
-
-def _silu(T: Any) -> Scalar:
-    def silu(x):
-        e = math.exp(-abs(x))
-        return T(0) if x < T(-750) else x * ((T(1) if x >= T(0) else e) / (T(1) + e))
-
-    return silu
-
-
-def _silu_vjp(T: Any) -> Scalar:
-    def silu_vjp(g, x):
-        v = T(750) if x > T(750) else T(-750) if x < T(-750) else x  # ∞ · 0 would be NaN
-        e = math.exp(-abs(v))
-        s, r = (T(1) if v >= T(0) else e) / (T(1) + e), (e if v >= T(0) else T(1)) / (T(1) + e)
-        return g * (s * (T(1) + v * r))
-
-    return silu_vjp
-
-
-def _gelu(T: Any) -> Scalar:
-    return lambda x: T(0) if x < T(-40) else x * math.erfc(x * T(-math.sqrt(0.5))) * T(0.5)
-
-
-def _gelu_vjp(T: Any) -> Scalar:
-    def gelu_vjp(g, x):
-        v = T(40) if x > T(40) else T(-40) if x < T(-40) else x  # ∞ · 0 would be NaN
-        cdf = math.erfc(v * T(-math.sqrt(0.5))) * T(0.5)
-        return g * (cdf + v * (T(1 / math.sqrt(2 * math.pi)) * math.exp(T(-0.5) * v * v)))
-
-    return gelu_vjp
-
-
-def _softplus(T: Any) -> Scalar:
-    return lambda x: (x if x > T(0) else T(0)) + math.log1p(math.exp(-abs(x)))
-
-
-def _sign(T: Any) -> Scalar:
-    return lambda x: T(1) if x > T(0) else T(-1) if x < T(0) else x
-
-
-# Functions whose result has the operands' type, functions computed in floating point, and functions that return bool.
-SAME: dict[str, Callable[[Any], Scalar]] = {
-    "add": lambda T: lambda a, b: a + b,
-    "sub": lambda T: lambda a, b: a - b,
-    "mul": lambda T: lambda a, b: a * b,
-    "neg": lambda T: lambda x: -x,
-    "abs": lambda T: lambda x: abs(x),
-    "sign": _sign,
-    "pow": lambda T: lambda a, b: a**b,
-    "relu": lambda T: lambda x: T(0) if x <= T(0) else x,
-    "maximum": lambda T: lambda a, b: a if a > b or a != a else b,
-    "minimum": lambda T: lambda a, b: a if a < b or a != a else b,
-    "clip": lambda T: lambda x, low, high: low if x < low else high if x > high else x,
-    "relu_vjp": lambda T: lambda g, y: T(0) if y <= T(0) else g,
-    "silu_vjp": _silu_vjp,
-    "gelu_vjp": _gelu_vjp,
-    "identity": lambda T: lambda x: x,
-}
-FLOAT: dict[str, Callable[[Any], Scalar]] = {
-    "div": lambda T: lambda a, b: a / b,
-    "exp": lambda T: lambda x: math.exp(x),
-    "expm1": lambda T: lambda x: math.expm1(x),
-    "log": lambda T: lambda x: math.log(x),
-    "sqrt": lambda T: lambda x: math.sqrt(x),
-    "rsqrt": lambda T: lambda x: T(1) / math.sqrt(x),
-    "tanh": lambda T: lambda x: math.tanh(x),
-    "erf": lambda T: lambda x: math.erf(x),
-    "erfc": lambda T: lambda x: math.erfc(x),
-    "silu": _silu,
-    "gelu": _gelu,
-    "sigmoid": _sigmoid,
-    "softplus": _softplus,
-}
-TRUTH: dict[str, Callable[[Any], Scalar]] = {
-    "equal": lambda T: lambda a, b: a == b,
-    "not_equal": lambda T: lambda a, b: a != b,
-    "less": lambda T: lambda a, b: a < b,
-    "less_equal": lambda T: lambda a, b: a <= b,
-}
 
 # ---- programs --------------------------------------------------------------------------------------------
 # A layout has a letter for each operand: a for an array, n for a number.

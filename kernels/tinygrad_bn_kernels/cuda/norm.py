@@ -17,6 +17,7 @@ from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray, vectorizable
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
 from tinygrad_bn_kernels.cuda.norm_sums import FINISH, GRADIENTS, GROUPS, LANES, relu_gradient
+from tinygrad_bn_kernels.cuda.scalars import SAME
 from tinygrad_bn_kernels.cuda.shim import cuda, device, load4, store4, uint32
 from tinygrad_bn_kernels.cuda.strides import row_block
 from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus
@@ -36,7 +37,7 @@ def _output_of(word: str, relu: bool) -> Callable[[Any], Any]:
     """A device function that computes ((x − m) − low) · a + b for one row of planes, or one column of rows."""
 
     def build(T: Any) -> Any:
-        positive = device(maps.SAME["relu" if relu else "identity"](T))
+        positive = device(SAME["relu" if relu else "identity"](T))
 
         def planes(x, y, row, size, m, low, a, b):
             s = uint32(cuda.threadIdx.x)

@@ -23,6 +23,7 @@ from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import PROGRAMS, blocks, driver, launch, program, u4
 from tinygrad_bn_kernels.cuda.layout import transpose
+from tinygrad_bn_kernels.cuda.scalars import SAME
 from tinygrad_bn_kernels.cuda.shim import cuda, device, uint32
 from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, warp_reduce
 
@@ -54,10 +55,10 @@ def _most(T: Any) -> Any:
 
 # For each reduction: the function that combines two values, its initial value, and the function of each element.
 COMBINE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "sum": (maps.SAME["add"], lambda T: 0, maps.SAME["identity"]),
-    "sum_of_squares": (maps.SAME["add"], lambda T: 0, lambda T: lambda x: x * x),
-    "max": (maps.SAME["maximum"], _least, maps.SAME["identity"]),
-    "min": (maps.SAME["minimum"], _most, maps.SAME["identity"]),
+    "sum": (SAME["add"], lambda T: 0, SAME["identity"]),
+    "sum_of_squares": (SAME["add"], lambda T: 0, lambda T: lambda x: x * x),
+    "max": (SAME["maximum"], _least, SAME["identity"]),
+    "min": (SAME["minimum"], _most, SAME["identity"]),
 }
 
 

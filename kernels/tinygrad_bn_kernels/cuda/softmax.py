@@ -15,6 +15,7 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn_kernels.cuda import maps
 from tinygrad_bn_kernels.cuda.array import DeviceArray
 from tinygrad_bn_kernels.cuda.launch import blocks, launch, program, u4
+from tinygrad_bn_kernels.cuda.scalars import SAME
 from tinygrad_bn_kernels.cuda.shim import cuda, device, int64, uint32
 from tinygrad_bn_kernels.cuda.warps import THREADS, WARPS, block_reduce, plus, warp_reduce
 
@@ -31,7 +32,7 @@ def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
     The normalizers of a row are its largest logit and the log of its sum of exponentials. A target that is not a class
     gives NaN.
     """
-    larger = device(maps.SAME["maximum"](T))
+    larger = device(SAME["maximum"](T))
     total, largest = warp_reduce(plus), warp_reduce(larger)
     nan, least = T(math.nan), T(-math.inf)
 

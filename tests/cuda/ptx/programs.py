@@ -107,9 +107,9 @@ def to_host(value: Any) -> Any:
 
 def computed(name: str, *operands: Any) -> np.ndarray:
     """Apply an elementwise function on the device."""
-    from tinygrad_bn_kernels.cuda import maps
+    from tinygrad_bn_kernels.cuda import maps, scalars
 
-    result = bool if name in maps.TRUTH else np.float32
+    result = bool if name in scalars.TRUTH else np.float32
     return to_host(maps.run(name, *map(to_device, operands), dtype=np.dtype(np.float32), result=result))
 
 
