@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from demos import mnist_cnn
-from tests.framework.test_explain import explained
 from tests.framework.test_explain_show import Net, explained_twice
+from tests.tools.explained import explained
 from tinygrad_bn import Tensor, functional, grad, nn
 from tinygrad_bn.explain import explain
 

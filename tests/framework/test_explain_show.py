@@ -7,7 +7,7 @@ from string import Formatter
 import numpy as np
 import pytest
 
-from tests.framework.test_explain import explained, images, network
+from tests.tools.explained import explained, images, network
 from tinygrad_bn import Tensor, functional, nn, optim
 from tinygrad_bn.explain import explain
 from tinygrad_bn.explain.graph import folded, shown_steps
@@ -294,7 +294,7 @@ def test_the_page_has_every_number_and_asks_no_network(e, tmp_path):
     for name in ("1.xhat", "1.var", "x", "loss"):
         assert data["nodes"][name]["value"]["rows"] == np.atleast_2d(e[name].value)[:12, :8].tolist()
         assert data["nodes"][name]["grad"]["rows"] == np.atleast_2d(e[name].grad)[:12, :8].tolist()
-    assert data["nodes"]["1.xhat"]["line"].startswith("test_explain.py:")
+    assert data["nodes"]["1.xhat"]["line"].startswith("explained.py:")
     assert [k for k, box in data["boxes"].items() if box["open"]] == ["1"]
     assert list(data["paths"]) == ["x", "0.out", "1.out", "2.out", "3.out"]  # the last ones part in the softmax
     shares = np.sum([p["share"]["rows"] for p in data["paths"]["x"]], axis=0)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from tests.framework.test_explain import explained
+from tests.tools.explained import explained
 from tinygrad_bn import Tensor, nn, viz
 from tinygrad_bn.nn import Parameter
 from tinygrad_bn.notebook import array_html
