@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, debug, functional, grad, is_recording, no_grad
+from tinygrad_bn import Tensor, backend, debug, functional, grad, is_recording, no_grad
 
 
 def leaf(*values):
@@ -223,12 +223,17 @@ def test_errors(wrong, kind, message):
         wrong()
 
 
-def test_an_error_in_a_backward_pass_names_the_op_and_in_debug_mode_the_place():
+@pytest.mark.parametrize("kind", ["an operand was changed", "a gradient fails"])
+def test_an_error_in_a_backward_pass_names_the_op_and_in_debug_mode_the_place(kind, monkeypatch):
     x = leaf(1.0, 2.0)
     with debug():
         y = functional.exp(x * 2)  # the place
-    x.data = [3.0, 4.0]
-    with pytest.raises(RuntimeError) as caught:
+    if kind == "a gradient fails":
+        vjp = backend.vjp
+        monkeypatch.setattr(backend, "vjp", lambda op, *args: 1 / 0 if op.name == "mul" else vjp(op, *args))
+    else:
+        x.data = [3.0, 4.0]
+    with pytest.raises((RuntimeError, ZeroDivisionError)) as caught:
         y.backward(np.ones(2))
     notes = "".join(caught.value.__notes__)
     assert "backward pass of mul(float64 (2,), 2)" in notes
