@@ -53,7 +53,6 @@ class Block(io.IOBase, ContextDecorator, Generic[T]):
             result = change()
         except BaseException:  # Ctrl-C: `with` does not call `__exit__` then
             undo()
-            self.undo[:] = [other for other in self.undo if other is not undo]
             raise
         return result
 
