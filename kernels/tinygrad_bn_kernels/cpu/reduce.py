@@ -264,9 +264,7 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
 
 
 def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> Any:
-    """Mean and variance in float64. Declines a correction that is an error."""
-    if isinstance(correction, bool) or not np.isfinite(correction):
-        return NotImplemented
+    """Mean and variance in float64."""
     found = _reduced(_shifted, x, axis, keepdims, decline_few=True)
     if found is NotImplemented:
         return NotImplemented
