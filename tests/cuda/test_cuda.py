@@ -27,6 +27,34 @@ def test_every_op_is_the_same_as_on_the_cpu(name):
         cuda_matches_cpu(OPS[name], xs, params, example, dtype)
 
 
+RNG = np.random.default_rng(0)
+DECLINED = {  # what kernels of gradients leave to the composition
+    "block_norm": ([np.ones((0, 4, 5))], {"blocks": (0, 2, 2, 5), "eps": 1e-5, "centered": True}, 2),
+    "linear": ([np.ones((0, 3)), np.ones((4, 3)), np.ones(4)], {}, 0),
+    "matmul": ([np.ones(3), np.ones((3, 2))], {}, 0),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_gradients_that_kernels_decline_are_the_same_as_on_the_cpu(name):
+    arrays, params, others = DECLINED[name]
+    cuda_matches_cpu(OPS[name], [*arrays, *[None] * others], params, 0, np.float32)
+
+
+def test_the_gradient_of_an_affine_map_of_two_dtypes_is_the_same_as_on_the_cpu():
+    x, weight, g = RNG.normal(size=(5, 3)), RNG.normal(size=(4, 3)).astype(np.float32), RNG.normal(size=(5, 4))
+    found = []
+    for where in ("cpu", "cuda"):
+        leaves = [Tensor(a).to(where).detach() for a in (x, weight)]
+        for t in leaves:
+            t.requires_grad = True
+        functional.linear(*leaves).backward(Tensor(g).to(where))
+        found.append([t.grad.numpy() for t in leaves])
+    for one, want in zip(*found, strict=True):
+        assert one.dtype == want.dtype
+        np.testing.assert_allclose(one, want, rtol=1e-5)
+
+
 # ---- training --------------------------------------------------------------------------------------------
 
 
