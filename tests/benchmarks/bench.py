@@ -27,7 +27,7 @@ BLOCKS = [(32, 32, 26), (256, 32, 26)]  # N, C, H = W
 LARGE = [64, 256, 56, 56]
 IN_CACHE = 32 << 20  # bytes up to which memory is no limit
 RATE_OF = 1 << 28  # bytes that are read or copied to measure the rate of memory
-PEERS = [name for name in MODULES if name != "ours"]
+PEERS = [name for name in MODULES if name not in ("ours", "captured")]
 
 # Reductions: about so many elements each, over the last axis, the first, those of NCHW and of NHWC, and all.
 REDUCTIONS = ("sum", "mean", "max", "var")
@@ -70,14 +70,14 @@ class Bench:
         present = [c for c in self.contenders if c.name not in without]
         return measured(present, share * self.seconds, self.rounds, work, *args)
 
-    def ours(self, work: str, *args: Any) -> dict[str, float]:
-        """Milliseconds of our own contender alone."""
-        return measured(self.contenders[:1], self.seconds / 2, self.rounds, work, *args)
-
     def row(self, title: str, *rows: dict[str, float], limit: str = "–") -> None:
         """Our time, and each peer's as a ratio; of several rows the range from the worst to the best."""
         ratios = [_ratio([t[peer] / t["ours"] for t in rows if peer in t]) for peer in PEERS]
         self.table.add_row(title, _range([t["ours"] for t in rows]), *ratios, limit)
+
+    def captured_row(self, title: str, times: dict[str, float]) -> None:
+        """The same row with the time of our captured step."""
+        self.row(f"{title}, captured", times | {"ours": times["captured"]})
 
     def peaks(self, relu: bool) -> str:
         """Memory that a step of BatchNorm (and ReLU) takes at its peak, ours and PyTorch's, in fresh processes."""
@@ -119,11 +119,11 @@ def fill(bench: Bench, quick: bool) -> str:
         limit = f"{bench.times('products', sizes, batch, share=0.5)['NumPy'] / times['ours']:.0%} of products"
         title = f"training step, {'-'.join(map(str, sizes))}, batch {batch}"
         bench.row(title, times, limit=limit)
-        bench.row(f"{title}, captured", {**times, **bench.ours("mlp_step", sizes, batch, True)})
+        bench.captured_row(title, times)
     for batch in CNN_BATCHES:
         times, title = bench.times("cnn_step", batch), f"training step, the first article's CNN, batch {batch}"
         bench.row(title, times)
-        bench.row(f"{title}, captured", {**times, **bench.ours("cnn_step", batch, True)})
+        bench.captured_row(title, times)
     for n, channels, size, maps in CONVOLUTIONS:
         times = bench.times("convolution", n, channels, size, maps, without=eager, share=0.5)
         bench.row(f"convolution, forward + backward, {(n, channels, size, size)} to {maps} maps", times)

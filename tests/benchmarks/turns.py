@@ -4,6 +4,7 @@ Idle threads of OpenMP, OpenBLAS and JAX go on spinning for a while and slow dow
 that of other processes. So a process is stopped by a signal while it is not its turn.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -20,7 +21,15 @@ from typing import Any
 
 CORES = 2  # for each contender
 WARM, TIMED = 10e-3, 2e-3  # seconds of calls in a turn: first untimed, as caches and clocks get going, then timed
-MODULES = {"ours": "ours", "NumPy": "in_numpy", "PyTorch": "in_torch", "compiled": "in_torch", "JAX jit": "in_jax"}
+MODULES = {
+    "ours": "ours",
+    "captured": "ours_captured",
+    "NumPy": "in_numpy",
+    "PyTorch": "in_torch",
+    "compiled": "in_torch",
+    "JAX jit": "in_jax",
+}
+PR_SET_PDEATHSIG = 1  # of Linux: a signal for when the parent ends
 
 
 class Contender:
@@ -29,7 +38,7 @@ class Contender:
     def __init__(self, name: str) -> None:
         self.name = name
         command, pipe = [sys.executable, "-m", "tests.benchmarks.turns", name], subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0)
         try:
             self.ask("begin")
         except BaseException:  # a library that is not installed, or Ctrl-C: leave no process behind
@@ -132,6 +141,8 @@ def built(library: Any, work: str, *args: Any) -> Callable[[], object] | None:
 
 def answer_questions(name: str) -> None:
     """Read a question on each line, and write the answer, until the input ends."""
+    if sys.platform == "linux":  # a stopped process does not see that the input ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(os, "sched_setaffinity"):  # before anything asks how many cores there are
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
