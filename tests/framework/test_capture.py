@@ -10,12 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, composed, grad, manual_seed, nn, no_grad, optim, train
+from tinygrad_bn import Tensor, grad, manual_seed, nn, no_grad, optim, train
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.captured import capture
 from tinygrad_bn.captured.program import Forward, Program
-from tinygrad_bn.explain import explain
 from tinygrad_bn.optim import clip_grad_norm_
 from tinygrad_bn.sample import RandomDraw
 from tinygrad_bn.tensor import OPS, primitive
@@ -424,21 +423,6 @@ def test_a_program_with_a_fault_is_found_by_its_next_proof(monkeypatch):
 
 
 # ---- when it steps aside ------------------------------------------------------------------------------------------
-
-
-def test_under_composed_and_explain_steps_run_as_always():
-    model = dense(p=0.0)
-    step = capture(training(model, optim.SGD(model.parameters(), 0.01)))
-    for x, y in DATA[:4]:
-        step(x, y)
-    with explain() as e:
-        step(*DATA[4])
-    assert len(e) > 20
-    seen = []
-    model[1].forward = lambda x, forward=model[1].forward: seen.append(1) or forward(x)
-    with composed():
-        step(*DATA[5])
-    assert seen
 
 
 def test_a_second_thread_runs_as_always_meanwhile():

@@ -5,6 +5,7 @@ import os
 import pstats
 import sys
 import threading
+import time
 from contextlib import ExitStack, nullcontext
 
 import numpy as np
@@ -203,3 +204,22 @@ def test_a_forked_child_forgets_who_looks_on_in_other_threads(own):
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert backend.forward is original
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX's")
+def test_a_fork_waits_while_another_thread_replaces_functions():
+    inside = threading.Event()
+
+    def replace():
+        with hooks._lock:
+            inside.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if hooks._lock.acquire(blocking=False) else 1)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
