@@ -34,7 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
-ROUND_TWICE = {"rsqrt", "sigmoid", "softplus"}  # ops whose reference takes several steps of NumPy
+ROUND_TWICE = {"rsqrt", "sech_squared", "sigmoid", "softplus"}  # ops whose reference takes several steps of NumPy
 LARGEST_HALF = float(np.finfo(np.float16).max)
 # Errors that `forward` explains with the op's operands.
 REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)

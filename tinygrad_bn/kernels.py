@@ -91,7 +91,7 @@ def _cases(op: str) -> list[Case]:
         return [((p, v, np.array(3), m, v), {"momentum": 0.1, "unbias": 1.01})]
     if op == "squared_norm":
         return [((p,), {})]
-    if op in ("relu", "erf", "erfc", "silu", "gelu"):
+    if op in ("relu", "erf", "erfc", "silu", "gelu", "sigmoid", "tanh"):
         return [((normal(5000),), {})]
     axes: list[Any] = [None, 0, -1] if op.startswith("arg") else [None, 0, -1, (0, 2, 3), (0, 1, 2)]
     return [((images,), {"axis": axis, "keepdims": False}) for axis in axes]

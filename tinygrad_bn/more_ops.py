@@ -59,15 +59,29 @@ def _real(x: Any) -> Any:
     return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 
-@primitive(lambda g, y, x: g * (1 - y * y), formula="y = tanh x;  ∂x = g · (1 − y²)", sample=elementwise(REAL))
+@primitive(
+    lambda g, y, x: g * (y * tanh(x) * -2), formula="y = 1 / cosh² x;  ∂x = −2 g · y · tanh x", sample=elementwise(REAL)
+)
+def sech_squared(x: Operand) -> Operand:
+    """The slope of tanh, elementwise: 1 − tanh² x with all its digits where tanh is rounded to 1."""
+    x = _real(x)
+    e = np.exp(np.abs(x) * -2)
+    return 4 * e / np.square(1 + e)
+
+
+@primitive(
+    lambda g, y, x: g * sech_squared(x),
+    formula="y = tanh x;  ∂x = g · (1 − y²) = g / cosh² x",
+    sample=elementwise(REAL),
+)
 def tanh(x: Operand) -> Operand:
     """Hyperbolic tangent, elementwise."""
     return np.tanh(x)
 
 
 @primitive(
-    lambda g, y, x: g * (y * (1 - y)),
-    formula="y = 1 / (1 + e⁻ˣ);  ∂x = g · y · (1 − y)",
+    lambda g, y, x: g * (sech_squared(x * 0.5) * 0.25),
+    formula="y = 1 / (1 + e⁻ˣ);  ∂x = g · y · (1 − y) = g / (4 cosh²(x/2))",
     sample=elementwise(REAL),
 )
 def sigmoid(x: Operand) -> Operand:
@@ -93,6 +107,12 @@ def sign(x: Operand) -> Operand:
 def expm1(x: Operand) -> Operand:
     """Exponential minus one, exact also near 0, elementwise."""
     return np.expm1(x)
+
+
+@primitive(lambda g, y, x: g / (x + 1), formula="y = log(1 + x);  ∂x = g / (1 + x)", sample=elementwise(POSITIVE))
+def log1p(x: Operand) -> Operand:
+    """Natural logarithm of one plus x, exact also near 0, elementwise."""
+    return np.log1p(x)
 
 
 @primitive(lambda g, y, x: g * sigmoid(x), formula="y = log(1 + eˣ);  ∂x = g · sigmoid(x)", sample=elementwise(REAL))

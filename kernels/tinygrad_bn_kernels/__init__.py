@@ -38,7 +38,7 @@ MODULES = _table(
         "norm_inference": "batch_norm_inference batch_norm_inference.vjp",
         "blocks": "block_norm block_norm.vjp",
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp logsumexp.vjp",
-        "elementwise": "relu.vjp erf erfc silu silu.vjp gelu gelu.vjp dropout_by_key",
+        "elementwise": "relu.vjp erf erfc silu silu.vjp gelu gelu.vjp sigmoid.vjp tanh.vjp dropout_by_key",
         "conv": "conv conv_input conv_weight conv_with_bias conv_with_bias.vjp",
         "pool": "max_pool max_pool.vjp",
         "linear": "matmul linear linear.vjp",
@@ -50,9 +50,9 @@ MODULES = _table(
 CUDA_MODULES = _table(
     "cuda",
     {
-        "maps": "add sub mul div neg pow exp expm1 log sqrt rsqrt tanh sigmoid softplus erf erfc relu relu.vjp silu "
-        "silu.vjp gelu gelu.vjp abs sign clip maximum minimum where astype array.fill array.equal array.not_equal "
-        "array.less array.less_equal",
+        "maps": "add sub mul div neg pow exp expm1 log log1p sqrt rsqrt tanh sech_squared sigmoid softplus erf erfc "
+        "relu relu.vjp silu silu.vjp gelu gelu.vjp abs sign clip maximum minimum where astype array.fill array.equal "
+        "array.not_equal array.less array.less_equal",
         "layout": "reshape transpose broadcast_to getitem scatter_add concatenate stack pad",
         "reduce": "sum sum_to max min argmax argmin sum_of_squares squared_norm",
         "linear": "matmul matmul.vjp linear linear.vjp",

@@ -21,8 +21,8 @@ from tinygrad_bn.arguments import (
     shown,
 )
 from tinygrad_bn.functional.statistics import values
-from tinygrad_bn.more_ops import erfc, expm1, max, sigmoid
-from tinygrad_bn.ops import astype, exp, log, mul, reshape, sub, sum, where
+from tinygrad_bn.more_ops import erfc, expm1, log1p, max, sigmoid
+from tinygrad_bn.ops import astype, exp, mul, reshape, sub, sum, where
 from tinygrad_bn.random import philox
 from tinygrad_bn.sample import REAL, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused, primitive
@@ -39,6 +39,13 @@ def largest(x: Operand, axis: Axis) -> Any:
         return where(top - top == 0, top, 0.0)
 
 
+def log_of_sum(shifted: Operand, axis: Axis) -> Any:
+    """log Σ eˣ over `axis`, which is kept, of x whose largest element is 0: with all digits where that is near 0."""
+    top = shifted == 0
+    others = sum(where(top, expm1(shifted), exp(shifted)), axis=axis, keepdims=True)  # expm1 is 0, with exp's slope
+    return log1p(others + (sum(top, axis=axis, keepdims=True) - 1))
+
+
 @fused(formula="y = log Σ eˣ over axis;  ∂x = g · e^(x − y)", sample=reducing(distinct=True))
 def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     """log Σ eˣ over `axis`, without overflow. Raises TypeError for integers.
@@ -48,7 +55,7 @@ def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Opera
     """
     expect_floats(x, "logsumexp")
     top = largest(x, axis)
-    y = log(sum(exp(x - top), axis=axis, keepdims=True)) + top
+    y = log_of_sum(x - top, axis) + top
     return y if keepdims else reshape(y, shape=sum(values(x), axis=axis).shape)
 
 
@@ -59,7 +66,7 @@ def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     if x.dtype == np.float16:  # which may not hold the sum
         return astype(log_softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     shifted = x - largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
-    return sub(shifted, log(sum(exp(shifted), axis=axis, keepdims=True)))
+    return sub(shifted, logsumexp(shifted, axis=axis, keepdims=True))
 
 
 def softmax(x: Operand, axis: int = -1) -> Tensor:

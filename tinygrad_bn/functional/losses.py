@@ -18,11 +18,11 @@ from tinygrad_bn.arguments import (
     shown,
 )
 from tinygrad_bn.backend import device_of
-from tinygrad_bn.functional.basics import largest
+from tinygrad_bn.functional.basics import largest, log_of_sum
 from tinygrad_bn.functional.reductions import note
 from tinygrad_bn.functional.statistics import mean, values
 from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
-from tinygrad_bn.ops import astype, exp, log, reshape, sum, transpose, where
+from tinygrad_bn.ops import astype, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, widened
 
@@ -244,7 +244,7 @@ def softmax_cross_entropy(
     x = where(counts, x, 0.0)
     top = largest(x, 1)
     shifted = x - top  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
-    log_sum = log(sum(exp(shifted), axis=1, keepdims=True))
+    log_sum = log_of_sum(shifted, 1)
     loss, total = _picked(shifted - log_sum, target, weight, ignore_index, reduction, smoothing)
     return loss, concatenate(top, log_sum, axis=1), total
 

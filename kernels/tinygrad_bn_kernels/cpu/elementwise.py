@@ -143,6 +143,36 @@ def gelu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]
     return (_mapped(_gelu_gradient, EXP_COST, g, y, x),)
 
 
+# ---- slopes of sigmoid and tanh --------------------------------------------------------------------------
+# y · (1 − y) and 1 − y² would lose their digits where |y| is near 1.
+
+
+@njit(fastmath={"contract"})
+def _sigmoid_gradient(g, x, out, start, stop):
+    for i in range(start, stop):
+        e = exp(-abs(np.float64(x[i])))
+        out[i] = np.float64(g[i]) * (e / ((1 + e) * (1 + e)))
+
+
+@njit(fastmath={"contract"})
+def _tanh_gradient(g, x, out, start, stop):
+    for i in range(start, stop):
+        e = exp(-2 * abs(np.float64(x[i])))
+        out[i] = np.float64(g[i]) * (4 * e / ((1 + e) * (1 + e)))
+
+
+@kernel("sigmoid.vjp", "cpu")
+def sigmoid_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
+    """g · e⁻ˣ / (1 + e⁻ˣ)²"""
+    return (_mapped(_sigmoid_gradient, EXP_COST, g, x),)
+
+
+@kernel("tanh.vjp", "cpu")
+def tanh_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]:
+    """g / cosh² x"""
+    return (_mapped(_tanh_gradient, EXP_COST, g, x),)
+
+
 # ---- dropout ---------------------------------------------------------------------------------------------
 
 

@@ -23,19 +23,27 @@ _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 
 
 @inlined(fastmath=SUMS)
-def _log_normalizer(row):
-    """The largest logit, and the log of the sum of exp(logit − largest), in float64."""
+def _largest(row):
+    """The largest logit of a row, in float64."""
     largest = row[0]
     for j in range(1, row.size):
         largest = row[j] if row[j] > largest else largest
-    top = np.float64(largest)
-    total = 0.0
+    return np.float64(largest)
+
+
+@inlined(fastmath=SUMS)
+def _exponentials(row, shift):
+    """Σ exp(x − shift) over elements other than the shift, and the number of those equal to it, in float64."""
+    others, equal = 0.0, 0.0
     for j in range(row.size):
-        total += exp(np.float64(row[j]) - top)
-    return top, np.log(total)
+        d = np.float64(row[j]) - shift
+        others += 0.0 if d == 0.0 else exp(d)
+        equal += 1.0 if d == 0.0 else 0.0
+    return others, equal
 
 
-# No reassociation below: (x − largest) − log_sum keeps digits that x − (largest + log_sum) loses for large logits.
+# No reassociation below: (x − largest) − log_sum keeps digits that x − (largest + log_sum) loses for large logits, and
+# others + (equal − 1) keeps those that the sum of all exponentials loses.
 
 
 @njit(fastmath={"contract"})
@@ -47,7 +55,9 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
         if t == ignore_index:
             loss[i] = mass[i] = normalizer[i, 0] = normalizer[i, 1] = 0.0
             continue
-        largest, log_sum = _log_normalizer(x[i])
+        largest = _largest(x[i])
+        others, equal = _exponentials(x[i], largest)
+        log_sum = np.log1p(others + (equal - 1))
         normalizer[i, 0], normalizer[i, 1] = largest, log_sum
         total = -(1 - smoothing) * weight[t] * ((np.float64(x[i, t]) - largest) - log_sum)
         if smoothing > 0:
@@ -70,13 +80,17 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
                 out[c] = 0.0
             continue
         largest, log_sum, gi = normalizer[i, 0], normalizer[i, 1], g[i]
+        own = gi * ((1 - smoothing) * weight[t])
         mass = gi * ((1 - smoothing) * weight[t] + spread)
         for c in range(classes):
             out[c] = mass * exp((np.float64(row[c]) - largest) - log_sum)
+        log_p = (np.float64(row[t]) - largest) - log_sum
         if smoothing > 0:
             for c in range(classes):
                 out[c] -= gi * smoothing / classes * weight[c]
-        out[t] -= gi * (1 - smoothing) * weight[t]
+            out[t] = own * np.expm1(log_p) + gi * (spread * exp(log_p) - smoothing / classes * weight[t])
+        else:
+            out[t] = own * np.expm1(log_p)  # p − 1 loses its digits where p is near 1
 
 
 @njit()
@@ -163,19 +177,16 @@ def softmax_cross_entropy_vjp(
 # ---- logsumexp -------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=SUMS)
+@njit(fastmath={"contract"})
 def _exp_sums(x, shift, total, start, stop):
-    """Σ exp(x − shift) along the rows of x (M, D)."""
+    """Σ exp(x − shift) − 1 along the rows of x (M, D)."""
     for i in range(start, stop):
-        row, top = x[i], np.float64(shift[i])
-        s = 0.0
-        for j in range(row.size):
-            s += exp(np.float64(row[j]) - top)
-        total[i] = s
+        others, equal = _exponentials(x[i], np.float64(shift[i]))
+        total[i] = others + (equal - 1)
 
 
 def _shifted_sums(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """A finite shift near the largest element over `axes`, in x's dtype, and Σ exp(x − shift), with these axes kept."""
+    """A finite shift, the largest element over `axes`, in x's dtype, and Σ exp(x − shift) − 1, with these axes kept."""
     largest = np.max(x, axis=axes, keepdims=True)
     shift = np.where(np.isfinite(largest), largest, 0).astype(x.dtype)
     last = {a % x.ndim for a in axes}
@@ -192,12 +203,12 @@ def _axes(x: Array, axis: Axis) -> tuple[int, ...]:
 
 @kernel("logsumexp", "cpu")
 def logsumexp(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    """log Σ eˣ over `axis`, summed in float64, in x's dtype."""
+    """log Σ eˣ over `axis`, summed in float64, in x's dtype; exact also near 0."""
     if x.dtype.char not in "fd" or not x.size or not (x.ndim or axis in (None, ())):
         return NotImplemented
     shift, total = _shifted_sums(x, axes := _axes(x, axis))
     with np.errstate(divide="ignore"):
-        y = (np.log(total) + shift).astype(x.dtype)
+        y = (np.log1p(total) + shift).astype(x.dtype)
     return y if keepdims else np.squeeze(y, axes)
 
 
@@ -209,5 +220,5 @@ def logsumexp_vjp(g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis
     shift, total = _shifted_sums(x, _axes(x, axis))
     gx = np.exp(x - shift)
     with np.errstate(divide="ignore", invalid="ignore"):
-        gx *= (g.reshape(total.shape) / total).astype(x.dtype)
+        gx *= (g.reshape(total.shape) / (total + 1)).astype(x.dtype)
     return (gx,)

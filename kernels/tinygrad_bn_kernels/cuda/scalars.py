@@ -18,6 +18,14 @@ def _sigmoid(T: Any) -> Scalar:
     return sigmoid
 
 
+def _sech_squared(T: Any) -> Scalar:
+    def sech_squared(x):
+        e = math.exp(T(-2) * abs(x))
+        return T(4) * e / ((T(1) + e) * (T(1) + e))
+
+    return sech_squared
+
+
 def _silu(T: Any) -> Scalar:
     def silu(x):
         e = math.exp(-abs(x))
@@ -80,6 +88,7 @@ FLOAT: dict[str, Callable[[Any], Scalar]] = {
     "exp": lambda T: lambda x: math.exp(x),
     "expm1": lambda T: lambda x: math.expm1(x),
     "log": lambda T: lambda x: math.log(x),
+    "log1p": lambda T: lambda x: math.log1p(x),
     "sqrt": lambda T: lambda x: math.sqrt(x),
     "rsqrt": lambda T: lambda x: T(1) / math.sqrt(x),
     "tanh": lambda T: lambda x: math.tanh(x),
@@ -87,6 +96,7 @@ FLOAT: dict[str, Callable[[Any], Scalar]] = {
     "erfc": lambda T: lambda x: math.erfc(x),
     "silu": _silu,
     "gelu": _gelu,
+    "sech_squared": _sech_squared,
     "sigmoid": _sigmoid,
     "softplus": _softplus,
 }

@@ -23,7 +23,7 @@ LANES, GROUPS = 32, 8  # a block is 8 warps
 
 
 @program(
-    "cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=20, registers=64,
+    "cross_entropy", "f4* i8* f4* f4* f4* f4* u4 u4 u4 i8 f4", block=(LANES, GROUPS), shuffles=25, registers=64,
     shared=8 * GROUPS,
 )  # fmt: skip
 def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
@@ -49,16 +49,19 @@ def CROSS_ENTROPY(T: Any) -> Callable[..., None]:
                 top = larger(top, x[uint32(start + c)])
                 c = uint32(c + uint32(LANES))
             top = largest(top)
-            exponentials, smooth, weights = T(0), T(0), T(0)
+            others, equal, smooth, weights = T(0), T(0), T(0), T(0)
             c = uint32(cuda.threadIdx.x)
             while c < classes:
                 d = x[uint32(start + c)] - top
-                exponentials += math.exp(d)
+                if d == T(0):
+                    equal += T(1)
+                else:
+                    others += math.exp(d)
                 weights += weight[c]
                 if smoothing > T(0):
                     smooth += weight[c] * d
                 c = uint32(c + uint32(LANES))
-            log_sum = math.log(total(exponentials))
+            log_sum = math.log1p(total(others) + (total(equal) - T(1)))  # exact where it is near 0
             smooth, weights = total(smooth), total(weights)
             if cuda.threadIdx.x == 0:
                 one, own = nan, nan
@@ -135,10 +138,9 @@ def CROSS_ENTROPY_VJP(T: Any) -> Callable[..., None]:
             while c < classes:
                 v = T(0)
                 if t != ignored:
-                    v = (own + spread) * math.exp((x[uint32(start + c)] - top) - log_sum)
-                    v -= smoothing / T(classes) * weight[c]
-                    if c == t:
-                        v -= own
+                    log_p = (x[uint32(start + c)] - top) - log_sum
+                    v = spread * math.exp(log_p) - smoothing / T(classes) * weight[c]
+                    v += own * (math.expm1(log_p) if c == t else math.exp(log_p))  # p − 1 has no digits near p = 1
                     v = gi * v
                 gx[uint32(start + c)] = v
                 c = uint32(c + uint32(LANES))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 # ---- elementwise -----------------------------------------------------------------------------------------
 
-UNARY = ["neg", "abs", "sign", "relu", "exp", "expm1", "log", "sqrt", "rsqrt", "tanh"]
+UNARY = ["neg", "abs", "sign", "relu", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "tanh", "sech_squared"]
 UNARY += ["erf", "erfc", "sigmoid", "softplus", "silu", "gelu"]
 BINARY = [
     "add",
