@@ -101,12 +101,12 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
 
     `last` gets a value that is right and cannot change, so that the same object need not be checked again.
 
-    Raises TypeError for a tensor, for None and a text unless the default is one, and for what is not of the annotated
-    type, where this is bool, int, float or an axis; ValueError for one that is out of range.
+    Raises TypeError for a tensor, for None and a text unless the default or the annotation is one, and for what is not
+    of the annotated type, where this is bool, int, float or an axis; ValueError for one that is out of range.
     """
     option, default, kind = parameter.name, parameter.default, _annotation(parameter)
     if value is None:
-        if default is None:
+        if default is None or kind.endswith("| None"):
             return None
         raise TypeError(f"{name}(): {option} may not be None")
     if hasattr(value, "requires_grad"):
@@ -124,7 +124,7 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
         if isinstance(value, bool | np.bool_) and kind == "float | bool":
             return bool(value)
         return python_number(f"{name}(): {option}", value)
-    if isinstance(value, str) and kind not in ("str", "Any", "_empty") and not isinstance(default, str):
+    if isinstance(value, str) and kind not in ("str", "Any", "Any | None", "_empty") and not isinstance(default, str):
         raise TypeError(f"{name}(): {option} may not be a text; got {shown(value)}")
     return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
 

@@ -25,7 +25,7 @@ def _pow_by_base(g: Any, y: Any, a: Any, b: Any) -> Any:
     constant = b == 0
     if getattr(b, "requires_grad", False):  # elsewhere ∂²y/∂a∂b = 1/a
         tiny = float(np.finfo(a.dtype).tiny)
-        constant = constant * (a < tiny) * (a > -tiny)
+        constant = where((a >= tiny) + (a <= -tiny), False, constant)  # not of NaN, where a⁰ is 1 too
     return g * where(constant, 0.0, b * pow(where(constant, 1.0, a), b - 1))
 
 
@@ -142,13 +142,20 @@ def erfc(x: Operand) -> Operand:
     return np.vectorize(math.erfc, otypes=[np.result_type(x, np.float16)])(x)
 
 
+def _has_inside(min: float | None, max: float | None) -> bool:
+    return min is None or max is None or min <= max
+
+
 @primitive(
-    lambda g, y, x, *, min, max: where(x == y, g, 0.0),
+    lambda g, y, x, *, min, max: where(_has_inside(min, max) and x == y, g, 0.0),
     formula="y = min(max(x, low), high);  ∂x = g where low ≤ x ≤ high",
     sample=sample.for_clip,
 )
 def clip(x: Operand, *, min: float | None = None, max: float | None = None) -> Operand:
-    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves, 0 at NaN."""
+    """Limit to [min, max], elementwise; None is no limit. Gradient 1 on the limits themselves, 0 at NaN.
+
+    If min is greater than max, the result is max everywhere, and the gradient 0.
+    """
     if min is None and max is None:
         raise ValueError("clip needs min, max, or both")
     with np.errstate(over="ignore"):  # a limit beyond the dtype is inf
@@ -236,7 +243,7 @@ def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Op
     formula="y = x[index];  ∂x = g, added up at index",
     sample=sample.for_getitem,
 )
-def getitem(x: Operand, *, index: Any) -> Operand:
+def getitem(x: Operand, *, index: Any | None) -> Operand:
     """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
     return x[index]
 
@@ -246,11 +253,11 @@ def getitem(x: Operand, *, index: Any) -> Operand:
     formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
     sample=sample.for_scatter_add,
 )
-def scatter_add(x: Operand, *, index: Any, shape: tuple[int, ...]) -> Operand:
+def scatter_add(x: Operand, *, index: Any | None, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
     if any(isinstance(i, np.ndarray | list | tuple) for i in (index if isinstance(index, tuple) else (index,))):
         wide = np.zeros(shape, np.result_type(x, np.float32) if x.dtype.kind == "f" else x.dtype)  # no sums in half
-        np.add.at(wide, index, x)
+        np.add.at(wide, index, x)  # type: ignore[arg-type]
         return wide.astype(x.dtype, copy=False)
     out = np.zeros(shape, x.dtype)
     out[index] = x  # basic indices do not repeat

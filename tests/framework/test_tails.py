@@ -1,6 +1,7 @@
 """Functions and slopes that are near 0 because something is near 1: every digit, at every order."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -135,3 +136,49 @@ def test_logsumexp_of_infinities_and_of_nothing(route):
         rows = np.array([[-np.inf, -np.inf], [np.inf, 0], [np.nan, 0], [-np.inf, 0]])
         np.testing.assert_array_equal(F.logsumexp(Tensor(rows), axis=1).numpy(), [-np.inf, np.inf, np.nan, 0])
         assert F.logsumexp(Tensor(np.zeros((2, 0))), axis=1).numpy().tolist() == [-np.inf] * 2
+
+
+# ---- kinks and edges --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_clip_with_limits_in_the_wrong_order_is_constant(route, create_graph):
+    x = Tensor(np.array([-2.0, -1, 0, 1, 2]), requires_grad=True)
+    with ROUTES[route]():
+        y = F.clip(x, min=1, max=-1)
+        assert y.numpy().tolist() == [-1] * 5
+        assert grad(y, x, Tensor(np.ones(5)), create_graph=create_graph).numpy().tolist() == [0] * 5
+        kept = grad(F.clip(x, min=1, max=1), x, Tensor(np.ones(5)))
+        assert kept.numpy().tolist() == [0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "norm", [F.instance_norm, partial(F.group_norm, num_groups=1), partial(F.batch_norm, training=True)]
+)
+def test_no_channels_are_normalised_to_nothing(norm):
+    x = Tensor(np.ones((2, 0, 4)), requires_grad=True)
+    y = norm(x)
+    y.backward(np.ones(y.shape))
+    assert y.shape == x.grad.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_zeroth_power_of_nan_has_no_slope(create_graph):
+    a, b = (Tensor(np.array([value]), requires_grad=True) for value in (np.nan, 0.0))
+    y = a**b
+    assert y.item() == 1
+    assert grad(y, a, create_graph=create_graph).item() == 0
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("function", [F.var, F.std, partial(F.var, axis=1), partial(F.var, axis=0)])
+def test_the_gradient_of_a_variance_with_an_infinity_is_nan(function, route):
+    values = np.arange(12.0).reshape(4, 3)
+    values[1, 2] = np.inf
+    x = Tensor(values, requires_grad=True)
+    with ROUTES[route](), np.errstate(invalid="ignore"):
+        y = function(x)
+        got, want = (grad(y, x, Tensor(np.ones(y.shape)), create_graph=c).numpy() for c in (False, True))
+    np.testing.assert_allclose(got, want)
+    assert np.isnan(got[1, 2])

@@ -242,6 +242,16 @@ def test_indexing_with_tensors_and_with_arrays_that_change_later():
         x[3]
 
 
+@pytest.mark.parametrize("index", [None, (None,), (None, 1), (0, None)])
+def test_none_in_an_index_is_a_new_axis(index):
+    x = Tensor([1.0, 2.0, 3.0], requires_grad=True)
+    y = x[index]
+    np.testing.assert_array_equal(y.numpy(), x.numpy()[index])
+    y.backward(np.ones(y.shape))
+    assert x.grad.shape == (3,)
+    assert x.grad.numpy().sum() == y.size
+
+
 COPIES = [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))]
 
 

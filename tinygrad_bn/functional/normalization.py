@@ -98,7 +98,8 @@ def instance_norm(x: Operand, weight: Operand | None = None, bias: Operand | Non
     """
     expect_channels(x)
     expect_several(x, x.shape[0] * x.shape[1], "channel of a sample")
-    return group_norm(x, x.shape[1], weight, bias, eps)
+    blocks = x.shape[0], x.shape[1], 1, math.prod(x.shape[2:])
+    return _block_norm(x, weight, bias, x.shape[1:2], blocks, eps)
 
 
 def rms_norm(

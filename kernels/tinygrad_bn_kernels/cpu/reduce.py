@@ -307,6 +307,7 @@ def var_vjp(
         return NotImplemented
     n = x.size // total.size
     each = np.divide(2 * g.astype(np.float64), n - correction)
+    each = np.where(y == y, each, y)  # with an infinite element the gradient of all is NaN, as the variance is
     return _centred(x, total / n, each, axis, keepdims)
 
 

@@ -61,6 +61,14 @@ def _softplus(T: Any) -> Scalar:
     return lambda x: (x if x > T(0) else T(0)) + math.log1p(math.exp(-abs(x)))
 
 
+def _clip(T: Any) -> Scalar:
+    def clip(x, low, high):
+        raised = x if x >= low or x != x else low  # low may be greater than high, and both may be NaN
+        return raised if raised <= high or raised != raised else high
+
+    return clip
+
+
 def _sign(T: Any) -> Scalar:
     return lambda x: T(1) if x > T(0) else T(-1) if x < T(0) else x
 
@@ -77,7 +85,7 @@ SAME: dict[str, Callable[[Any], Scalar]] = {
     "relu": lambda T: lambda x: T(0) if x <= T(0) else x,
     "maximum": lambda T: lambda a, b: a if a > b or a != a else b,
     "minimum": lambda T: lambda a, b: a if a < b or a != a else b,
-    "clip": lambda T: lambda x, low, high: low if x < low else high if x > high else x,
+    "clip": _clip,
     "relu_vjp": lambda T: lambda g, y: T(0) if y <= T(0) else g,
     "silu_vjp": _silu_vjp,
     "gelu_vjp": _gelu_vjp,

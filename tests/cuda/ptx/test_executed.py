@@ -119,7 +119,8 @@ def test_where_clip_fill_and_conversions(n, m, kind, seed):
     close(run("where", condition, a, b), np.where(condition, a, b))
     for pair in ((a, -a), (a, 0.5), (0.5, a)):
         close(run("where", a > 0, *pair), np.where(a > 0, *pair).astype(np.float32))
-    close(run("clip", a, min=-0.5, max=0.25), np.clip(a, -0.5, 0.25))
+    for low, high in ((-0.5, 0.25), (0.5, -0.25), (math.nan, 0.25), (-0.5, math.nan), (-math.inf, 0.25)):
+        close(run("clip", a, min=low, max=high), np.clip(a, low, high))
     close(run("pad", a, width=((1, 2), (0, 3)), value=7.0), np.pad(a, ((1, 2), (0, 3)), constant_values=7))
     close(run("astype", (a > 0), dtype=np.float32), (a > 0).astype(np.float32))
 
