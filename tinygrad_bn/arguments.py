@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import sys
 import warnings
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-NUMBERS = int, float, np.integer, np.float16, np.float32  # np.float64 is a float; a long double is no number here
 REAL = "?bhilqBHILQefd"  # NumPy's characters of the dtypes to compute with: not of long doubles
 LARGEST_FLOAT = np.finfo(np.float64).max.item()
 INT64 = np.iinfo(np.int64)
@@ -96,8 +94,8 @@ def _annotation(parameter: Parameter) -> str:
     return getattr(parameter.annotation, "__name__", str(parameter.annotation))
 
 
-def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -> Any:
-    """An option of the op `name`, NumPy's scalars as Python's.
+def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any], operands: Sequence[Any]) -> Any:
+    """An option of the op `name` for these operands, NumPy's scalars as Python's.
 
     `last` gets a value that is right and cannot change, so that the same object need not be checked again.
 
@@ -112,7 +110,9 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
     if hasattr(value, "requires_grad"):
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option == "axis":
-        return checked_axis(name, value)
+        axis = checked_axis(name, value)
+        only = type(axis) is tuple and len(axis) == 1 and not getattr(operands[0], "ndim", 0)
+        return axis[0] if only else axis  # NumPy counts 0-d as one element for an integer, but not for a tuple
     if option in last:
         value = last[option] = RANGED[option](f"{name}(): {option}", value)
         return value
@@ -126,25 +126,37 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any]) -
         return python_number(f"{name}(): {option}", value)
     if isinstance(value, str) and kind not in ("str", "Any", "Any | None", "_empty") and not isinstance(default, str):
         raise TypeError(f"{name}(): {option} may not be a text; got {shown(value)}")
-    return value.item() if isinstance(value, np.generic) and value.dtype.kind in "fiub" else value
+    return python_scalar(value)
+
+
+def python_scalar(value: Any) -> Any:
+    """A number of NumPy, or of a subclass such as an enumeration, as Python's own; anything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item() if is_real(value.dtype) else value
+    if type(value) in (int, float, bool) or not isinstance(value, int | float):
+        return value
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _option(value: Any) -> Any:
+    """`python_scalar` of a number, which may stand in an array of no axes."""
+    return python_scalar(value[()] if isinstance(value, np.ndarray) and not value.ndim else value)
 
 
 def python_number(name: str, value: Any) -> Any:
     """A number as Python's. Raises TypeError for anything else; NaN and infinity are numbers."""
-    if isinstance(value, np.ndarray) and not value.ndim:
-        value = value[()]
-    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+    number = _option(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"{name} has to be a number; got {shown(value)}")
-    return value.item() if isinstance(value, np.generic) else value
+    return number
 
 
 def checked_axis(name: str, value: Any) -> Any:
     """An axis or a tuple of axes as Python's integers. Raises TypeError for anything else."""
-    axes = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in axes):
+    axes = tuple(map(_option, value if isinstance(value, tuple) else (value,)))
+    if not all(type(a) is int for a in axes):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {shown(value)}")
-    plain = tuple(map(operator.index, axes))
-    return plain if isinstance(value, tuple) else plain[0]
+    return axes if isinstance(value, tuple) else axes[0]
 
 
 def expect_axis(name: str, x: Any, axis: Any) -> None:
@@ -249,19 +261,20 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     """One number for each axis. Raises ValueError unless `value` is one number, or one for each axis."""
     if type(value) is int and least <= value <= LARGEST:
         return (value,) * ndim  # the usual case, fast
-    each = tuple(value) if isinstance(value, tuple | list | np.ndarray) else (value,) * ndim
-    whole = all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in each)
+    several = isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    each = tuple(map(_option, value if several else (value,) * ndim))
+    whole = all(type(v) is int for v in each)
     if len(each) != ndim or not whole or min(each, default=least) < least:
-        several = f", or {ndim} of them" if ndim > 1 else ""
-        raise ValueError(f"{name} has to be an integer of at least {least}{several}; got {shown(value)}")
+        others = f", or {ndim} of them" if ndim > 1 else ""
+        raise ValueError(f"{name} has to be an integer of at least {least}{others}; got {shown(value)}")
     if max(each, default=0) > LARGEST:
         raise ValueError(f"{name} may be at most 2**60; got {shown(value)}")
-    return tuple(int(v) for v in each)
+    return each
 
 
 def expect_fits_memory(name: str, shape: Sequence[int]) -> None:
-    """Raise MemoryError if an array of this shape has more bytes than can be numbered."""
-    if math.prod(shape) > LARGEST // 2:
+    """Raise MemoryError if an array of this shape has so many elements that its bytes cannot be numbered."""
+    if math.prod(shape) > LARGEST // 2:  # of up to 8 bytes, in an int64
         raise MemoryError(f"{name} would have the shape {tuple(shape)}, which is more than any memory holds")
 
 
@@ -338,7 +351,7 @@ def expect_vectors(x: Any, **vectors: Any) -> None:
 
 def expect_eps(eps: float, zero: bool = True) -> float:
     """`eps`. Raise TypeError unless eps is a number, ValueError if it is negative, not finite, or 0 without `zero`."""
-    expect_number("eps", eps, 0)
+    eps = expect_number("eps", eps, 0)
     if not (eps or zero):
         raise ValueError("eps has to be greater than 0")
     return eps
@@ -348,13 +361,14 @@ def expect_integer(name: str, value: Any, least: float = -math.inf, most: float 
     """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is not in [least, most]."""
     if type(value) is int and least <= value <= most:
         return value  # the usual case, fast
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    number = _option(value)
+    if type(number) is not int:
         raise TypeError(f"{name} has to be an integer; got {shown(value)}")
-    if value < least:
+    if number < least:
         raise ValueError(f"{name} has to be at least {least}; got {shown(value)}")
-    if value > most:
+    if number > most:
         raise ValueError(f"{name} may be at most {most}; got {shown(value)}")
-    return int(value)
+    return number
 
 
 def expect_size(name: str, value: Any) -> int:
@@ -365,24 +379,23 @@ def expect_size(name: str, value: Any) -> int:
 def expect_number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, finite: bool = True
 ) -> Any:
-    """`value`, a scalar of NumPy as Python's.
+    """`value` as a number of Python.
 
     Raises TypeError unless it is a number, ValueError if it is NaN, infinite, not in [least, most], or an integer that
     a float64 cannot hold.
     """
     if type(value) is float and least <= value <= most and -math.inf < value < math.inf:
         return value  # the usual case, fast
-    if isinstance(value, bool) or not isinstance(value, NUMBERS):
-        raise TypeError(f"{name} has to be a number; got {shown(value)}")
-    within = least <= value <= most  # NaN is not
+    number = python_number(name, value)
+    within = least <= number <= most  # NaN is not
     if not within and least > -math.inf:
         wanted = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name} has to be {wanted}; got {shown(value)}")
-    if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
+    if isinstance(number, int) and abs(number) > LARGEST_FLOAT:
         raise ValueError(f"{name} is an integer too large for a float: {shown(value)}")
-    if not within or (finite and not math.isfinite(value)):
+    if not within or (finite and not math.isfinite(number)):
         raise ValueError(f"{name} has to be {'finite' if finite else 'a number'}; got {value}")
-    return value.item() if isinstance(value, np.generic) else value
+    return number
 
 
 def _ranged(least: float, most: float) -> Callable[[str, Any], Any]:
@@ -398,9 +411,7 @@ def expect_reduction(name: str, value: Any) -> Any:
 
 def expect_int64(name: str, value: Any) -> int:
     """`value` as an int. Raises TypeError unless it is an integer, ValueError unless it is an int64."""
-    if not INT64.min <= (integer := expect_integer(name, value)) <= INT64.max:
-        raise ValueError(f"{name} has to be an int64; got {shown(value)}")
-    return integer
+    return expect_integer(name, value, INT64.min, INT64.max)
 
 
 # Options of ops that have a range, by name. A kernel would not ask.
@@ -411,7 +422,7 @@ RANGED: dict[str, Callable[[str, Any], Any]] = {
 
 # The options of BatchNorm, each with its check.
 BATCH_NORM: Mapping[str, Callable[[str, Any], Any]] = {
-    "num_features": lambda name, value: expect_integer(name, value, 1, LARGEST),
+    "num_features": expect_size,
     "eps": lambda _, value: expect_eps(value, zero=False),
     "momentum": lambda name, value: None if value is None else expect_number(name, value, 0, 1),
     "virtual_batch_size": lambda name, value: None if value is None else expect_integer(name, value, 1),

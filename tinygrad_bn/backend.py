@@ -21,7 +21,7 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import is_owner
 
-from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, shown
+from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, python_scalar, shown
 from tinygrad_bn.modes import Mode
 
 __all__ = [
@@ -165,20 +165,17 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
     if arrays and getattr(arrays[0], "dtype", None) is own and not isinstance(arrays[0], np.generic):
         return y  # the usual case: `_kernel` looked at this dtype
     expect_numbers(op.name, arrays)
-    dtypes: list[Any] = []
-    scalars: list[Any] = []
-    for a in arrays:
-        if hasattr(a, "dtype"):
-            (scalars if isinstance(a, np.generic) else dtypes).append(a.dtype)
-    if scalars and dtypes and not op.updates:  # NumPy's scalars beside arrays are numbers, as Python's
-        return forward(op, [a.item() if isinstance(a, np.generic) else a for a in arrays], params)[0]
+    plain = [python_scalar(a) for a in arrays]  # NumPy's scalars, and subclasses of int and float, as numbers
+    dtypes = [a.dtype for a in plain if hasattr(a, "dtype")]
+    if dtypes and not op.updates and any(p is not a for p, a in zip(plain, arrays, strict=True)):
+        return forward(op, plain, params)[0]
     if own.char not in REAL:  # of integers beyond int64, or of None
         raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
     if own.kind in "iu":
         _expect_held(op, own, arrays, params)
     if own.kind != "f":
         return y
-    dtypes = dtypes or scalars
+    dtypes = dtypes or [a.dtype for a in arrays if hasattr(a, "dtype")]
     floating = [d for d in dtypes if d.kind == "f"]
     if len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
         return y

@@ -17,7 +17,17 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import bind, checked, expect_declaration, expect_leaf, fast, flag, holds_numbers, is_floating
+from tinygrad_bn.arguments import (
+    bind,
+    checked,
+    expect_declaration,
+    expect_leaf,
+    fast,
+    flag,
+    holds_numbers,
+    is_floating,
+    python_scalar,
+)
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
 from tinygrad_bn.notebook import TensorInNotebook
@@ -117,8 +127,7 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
 
 def _constant(operand: Any) -> Any:
     """A Python number, which takes the dtype of the other operand, or None; a copy of anything else as a Tensor."""
-    if isinstance(operand, np.generic) and operand.dtype.kind in "fiub":
-        return operand.item()
+    operand = python_scalar(operand)
     return operand if operand is None or isinstance(operand, bool | int | float | Tensor) else Tensor(operand)
 
 
@@ -218,7 +227,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
             operands, params = bind(name, names, given, options, operands, params)
         for option, value in params.items():
             if type(value) not in unchecked[option] and value is not last.get(option, last):
-                params[option] = checked(name, options[option], value, last)
+                params[option] = checked(name, options[option], value, last, operands)
         return apply(op, operands, {**defaults, **params})
 
     @wraps(function)

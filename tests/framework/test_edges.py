@@ -520,3 +520,69 @@ def test_a_size_may_be_a_small_integer_of_numpy():
     assert nn.GroupNorm(np.int8(100), 300)(x).shape == x.shape
     assert len(Batches(x, x, batch_size=np.int8(2))) == 1
     assert len(Batches(np.arange(800), np.arange(800), batch_size=np.int8(100))) == 8
+
+
+class Whole(int):
+    pass
+
+
+class Real(float):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("made", [np.asarray, Tensor], ids=["arrays", "tensors"])
+def test_subclasses_of_numbers_are_numbers(made, dtype):
+    x = made(np.array([1.5, -2.0], dtype))
+    calls = {
+        "mul": lambda n: F.mul(x, n), "reflected": lambda n: F.mul(n, x), "add": lambda n: F.add(x, n),
+        "pow": lambda n: F.pow(F.abs(x), n), "maximum": lambda n: F.maximum(x, n), "clip": lambda n: F.clip(x, min=n),
+        "leaky_relu": lambda n: F.leaky_relu(x, n), "elu": lambda n: F.elu(x, n),
+        "where": lambda n: F.where(x > 0, x, n),
+    }  # fmt: skip
+    for name, call in calls.items():
+        for own, plain in ((Whole(2), 2), (Real(2.0), 2.0), (np.float16(2), 2.0), (np.int8(2), 2)):
+            result, want = call(own), call(plain)
+            assert result.dtype == want.dtype == dtype, name
+            assert np.array_equal(np.asarray(result), np.asarray(want)), name
+
+
+def test_options_of_small_dtypes_are_not_computed_with_in_them():
+    def trained(convert):
+        p = nn.Parameter(np.ones(3, np.float32))
+        optimizer = optim.AdamW([p], lr=convert(0.01), weight_decay=convert(0.1), betas=(convert(0.5), convert(0.75)))
+        schedule = optim.StepLR(optimizer, 1, gamma=convert(0.3))
+        for _ in range(15):
+            p.grad = Tensor(np.float32([6000, 8000, 1]))
+            optim.clip_grad_norm_([p], convert(0.1))
+            optimizer.step()
+            schedule.step()
+        return p.numpy(), optimizer.param_groups[0]["lr"]
+
+    half, wide = trained(np.float16), trained(lambda v: float(np.float16(v)))
+    np.testing.assert_array_equal(half[0], wide[0])
+    assert half[1] == wide[1] > 0
+
+
+def test_a_size_may_stand_in_an_array_without_axes():
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 6)).astype(np.float32)
+    w = np.ones((2, 4, 3, 3), np.float32)
+    two = np.array(2)
+    assert np.array_equal(F.conv2d(x, w, stride=two, padding=two), F.conv2d(x, w, stride=2, padding=2))
+    assert np.array_equal(F.max_pool2d(x, two), F.max_pool2d(x, 2))
+    assert nn.LayerNorm(np.array(6)).weight.shape == (6,)
+    assert nn.Conv1d(200, 200, 1, groups=np.int8(100)).weight.shape == (200, 2, 1)
+    assert nn.Dropout(np.array(0.5)).p == 0.5
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "max", "min", "var", "std", "logsumexp", "softmax"])
+def test_a_tuple_of_one_axis_is_that_axis(name):
+    function = getattr(F, name)
+    for x in (np.float32([3.0])[0], np.float32([1, 2, 4])):
+        t = Tensor(x, requires_grad=True)
+        (y := function(t, axis=(0,))).backward(np.ones(y.shape, np.float32))
+        got = t.grad.numpy()
+        t.zero_grad()
+        (want := function(t, axis=0)).backward(np.ones(y.shape, np.float32))
+        assert np.array_equal(y.numpy(), want.numpy())
+        assert np.array_equal(got, t.grad.numpy())

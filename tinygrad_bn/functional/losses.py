@@ -79,7 +79,7 @@ def l1_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tenso
 
 def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduction = "mean") -> Tensor:
     """½ d² where |d| ≤ delta, delta · (|d| − ½ delta) elsewhere, with d = x − target (Huber 1964)."""
-    expect_number("delta", delta, finite=False)
+    delta = expect_number("delta", delta, finite=False)
     if not delta > 0:
         raise ValueError(f"delta has to be greater than 0; got {shown(delta)}")
     (x, target), dtype = _working(x, target)
@@ -262,7 +262,8 @@ def cross_entropy(
     Args:
         x: logits (N, C, ...).
         target: class indices (N, ...), of an integer dtype.
-        weight: weight of each class (C,); 'mean' divides by the sum of the targets' weights.
+        weight: weight of each class (C,), which leaves the dtype of the loss that of x; 'mean' divides by the sum of
+            the targets' weights.
         ignore_index: targets of this value do not count.
         reduction: 'mean', 'sum', or 'none' for (N, ...).
         label_smoothing: in [0, 1]: how much of the target's probability is spread over all classes.
@@ -274,7 +275,7 @@ def cross_entropy(
     >>> cross_entropy(Tensor([[0.0, 0.0]]), np.array([1])).item()  # log 2
     0.6931471824645996
     """
-    expect_number("label_smoothing", label_smoothing, 0, 1)
+    label_smoothing = expect_number("label_smoothing", label_smoothing, 0, 1)
     classes = _classes(x, target, ignore_index)
     weight = _class_weight(weight, x)
     loss = softmax_cross_entropy(

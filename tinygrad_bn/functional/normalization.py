@@ -114,8 +114,7 @@ def rms_norm(
 
 def last_axes(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the axes to normalise over. Raises ValueError unless it is one size of 1 or more, or several."""
-    several = isinstance(normalized_shape, tuple | list | np.ndarray)
-    shape = each_axis(normalized_shape, len(normalized_shape) if several else 1, "normalized_shape", 1)  # type: ignore[arg-type]
+    shape = each_axis(normalized_shape, np.size(normalized_shape), "normalized_shape", 1)
     if not shape:
         raise ValueError("normalized_shape is empty: there is no axis to normalise over")
     expect_fits_memory("the block to normalise", shape)

@@ -34,7 +34,7 @@ def _floating(x: Operand) -> Operand:
 
 def _divided(total: Operand, n: int, correction: float = 0) -> Operand:
     """total / (n − correction). Of nothing it is NaN, but not 0 / 0: so its gradients are 0, of every order."""
-    expect_number("correction", correction)
+    correction = expect_number("correction", correction)
     return total / max(n - correction, 0) if n else total + math.nan
 
 

@@ -42,7 +42,7 @@ class _Conv(Module):
         self.out_channels = expect_size("out_channels", out_channels)
         self.groups = expect_size("groups", groups)
         expect_flags(bias=bias)
-        if in_channels % groups or out_channels % groups:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(f"{in_channels} and {out_channels} channels do not divide into {groups} groups")
         self.kernel_size = each_axis(kernel_size, self._ndim, "kernel_size", 1)
         self.stride, self.padding, self.dilation = stride, padding, dilation
@@ -51,7 +51,7 @@ class _Conv(Module):
         bound = 1 / math.sqrt(math.prod(self._weight_shape()[1:]))  # the fan-in, as PyTorch counts it
         self.weight = Parameter(np.empty(self._weight_shape(), np.float32))
         init.uniform_(self.weight, -bound, bound, rng)
-        self.bias = Parameter(np.empty(out_channels, np.float32)) if bias else None
+        self.bias = Parameter(np.empty(self.out_channels, np.float32)) if bias else None
         if self.bias is not None:
             init.uniform_(self.bias, -bound, bound, rng)
 

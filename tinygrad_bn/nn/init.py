@@ -26,7 +26,7 @@ def _expect_weight(t: Tensor) -> None:
 def constant_(t: Tensor, value: float) -> Tensor:
     """Set every element to `value`."""
     _expect_weight(t)
-    expect_number("value", value, finite=False)
+    value = expect_number("value", value, finite=False)
     t.data = np.full(t.shape, value)
     return t
 
@@ -44,8 +44,8 @@ def ones_(t: Tensor) -> Tensor:
 def normal_(t: Tensor, mean: float = 0.0, std: float = 1.0, rng: Rng = None) -> Tensor:
     """Normal distribution with this mean and standard deviation."""
     _expect_weight(t)
-    expect_number("mean", mean)
-    expect_number("std", std, 0)
+    mean = expect_number("mean", mean)
+    std = expect_number("std", std, 0)
     t.data = generator(rng).normal(mean, std, t.shape)
     return t
 
@@ -53,8 +53,8 @@ def normal_(t: Tensor, mean: float = 0.0, std: float = 1.0, rng: Rng = None) -> 
 def uniform_(t: Tensor, low: float = 0.0, high: float = 1.0, rng: Rng = None) -> Tensor:
     """Uniform distribution on [low, high)."""
     _expect_weight(t)
-    expect_number("low", low)
-    expect_number("high", high, low)
+    low = expect_number("low", low)
+    high = expect_number("high", high, low)
     t.data = generator(rng).uniform(low, high, t.shape)
     return t
 
@@ -73,7 +73,7 @@ def fans(t: Tensor) -> tuple[int, int]:
 
 def gain(nonlinearity: str, slope: float = 0.01) -> float:
     """Factor for the standard deviation of weights that keeps the variance; `slope` is leaky_relu's negative slope."""
-    expect_number("slope", slope)
+    slope = expect_number("slope", slope)
     gains = {
         "linear": 1.0,
         "sigmoid": 1.0,
@@ -87,7 +87,7 @@ def gain(nonlinearity: str, slope: float = 0.01) -> float:
 
 
 def _xavier_std(t: Tensor, gain: float) -> float:
-    expect_number("gain", gain, 0)
+    gain = expect_number("gain", gain, 0)
     return gain * math.sqrt(2 / max(sum(fans(t)), 1))  # 1 for an empty weight
 
 
@@ -133,7 +133,7 @@ def kaiming_uniform_(
 
 def orthogonal_(t: Tensor, gain: float = 1.0, rng: Rng = None) -> Tensor:
     """`gain` times a matrix (out, fan_in) whose rows, or columns if fewer, are orthonormal (Saxe et al. 2013)."""
-    expect_number("gain", gain)
+    gain = expect_number("gain", gain)
     columns, rows = fans(t)[0], t.shape[0]
     flat = generator(rng).normal(size=(max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(flat)

@@ -97,8 +97,7 @@ class LeakyReLU(Module):
     """x where x > 0, negative_slope · x elsewhere."""
 
     def __init__(self, negative_slope: float = 0.01) -> None:
-        expect_number("negative_slope", negative_slope)
-        self.negative_slope = negative_slope
+        self.negative_slope = expect_number("negative_slope", negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(x, self.negative_slope)
@@ -111,8 +110,7 @@ class ELU(Module):
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
 
     def __init__(self, alpha: float = 1.0) -> None:
-        expect_number("alpha", alpha)
-        self.alpha = alpha
+        self.alpha = expect_number("alpha", alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.elu(x, self.alpha)

@@ -89,7 +89,7 @@ def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float
     A norm that is not finite leaves the gradients unchanged, so that the fault shows. Raises ValueError for a
     `max_norm` below 0, TypeError for params that are not tensors.
     """
-    expect_number("max_norm", max_norm, 0, finite=False)
+    max_norm = expect_number("max_norm", max_norm, 0, finite=False)
     return _clip_norm(listed(params), max_norm)
 
 
@@ -105,6 +105,6 @@ def _clip_norm(params: list[Any], max_norm: float) -> float:
 
 def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> None:
     """Limit every element of every gradient to [−clip_value, clip_value]; ValueError for a limit below 0."""
-    expect_number("clip_value", clip_value, 0, finite=False)
+    clip_value = expect_number("clip_value", clip_value, 0, finite=False)
     for p, g in _gradients(params):
         p.grad = Tensor._of(as_array(clip(g, min=-clip_value, max=clip_value)))

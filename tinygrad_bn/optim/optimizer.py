@@ -231,7 +231,9 @@ def _check_options(group: Group) -> None:
     for option, (least, most) in RANGES.items():
         value = group.get(option, 0.0)
         if not (type(value) is float and 0 <= value < 1):  # the usual case, as every step asks
-            expect_number(option, value, least, most)
+            value = expect_number(option, value, least, most)
+            if option in group:
+                group[option] = value  # a scalar of NumPy would round the arithmetic of the step
     expect_flags(nesterov=group.get("nesterov", False), centered=group.get("centered", False))
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
@@ -239,6 +241,8 @@ def _check_options(group: Group) -> None:
     two = isinstance(betas, tuple | list) and len(betas) == 2
     if not two or not all(isinstance(b, Real) and not isinstance(b, bool) and 0 <= float(b) < 1 for b in betas):
         raise ValueError(f"betas have to be two numbers in [0, 1); got {shown(betas)}")
+    if "betas" in group and not all(type(b) is float for b in betas):
+        group["betas"] = tuple(map(float, betas))
 
 
 def param_groups(model: Module, decay: float) -> list[Group]:
@@ -250,7 +254,7 @@ def param_groups(model: Module, decay: float) -> list[Group]:
     """
     if not hasattr(model, "modules"):
         raise TypeError(f"model has to be a module; got a {type(model).__name__}")
-    expect_number("decay", decay, 0)
+    decay = expect_number("decay", decay, 0)
     undecayed = {p for m in model.modules() if hasattr(m, "normalized_shape") for p in m.parameters()}
     undecayed |= {p for p in model.parameters() if p.ndim < 2}
     return [

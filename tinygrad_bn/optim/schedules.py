@@ -48,7 +48,7 @@ class Schedule:
         self._check_all()
         groups = self.optimizer.param_groups
         for group in groups:
-            expect_number("lr", group["lr"], 0)
+            group["lr"] = expect_number("lr", group["lr"], 0)
         self.t += 1
         try:
             rates = [expect_number("lr", self.next_lr(g["lr"], g["initial_lr"]), 0) for g in groups]
@@ -99,7 +99,7 @@ class Schedule:
     def _check_all(self) -> None:
         if not isinstance(self.optimizer, Optimizer):
             raise TypeError(f"a schedule takes an Optimizer; got a {type(self.optimizer).__name__}")
-        expect_integer("t", self.t, 0)
+        self.t = expect_integer("t", self.t, 0)
         self._check()
 
     def _check(self) -> None:
@@ -114,8 +114,8 @@ class StepLR(Schedule):
         super().__init__(optimizer)
 
     def _check(self) -> None:
-        expect_size("step_size", self.step_size)
-        expect_number("gamma", self.gamma, 0)
+        self.step_size = expect_size("step_size", self.step_size)
+        self.gamma = expect_number("gamma", self.gamma, 0)
 
     def next_lr(self, lr: float, initial: float) -> float:
         return lr if self.t % self.step_size else lr * self.gamma
@@ -132,8 +132,8 @@ class CosineAnnealingLR(Schedule):
         super().__init__(optimizer)
 
     def _check(self) -> None:
-        expect_size("T_max", self.T_max)
-        expect_number("eta_min", self.eta_min, 0)
+        self.T_max = expect_size("T_max", self.T_max)
+        self.eta_min = expect_number("eta_min", self.eta_min, 0)
 
     def next_lr(self, lr: float, initial: float) -> float:
         before, now = (1 + math.cos(math.pi * t / self.T_max) for t in (self.t - 1, self.t))
@@ -152,10 +152,10 @@ class WarmupLR(Schedule):
         self.warmup_steps, self.after = warmup_steps, after
         super().__init__(optimizer)
         for group in optimizer.param_groups:
-            group["lr"] /= warmup_steps + 1
+            group["lr"] /= self.warmup_steps + 1
 
     def _check(self) -> None:
-        expect_size("warmup_steps", self.warmup_steps)
+        self.warmup_steps = expect_size("warmup_steps", self.warmup_steps)
         if not (self.after is None or isinstance(self.after, Schedule)):
             raise TypeError(f"after has to be a Schedule or None; got {shown(self.after)}")
         if self.after is not None and self.after.optimizer is not self.optimizer:

@@ -105,13 +105,13 @@ def fit(
         RuntimeError: the device is not available; the message says why.
     """
     expect_model(model, loss)
-    expect_integer("epochs", epochs, 0)
+    epochs = expect_integer("epochs", epochs, 0)
     expect_flags(progress=progress, capture=capture)
     expect_text("description", description)
     if nonfinite not in ("raise", "skip", "restore", "ignore"):
         raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {shown(nonfinite)}")
     if clip_norm is not None:
-        expect_number("clip_norm", clip_norm, 0, finite=False)
+        clip_norm = expect_number("clip_norm", clip_norm, 0, finite=False)
     callbacks = list(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else [callbacks]
     if not all(map(callable, callbacks)):
         raise TypeError(f"callbacks are functions (history, model); got {shown(callbacks)}")

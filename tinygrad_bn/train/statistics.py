@@ -93,7 +93,7 @@ def _pooled(batches: Sequence[nn.BatchStatistics], correction: int) -> tuple[Arr
 
 def _split(n: int, batch_size: int) -> list[Array]:
     """Indices 0 … n − 1 in a fixed random order, split into equal parts (±1) of at least `batch_size`, or one part."""
-    expect_integer("batch_size", batch_size, 1)
+    batch_size = expect_integer("batch_size", batch_size, 1)
     if not n:
         raise ValueError("no samples to compute statistics from")
     return np.array_split(np.random.default_rng(0).permutation(n), max(1, n // batch_size))
