@@ -317,7 +317,8 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
         array = np.asarray(data)
     except (ValueError, TypeError) as error:
         raise type(error)(f"a Tensor holds real numbers, in lists of equal lengths: {error}") from error
-    if dtype is not None and array.dtype.kind not in "fiub":
+    large = array.dtype == object and all(type(v) in (int, float) for v in array.flat)  # integers beyond 64 bits
+    if dtype is not None and array.dtype.kind not in "fiub" and not large:
         raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
     array = np.array(array if typed else data, dtype)  # not `astype`, which would wrap integers that do not fit
     if array.dtype.char not in REAL:

@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
 from contextvars import ContextVar, copy_context
 from functools import partial, wraps
-from inspect import CO_ITERABLE_COROUTINE, isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from inspect import (
+    CO_ITERABLE_COROUTINE,
+    CORO_CREATED,
+    GEN_CREATED,
+    getcoroutinestate,
+    getgeneratorstate,
+    isasyncgenfunction,
+    iscoroutinefunction,
+    isgeneratorfunction,
+)
 from itertools import repeat, starmap
 from typing import Any, Generic, TypeVar
 
@@ -84,7 +93,7 @@ class Block(io.IOBase, ContextDecorator, Generic[T]):
 
     def _in_body(self, body: Any) -> Any:
         """The generator or coroutine that a decorated function returned, with this change in its body."""
-        if not isinstance(body, types.AsyncGeneratorType):
+        if not (isinstance(body, types.AsyncGeneratorType) or _began(body)):
             body.close()
         raise TypeError(f"the body of {body.__qualname__} runs after the call: use a with block in it")
 
@@ -102,6 +111,8 @@ class Mode(Block[Any]):
         return super()._decorated(function) if kind is None else _pausing(kind, function, self)
 
     def _in_body(self, body: Any) -> Any:
+        if _began(body):
+            return body
         paused = _pausing(type(body), lambda: body, self)
         awaitable = _is_awaitable(getattr(body, "gi_code", None))
         return (types.coroutine(paused) if awaitable else paused)()
@@ -111,6 +122,13 @@ def attributes_as_before(attributes: Iterable[tuple[object, str]]) -> Callable[[
     """A function in C that gives attributes, each an object and a name, the values that they have now."""
     states = [(vars(owner), {name: getattr(owner, name)}) for owner, name in attributes]
     return partial(deque, starmap(dict.update, states), 0)
+
+
+def _began(body: Any) -> bool:
+    """Whether this generator or coroutine began before. Then the function that returns it did not make it."""
+    if isinstance(body, types.GeneratorType):
+        return getgeneratorstate(body) != GEN_CREATED
+    return isinstance(body, types.CoroutineType) and getcoroutinestate(body) != CORO_CREATED
 
 
 BODIES = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)

@@ -474,6 +474,14 @@ def test_data_that_a_dtype_cannot_hold_are_refused(data, dtype):
         Tensor(data, dtype=dtype)
 
 
+def test_integers_beyond_int64_that_a_dtype_holds():
+    assert Tensor([2**64, -1], dtype=np.float64).numpy().tolist() == [2.0**64, -1.0]
+    assert Tensor([2**63 + 1, 1], dtype=np.uint64).numpy().tolist() == [2**63 + 1, 1]
+    for data in ([2**64], [None, 1.0], ["1"]):
+        with pytest.raises(TypeError, match="real numbers"):
+            Tensor(data, dtype=None if data == [2**64] else np.float64)
+
+
 def test_the_error_of_a_users_op_is_not_its_own_cause():
     @primitive(lambda g, y, x: g, formula="y = x", sample=elementwise(REAL))
     def failing_op(x):

@@ -312,3 +312,13 @@ def test_what_cannot_be_decorated_is_refused(wrong):
 def test_recording_is_true_or_false():
     with pytest.raises(TypeError, match="on has to be True or False; got 'no'"):
         recording("no")
+
+
+def test_a_generator_that_began_before_is_returned_as_it_is():
+    def numbers():
+        yield from range(3)
+
+    begun = numbers()
+    next(begun)
+    assert no_grad()(lambda: begun)() is begun
+    assert list(begun) == [1, 2]
