@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from tinygrad_bn_kernels import ENABLED, RENEWED_IN_CHILDREN
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
-from tinygrad_bn_kernels.cpu.memory import is_owner
+from tinygrad_bn_kernels.cpu.memory import empty, is_owner
 
 from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, python_scalar, shown
 from tinygrad_bn.modes import Mode
@@ -362,7 +362,8 @@ def full(like: Any, value: float, dtype: DTypeLike | None = None) -> Any:
 def join(arrays: Sequence[Any]) -> Any:
     """The elements of arrays of one device, one after the other, on one axis."""
     if device_of(arrays[0]) == "cpu":
-        return np.concatenate(arrays, axis=None)
+        out = empty((arrays[0].size,), arrays[0].dtype) if len(arrays) == 1 else None  # from memory that was freed
+        return np.concatenate(arrays, axis=None, out=out)
     return find_kernel("concatenate", "cuda")(*[a.reshape(-1) for a in arrays], axis=0)  # type: ignore[misc]
 
 
