@@ -26,7 +26,8 @@ from tinygrad_bn.modes import Mode
 
 __all__ = [
     "Array", "as_array", "atomic", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
-    "find_kernel", "forward", "full", "join", "kernels_disabled", "move", "to_numpy", "updating", "vjp",
+    "find_kernel", "forward", "full", "join", "kernels_disabled", "move", "python_scalar", "to_numpy", "updating",
+    "vjp",
 ]  # fmt: skip
 
 Array: TypeAlias = NDArray[Any]
@@ -34,7 +35,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Op: TypeAlias = Any  # a `tensor.Op`; this file imports nothing from above it
 DEVICES = ("cpu", "cuda")
-ROUND_TWICE = {"rsqrt", "sech_squared", "sigmoid", "softplus"}  # ops whose reference takes several steps of NumPy
 LARGEST_HALF = float(np.finfo(np.float16).max)
 # Errors that `forward` explains with the op's operands.
 REPORTED = (IndexError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
@@ -212,8 +212,8 @@ def vjp(
 
 
 def pull(op: Op, g: Any, y: Any, xs: Sequence[Any], needs: Sequence[bool], params: dict[str, Any]) -> list[Any]:
-    """The gradients by the op's rules, of arrays or tensors. Of half precision in float32: the engine rounds them."""
-    if g.dtype.char == "e":
+    """The gradients by the op's rules, of arrays or tensors. Half precision in float32: the engine rounds them."""
+    if g.dtype.char == "e" and not op.exact:
         g, y, *xs = (_single(x) for x in (g, y, *xs))
     gxs: list[Any] = op.pull(g, y, xs, needs, params)
     return gxs
@@ -234,7 +234,7 @@ def _in_single(reference: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
-def _rounds_once(op: Op, arrays: Sequence[Any]) -> bool:
+def _needs_single(op: Op, arrays: Sequence[Any]) -> bool:
     """Whether `op` of half precision has to be computed in float32: NumPy would round a number, or between steps.
 
     A comparison rounds the number, so that a half 0.1 equals 0.1, unless it would become infinite.
@@ -244,7 +244,7 @@ def _rounds_once(op: Op, arrays: Sequence[Any]) -> bool:
     numbers = [a for a in arrays if type(a) in (int, float)]
     if not op.differentiable:
         return any(abs(n) > LARGEST_HALF for n in numbers)
-    return bool(numbers) or op.name in ROUND_TWICE
+    return bool(numbers) or not op.exact
 
 
 def kernels_disabled() -> Mode:
@@ -279,7 +279,7 @@ def _half_kernel(name: str, arrays: Sequence[Any], op: Op) -> Any:
     """`_kernel` where the first array is of half precision."""
     first = arrays[0]
     kernel = find_kernel(name, "cpu") if isinstance(first, np.ndarray) and first.dtype.isnative else None
-    if kernel is None and op is not None and not op.fused and _rounds_once(op, arrays):
+    if kernel is None and op is not None and not op.fused and _needs_single(op, arrays):
         return _in_single(op.forward)
     return kernel
 

@@ -242,6 +242,7 @@ def argmin(x: Operand, *, axis: int | None = None, keepdims: bool = False) -> Op
     lambda g, y, x, *, index: scatter_add(g, index=index, shape=x.shape),
     formula="y = x[index];  ∂x = g, added up at index",
     sample=sample.for_getitem,
+    exact=True,
 )
 def getitem(x: Operand, *, index: Any | None) -> Operand:
     """Basic and advanced indexing as in NumPy. Repeated indices add up in the gradient."""
@@ -252,6 +253,7 @@ def getitem(x: Operand, *, index: Any | None) -> Operand:
     lambda g, y, x, *, index, shape: getitem(g, index=index),
     formula="y = 0 of shape, and x added up at index;  ∂x = g[index]",
     sample=sample.for_scatter_add,
+    exact=True,
 )
 def scatter_add(x: Operand, *, index: Any | None, shape: tuple[int, ...]) -> Operand:
     """Zeros of `shape` with `x` added at `index`, repeatedly where it repeats: the adjoint of `getitem`."""
@@ -281,6 +283,7 @@ def _concatenate_rule(i: int, g: Any, y: Any, *xs: Any, axis: int) -> Any:
     each=_concatenate_rule,
     formula="y = x₀, x₁, … one after the other;  ∂xᵢ = its part of g",
     sample=sample.for_concatenate,
+    exact=True,
 )
 def concatenate(*xs: Operand, axis: int = 0) -> Operand:
     """Join along an axis that is there; `functional.concatenate` takes a list, as NumPy does."""
@@ -291,6 +294,7 @@ def concatenate(*xs: Operand, axis: int = 0) -> Operand:
     each=lambda i, g, y, *xs, axis: getitem(g, index=(slice(None),) * (axis % g.ndim) + (i,)),
     formula="y = x₀, x₁, … along a new axis;  ∂xᵢ = the i-th of g",
     sample=lambda d: ((d.array(REAL, (2, 3)), d.array(REAL, (2, 3))), {"axis": d.choice([0, 1, -1])}),
+    exact=True,
 )
 def stack(*xs: Operand, axis: int = 0) -> Operand:
     """Join along a new axis; `functional.stack` takes a list, as NumPy does."""
@@ -303,6 +307,7 @@ def stack(*xs: Operand, axis: int = 0) -> Operand:
     ),
     formula="y = x with a border of value;  ∂x = g without the border",
     sample=sample.for_pad,
+    exact=True,
 )
 def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float | bool = 0.0) -> Operand:
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""

@@ -27,6 +27,7 @@ from tinygrad_bn.tensor import Axis, Operand, primitive
     lambda g, y, a, b: g,
     formula="y = a + b;  ∂a = g,  ∂b = g",
     sample=broadcasting(REAL, REAL),
+    exact=True,
 )
 def add(a: Operand, b: Operand) -> Operand:
     """Sum, elementwise with NumPy broadcasting."""
@@ -38,6 +39,7 @@ def add(a: Operand, b: Operand) -> Operand:
     lambda g, y, a, b: -g,
     formula="y = a − b;  ∂a = g,  ∂b = −g",
     sample=broadcasting(REAL, REAL),
+    exact=True,
 )
 def sub(a: Operand, b: Operand) -> Operand:
     """Difference, elementwise with NumPy broadcasting."""
@@ -66,7 +68,7 @@ def div(a: Operand, b: Operand) -> Operand:
     return np.true_divide(a, b)
 
 
-@primitive(lambda g, y, x: -g, formula="y = −x;  ∂x = −g", sample=elementwise(REAL))
+@primitive(lambda g, y, x: -g, formula="y = −x;  ∂x = −g", sample=elementwise(REAL), exact=True)
 def neg(x: Operand) -> Operand:
     """Negative, elementwise."""
     return np.negative(x)
@@ -142,6 +144,7 @@ def _accumulator(x: Any) -> Any:
     lambda g, y, x, *, axis, keepdims: broadcast_to(kept(g, x, axis, keepdims), shape=x.shape),
     formula="y = Σ x over axis;  ∂x = g, repeated",
     sample=reducing(),
+    exact=True,
 )
 def sum(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     """Sum over `axis` (an int, a tuple, or None for all). float16 and float32 accumulate in float64."""
@@ -153,6 +156,7 @@ def sum(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Operand:
     lambda g, y, x, *, shape: sum_to(g, shape=x.shape),
     formula="y = x, repeated to shape;  ∂x = g, summed back",
     sample=sample.for_broadcast_to,
+    exact=True,
 )
 def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Repeat `x` to `shape` by NumPy's rules, without a copy."""
@@ -163,6 +167,7 @@ def broadcast_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     lambda g, y, x, *, shape: broadcast_to(g, shape=x.shape),
     formula="y = Σ x over the axes that broadcasting repeated;  ∂x = g, repeated",
     sample=sample.for_sum_to,
+    exact=True,
 )
 def sum_to(x: Operand, *, shape: tuple[int, ...]) -> Operand:
     """Sum `x` down to `shape`: the adjoint of `broadcast_to`."""
@@ -225,6 +230,7 @@ def matmul(a: Operand, b: Operand) -> Operand:
     lambda g, y, x, *, shape: reshape(g, shape=x.shape),
     formula="y = x in another shape;  ∂x = g in x's shape",
     sample=sample.for_reshape,
+    exact=True,
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
     """The same elements in another shape; one -1 stands for the remaining elements."""
@@ -234,10 +240,8 @@ def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
 @primitive(
     lambda g, y, x, *, axes: transpose(g, axes=None if axes is None else tuple(np.argsort(np.mod(axes, x.ndim)))),
     formula="y = x with its axes permuted;  ∂x = g with them permuted back",
-    sample=lambda d: (
-        (d.array(REAL, (2, 3, 4)),),
-        {"axes": d.choice([None, (1, 2, 0), (0, -1, 1), (2, 1, 0)])},
-    ),
+    sample=lambda d: ((d.array(REAL, (2, 3, 4)),), {"axes": d.choice([None, (1, 2, 0), (0, -1, 1), (2, 1, 0)])}),
+    exact=True,
 )
 def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
     """Permute the axes, without a copy; in reverse order if `axes` is None."""
@@ -248,6 +252,7 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
     lambda g, y, x, *, dtype: g,
     formula="y = x in another dtype;  ∂x = g in x's dtype",
     sample=lambda d: ((d.array(REAL, d.shape()),), {"dtype": np.float64}),
+    exact=True,
 )
 def astype(x: Operand, *, dtype: Any) -> Operand:
     """Convert to another dtype, of real numbers or booleans. Raises TypeError for any other."""

@@ -17,17 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import (
-    bind,
-    checked,
-    expect_declaration,
-    expect_leaf,
-    fast,
-    flag,
-    holds_numbers,
-    is_floating,
-    python_scalar,
-)
+from tinygrad_bn.arguments import bind, checked, expect_declaration, expect_leaf, fast, flag, holds_numbers, is_floating
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
 from tinygrad_bn.notebook import TensorInNotebook
@@ -57,6 +47,7 @@ class Op:
     updates: tuple[str, ...]  # operands that the op overwrites; such an op has no gradient
     formula: str
     sample: Sample
+    exact: bool = False  # half precision loses nothing on the way to the result and to the gradients
 
     def __post_init__(self) -> None:
         self.vjp = f"{self.name}.vjp"  # the name of the kernel that may compute the gradients
@@ -127,7 +118,7 @@ def apply(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> tuple[Any,
 
 def _constant(operand: Any) -> Any:
     """A Python number, which takes the dtype of the other operand, or None; a copy of anything else as a Tensor."""
-    operand = python_scalar(operand)
+    operand = backend.python_scalar(operand)
     return operand if operand is None or isinstance(operand, bool | int | float | Tensor) else Tensor(operand)
 
 
@@ -151,6 +142,7 @@ def primitive(
     each: Rule | None = None,
     saves: tuple[str, ...] = (),
     updates: tuple[str, ...] = (),
+    exact: bool = False,
 ) -> Callable[[Callable[P, Any]], Function[P]]:
     """Declare an op by its forward on arrays, the decorated function, and its gradient rules.
 
@@ -162,6 +154,7 @@ def primitive(
         each: instead of `rules`, for any number of operands: `(i, g, y, *operands, **params)`.
         saves: names of by-products; the forward then returns `(y, *by-products)`, and `NAME.run(…)` gives them.
         updates: names of operands that the forward overwrites, as an optimiser does with its state.
+        exact: elements are moved, negated or added only; others are computed in float32 where they are float16.
 
     Raises:
         ValueError: the name is another op's or no identifier; or the rules are not one for each operand.
@@ -170,7 +163,7 @@ def primitive(
         raise ValueError("an op needs exactly one of: a rule for each operand, or `each`")
 
     def declare(forward: Callable[P, Any]) -> Function[P]:
-        return _declare(forward, forward, rules, each, False, saves, updates, formula, sample)
+        return _declare(forward, forward, rules, each, False, saves, updates, formula, sample, exact)
 
     return declare
 
