@@ -2,8 +2,8 @@
 
 784-100×19-10 with sigmoid, tanh or ReLU. Initial weights are normal with standard deviation gain/√fan_in, with a small
 or a large gain. With BatchNorm, a gain of half the size doubles the gradient, at any depth: nothing vanishes. But
-gradients grow from layer to layer on the way back, for ReLU about 1.2 times (Yang et al. 2019, A mean field theory of
-batch normalization). Twenty layers still train; in a hundred, the gradient of the first layer is beyond a million.
+gradients grow on the way back, with ReLU by about 1.2 for each layer (Yang et al. 2019, arXiv:1902.08129). Twenty
+layers still train; in a hundred, the gradient of the first layer is beyond a million.
 """
 
 import math
@@ -43,30 +43,8 @@ def norms(model: nn.Sequential, data: datasets.Dataset) -> Array:
     return np.array([np.linalg.norm(np.asarray(g, np.float64)) for g in gradients])
 
 
-def main(argv: list[str] | None = None) -> Run:
-    """Measure the gradients before training, then train without BatchNorm, with clipping and with BatchNorm."""
-    run = Run(
-        "gradient_flow", __doc__, argv,
-        data="mnist5k", epochs=5, batch_size=100, lr=0.03, seeds=3, check={"epochs": 1, "batch_size": 50},
-    )  # fmt: skip
-    training, validation = run.images(check=1000)
-    sample = training.take(np.arange(min(200, len(training))))
-
-    def trained(seed: int, activation: str, weights: str, method: str) -> float:
-        model = build(activation, weights, method == "with BatchNorm", seed)
-        optimizer = optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9)
-        run.fit(model, training, seed=seed, optimizer=optimizer, clip_norm=1.0 if method == "with clipping" else None)
-        recalibrate(model, training)  # running statistics lag behind after short training
-        return train.evaluate(model, validation).accuracy
-
-    def measure(seed: int) -> tuple[Array, Array, Array]:
-        by_layer = [[norms(build(*case, bn, seed), sample) for bn in MODELS.values()] for case in CASES]
-        by_depth = [[norms(build(a, "small", True, seed, d), sample)[0] for d in DEPTHS] for a in ACTIVATIONS]
-        accuracy = [[trained(seed, *case, method) for method in METHODS] for case in CASES]
-        return np.array(by_layer), np.array(by_depth), np.array(accuracy)
-
-    layers, deep, accuracy = (np.array(part) for part in zip(*run.each(measure, run.seeds, "seeds"), strict=True))
-
+def draw(run: Run, layers: Array, deep: Array, accuracy: Array) -> None:
+    """Gradients by layer (above), accuracies (below), and the first layer's gradient by depth (below, right)."""
     figure, grid = viz.subplots(2, 3, 13, 8)
     for i, (activation, weights) in enumerate(CASES):
         axes = grid[0, i // 2]
@@ -90,6 +68,29 @@ def main(argv: list[str] | None = None) -> Run:
     figure.suptitle(f"Twenty layers on {run.args.data}, epochs: {run.args.epochs}, seeds: {len(layers)}")
     run.save(figure, "gradient_flow")
 
+
+def main(argv: list[str] | None = None) -> Run:
+    """Measure the gradients before training, then train without BatchNorm, with clipping and with BatchNorm."""
+    check = {"epochs": 1, "batch_size": 50}
+    run = Run("gradient_flow", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=0.03, seeds=3, check=check)
+    training, validation = run.images(check=1000)
+    sample = training.take(np.arange(min(200, len(training))))
+
+    def trained(seed: int, activation: str, weights: str, method: str) -> float:
+        model = build(activation, weights, method == "with BatchNorm", seed)
+        optimizer = optim.SGD(model.parameters(), lr=run.args.lr, momentum=0.9)
+        run.fit(model, training, seed=seed, optimizer=optimizer, clip_norm=1.0 if method == "with clipping" else None)
+        recalibrate(model, training)  # running statistics lag behind after short training
+        return train.evaluate(model, validation).accuracy
+
+    def measure(seed: int) -> tuple[Array, Array, Array]:
+        by_layer = [[norms(build(*case, bn, seed), sample) for bn in MODELS.values()] for case in CASES]
+        by_depth = [[norms(build(a, "small", True, seed, d), sample)[0] for d in DEPTHS] for a in ACTIVATIONS]
+        accuracy = [[trained(seed, *case, method) for method in METHODS] for case in CASES]
+        return np.array(by_layer), np.array(by_depth), np.array(accuracy)
+
+    layers, deep, accuracy = (np.array(part) for part in zip(*run.each(measure, run.seeds, "seeds"), strict=True))
+    draw(run, layers, deep, accuracy)
     first, last = layers[..., 1], layers[..., -2]  # layers 2 and 19, of equal shape; by seed, case, model
     growth = (first / last)[:, ::2, 1] ** (1 / 17)  # by seed and activation
     head = ("", "gradient without", "gradient with", "accuracy without", "accuracy clipped", "accuracy with")

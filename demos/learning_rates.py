@@ -45,6 +45,28 @@ def diverged(accuracy: Array, guess: float) -> Array:
     return np.asarray(np.isnan(accuracy) | ((accuracy <= guess) & (best_below > guess)))
 
 
+def draw(run: Run, rates: Array, loss: Array, accuracy: Array, failed: Array) -> None:
+    """Loss and accuracy by rate, and crosses where a training diverged; all by seed, model and rate."""
+    figure, grid = viz.subplots(1, 2, 11, 4.8)
+    for axes, values in zip(grid[0], (loss, accuracy), strict=True):
+        for j, name in enumerate(MODELS):
+            viz.plot_seeds(axes, rates, np.where(failed[:, j], np.nan, values[:, j]), name, style="-o")
+            some = failed[:, j].any(axis=0)  # marked above the axes: a training that diverged has no value to show
+            axes.plot(
+                rates[some], np.full(some.sum(), 1.03 + 0.05 * j), "x", color=viz.colour(name),
+                transform=axes.get_xaxis_transform(), clip_on=False, markeredgewidth=2,
+            )  # fmt: skip
+        axes.set(xlabel="learning rate", xscale="log", xlim=(rates[0] / 1.3, rates[-1] * 1.3))
+    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log")
+    grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1))
+    viz.legend_below(grid[0, 1])
+    figure.suptitle(
+        f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs: {run.args.epochs}, seeds: {len(loss)}\n"
+        "× above: at least one seed diverged"
+    )
+    run.save(figure, "learning_rates")
+
+
 def main(argv: list[str] | None = None) -> Run:
     """Train both networks at every rate, and plot where each diverges."""
     run = Run("learning_rates", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, seeds=4, check={"epochs": 2})
@@ -67,36 +89,13 @@ def main(argv: list[str] | None = None) -> Run:
     loss, accuracy = measured[..., 0], measured[..., 1]
     failed = diverged(accuracy, guessing(validation))
 
-    figure, grid = viz.subplots(1, 2, 11, 4.8)
-    for axes, values in zip(grid[0], (loss, accuracy), strict=True):
-        for j, name in enumerate(MODELS):
-            viz.plot_seeds(axes, rates, np.where(failed[:, j], np.nan, values[:, j]), name, style="-o")
-            some = failed[:, j].any(axis=0)  # marked above the axes: a training that diverged has no value to show
-            axes.plot(
-                rates[some], np.full(some.sum(), 1.03 + 0.05 * j), "x", color=viz.colour(name),
-                transform=axes.get_xaxis_transform(), clip_on=False, markeredgewidth=2,
-            )  # fmt: skip
-        axes.set(xlabel="learning rate", xscale="log", xlim=(rates[0] / 1.3, rates[-1] * 1.3))
-    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log")
-    grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1))
-    viz.legend_below(grid[0, 1])
-    figure.suptitle(
-        f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs: {run.args.epochs}, seeds: {len(measured)}\n"
-        "× above: at least one seed diverged"
-    )
-    run.save(figure, "learning_rates")
-
+    draw(run, rates, loss, accuracy, failed)
     rows = [[f"{lr:.2g}"] for lr in rates]
     for (i, row), j in product(enumerate(rows), range(len(MODELS))):
         lost, left = failed[:, j, i].sum(), accuracy[~failed[:, j, i], j, i]
         row.append((number(left.mean()) if len(left) else "") + (f" ({lost} diverged)" if lost else ""))
-    run.print(
-        run.table(
-            ("rate", *MODELS),
-            rows,
-            caption="validation accuracy of the last epoch, mean of the seeds that did not diverge",
-        )
-    )
+    caption = "validation accuracy of the last epoch, mean of the seeds that did not diverge"
+    run.print(run.table(("rate", *MODELS), rows, caption=caption))
     trains = np.where(accuracy >= TRAINS, rates, 0).max(axis=2)  # the largest rate that trains, by seed and model
     both = trains[trains.all(axis=1)]
     times = np.log10(both[:, 1] / both[:, 0])

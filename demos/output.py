@@ -35,8 +35,10 @@ def table(
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Call `main` as a program, and exit with its status: 130 after Ctrl-C, 141 if nobody reads the output, 1 if the
-    output cannot be written."""
+    """Call `main` as a program, and exit with its status.
+
+    It is 130 after Ctrl-C, 141 if the reader of the output has gone, and 1 if the output cannot be written.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an encoding may have no "−" or "✓"

@@ -12,6 +12,7 @@ import numpy as np
 
 from tinygrad_bn import manual_seed, nn, optim, train, viz
 from tinygrad_bn.datasets import Dataset
+from tinygrad_bn.tensor import Array
 
 from .common import MODELS, Run
 from .interval import interval
@@ -41,6 +42,28 @@ def standardised(training: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
     return replace(training, x=(training.x - mean) / std), replace(test, x=(test.x - mean) / std)
 
 
+def draw(run: Run, accuracy: Array) -> None:
+    """The accuracies by setting, of each seed and their mean; by seed, setting and model."""
+    figure, grid = viz.subplots(1, 1, 8, 4.8)
+    for j, (name, offset) in enumerate(zip(MODELS, (-0.12, 0.12), strict=True)):
+        at, hue = np.arange(len(SETTINGS)) + offset, viz.colour(name)
+        means = [interval(values) for values in accuracy[..., j].T]
+        grid[0, 0].plot(at, accuracy[..., j].T, "o", color=hue, alpha=0.25, markersize=4)
+        grid[0, 0].errorbar(
+            at,
+            [m.mean for m in means],
+            [np.nan_to_num(m.half) for m in means],
+            fmt="o",
+            color=hue,
+            capsize=8,
+            label=name,
+        )
+    grid[0, 0].set(ylabel="test accuracy", title=f"{len(accuracy)} seeds, mean and its 95 % interval")
+    grid[0, 0].set_xticks(range(len(SETTINGS)), list(SETTINGS))
+    viz.legend_below(grid[0, 0])
+    run.save(figure, "accuracy")
+
+
 def main(argv: list[str] | None = None) -> Run:
     """Train both networks for each setting and seed, and compare their test accuracies."""
     run = Run(
@@ -68,25 +91,7 @@ def main(argv: list[str] | None = None) -> Run:
     accuracy = np.array(run.each(accuracies, run.seeds, "seeds"))  # by seed, setting, model
     gain = accuracy[..., 1] - accuracy[..., 0]
 
-    figure, grid = viz.subplots(1, 1, 8, 4.8)
-    for j, (name, offset) in enumerate(zip(MODELS, (-0.12, 0.12), strict=True)):
-        at, hue = np.arange(len(SETTINGS)) + offset, viz.colour(name)
-        means = [interval(values) for values in accuracy[..., j].T]
-        grid[0, 0].plot(at, accuracy[..., j].T, "o", color=hue, alpha=0.25, markersize=4)
-        grid[0, 0].errorbar(
-            at,
-            [m.mean for m in means],
-            [np.nan_to_num(m.half) for m in means],
-            fmt="o",
-            color=hue,
-            capsize=8,
-            label=name,
-        )
-    grid[0, 0].set(ylabel="test accuracy", title=f"{len(accuracy)} seeds, mean and its 95 % interval")
-    grid[0, 0].set_xticks(range(len(SETTINGS)), list(SETTINGS))
-    viz.legend_below(grid[0, 0])
-    run.save(figure, "accuracy")
-
+    draw(run, accuracy)
     rows = [
         [setting, *(str(interval(values)) for values in (*accuracy[:, i].T, gain[:, i]))]
         for i, setting in enumerate(SETTINGS)

@@ -1,8 +1,9 @@
 """Looking on: functions of the engine that are replaced while a block looks on, and only then.
 
-The engine has no code for this, so it costs nothing when nobody looks. A replacement calls the listeners of the current
-thread or task, each around the next, so that blocks nest in any order: an explanation in `detect_anomaly`, or the other
-way round. A listener has a method for each place that it looks at, with the function to call as its first argument.
+The engine has no code for this, so it costs nothing without a listener. A replacement calls the listeners of the
+current thread or task, each around the next, so that blocks nest in any order: an explanation in `detect_anomaly`, or
+the other way round. A listener has a method for each place that it looks at, with the function to call as its first
+argument.
 """
 
 from __future__ import annotations
@@ -100,14 +101,14 @@ def _end_other_threads() -> None:
 RENEWED_IN_CHILDREN.append(_end_other_threads)
 
 
-def anybody() -> bool:
-    """Whether somebody looks on, in this thread or task."""
+def has_listeners() -> bool:
+    """Whether a listener looks on, in this thread or task."""
     return bool(_listeners.get())
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """In this block nobody looks on, but for blocks that begin in it: a listener's own work, or a measurement."""
+    """In this block no listener looks on, but for blocks that begin in it: a listener's own work, or a measurement."""
     before = _listeners.get()
     try:
         _listeners.set(())

@@ -223,7 +223,7 @@ def _(g_1, g_2, g_3, say):
 
         So far y was one number. Now let $\hat x$ = BN(x) for three samples. All derivatives together are a matrix, the
         **Jacobian** $J_{ij} = \partial \hat x_i / \partial x_j$. For a real layer it is far too large to write down. And
-        nobody needs it: the loss is one number. From the later layers arrives $g_i$, the gradient of the loss by each
+        it is not needed: the loss is one number. From the later layers arrives $g_i$, the gradient of the loss by each
         $\hat x_i$. Wanted is the gradient by each $x_j$, which is $\sum_i g_i J_{ij}$. The row $g$ is the **cotangent**, and
         $g^\top J$ the **vector-Jacobian product**. That product is all that a backward rule computes.
 

@@ -60,7 +60,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_function_itself_runs_where_somebody_looks_on(block):
+def test_the_function_itself_runs_where_a_listener_looks_on(block):
     step, calls = counted()
     with BLOCKS[block]():
         step(X)

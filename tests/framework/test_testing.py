@@ -372,7 +372,7 @@ def test_the_report_names_the_kernels_that_were_tested():
     op = planted(product, sample=fixed((3,), (3,), (3,)))
     kernel("planted", "cpu")(product)
     kernel("planted.vjp", "cpu")(lambda g, y, a, b, c, *, needs: NotImplemented)
-    kernel("plank", "cpu")(product)  # of nobody, and not near
+    kernel("plank", "cpu")(product)  # of no op, and no near name
     report = testing.check_op(op, examples=5)
     assert report.kernels == {"planted": 5, "planted.vjp": 0}
     assert str(report) == "planted: 5 samples; kernels: planted (took 5 of 5), planted.vjp (took 0 of 5)"

@@ -309,3 +309,23 @@ def test_large_finite_gradients_are_not_taken_for_infinite():
     sgd = optim.SGD([p], lr=1e-200)
     fit(Model(), (np.full((1, 1), 1e200), np.zeros(1)), epochs=1, loss=lambda z, y: z.sum(), optimizer=sgd, **QUIET)
     assert p.item() == 0.0
+
+
+def test_a_restored_optimizer_has_the_options_of_the_last_epoch():
+    """The rate that `on_step` sets in the epoch that fails is taken back too."""
+    model = network()
+    optimizer = optim.SGD(model.parameters(), lr=0.25)
+
+    class Watch:
+        def __call__(self, history: History, model: nn.Module) -> None:
+            optimizer.param_groups[0]["lr"] = 0.5
+
+        def on_step(self, model: nn.Module) -> None:
+            if optimizer.param_groups[0]["lr"] == 0.5:
+                optimizer.param_groups[0]["lr"] = 1e300
+
+    history = fit(
+        model, samples(32), epochs=3, batch_size=8, optimizer=optimizer, callbacks=Watch(), nonfinite="restore", **QUIET
+    )
+    assert history.diverged.startswith("epoch 2, step 2")
+    assert optimizer.param_groups[0]["lr"] == 0.5

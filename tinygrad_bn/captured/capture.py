@@ -77,7 +77,7 @@ class capture:
         """Take a step."""
         if (
             any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER))
-            or hooks.anybody()
+            or hooks.has_listeners()
             or not all(map(_may_be_argument, args))
         ):
             return _detached(self.function(*args))

@@ -13,7 +13,7 @@ from typing import Any
 from tinygrad_bn import autograd, backend
 from tinygrad_bn.explain.steps import Pass, Step
 
-LIMIT = 64  # ways; more are for nobody to read
+LIMIT = 64  # ways; more cannot be read
 Way = tuple[Step, ...]
 
 

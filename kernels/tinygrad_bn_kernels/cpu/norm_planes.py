@@ -43,6 +43,7 @@ def plane_statistics(x, c):
 
 @inlined(fastmath=SUMS)
 def plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
+    """The output of channel c, into y (N, C, S)."""
     n, _, size = x.shape
     lowest = lower_bound(x, relu)
     m, ivar, r = normalizer(x, mean, var, eps)

@@ -31,6 +31,7 @@ CHUNK = 256
 
 @njit()
 def clear(sums):
+    """Set both sums (2, C) of each column to 0."""
     for j in range(sums.shape[1]):
         sums[0, j] = sums[1, j] = 0.0
 
@@ -104,6 +105,7 @@ def _gradient_shift(g, x, relu, k):
 
 @inlined(fastmath=SUMS)
 def rows_normalize(x, k, relu, y, start, stop):
+    """The output for the chunks [start, stop) of rows, into y (N, C); k as of `rows_constants`."""
     lowest = lower_bound(x, relu)
     for i in range(start * CHUNK, min(stop * CHUNK, x.shape[0])):
         row, out = x[i], y[i]
