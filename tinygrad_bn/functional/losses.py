@@ -15,6 +15,7 @@ from tinygrad_bn.arguments import (
     expect_reduction,
     holds_numbers,
     is_floating,
+    python_scalar,
     shown,
 )
 from tinygrad_bn.backend import device_of
@@ -57,8 +58,7 @@ def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any],
     dtype = x.dtype
     if dtype.char in "fd" and not [o for o in (target, *weights) if o is not None and getattr(o, "dtype", 0) != dtype]:
         return [x, target, *weights], dtype  # the usual case
-    numbers = [o.item() if isinstance(o, np.generic) else o for o in weights]
-    operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in (x, target, *numbers)]
+    operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in (x, target, *map(python_scalar, weights))]
     dtype = np.result_type(*(o.dtype for o in operands if is_floating(o)))
     wide = at_least_single(dtype)
     return [astype(o, dtype=wide) if hasattr(o, "shape") and o.dtype != wide else o for o in operands], dtype

@@ -227,7 +227,10 @@ RANGES = dict.fromkeys(
 
 
 def _check_options(group: Group) -> None:
-    """Raise ValueError for an option that is out of range, and TypeError for one of the wrong type."""
+    """Make the numbers among the options Python's own.
+
+    Raises ValueError for an option that is out of range, and TypeError for one of the wrong type.
+    """
     for option, (least, most) in RANGES.items():
         value = group.get(option, 0.0)
         if not (type(value) is float and 0 <= value < 1):  # the usual case, as every step asks
