@@ -86,6 +86,7 @@ def synchronize() -> None:
     lambda g, y, x, *, device: to(g, device=backend.device_of(x)),  # type: ignore[has-type]
     formula="y = x on another device;  ∂x = g on x's device",
     sample=elementwise(REAL, device="cpu"),
+    exact=True,
 )
 def to(x: Operand, *, device: str) -> Operand:
     """The same values on the device "cpu" or "cuda".
