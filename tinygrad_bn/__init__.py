@@ -13,12 +13,13 @@ from typing import Any
 from tinygrad_bn import cuda, datasets, diagnose, functional, nn, optim, testing, train
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import empty_cache
+from tinygrad_bn.captured import capture
 from tinygrad_bn.modes import composed, debug, is_recording, no_grad
 from tinygrad_bn.random import manual_seed
 from tinygrad_bn.tensor import Tensor, fused, held_constant, primitive
 
 __all__ = [
-    "Tensor", "composed", "cuda", "datasets", "debug", "diagnose", "empty_cache", "functional", "fused",
+    "Tensor", "capture", "composed", "cuda", "datasets", "debug", "diagnose", "empty_cache", "functional", "fused",
     "grad", "held_constant", "is_recording", "manual_seed", "nn", "no_grad", "optim", "primitive", "testing", "train",
 ]  # fmt: skip
 

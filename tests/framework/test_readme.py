@@ -14,9 +14,15 @@ PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one writes a page
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_program_that_is_listed_is_the_one_of_its_step(capsys):
+    block = next(block for block in BLOCKS if "@capture" in block)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert f"{block}```\n\n```text\n{capsys.readouterr().out}```" in README
 
 
 def test_the_derivation_comes_first_and_has_15_lines_and_the_result_that_it_names():

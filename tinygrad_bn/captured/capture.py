@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import is_
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from threading import Lock
-from types import FunctionType
 from typing import Any
 
 from tinygrad_bn import backend, hooks
-from tinygrad_bn.arguments import warn_caller
-from tinygrad_bn.captured.nests import SCALARS, mapped, same
+from tinygrad_bn.arguments import shown, warn_caller
+from tinygrad_bn.captured.nests import SCALARS, mapped
 from tinygrad_bn.captured.program import Program, array_of
+from tinygrad_bn.captured.python import Reads
 from tinygrad_bn.captured.recorder import Recorder, is_array, plain
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING
-from tinygrad_bn.nn.module import OBSERVER, Module
+from tinygrad_bn.nn.module import OBSERVER
 from tinygrad_bn.tensor import Tensor
 
 PROOFS = {0, 3, 15, 63, 255}  # a program that has run so many steps is proven once more, and after each EVERY steps
 EVERY = 1024
+CASES = 64  # kinds of arguments that have a program each
 CHANGES = 4  # records in a row that did not fit the step after them, until a step is no longer recorded
-PACKAGE = str(Path(backend.__file__).parent)
 
 
 class capture:
@@ -31,23 +30,30 @@ class capture:
     So is the second: the two records must differ in data only, and the recorded operations, run again, must give each
     array of the second bit for bit. From the third call on the program runs. It is proven again after 4, 16, 64, 256
     and each 1024 steps. If a proof fails, a warning says where, and all later steps run as always.
+    `print(step.programs[0])` lists the operations.
 
-    Taken up at once: new values of parameters, buffers and optimizer options; changed attributes of modules; and
-    changed variables that `function`, functions that it names, and `forward` of its modules use by name. Other Python
-    code of the step runs only while it is recorded. So the step may not read numbers of its tensors, as `loss.item()`
-    does, nor set a mode, a gradient or an option, print or count: that would stand still.
+    Taken up at once: new values of parameters, buffers and optimizer options, changed attributes of modules, and
+    changes of anything else that Python code of the step reads by name.
 
-    Under `composed`, `debug`, `nn.observe`, `explain` and `detect_anomaly`, and in a second thread at the same time,
-    steps run as always.
+    That code runs only while a step is recorded. A step is not captured, and a warning says why, if it reads numbers of
+    its tensors, as `loss.item()` does; if it assigns attributes, elements or global variables; if it calls functions
+    written in C that may do something that lasts, such as `print` or those of `random`; or if it reads objects whose
+    changes cannot be seen, such as iterators.
+
+    Under `composed`, `debug`, `nn.observe`, `explain`, `detect_anomaly` and a profiler, and in a second thread at the
+    same time, steps run as always.
 
     Args:
         function: it takes arrays, numbers, and tensors that require no gradient; and returns tensors, arrays, None, or
-            tuples, lists or dictionaries of them. Tensors that a step returns have no graph.
-        quiet: do not warn of a step that cannot be captured.
+            tuples, lists or dictionaries of them. Tensors that a step returns have no graph. Each new number is a new
+            kind of argument, recorded by itself: pass one that changes in each step as an array.
+        quiet: do not warn of a step that cannot be captured; `reasons` holds what the warning would say.
+
+    Raises:
+        TypeError: `function` cannot be called; or it was decorated as a method.
 
     >>> import numpy as np
-    >>> from tinygrad_bn import functional as F, nn, optim
-    >>> from tinygrad_bn.captured import capture
+    >>> from tinygrad_bn import capture, functional as F, nn, optim
     >>> model = nn.Sequential(nn.Linear(2, 3, rng=np.random.default_rng(0)), nn.BatchNorm1d(3))
     >>> optimizer = optim.SGD(model.parameters(), lr=0.1)
     >>> @capture
@@ -60,127 +66,117 @@ class capture:
     >>> x, y = np.float32([[1, 2], [3, 5], [4, 0]]), np.zeros((3, 3), np.float32)
     >>> [round(step(x, y).item(), 3) for _ in range(4)]
     [1.0, 0.871, 0.759, 0.661]
-    >>> len(step.programs)
-    1
+    >>> print(step.programs[0])  # doctest: +ELLIPSIS
+    zero_grad()
+    %2:float32[3,2] = new_array(%0, None)
+    %5:float32[3,3] = linear(%2, 0.weight, 0.bias)                                              # 0, 96 bytes
+    ...
+    step()
+    22 operations, 1.2 kB read and written by ops
     """
 
     def __init__(self, function: Callable[..., Any], *, quiet: bool = False) -> None:
+        if not callable(function):
+            raise TypeError(f"capture takes a function; got {shown(function)}")
         self.function, self.quiet, self._cases = function, quiet, dict[Any, _Case]()
-        self.__doc__ = function.__doc__
+        self.__doc__, self.__name__ = function.__doc__, getattr(function, "__qualname__", "a function")
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise TypeError(f"{self.__name__} is a method; capture one of an object: step = capture(trainer.step)")
 
     @property
     def programs(self) -> list[Program]:
         """The proven programs, one for each kind of arguments."""
         return [case.program for case in self._cases.values() if case.program is not None and case.steps > 0]
 
-    def __call__(self, *args: Any) -> Any:
+    @property
+    def reasons(self) -> list[str]:
+        """Why steps are not captured, one for each kind of arguments whose steps are not."""
+        return [case.refusal for case in self._cases.values() if case.refusal]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """Take a step."""
-        if (
-            any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER))
-            or hooks.has_listeners()
-            or not all(map(_may_be_argument, args))
-        ):
-            return _detached(self.function(*args))
-        without_kernels = backend.find_kernel("batch_norm_training", "cpu") is None
-        key = RECORDING.get(), without_kernels, *map(_kind_of, args)
-        case = self._cases.get(key) or self._cases.setdefault(key, _Case(self.function, self.quiet))
-        if not case.lock.acquire(blocking=False):
-            return _detached(self.function(*args))
+        case = None if any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER)) or hooks.has_listeners() else self._case
+        if case is None or not (found := case([*args, *options.values()], tuple(options))).lock.acquire(blocking=False):
+            return _detached(self.function(*args, **options))
         try:
-            return case.step(args)
+            return found.step(args, options)
         finally:
-            case.lock.release()
+            found.lock.release()
+
+    def _case(self, values: list[Any], names: tuple[str, ...]) -> _Case:
+        """The case of these arguments; that of None for all that cannot be captured."""
+        key: Any = None
+        reason = next((f"an argument is {shown(v)}" for v in values if not _may_be_argument(v)), "")
+        if not reason:
+            without_kernels = backend.find_kernel("batch_norm_training", "cpu") is None
+            key = RECORDING.get(), without_kernels, names, *map(_kind_of, values)
+            if key not in self._cases and len(self._cases) >= CASES:
+                key, reason = None, f"its arguments are of more than {CASES} kinds; pass numbers that change as arrays"
+        case = self._cases.get(key) or self._cases.setdefault(key, _Case(self.function, self.__name__, self.quiet))
+        if reason and not case.refusal:
+            case.refuse(reason)
+        return case
 
 
 class _Case:
     """The steps of one kind of arguments."""
 
-    def __init__(self, function: Callable[..., Any], quiet: bool) -> None:
-        self.function, self.quiet, self.lock = function, quiet, Lock()
+    def __init__(self, function: Callable[..., Any], name: str, quiet: bool) -> None:
+        self.function, self.name, self.quiet, self.lock = function, name, quiet, Lock()
         self.program: Program | None = None
         self.refusal = ""
         self.steps = 0  # since the program was recorded
         self.changes = 0
-        self.modules: list[Module] = []
-        self.functions: list[FunctionType] = []
-        self.seen: tuple[list[Any], list[Any]] = [], []
+        self.reads: Reads | None = None
 
-    def step(self, args: tuple[Any, ...]) -> Any:
+    def step(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self.refusal:
-            return _detached(self.function(*args))
-        if self.program is not None and not self._is_as_seen():
-            self.program, self.changes = None, self.changes + 1
-        inputs = [array_of(a) if isinstance(a, Tensor) else a for a in args if is_array(a) or isinstance(a, Tensor)]
+            return _detached(self.function(*args, **options))
+        if self.reads is not None and not self.reads.are_as_before():
+            self.program, self.reads, self.changes = None, None, self.changes + 1
+        given = [*args, *options.values()]
+        inputs = [array_of(a) if isinstance(a, Tensor) else a for a in given if is_array(a) or isinstance(a, Tensor)]
         if self.program is not None and self.steps not in PROOFS and self.steps % EVERY:
             self.steps, self.changes = self.steps + 1, 0
             return self.program.run(inputs)
         record = Recorder(inputs)
         with hooks.listening(record):
-            result = self.function(*map(record.argument, args))
+            named = {name: record.argument(value) for name, value in options.items()}
+            result = record.python.call(partial(self.function, **named), *map(record.argument, args))
         form = mapped(record.place_of, result)
         self._take_up(record, form)
         return mapped(plain, _detached(result))
 
     def _take_up(self, record: Recorder, form: Any) -> None:
         """Use the record as the proof of the program; or as the program, to be proven by the next step."""
-        reason, change, fault = record.refusal, "", ""
-        if self.program is not None and not reason:
-            change = self.program.change(record, form)
+        reads = Reads(self.function, record.python.ran, record.modules)
+        reason, change, fault = reads.refusal or record.refusal, "", ""
+        if self.program is not None and self.reads is not None and not reason:
+            change = self._change(reads) or self.program.change(record, form)
             reason = fault = "" if change else self.program.fault(record)
             self.changes += bool(change)
         if self.changes >= CHANGES:
-            reason = change or "an attribute or a variable that it uses changes in every step"
+            reason = change or "what its Python code reads is different in every step"
         if reason:
-            self.refusal, self.program = reason, None
-            if fault or not self.quiet:
-                name = getattr(self.function, "__qualname__", "a function")
-                warn_caller(f"{name} is not captured, and runs as always: {reason}")
+            self.refuse(reason, fault != "")
         elif self.program is not None and not change:
             self.steps += 1
         else:
-            self.program, self.modules, self.steps = Program(record, form), record.modules, 0
-            self.functions = _functions([self.function, *(module.forward for module in record.modules)])
-            self.seen = self._look()
+            self.program, self.reads, self.steps = Program(record, form), reads, 0
 
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        """What Python code of the step may read: attributes of its modules, variables that its functions name.
+    def refuse(self, reason: str, fault: bool = False) -> None:
+        """Steps run as always from now on. A fault of this package is always said."""
+        self.refusal, self.program, self.reads = reason, None, None
+        if fault or not self.quiet:
+            warn_caller(f"{self.name} is not captured, and runs as always: {reason}")
 
-        These are objects; and of tensors among them, what else a program relies on.
-        """
-        found: list[Any] = []
-        for module in self.modules:
-            found += vars(module).values()
-        forms = [(t._requires_grad, t._data.dtype, t._data.shape) for t in found if isinstance(t, Tensor)]
-        for function in self.functions:
-            found += _variables(function)
-        return found, forms
-
-    def _is_as_seen(self) -> bool:
-        objects, forms = self._look()
-        before, forms_before = self.seen
-        if forms != forms_before or len(objects) != len(before):
-            return False
-        return all(map(is_, objects, before)) or same(objects, before)
-
-
-def _variables(function: FunctionType) -> list[Any]:
-    """The values of its closure, and of the globals that it names."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return cells + [function.__globals__.get(name) for name in function.__code__.co_names]
-
-
-def _functions(first: Sequence[Any]) -> list[FunctionType]:
-    """Functions and methods, with those that they name; only what is written in Python outside of this package."""
-    found: list[FunctionType] = []
-    todo = list(first)
-    while todo:
-        value = todo.pop()
-        function: Any = getattr(value, "__func__", value)
-        own = isinstance(function, FunctionType) and not function.__code__.co_filename.startswith(PACKAGE)
-        if (own or value is first[0]) and function not in found:
-            found.append(function)
-            todo += _variables(function)
-    return found
+    def _change(self, reads: Reads) -> str:
+        """What a step did to its own Python code; "" if nothing."""
+        assert self.reads is not None
+        if not self.reads.are_as_before():
+            return "the step changes a variable or an attribute that its Python code reads"
+        return "" if reads.ran.keys() == self.reads.ran.keys() else "it runs other Python code from step to step"
 
 
 def _may_be_argument(value: Any) -> bool:

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from tinygrad_bn import autograd, backend
 from tinygrad_bn.captured.nests import SCALARS, Place, filled, same, slots_in
@@ -16,6 +17,7 @@ from tinygrad_bn.tensor import Node, Op, Tensor
 if TYPE_CHECKING:
     from tinygrad_bn.captured.recorder import Recorder
 
+WIDTH = 90  # of a line in print, without its note; longer ones are not aligned
 NOWHERE = -1  # the slot of a result that nothing needs
 
 
@@ -104,12 +106,18 @@ def set_grad(t: Tensor, gradient: Any) -> None:
 
 
 class Program:
-    """The lines of a step, and the form of its result. `str(program)` lists them."""
+    """The lines of a step, and the form of its result.
+
+    `print(program)` lists them: what each computes, from which arrays (parameters by name, others by number), of which
+    shapes, in which module, and how many bytes an op reads and writes.
+    """
 
     def __init__(self, record: Recorder, result: Any) -> None:
         self.lines, self.result = record.lines, result
         self.types = [_type_of(value) for value in record.values]
         self.constants = [value if i in record.constants else None for i, value in enumerate(record.values)]
+        self.names = {line.outs[0]: line.where for line in self.lines if line.name == "read" and line.where}
+        self.moved = [_moved(line, record.values) for line in self.lines]
         last: dict[int, int] = {}
         for number, line in enumerate(self.lines):
             last |= dict.fromkeys((*slots_in(line.args), *slots_in(getattr(line, "params", ())), *line.outs), number)
@@ -165,17 +173,40 @@ class Program:
         return ""
 
     def __str__(self) -> str:
-        return "\n".join(map(self._text, self.lines))
+        rows = [self._row(line, moved) for line, moved in zip(self.lines, self.moved, strict=True)]
+        width = min(WIDTH, max((len(text) for text, _ in rows), default=0))
+        shown = [f"{text:{width}}  # {note}" if note else text for text, note in rows if text]
+        return "\n".join([*shown, f"{len(shown)} operations, {decimal(sum(self.moved))} read and written by ops"])
 
-    def _text(self, line: Line) -> str:
-        outs = ", ".join(f"%{i}{self.types[i]}" for i in line.outs if i != NOWHERE)
+    def _row(self, line: Line, moved: int) -> tuple[str, str]:
+        """A line in words, "" for one that reads a named array; and the path of its module and the bytes it moves."""
         shown = [a for a in line.args if isinstance(a, (Place, tuple, *SCALARS))]
-        args = ", ".join(f"%{a.slot}" if type(a) is Place else repr(a) for a in shown)
-        return f"{outs + ' = ' if outs else ''}{line.name}({args}){f'  # {line.where}' if line.where else ''}"
+        args = [self._named(a.slot) if type(a) is Place else repr(a) for a in shown]
+        if line.name == "grad" and line.where:
+            return f"{line.where}.grad = {args[0]}", ""
+        if line.outs[0] in self.names:
+            return "", ""
+        outs = ", ".join(f"%{i}{self.types[i]}" for i in line.outs if i != NOWHERE)
+        note = ", ".join(filter(None, [line.where, decimal(moved) if moved else ""]))
+        return f"{outs + ' = ' if outs else ''}{line.name}({', '.join(args)})", note
+
+    def _named(self, slot: int) -> str:
+        return self.names.get(slot, f"%{slot}")
 
 
 def _in(where: str) -> str:
     return f" in {where}" if where else ""
+
+
+def _moved(line: Line, values: list[Any]) -> int:
+    """Bytes of the arrays that an op reads and writes; 0 if its result is a view."""
+    if isinstance(line, Host):
+        return 0
+    arrays = [values[i] for i in {*slots_in(line.args)} if hasattr(values[i], "dtype")]
+    results = [values[i] for i in line.outs if i != NOWHERE and hasattr(values[i], "dtype")]
+    if len(results) == 1 and any(type(a) is np.ndarray and np.may_share_memory(a, results[0]) for a in arrays):
+        return 0
+    return sum(a.size * a.dtype.itemsize for a in arrays + results)
 
 
 def _type_of(value: Any) -> str:

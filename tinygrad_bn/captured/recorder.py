@@ -10,7 +10,9 @@ import numpy as np
 from tinygrad_bn import backend, hooks
 from tinygrad_bn.captured.nests import Place, mapped, slots_in
 from tinygrad_bn.captured.program import NOWHERE, Forward, Host, Vjp, array_of, set_grad
+from tinygrad_bn.captured.python import Observed
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.nn.sequential import BatchNormReLU
 from tinygrad_bn.tensor import Op, Tensor
 
 
@@ -23,11 +25,15 @@ class Recorder:
         self.constants: set[int] = set()  # slots
         self.modules: list[Module] = []
         self.refusal = ""
+        self.python = Observed(
+            self.refuse, (Recorder.forward, Recorder.vjp, Recorder.copy, Recorder.host, Recorder.read)
+        )
         self._known: dict[int, int] = {}  # the slot of a value, by its identity
         self._memory: dict[int, int] = {}  # likewise, by the address of a contiguous array
         self._state: dict[int, tuple[Tensor, Any]] = {}  # tensors that outlive the step, by identity of their array
         self._names: dict[Tensor, str] = {}
-        self._path: list[str] = []  # of the module that is running
+        self._paths: dict[Module, str] = {}
+        self._path = ""  # of the module that is running
         self._made_in: dict[int, str] = {}  # paths, by slot
         for value in inputs:
             self._define(value)
@@ -87,7 +93,7 @@ class Recorder:
             self.refuse(f"{name} is called with names of arguments ({', '.join(options)}); give them by position")
         placed = tuple(map(self._placed, args))
         slot = self._define(result) if is_array(result) or _is_own(result) else NOWHERE
-        self.lines.append(Host(name, of or ".".join(self._path), placed, (slot,), function))
+        self.lines.append(Host(name, of or self._path, placed, (slot,), function))
         return slot
 
     def _add_op(self, kind: Any, name: str, args: Sequence[Any], results: Sequence[Any], *more: Any) -> None:
@@ -95,7 +101,7 @@ class Recorder:
         placed, options = tuple(map(self._placed, args)), mapped(self._placed, params)
         outs = tuple([NOWHERE if a is None else self._define(a) for a in results])
         moving = any(True for _ in slots_in(options))
-        where = ".".join(self._path) if kind is Forward else self._made_in.get(placed[1].slot, "")
+        where = self._path if kind is Forward else self._made_in.get(placed[1].slot, "")
         self._made_in |= dict.fromkeys(outs, where)
         self.lines.append(kind(name, where, placed, outs, op, options, moving, *others))
 
@@ -110,14 +116,16 @@ class Recorder:
     # What `hooks` calls, each around the function of the engine.
 
     def module(self, run: Callable[..., Any], module: Module, *args: Any, **options: Any) -> Any:
-        """A module's forward: its tensors outlive the step."""
-        above = self._path
-        self._path = above + next(([n] for m in self.modules for n, c in m.named_children() if c is module), [])
-        if module not in self.modules:
-            self.modules += module.modules()
-            for name, t in module.named_tensors():
+        """A module's forward. Its tensors outlive the step; a `BatchNormReLU` does not, but the layer in it."""
+        above, kept = self._path, module.norm if type(module) is BatchNormReLU else module
+        if kept not in self._paths:
+            self.modules += [m for m in kept.modules() if m not in self._paths]
+            for path, child in kept.named_modules():
+                self._paths.setdefault(child, path)
+            for name, t in kept.named_tensors():
                 self._names.setdefault(t, name)
                 self._remember(t)
+        self._path = self._paths[kept]
         try:
             return run(module, *args, **options)
         finally:

@@ -88,8 +88,8 @@ def fit(
             before that step. "ignore": do not look.
         callbacks: functions (history, model), all called after every epoch. Training ends if one returns True. The
             method `on_step(model)` of a callback, if it has one, is called after every step.
-        capture: where the loss and all modules are this package's own, record forward and backward pass once, and run
-            them as a straight line of array operations: the same bits, faster.
+        capture: record forward and backward pass once, and run them as a straight line of array operations: the same
+            bits, faster. See `tinygrad_bn.capture`. Steps that it refuses run as always, without a warning.
         progress: show a progress bar.
         description: label of the progress bar.
         device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
@@ -131,7 +131,7 @@ def fit(
     own = {p for p in model.parameters() if p.requires_grad}
     if own and own.isdisjoint(optimizer._params()):
         raise ValueError("optimizer has no parameter of the model: make it with model.parameters()")
-    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture and _is_own(model, loss))
+    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture)
     history = History()
     model.train()
     bar = _progress(progress)
@@ -267,13 +267,6 @@ class _Steps:
     def _name(self, p: Tensor) -> str:
         names = {t: name for name, t in self.model.named_tensors()}
         return names.get(p, f"a parameter of shape {p.shape}")
-
-
-def _is_own(model: nn.Module, loss: Loss) -> bool:
-    """Whether the loss and all modules are this package's."""
-    home = fit.__module__.split(".")[0]
-    places = [getattr(loss, "__module__", ""), *(type(m).__module__ for m in model.modules())]
-    return all(place.split(".")[0] == home for place in places)
 
 
 def _is_finite(t: Tensor) -> bool:

@@ -1,0 +1,404 @@
+"""What the Python code of a captured step may do and read: effects are refused by name, changes are taken up."""
+
+import cProfile
+import functools
+import gc
+import itertools
+import math
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tests.framework.test_capture import DATA, dense, expect_same_bits, training
+from tinygrad_bn import Tensor, capture, manual_seed, nn, no_grad, optim, train
+from tinygrad_bn import functional as F
+
+X = np.float32([[1, 2], [3, 4], [5, 6]])
+STEPS = 8
+
+
+@dataclass
+class Settings:
+    scale: float = 2.0
+    more: dict = field(default_factory=lambda: {"shift": [1.0, 2.0]})
+
+
+class Counter:
+    calls = 0
+
+    def scaled(self, y):
+        return y * 2.0
+
+    def __call__(self, y):
+        self.calls += 1
+        return y
+
+
+def repeat(step):
+    for _ in range(STEPS):
+        step(X)
+
+
+settings, counter, numbers, endless, queue, total = Settings(), Counter(), [], itertools.count(), deque([2.0]), 0.0
+model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+optimizer = optim.SGD(model.parameters(), 0.1)
+
+
+# ---- what lasts -------------------------------------------------------------------------------------------
+
+
+def prints(y):
+    print("step")
+    return y
+
+
+def assigns_an_attribute(y):
+    settings.scale = 3.0
+    return y
+
+
+def assigns_an_option(y):
+    optimizer.param_groups[0]["lr"] = 0.2
+    return y
+
+
+def assigns_a_global(y):
+    global total
+    total = 1.0
+    return y
+
+
+def counts_in_a_closure():
+    n = 0
+
+    def count(y):
+        nonlocal n
+        n += 1
+        return y * n
+
+    return count
+
+
+def counts_in_an_object(y):
+    return counter(y)
+
+
+def appends(y):
+    numbers.append(1)
+    return y
+
+
+def appends_in_place(y):
+    mine = numbers
+    mine += [1]
+    return y
+
+
+def appends_to_a_default(y, seen=[]):  # noqa: B006
+    seen.append(1)
+    return y
+
+
+def sets_by_name(y):
+    setattr(settings, "scale", 2.0)  # noqa: B010
+    return y
+
+
+def draws(y):
+    return y * float(np.random.default_rng().random())
+
+
+def seeds(y):
+    manual_seed(0)
+    return F.dropout(y, 0.5)
+
+
+def trains(y):
+    train.fit(model, (X, X), loss=F.mse_loss, epochs=1, progress=False)
+    return y
+
+
+def reads_an_iterator(y):
+    return y * next(endless)
+
+
+def loops_over_an_iterator(y):
+    for n in endless:
+        y = y * n
+        break
+    return y
+
+
+def imports(y):
+    import math as here
+
+    return y * here.pi
+
+
+def reads_a_queue(y):
+    return y * queue[0]
+
+
+LASTING = {
+    prints: r"prints\(\) calls print\(\), which a program would not call again",
+    assigns_an_attribute: r"assigns_an_attribute\(\) assigns an attribute \(scale\)",
+    assigns_an_option: r"assigns_an_option\(\) assigns an element",
+    assigns_a_global: r"assigns_a_global\(\) assigns a global variable \(total\)",
+    counts_in_a_closure(): r"count\(\) assigns a variable of the function around it \(n\)",
+    counts_in_an_object: r"Counter.__call__\(\) assigns an attribute \(calls\)",
+    appends: "the step changes a variable or an attribute",
+    appends_in_place: "the step changes a variable or an attribute",
+    appends_to_a_default: "the step changes a variable or an attribute",
+    sets_by_name: r"sets_by_name\(\) calls setattr\(\)",
+    draws: r"np\.random\.\w+ is a \w+, wh",
+    seeds: r"the step calls manual_seed\(\)",
+    trains: r"the step calls fit\(\)",
+    reads_an_iterator: "endless is a count, whose changes would not be found",
+    loops_over_an_iterator: "endless is a count, whose changes would not be found",
+    imports: r"imports\(\) imports a module \(math\)",
+    reads_a_queue: "queue is a deque, whose changes would not be found",
+}
+
+
+@pytest.mark.parametrize("effect", LASTING, ids=lambda f: f.__name__)
+def test_code_whose_effects_would_stand_still_is_refused_with_the_reason(effect, capsys):
+    step = capture(lambda x: effect(Tensor(x)).sum())
+    with pytest.warns(UserWarning, match=f"runs as always: .*{LASTING[effect]}"):
+        repeat(step)
+    assert not step.programs
+    effect_of_one = capsys.readouterr().out.count("step")
+    assert effect_of_one in (0, STEPS)
+
+
+def test_an_effect_inside_of_a_module_is_refused():
+    class Counting(nn.ReLU):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x)
+
+    layer = Counting()
+    step = capture(lambda x: layer(Tensor(x)))
+    with pytest.warns(UserWarning, match=r"Counting.forward\(\) assigns an attribute \(calls\)"):
+        repeat(step)
+    assert layer.calls == STEPS
+
+
+# ---- what is read -----------------------------------------------------------------------------------------
+
+
+def reads(y):
+    return y * settings.scale + settings.more["shift"][0]
+
+
+def changes_a_number():
+    settings.scale += 1
+
+
+def changes_a_nested_list():
+    settings.more["shift"][0] += 1
+
+
+def changes_an_object():
+    global settings
+    settings = Settings(scale=settings.scale + 1)
+
+
+def changes_a_method():
+    Counter.scaled = lambda self, y: y * 5.0
+
+
+def reads_by_a_computed_name(y):
+    return y * getattr(settings, "sca" + "le"[: len("le")])
+
+
+CHANGES = [changes_a_number, changes_a_nested_list, changes_an_object, changes_a_method]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_what_the_code_reads_is_taken_up_at_once(change, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "settings", Settings())
+    monkeypatch.setattr(Counter, "scaled", Counter.scaled)
+
+    def function(x):
+        return counter.scaled(reads(Tensor(x))).sum()
+
+    step = capture(function)
+    for _ in range(STEPS):
+        assert step(X).item() == function(X).item()
+    assert step.programs
+    before = step(X).item()
+    change()
+    assert step(X).item() == function(X).item() != before
+
+
+def test_an_option_of_the_optimizer_that_the_code_reads_is_taken_up():
+    w = Tensor([1.0, 2.0], requires_grad=True)
+    sgd = optim.SGD([w], 0.1)
+    step = capture(lambda x: (Tensor(x) * w).sum() * sgd.param_groups[0]["lr"])
+    for _ in range(STEPS):
+        step(X)
+    assert step.programs
+    sgd.param_groups[0]["lr"] = 1.0
+    assert step(X).item() == pytest.approx(33)
+
+
+def test_attributes_that_are_read_by_a_computed_name_are_taken_up(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "settings", Settings())
+    step = capture(lambda x: reads_by_a_computed_name(Tensor(x)).sum())
+    for scale in (2.0, 3.0):
+        settings.scale = scale
+        assert [step(X).item() for _ in range(STEPS)] == [21 * scale] * STEPS
+        assert step.programs
+
+
+def test_defaults_closures_and_partial_functions_are_read():
+    scale = 2.0
+
+    def scaled(y, by=[3.0]):  # noqa: B006
+        return y * by[0] * scale
+
+    step = capture(functools.partial(lambda f, x: f(Tensor(x)).sum(), scaled))
+    assert [step(X).item() for _ in range(4)] == [126] * 4
+    assert step.programs
+    scaled.__defaults__[0][0] = 4.0
+    assert [step(X).item() for _ in range(4)] == [168] * 4
+    scale = 1.0
+    assert [step(X).item() for _ in range(4)] == [84] * 4
+
+
+def test_code_that_only_computes_is_captured():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+            self.scales = [0.5, 1.0, 2.0]
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            outputs = [x]
+            for layer, scale in zip(self.layers, self.scales, strict=True):
+                outputs.append(F.relu(layer(outputs[-1])) * scale + outputs[-1])
+            with no_grad():
+                size = math.sqrt(sum(y.size for y in outputs))
+            named = {f"y{i}": y for i, y in enumerate(outputs)}
+            return self.head(max(named.items())[1]) * (1 / size)
+
+    def build():
+        manual_seed(0)
+        return Residual()
+
+    expect_same_bits(build)
+
+
+# ---- while it is recorded -----------------------------------------------------------------------------------
+
+
+def test_a_profiler_is_left_alone_and_the_step_is_not_captured():
+    step = capture(lambda x: Tensor(x) * 2)
+    with cProfile.Profile(), pytest.warns(UserWarning, match="a profiler runs"):
+        step(X)
+    assert sys.getprofile() is None
+
+
+def test_an_error_in_the_step_ends_the_observation():
+    def fails(x):
+        raise ValueError("no")
+
+    step = capture(fails)
+    with pytest.raises(ValueError, match="no"):
+        step(X)
+    assert sys.getprofile() is None
+    assert gc.isenabled()
+
+
+def test_memory_that_is_freed_meanwhile_is_not_the_steps():
+    class Noisy:
+        def __del__(self):
+            print("freed", file=sys.stderr)
+
+    circle = Noisy()
+    circle.circle = circle
+    del circle
+    step = capture(training(net := dense(), optim.Adam(net.parameters())))
+    for x, y in DATA:
+        step(x, y)
+    assert step.programs
+
+
+# ---- how it is called -------------------------------------------------------------------------------------------
+
+
+def test_arguments_by_name_have_programs_of_their_own():
+    step = capture(lambda x, y: Tensor(x) - Tensor(y))
+    for n in range(STEPS):
+        assert np.array_equal(step(X, y=X * n).numpy(), X - X * np.float32(n))
+        assert np.array_equal(step(y=X * n, x=X).numpy(), X - X * np.float32(n))
+    assert len(step.programs) == 2
+
+
+def test_an_argument_that_cannot_be_captured_is_named_once():
+    step = capture(lambda x, w: (Tensor(x) * w).sum())
+    w = Tensor([1.0, 2.0], requires_grad=True)
+    with pytest.warns(UserWarning, match=r"runs as always: an argument is Tensor"):
+        results = [step(X, w).item() for _ in range(STEPS)]
+    assert results == [33] * STEPS
+    assert [step(X, w.detach()).item() for _ in range(STEPS)] == results
+    assert len(step.programs) == len(step.reasons) == 1
+
+
+def test_numbers_that_change_in_each_step_have_so_many_programs_and_no_more():
+    step = capture(lambda x, n: Tensor(x) * n)
+    with pytest.warns(UserWarning, match="more than 64 kinds; pass numbers that change as arrays"):
+        results = [step(X, n).numpy() for n in range(100)]
+    assert np.array_equal(results, [X * np.float32(n) for n in range(100)])
+    assert len(step._cases) == 65
+
+
+def test_a_method_is_captured_by_its_object():
+    class Trainer:
+        scale = 2.0
+
+        def step(self, x):
+            return Tensor(x) * self.scale
+
+        decorated = capture(step)
+
+    trainer = Trainer()
+    with pytest.raises(TypeError, match=r"Trainer.step is a method; capture one of an object: step = capture"):
+        trainer.decorated(X)
+    step = capture(trainer.step)
+    for scale in (2.0, 3.0):
+        trainer.scale = scale
+        for _ in range(STEPS):
+            assert np.array_equal(step(X).numpy(), X * np.float32(scale))
+        assert step.programs
+
+
+def test_a_loss_with_attributes_in_fit_is_taken_up():
+    class Weighted:
+        weight = 1.0
+
+        def __call__(self, outputs, target):
+            return F.cross_entropy(outputs, target) * self.weight
+
+        def double(self, history, model):
+            self.weight *= 2
+
+    data = np.concatenate([x for x, _ in DATA]), np.concatenate([y for _, y in DATA])
+    losses = []
+    for on in (False, True):
+        manual_seed(0)
+        loss, network = Weighted(), dense(p=0.0)
+        options = {"optimizer": optim.SGD(network.parameters(), 0.01), "seed": 0, "progress": False}
+        history = train.fit(network, data, loss=loss, callbacks=loss.double, capture=on, epochs=4, **options)
+        losses.append(history["loss"])
+    assert losses[0] == losses[1]
+    assert losses[0][3] > 4 * losses[0][0]
+
+
+def test_what_is_no_function_is_an_error():
+    with pytest.raises(TypeError, match="capture takes a function; got 3"):
+        capture(3)
