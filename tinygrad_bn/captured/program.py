@@ -204,9 +204,15 @@ def _moved(line: Line, values: list[Any]) -> int:
         return 0
     arrays = [values[i] for i in {*slots_in(line.args)} if hasattr(values[i], "dtype")]
     results = [values[i] for i in line.outs if i != NOWHERE and hasattr(values[i], "dtype")]
-    if len(results) == 1 and any(type(a) is np.ndarray and np.may_share_memory(a, results[0]) for a in arrays):
+    if len(results) == 1 and any(_share_memory(a, results[0]) for a in arrays):
         return 0
     return sum(a.size * a.dtype.itemsize for a in arrays + results)
+
+
+def _share_memory(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.may_share_memory(a, b)
+    return hasattr(a, "pointer") and hasattr(b, "pointer") and a.pointer == b.pointer
 
 
 def _type_of(value: Any) -> str:
