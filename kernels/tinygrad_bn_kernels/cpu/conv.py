@@ -24,10 +24,10 @@ from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.memory import empty
 from tinygrad_bn_kernels.cpu.reduce import sum_to
 from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
-from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_inner_products, add_products, copy, four
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import lanes
+    from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_inner_products, add_products, copy
 
 Ints = tuple[int, ...]
 Pairs = tuple[tuple[int, int], ...]
@@ -137,7 +137,7 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
     size, image, slack = (height, width), inputs * height * width, _slack(frame, images)
     buffer = np.zeros(inputs * _extent(frame) + slack, images.dtype)
     flat, numbers = np.zeros(ROWS * tiles * pitch, images.dtype), weights.reshape(weights.size)
-    direct = _needs_no_buffer(size, frame)
+    targets, direct = np.arange(ROWS * tiles) * pitch, _needs_no_buffer(size, frame)
     for item in range(start, stop):
         group = item % groups
         read, base = source, item * image
@@ -149,8 +149,8 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
             flat[o * pitch : (o + 1) * pitch] = bias[group * channels + o]
         for at in range(0, pitch, block):  # the block of each run stays in the L1 cache
             for tile in range(tiles):
-                a, weight = tile * ROWS * pitch + at, (group * tiles + tile) * length
-                add_products(read, offsets, base + at, numbers, weight, (1, ROWS), flat, four(a, pitch))
+                weight = (group * tiles + tile) * length
+                add_products(read, offsets, base + at, numbers, weight, (1, ROWS), flat, targets, tile * ROWS, at)
         for o in range(channels):
             for p in range(rows):
                 copy(flat, o * pitch + p * frame[-1], target, ((item * channels + o) * rows + p) * columns, columns)
@@ -180,9 +180,8 @@ def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
         buffer[:] = 0
         for at in range(0, pitch, block):
             for tile in range(tiles):
-                weight, row = (item % groups * tiles + tile) * length, ROWS * tile
-                to = targets[row] + at, targets[row + 1] + at, targets[row + 2] + at, targets[row + 3] + at
-                add_products(framed, runs, at, numbers, weight, (1, ROWS), buffer, to)
+                weight = (item % groups * tiles + tile) * length
+                add_products(framed, runs, at, numbers, weight, (1, ROWS), buffer, targets, tile * ROWS, at)
         at = 0
         for c in range(outputs):
             at = _unfill(buffer, at, (height, width), frame, target, (item * outputs + c) * height * width)
@@ -196,7 +195,8 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
     """
     items, inputs, height, width = images.shape
     _, channels, rows, columns = gradients.shape
-    parts, batch = len(sums), items // groups
+    parts, _, padded, positions = sums.shape
+    batch, totals = items // groups, sums.reshape(sums.size)
     step = lanes(images)
     length = -(-rows * frame[-1] // step) * step
     together = max(1, RUN // length)
@@ -205,7 +205,7 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
     image, slack = inputs * height * width, _slack(frame, images)
     pitch = inputs * _extent(frame) + slack
     buffer = np.zeros(together * pitch, images.dtype)
-    framed = np.zeros(together * sums.shape[2] * length, images.dtype)
+    framed = np.zeros(together * padded * length, images.dtype)
     direct = _needs_no_buffer(size, frame)
     for item in range(start, stop):
         part, group = item // groups, item % groups
@@ -224,13 +224,15 @@ def _correlate_weight(images, frame, offsets, gradients, groups, sums, start, st
                         to = _fill(source, i * image + c * height * width, size, frame, buffer, to)
                 for o in range(channels):
                     at = (i * channels + o) * rows * columns
-                    _fill(cotangents, at, (rows, columns), plain, framed, (k * sums.shape[2] + o) * length)
+                    _fill(cotangents, at, (rows, columns), plain, framed, (k * padded + o) * length)
             for begin in range(0, length, RUN):
                 end = min(begin + RUN, length)
-                for first in range(0, sums.shape[2], ROWS):
-                    for r in range(0, sums.shape[3], VECTORS):
+                for first in range(0, padded, ROWS):
+                    for r in range(0, positions, VECTORS):
+                        to = ((part * groups + group) * padded + first) * positions + r
                         add_inner_products(
-                            read, base, stride, offsets, r, framed, first, count, length, begin, end, sums[part, group]
+                            read, base, stride, offsets, r, framed, first * length, padded * length, length, count,
+                            begin, end, totals, to, positions,
                         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 BLAS is not used: its threads spin for a tenth of a second after a product and take a core from the next loops; and the
 last bits of its results change with the number of threads.
 
-A panel of the right matrix, as wide as a tile and small enough for the L1 cache, is packed; then four rows of the left
+A panel of the right matrix, as wide as a tile and small enough for the L1 cache, is packed; then a few rows of the left
 matrix at a time are multiplied by it, in place (Goto & van de Geijn, "Anatomy of high-performance matrix
 multiplication", 2008). Each thread packs its own panels: sharing them would need another job and a wait.
 """
@@ -15,13 +15,14 @@ from tinygrad_bn_kernels.cpu.arrays import Array, compiled
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.memory import empty
 from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
-from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_products, copy, four
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import BITS, lanes, transpose
+    from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_products, copy
 
 TERMS = 256  # rows of a panel: a multiple of the lanes
 ITEMS = 16  # items of a product, or more if it has enough rows
+ALIGNMENT = 64  # bytes
 LEAST, MOST = 64, 256  # rows of an item: enough to be worth the packing, few enough for the L2 cache
 
 
@@ -55,8 +56,11 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop
     left, right, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
     panels, across = -(-terms // TERMS), -(-columns // spread)
     length = -(-terms // (panels * step)) * step
-    panel, offsets = np.zeros(length * width, a.dtype), np.arange(length) * width
+    memory = np.zeros((length + 1) * width, a.dtype)
+    panel = memory[-memory.ctypes.data % ALIGNMENT // a.itemsize :]  # a vector that crosses cache lines loads twice
+    offsets = np.arange(length) * width
     tile = np.empty(ROWS * width, a.dtype)
+    in_out, in_tile = np.arange(ROWS) * columns, np.arange(ROWS) * width
     for item in range(start, stop):
         top, edge = item // across * height, item % across * spread
         bottom, end = min(top + height, rows), min(edge + spread, columns)
@@ -71,10 +75,10 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop
                     upper = min(row, bottom - ROWS)
                     first, to = upper * a_row + begin * a_column, upper * columns + j
                     if upper == row and count == width:
-                        add_products(panel, used, 0, left, first, a_strides, target, four(to, columns))
+                        add_products(panel, used, 0, left, first, a_strides, target, in_out, 0, to)
                     else:
                         tile[:] = 0
-                        add_products(panel, used, 0, left, first, a_strides, tile, four(0, width))
+                        add_products(panel, used, 0, left, first, a_strides, tile, in_tile, 0, 0)
                         for r in range(row - upper, ROWS):
                             for c in range(count):
                                 target[to + r * columns + c] += tile[r * width + c]

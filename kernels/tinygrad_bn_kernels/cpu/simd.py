@@ -1,7 +1,7 @@
-"""Vectors of 256 bits as values in compiled loops, for the few loops that LLVM does not vectorise well.
+"""Vectors of 256 or 512 bits as values in compiled loops, for the few loops that LLVM does not vectorise well.
 
-With `load`, `fma` and `store` a loop keeps its sums in registers, as the inner loop of a matrix product has to. On a
-processor with registers of another size LLVM splits or joins the vectors.
+With `load`, `add` and `store` a loop keeps its numbers in registers. On a processor with smaller registers LLVM splits
+the vectors.
 """
 
 # Only Numba knows the types of intrinsics.
@@ -9,17 +9,18 @@ processor with registers of another size LLVM splits or joins the vectors.
 
 from typing import Any
 
-from llvmlite import ir
-from numba import extending, types
+from llvmlite import binding, ir
+from numba import config, extending, types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
-BITS = 256
+FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
+BITS = 512 if "+avx512f" in FEATURES.split(",") else 256
 intrinsic: Any = extending.intrinsic  # untyped: Numba binds its first argument
 
 
 class Vector(types.Type):
-    """256 bits of numbers of one floating-point type."""
+    """BITS bits of numbers of one floating-point type."""
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -34,16 +35,28 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(scalar, vector.lanes))
 
 
-def _pointer(context, builder, vector, array_type, array, i):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [i]), context.get_value_type(vector).as_pointer())
+def address(context, builder, array_type, array, i):
+    """Of element `i` of a contiguous array."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
+
+
+def load_from(context, builder, vector, pointer):
+    """The vector at the address of its first element."""
+    pointer = builder.bitcast(pointer, context.get_value_type(vector).as_pointer())
+    return builder.load(pointer, align=vector.dtype.bitwidth // 8)
+
+
+def store_to(context, builder, vector, value, pointer):
+    """The reverse of `load_from`."""
+    pointer = builder.bitcast(pointer, context.get_value_type(vector).as_pointer())
+    builder.store(value, pointer, align=vector.dtype.bitwidth // 8)
 
 
 def _mask(indices):
     return ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), list(indices))
 
 
-def _call(builder, name, vector, result, args, **options):
+def call_llvm(builder, name, vector, result, args, **options):
     """Call the LLVM intrinsic `name` for vectors of this type."""
     signature = ir.FunctionType(result, [arg.type for arg in args])
     suffix = f"v{vector.lanes}f{vector.dtype.bitwidth}"
@@ -67,8 +80,7 @@ def load(typingctx, array, i):
     vector = Vector(array.dtype)
 
     def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, vector, signature.args[0], *args)
-        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+        return load_from(context, builder, vector, address(context, builder, array, *args))
 
     return vector(array, types.intp), codegen
 
@@ -80,14 +92,14 @@ def store(typingctx, array, i, vector):
         return None  # a typing error
 
     def codegen(context, builder, signature, args):
-        pointer = _pointer(context, builder, vector, signature.args[0], *args[:2])
-        builder.store(args[2], pointer, align=array.dtype.bitwidth // 8)
+        store_to(context, builder, vector, args[2], address(context, builder, array, *args[:2]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), codegen
 
 
-def _broadcast(context, builder, vector, number):
+def broadcast(context, builder, vector, number):
+    """The vector with a number in all lanes."""
     undefined = ir.Constant(context.get_value_type(vector), ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, undefined, _mask([0] * vector.lanes))
@@ -99,31 +111,9 @@ def splat(typingctx, x):
     vector = Vector(x)
 
     def codegen(context, builder, signature, args):
-        return _broadcast(context, builder, vector, args[0])
+        return broadcast(context, builder, vector, args[0])
 
     return vector(x), codegen
-
-
-@intrinsic
-def load_splat(typingctx, array, i):
-    """The vector with element `i` of a contiguous array in all lanes."""
-    vector = Vector(array.dtype)
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return _broadcast(context, builder, vector, builder.load(builder.gep(data, [args[1]])))
-
-    return vector(array, types.intp), codegen
-
-
-@intrinsic
-def fma(typingctx, a, b, c):
-    """a · b + c in each lane, rounded once."""
-
-    def codegen(context, builder, signature, args):
-        return _call(builder, "llvm.fma", a, args[0].type, args)
-
-    return a(a, a, a), codegen
 
 
 @intrinsic
@@ -156,18 +146,6 @@ def mul(typingctx, a, b):
         return builder.fmul(*args)
 
     return a(a, a), codegen
-
-
-@intrinsic
-def total(typingctx, vector):
-    """The sum of the lanes, pairwise."""
-
-    def codegen(context, builder, signature, args):
-        scalar = args[0].type.element
-        start = ir.Constant(scalar, -0.0)
-        return _call(builder, "llvm.vector.reduce.fadd", vector, scalar, [start, args[0]], fastmath=("reassoc",))
-
-    return vector.dtype(vector), codegen
 
 
 def _shuffled(typingctx, a, b, indices):
@@ -214,13 +192,13 @@ def transpose(typingctx, source, at, source_stride, target, to, target_stride):
         return None
 
     def codegen(context, builder, signature, args):
-        lanes, align = range(vector.lanes), vector.dtype.bitwidth // 8
+        lanes = range(vector.lanes)
 
         def row(i, array, first, stride):
             index = builder.add(args[first], builder.mul(args[stride], ir.Constant(args[stride].type, i)))
-            return _pointer(context, builder, vector, signature.args[array], args[array], index)
+            return address(context, builder, signature.args[array], args[array], index)
 
-        rows = [builder.load(row(i, 0, 1, 2), align=align) for i in lanes]
+        rows = [load_from(context, builder, vector, row(i, 0, 1, 2)) for i in lanes]
         side = 1
         while side < vector.lanes:  # swap the off-diagonal squares of each 2 × 2 block of squares
             upper = _mask([j + vector.lanes - side if j & side else j for j in lanes])
@@ -229,7 +207,7 @@ def transpose(typingctx, source, at, source_stride, target, to, target_stride):
             rows = [builder.shuffle_vector(*pair) for pair in pairs]
             side *= 2
         for i in lanes:
-            builder.store(rows[i], row(i, 3, 4, 5), align=align)
+            store_to(context, builder, vector, rows[i], row(i, 3, 4, 5))
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
