@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llvmlite import binding
-from numba import config
 from tinygrad_bn_kernels.cpu import linear, products
 
 from tests.tools.work import MATRICES, matrices
@@ -64,7 +63,7 @@ print(simd.BITS, tiles.ROWS, tiles.VECTORS)
 """
 
 
-@pytest.mark.skipif(bool(config.DISABLE_JIT), reason="nothing is compiled")
+@pytest.mark.compiled
 def test_on_a_processor_without_avx512():
     features = binding.get_host_cpu_features().flatten().replace("+avx512", "-avx512")
     env = os.environ | {"NUMBA_CPU_NAME": binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": features}
