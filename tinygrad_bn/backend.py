@@ -108,7 +108,7 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
             expect_numbers(op.name, arrays)
         result = NotImplemented if kernel is None else kernel(*arrays, **params)
         if result is NotImplemented:
-            result = op.forward(*arrays, **params)
+            result = (_in_single(op.forward) if _rounds_half(op, arrays) else op.forward)(*arrays, **params)
     except Exception as error:
         if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
             return forward(op, arrays, params, again=True)
@@ -177,7 +177,8 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
         return y
     dtypes = dtypes or [a.dtype for a in arrays if hasattr(a, "dtype")]
     floating = [d for d in dtypes if d.kind == "f"]
-    if len(floating) == len(dtypes) or own in dtypes or "dtype" in params:
+    numbers = any(isinstance(a, int | float) for a in plain)  # such as those of `where`, whose condition is an array
+    if (len(floating) == len(dtypes) and not numbers) or own in dtypes or "dtype" in params:
         return y
     widest = max(floating, key=lambda d: d.itemsize, default=np.dtype(np.float32))
     if own.itemsize < widest.itemsize and not op.fused:  # NumPy takes int8 to float16
@@ -234,12 +235,13 @@ def _in_single(reference: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
-def _needs_single(op: Op, arrays: Sequence[Any]) -> bool:
-    """Whether `op` of half precision has to be computed in float32: NumPy would round a number, or between steps.
+def _rounds_half(op: Op, arrays: Sequence[Any]) -> bool:
+    """Whether the reference of `op` would round half precision on the way: a number, or between steps.
 
     A comparison rounds the number, so that a half 0.1 equals 0.1, unless it would become infinite.
     """
-    if any(hasattr(a, "dtype") and a.dtype.kind == "f" and a.dtype.char != "e" for a in arrays):
+    floating = {a.dtype.char for a in arrays if hasattr(a, "dtype") and a.dtype.kind == "f"}
+    if op.fused or floating != {"e"}:
         return False
     numbers = [a for a in arrays if type(a) in (int, float)]
     if not op.differentiable:
@@ -279,9 +281,7 @@ def _half_kernel(name: str, arrays: Sequence[Any], op: Op) -> Any:
     """`_kernel` where the first array is of half precision."""
     first = arrays[0]
     kernel = find_kernel(name, "cpu") if isinstance(first, np.ndarray) and first.dtype.isnative else None
-    if kernel is None and op is not None and not op.fused and _needs_single(op, arrays):
-        return _in_single(op.forward)
-    return kernel
+    return _in_single(op.forward) if kernel is None and op is not None and _rounds_half(op, arrays) else kernel
 
 
 def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:

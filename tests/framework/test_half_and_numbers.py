@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, backend, grad
+from tinygrad_bn import Tensor, backend, composed, grad
 from tinygrad_bn import functional as F
+from tinygrad_bn.sample import RandomDraw
 from tinygrad_bn.tensor import OPS
 
 HALF = np.float16
@@ -51,6 +52,14 @@ def test_an_option_of_numpy_does_not_change_the_dtype(f: Any) -> None:
     x = np.array([-1.0, 2.0], np.float32)
     assert f(x, np.float64(0.2)).dtype == np.float32
     assert np.array_equal(f(x, np.float64(0.2)), f(Tensor(x), 0.2).numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("make", [np.asarray, Tensor])
+def test_where_with_a_floating_condition_and_two_numbers(dtype: Any, make: Any) -> None:
+    x = make(np.array([0.0, 2.0], dtype))
+    assert F.where(x, 1.0, 0.5).dtype == dtype
+    assert F.where(x > 0, 1.0, 0.5).dtype == np.float32  # as of integers and a float
 
 
 def test_an_integer_that_the_dtype_cannot_hold_is_an_error() -> None:
@@ -102,10 +111,49 @@ def test_a_comparison_rounds_the_number_unless_it_would_be_infinite() -> None:
     assert (x < 65510).numpy().tolist() == [True, True, False]
 
 
+ROUNDED = sorted(name for name, op in OPS.items() if op.differentiable and name != "astype")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_every_op_rounds_half_precision_once(name: str, kernels: bool) -> None:
+    op = OPS[name]
+    for seed in range(12):
+        operands, params = op.sample(RandomDraw(seed))
+        given = [o.astype(HALF) if getattr(o, "dtype", None) == np.float64 else o for o in operands]
+        wide = [o.astype(np.float64) if getattr(o, "dtype", None) == HALF else o for o in given]
+        with nullcontext() if kernels else backend.kernels_disabled(), np.errstate(all="ignore"):
+            got, want = np.asarray(op.function(*given, **params)), np.asarray(op.function(*wide, **params))
+        if got.dtype == HALF:
+            once = np.abs(want.astype(HALF) - want) + 0.02 * np.spacing(np.abs(want).astype(HALF)).astype(float)
+            assert not (np.abs(got - want) > once).any()  # NaN and infinities are another test's
+
+
 def test_functions_of_several_steps_are_rounded_once() -> None:
-    x = np.linspace(-12, 12, 500).astype(HALF)
+    x, rows = np.linspace(-12, 12, 500).astype(HALF), np.linspace(-12, 12, 500).reshape(20, 25).astype(HALF)
     for f in (F.sigmoid, F.softplus):
         assert np.array_equal(f(Tensor(x)).numpy(), f(x.astype(np.float32)).astype(HALF))
+    for f in (F.softmax, F.log_softmax):
+        assert np.array_equal(f(Tensor(rows)).numpy(), f(Tensor(rows.astype(np.float32))).numpy().astype(HALF))
+
+
+X_NEAR_THE_LIMIT, X_SMALL = [[60000.0, 20000.0]], [[10.0, 0.003]]
+
+
+@pytest.mark.parametrize(("x", "bias", "expected"), [(X_NEAR_THE_LIMIT, -30000.0, 50016.0), (X_SMALL, -10.0, 0.003)])
+@pytest.mark.parametrize("route", [nullcontext, composed, backend.kernels_disabled])
+def test_a_bias_is_added_before_the_sum_is_rounded(x: Any, bias: float, expected: float, route: Any) -> None:
+    row, ones, b = np.array(x, HALF), np.ones((1, 2), HALF), np.array([bias], HALF)
+    image, kernel = row.reshape(1, 2, 1, 1), ones.reshape(1, 2, 1, 1)
+    with route():
+        for y in (
+            F.linear(row, ones, b),
+            F.conv1d(image[..., 0], kernel[..., 0], b),
+            F.conv2d(image, kernel, b),
+            F.conv_transpose2d(image, kernel.reshape(2, 1, 1, 1), b),
+        ):
+            assert np.asarray(y).dtype == HALF
+            assert float(np.asarray(y).item()) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

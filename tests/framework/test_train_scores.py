@@ -74,6 +74,15 @@ AVERAGED = {
     "nll": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y, WEIGHTS),
     "summed": partial(F.cross_entropy, reduction="sum"),
     "sum divided by the samples": lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(y),
+    "sum divided by those that count": lambda z, y: F.cross_entropy(z, y, reduction="sum") / (y >= 0).sum(),
+    "half a sum, cast": lambda z, y: F.mse_loss(z, z.numpy() * 0.5, reduction="sum").astype(np.float64) * 0.5,
+    "two sums": lambda z, y: sum(f(z, z.numpy() + 1, reduction="sum") for f in (F.mse_loss, F.l1_loss)),
+    "mean and sum": lambda z, y: F.mse_loss(z, z.numpy() + 1) + F.l1_loss(z, z.numpy() + 1, reduction="sum"),
+    "beside a metric": lambda z, y: [F.mse_loss(z, z.numpy(), reduction="sum"), F.cross_entropy(z, y)][1],
+    "beside a metric that ignores a class": lambda z, y: (
+        F.cross_entropy(z, abs(y) % 3, ignore_index=0),
+        F.cross_entropy(z, y),
+    )[1],
     "with a term of the weights": lambda z, y: F.cross_entropy(z, y) * 3 + 0.5,
     "pair": lambda z, y: (F.cross_entropy(z, y), np.count_nonzero(y >= 0)),
     "mse": lambda z, y: F.mse_loss(z, z.numpy() * 0.5),
@@ -97,6 +106,17 @@ def test_scores_do_not_depend_on_the_batches(name, data):
     sgd = optim.SGD(model.parameters(), lr=0.0)
     trained = fit(model, (x, y), epochs=1, batch_size=size, loss=loss, optimizer=sgd, **QUIET).epochs[0]
     np.testing.assert_allclose((trained.loss, trained.accuracy), whole, rtol=1e-9)
+
+
+def test_a_loss_of_one_batch_size_says_how_its_sums_are_averaged():
+    x, y = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 1, 2, 0])
+    each = np.array([1.0, 2.0, 3.0, 4.0])
+
+    def loss(z, y):
+        return F.mse_loss(z, z.numpy() + 1, reduction="sum") / 4 + (z.mean(axis=1) * each).mean()
+
+    with pytest.warns(UserWarning, match="taken to be divided by its samples; of twice as many"):
+        evaluate(Scorer(), (x, y), loss=loss)
 
 
 def test_the_mean_is_that_of_all_targets_together():

@@ -61,8 +61,8 @@ def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Opera
 
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     """Logarithm of `softmax`, without overflow or underflow."""
-    expect_floats(x, "softmax")
-    expect_axis("softmax", x, axis)
+    expect_floats(x, "log_softmax")
+    expect_axis("log_softmax", x, axis)
     if x.dtype == np.float16:  # which may not hold the sum
         return astype(log_softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     shifted = x - largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
@@ -71,6 +71,10 @@ def log_softmax(x: Operand, axis: int = -1) -> Tensor:
 
 def softmax(x: Operand, axis: int = -1) -> Tensor:
     """eˣ / Σ eˣ over `axis`."""
+    expect_floats(x, "softmax")
+    expect_axis("softmax", x, axis)
+    if x.dtype == np.float16:  # the logarithm would be rounded first
+        return astype(softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     return exp(log_softmax(x, axis))
 
 

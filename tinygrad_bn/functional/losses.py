@@ -148,7 +148,7 @@ def _class_weight(weight: Operand | None, x: Operand) -> Any:
     expect_array(weight, "the weight of a loss")
     if values(weight).shape != (x.shape[1],):
         raise ValueError(f"weight has shape {values(weight).shape}, for {x.shape[1]} classes")
-    return values(weight).astype(at_least_single(x.dtype), copy=False)  # half precision could not hold it
+    return values(weight)
 
 
 def nll_loss(

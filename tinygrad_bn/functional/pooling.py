@@ -257,6 +257,8 @@ def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
 def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:
     """The means of windows that divide x (N, C, *size) into (N, C, *output_size); 1 is global average pooling."""
     out = _adaptive_size(x, output_size)
+    if x.dtype == np.float16:  # each axis would be rounded by itself
+        return astype(adaptive_avg_pool(astype(x, dtype=np.float32), out), dtype=np.float16)
     y = x
     for axis, m in enumerate(out, start=2):
         before = (slice(None),) * axis

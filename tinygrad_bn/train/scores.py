@@ -34,13 +34,13 @@ class Score(NamedTuple):
 class Batch(NamedTuple):
     """The loss of a batch and its weight in a mean over batches; and the targets that were hit, of those that count.
 
-    The loss is a mean, or the sum if `summed`.
+    Of the loss, `sum` is a sum over the targets that count; the rest is a mean.
     """
 
     value: Any
     loss: float
     weight: float
-    summed: bool
+    sum: float
     hits: int
     counted: int
 
@@ -54,7 +54,7 @@ class MeanScore:
     def add(self, batch: Batch) -> None:
         """Take in a batch. Its loss is left out if no target counts, where it is 0 / 0."""
         if batch.weight:
-            self.loss += batch.loss if batch.summed else batch.loss * batch.weight
+            self.loss += batch.sum + (batch.loss - batch.sum) * batch.weight
             self.weight += batch.weight
         self.hits += batch.hits
         self.counted += batch.counted
@@ -114,30 +114,54 @@ def measure(run: Callable[[Array, Array], tuple[Tensor, Any, Any]], x: Array, y:
     if not isinstance(value, float | int) and not _is_one_number(value):
         what = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
         raise TypeError(f"loss has to return one number in a Tensor, or a pair of it and its weight; got {what}")
-    summed = False
-    if not pair:
-        weight, summed = _weight(value, made, len(y), lambda: _has_other_terms(value, made, outputs, target, loss))
-    return Batch(value, float(value), weight, summed, *_hits(outputs, y, {r.ignored for r in made}))
+    # Where the loss is one of the reductions as it is, the others were made for other ends, such as to be printed.
+    whole = [r for r in made if getattr(r.result, "_data", r.result) is getattr(value, "_data", value)]
+    used, sum_part = whole or made, 0.0
+    if pair:
+        pass
+    elif whole:
+        weight, sum_part = whole[0].total, float(value) if whole[0].summed else 0.0
+    elif any(r.summed for r in made):
+        sum_part = _sum_part(float(value), outputs, target, loss)
+        by_total = len(made) == 1 and (sum_part or _is_quotient(value, made[0].result, made[0].total, len(y)))
+        weight = made[0].total if by_total else len(y)
+    else:
+        weight = _weight(made, len(y), lambda: _has_other_terms(value, made, outputs, target, loss))
+    return Batch(value, float(value), weight, sum_part, *_hits(outputs, y, {r.ignored for r in used}))
 
 
 def _is_one_number(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray | np.generic) and value.size == 1 and value.dtype.kind in "fiub"
 
 
-def _weight(value: Any, made: list[Reduced], samples: int, has_other_terms: Callable[[], bool]) -> tuple[float, bool]:
-    """What the mean of a loss was divided by, and whether the loss is the sum instead."""
-    array = getattr(value, "_data", value)
-    whole = [r for r in made if getattr(r.result, "_data", r.result) is array]
-    if any(r.summed for r in made):  # not the whole: then the loss divided the sum, by its samples
-        return (whole[0].total, True) if whole else (samples, False)
+def _sum_part(value: float, outputs: Tensor, target: Any, loss: Loss) -> float:
+    """What a loss grows by if each sample counts twice: sums do, and means do not."""
+    try:
+        with no_grad(), np.errstate(invalid="ignore", divide="ignore"):
+            again = loss(*(F.concatenate([both, both]) for both in (outputs.detach(), target)))
+    except ValueError as error:  # such as one that holds a number for each sample
+        warn_caller(f"the sums in the loss are taken to be divided by its samples; of twice as many it gives: {error}")
+        return 0.0
+    grown, close = float(again) - value, 1e-4 * abs(value)
+    return 0.0 if abs(grown) < close else value if abs(grown - value) < close else grown
+
+
+def _is_quotient(value: Any, total: Any, divisor: float, other: float) -> bool:
+    """Whether value is total / divisor, and not total / other."""
+    by_divisor, by_other = (np.isclose(float(value) * n, float(total)) for n in (divisor, other))
+    return bool(by_divisor and not by_other)
+
+
+def _weight(made: list[Reduced], samples: int, has_other_terms: Callable[[], bool]) -> float:
+    """What the mean of a loss was divided by, where it is made of such means."""
     shares = {round(r.total / r.size, 12) for r in made if r.size}
-    if len(shares) > 1 or (shares - {1.0} and not whole and has_other_terms()):
+    if len(shares) > 1 or (shares - {1.0} and has_other_terms()):
         warn_caller(
             "the loss adds means over different numbers or weights of targets: its mean over batches is approximate. "
             "Let it return a pair (loss, weight)"
         )
-        return (samples if all(r.total for r in made) else 0), False  # one of the means is 0 / 0
-    return (made[0].total if made else samples), False
+        return samples if all(r.total for r in made) else 0  # one of the means is 0 / 0
+    return made[0].total if made else samples
 
 
 def _has_other_terms(value: Any, made: list[Reduced], outputs: Tensor, target: Any, loss: Loss) -> bool:

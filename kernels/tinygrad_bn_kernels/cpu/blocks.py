@@ -65,11 +65,11 @@ def _shifted(g, shift, w, extra):
 
 
 @njit(fastmath=SUMS)
-def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
+def _backward(g, x, weight, eps, centered, mean, var, gx, sums, check, start, stop):
     """gx, and sums (parts, 2, G, P) of g · x̂ and of g over the samples of each part.
 
     gx = ivar · (d − mean d − x̂ · mean(d x̂)) with d = g · w − constant: the mean removes the constant.
-    Not centered, d = g · w and no mean is subtracted.
+    Not centered, d = g · w and no mean is subtracted. check (parts,) is NaN for a part whose gx is not all finite.
     """
     groups, planes = weight.shape
     count, parts, samples = x.shape[1], sums.shape[0], x.shape[0] // groups
@@ -108,11 +108,13 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
                     to_bias[p] += t1 + size * np.float64(shift)
                     s1 += t1 * w[p] + size * np.float64(extra)
                     s2 += t2 * w[p] + extra * t3
+            finite = cast(0)  # stays 0, or becomes NaN
             mean_d, slope = cast(s1 / count if centered else 0.0), cast(s2 / count)
             if size == 1:
                 for j in range(planes):
                     d, xhat = _shifted(gs[j], shift, w[j], shift * (w[j] - w0)), _xhat(block[j], m, a, r)
                     out[j] = a * (d - (xhat * slope + mean_d))
+                    finite += out[j] * cast(0)
             else:
                 for p in range(planes):
                     g0, x0, extra = gs[p * size : (p + 1) * size], block[p * size : (p + 1) * size], shift * (w[p] - w0)
@@ -120,6 +122,8 @@ def _backward(g, x, weight, eps, centered, mean, var, gx, sums, start, stop):
                     for j in range(size):
                         d, xhat = _shifted(g0[j], shift, w[p], extra), _xhat(x0[j], m, a, r)
                         o0[j] = a * (d - (xhat * slope + mean_d))
+                        finite += o0[j] * cast(0)
+            check[part] += finite
 
 
 def _as_blocks(x: Array, weight: Array | None, blocks: Blocks) -> tuple[Array, Array]:
@@ -172,12 +176,14 @@ def block_norm_vjp(
     source = compiled(x)
     rows, w = _as_blocks(source, weight, blocks)
     gx, parts = empty_like(source), max(1, min(PARTS, blocks[0]))
-    sums = np.zeros((parts, 2, *w.shape))
+    sums, check = np.zeros((parts, 2, *w.shape)), np.zeros(parts)
     if x.size:
         if not is_ordinary(w, mean, var, float(eps)):
             return NotImplemented
         gs, out = compiled(g, source.dtype).reshape(rows.shape), gx.reshape(rows.shape)
-        split(_backward, parts, x.size, gs, rows, w, float(eps), bool(centered), mean, var, out, sums)
+        split(_backward, parts, x.size, gs, rows, w, float(eps), bool(centered), mean, var, out, sums, check)
+        if np.isnan(check).any() and np.isfinite(mean).all() and np.isfinite(g).all():  # a term overflows in x's dtype
+            return NotImplemented
     total = np.add.reduce(sums)
     gweight = None if weight is None else total[0].reshape(weight.shape)
     gbias = None if bias is None else total[1].reshape(bias.shape)
