@@ -182,3 +182,26 @@ def test_the_gradient_of_a_variance_with_an_infinity_is_nan(function, route):
         got, want = (grad(y, x, Tensor(np.ones(y.shape)), create_graph=c).numpy() for c in (False, True))
     np.testing.assert_allclose(got, want)
     assert np.isnan(got[1, 2])
+
+
+ROW = np.array([[100.0, 200.0, 400.0, 800.0]], np.float32)
+STEEP = {
+    "layer_norm": lambda x, w: F.layer_norm(x, 4, w),
+    "rms_norm": lambda x, w: F.rms_norm(x, 4, w),
+    "group_norm": lambda x, w: F.group_norm(x, 1, w),
+    "instance_norm": lambda x, w: F.instance_norm(x.reshape(1, 1, 4)).reshape(1, 4),
+}
+
+
+@pytest.mark.parametrize("weight", [1.0, 300.0])
+@pytest.mark.parametrize("name", STEEP)
+def test_a_gradient_whose_terms_overflow_is_that_of_the_composition(name, weight):
+    g = np.array([[3e38, -3e38, 1e38, 2e38]], np.float32) / np.float32(weight)
+    gradients = []
+    for route in (nullcontext, composed):
+        with route():
+            x = Tensor(ROW, requires_grad=True)
+            STEEP[name](x, Tensor(np.full(4, weight, np.float32))).backward(g)
+        gradients.append(x.grad.numpy())
+    assert np.isfinite(gradients[1]).all()
+    np.testing.assert_allclose(*gradients, rtol=1e-5)
