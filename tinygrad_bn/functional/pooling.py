@@ -7,6 +7,7 @@ takes the element there, with its derivatives of every order. Average pooling is
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -257,6 +258,9 @@ def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
 def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:
     """The means of windows that divide x (N, C, *size) into (N, C, *output_size); 1 is global average pooling."""
     out = _adaptive_size(x, output_size)
+    if (kernel := _even(x.shape[2:], out)) is not None:
+        no = (0,) * len(out)
+        return _averages(x, kernel=kernel, out=out, stride=kernel, padding=no, count_include_pad=True)
     if x.dtype == np.float16:  # each axis would be rounded by itself
         return astype(adaptive_avg_pool(astype(x, dtype=np.float32), out), dtype=np.float16)
     y = x
@@ -272,7 +276,13 @@ def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
     """The largest elements of windows that divide x (N, C, *size) into (N, C, *output_size)."""
     out = _adaptive_size(x, output_size)
     bounds = [_bounds(n, m) for n, m in zip(x.shape[2:], out, strict=True)]
+    most = tuple(int((stop - start).max()) for start, stop in bounds)
     index = np.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
+    if math.prod(out) > math.prod(most):  # the loop over elements of windows is shorter than that over windows
+        if _even(x.shape[2:], out):
+            no, once = (0,) * len(out), (1,) * len(out)
+            return max_pool(x, kernel=most, out=out, stride=most, padding=no, dilation=once)
+        return _taken(x, _places_in_even_windows(values(x), index, bounds, most, out))
     places = []
     for place in np.ndindex(*out):
         window = tuple(slice(start[i], stop[i]) for i, (start, stop) in zip(place, bounds, strict=True))
@@ -281,3 +291,22 @@ def adaptive_max_pool(x: Operand, output_size: int | Ints) -> Tensor:
         flat = backend.move(index[window].reshape(-1), backend.device_of(x))
         places.append(getitem(flat, index=argmax(part, axis=2)))
     return _taken(x, stack(*places, axis=2).reshape(*x.shape[:2], *out))
+
+
+def _places_in_even_windows(x: Array, index: Array, bounds: list[tuple[Array, Array]], most: Ints, out: Ints) -> Array:
+    """`max_pool_places` of windows that are made as large as the largest by repeating their last elements.
+
+    That changes neither their maxima nor the first places of these.
+    """
+    each = zip(bounds, most, strict=True)
+    rows = [(start[:, None] + np.arange(k)).clip(max=stop[:, None] - 1).reshape(-1) for (start, stop), k in each]
+    index = backend.move(index[np.ix_(*rows)].reshape(-1), backend.device_of(x))
+    spread = getitem(x.reshape(*x.shape[:2], -1), index=(slice(None), slice(None), index))
+    spread = spread.reshape(*x.shape[:2], *(len(r) for r in rows))
+    no, once = (0,) * len(out), (1,) * len(out)
+    return getitem(index, index=max_pool_places(spread, kernel=most, out=out, stride=most, padding=no, dilation=once))
+
+
+def _even(size: Ints, out: Ints) -> Ints | None:
+    """The size of the windows of adaptive pooling if all are alike, else None."""
+    return tuple(n // m for n, m in zip(size, out, strict=True)) if not any(map(operator.mod, size, out)) else None
