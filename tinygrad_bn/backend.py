@@ -177,7 +177,7 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
         return y
     dtypes = dtypes or [a.dtype for a in arrays if hasattr(a, "dtype")]
     floating = [d for d in dtypes if d.kind == "f"]
-    numbers = any(isinstance(a, int | float) for a in plain)  # such as those of `where`, whose condition is an array
+    numbers = dtypes and any(isinstance(a, int | float) for a in plain)  # as of `where`: its condition is an array
     if (len(floating) == len(dtypes) and not numbers) or own in dtypes or "dtype" in params:
         return y
     widest = max(floating, key=lambda d: d.itemsize, default=np.dtype(np.float32))

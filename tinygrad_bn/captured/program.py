@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.filesize import decimal
 
 from tinygrad_bn import autograd, backend
 from tinygrad_bn.captured.nests import SCALARS, Place, filled, same, slots_in
@@ -173,12 +172,15 @@ class Program:
         return ""
 
     def __str__(self) -> str:
-        rows = [self._row(line, moved) for line, moved in zip(self.lines, self.moved, strict=True)]
+        from rich.filesize import decimal
+
+        sizes = [decimal(moved) if moved else "" for moved in self.moved]
+        rows = [self._row(line, size) for line, size in zip(self.lines, sizes, strict=True)]
         width = min(WIDTH, max((len(text) for text, _ in rows), default=0))
         shown = [f"{text:{width}}  # {note}" if note else text for text, note in rows if text]
         return "\n".join([*shown, f"{len(shown)} operations, {decimal(sum(self.moved))} read and written by ops"])
 
-    def _row(self, line: Line, moved: int) -> tuple[str, str]:
+    def _row(self, line: Line, size: str) -> tuple[str, str]:
         """A line in words, "" for one that reads a named array; and the path of its module and the bytes it moves."""
         shown = [a for a in line.args if isinstance(a, (Place, tuple, *SCALARS))]
         args = [self._named(a.slot) if type(a) is Place else repr(a) for a in shown]
@@ -187,7 +189,7 @@ class Program:
         if line.outs[0] in self.names:
             return "", ""
         outs = ", ".join(f"%{i}{self.types[i]}" for i in line.outs if i != NOWHERE)
-        note = ", ".join(filter(None, [line.where, decimal(moved) if moved else ""]))
+        note = ", ".join(filter(None, [line.where, size]))
         return f"{outs + ' = ' if outs else ''}{line.name}({', '.join(args)})", note
 
     def _named(self, slot: int) -> str:
