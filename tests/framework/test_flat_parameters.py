@@ -238,6 +238,25 @@ def test_clipping_tiny_huge_and_wrong_gradients(value, size, dtype):
     np.testing.assert_array_equal(p.grad.numpy(), np.full(size, 1e-25, dtype))
 
 
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 1e-170, 1e-161, 1e-101, 1e-90, 1e160, 1e300])
+def test_the_norm_of_gradients_whose_squares_vanish_or_overflow(value):
+    params = [nn.Parameter(np.zeros(1)) for _ in range(3)]
+    for p in params:
+        p.grad = Tensor(np.array([value]))
+    with np.errstate(over="ignore"):
+        norm = optim.clip_grad_norm_(params, math.inf)
+    assert norm == pytest.approx(math.sqrt(3) * value, rel=1e-13, abs=0)
+    assert [p.grad.item() for p in params] == [value] * 3
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-9, 1e-6, 3e-6])
+def test_the_factor_of_clipping_is_pytorchs_where_norms_are_small(limit):
+    p = nn.Parameter(np.zeros(2))
+    p.grad = Tensor(np.array([3e-6, -4e-6]))
+    assert optim.clip_grad_norm_(p, limit) == pytest.approx(5e-6, rel=1e-13, abs=0)
+    np.testing.assert_allclose(p.grad.numpy(), np.array([3e-6, -4e-6]) * (limit / (5e-6 + 1e-6)), rtol=1e-12)
+
+
 def test_broadcast_gradients_and_parameters_in_fortran_order():
     for kind, options in ALL:
         ours, theirs = parameters(shapes=[(3, 4), (5,)]), parameters(shapes=[(3, 4), (5,)])
@@ -358,6 +377,24 @@ def test_parameters_stay_where_they_are_from_step_to_step(monkeypatch):
     params[0].grad = None  # now others are updated together
     optimizer.step()
     assert laid
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_parameters_converted_between_steps_keep_their_dtype(kind, options, dtype):
+    """The steps after that are those of an optimiser that began with the converted parameters."""
+    model, twin = (nn.Linear(3, 2, rng=np.random.default_rng(0)) for _ in range(2))
+    first, second = kind(model.parameters(), lr=0.1, **options), kind(twin.astype(dtype).parameters(), **options)
+    give_gradients(list(model.parameters()), 0)
+    first.step()
+    twin.load_state_dict(model.astype(dtype).state_dict())
+    second.load_state_dict(first.state_dict())
+    for step in range(1, 3):
+        for params, optimizer in ((model.parameters(), first), (twin.parameters(), second)):
+            give_gradients(list(params), step)
+            optimizer.step()
+    assert {p.dtype for p in model.parameters()} == {np.dtype(dtype)}
+    assert_same(model.parameters(), twin.parameters())
 
 
 @pytest.mark.parametrize("change", ["one starts anew", "one is forgotten", "one is empty"])

@@ -85,3 +85,41 @@ def test_a_layer_that_is_used_twice_is_folded_where_a_batch_norm_follows():
     unusual(norm, np.random.default_rng(0))
     model = nn.Sequential(shared, norm, nn.Sequential(shared)).eval()
     assert nn.fold_batch_norm(model, np.ones((2, 3), np.float32)).difference < 1e-6
+
+
+class Doubled(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+def with_its_own_forward(module):
+    module.forward = lambda x: type(module).forward(module, x) * 3
+    return module
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: (nn.Linear(4, 4), Doubled(4)),
+        lambda: (Squared(4, 4), nn.BatchNorm1d(4)),
+        lambda: (nn.Linear(4, 4), with_its_own_forward(nn.BatchNorm1d(4))),
+        lambda: (with_its_own_forward(nn.Linear(4, 4)), nn.BatchNorm1d(4)),
+    ],
+)
+def test_modules_with_a_forward_of_their_own_are_left_as_they_are(other):
+    rng = np.random.default_rng(0)
+    layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), *other()]
+    for norm in (layers[1], layers[3]):
+        unusual(norm, rng)
+    model, x = nn.Sequential(*layers).eval(), rng.normal(size=(5, 3)).astype(np.float32)
+    folded, norms, difference = nn.fold_batch_norm(model, x)
+    assert norms == 1
+    assert difference < 1e-5
+    assert [type(m) for m in folded] == [nn.Linear, nn.Identity, *map(type, layers[2:])]
+    with pytest.raises(ValueError, match="no BatchNorm follows"):
+        nn.fold_batch_norm(nn.Sequential(*layers[2:]).eval(), np.ones((5, 4), np.float32))

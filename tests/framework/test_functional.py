@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygrad_bn import Tensor, grad, testing
+from tinygrad_bn import Tensor, composed, grad, testing
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
 
@@ -95,6 +95,28 @@ def test_cross_entropy_equals_its_definition(seed, shape, weighted, smoothing, i
     if smoothing == 0:
         nll = F.nll_loss(F.log_softmax(x, 1), target, weight, ignore_index=ignore, reduction=reduction)
         np.testing.assert_allclose(nll, want[reduction], atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, np.array([0.5, 1.0, 3.0])])
+@pytest.mark.parametrize("context", [nullcontext, kernels_disabled, composed])
+def test_an_ignored_row_counts_0_though_its_loss_is_infinite(context, weight, reduction):
+    """A row of class 0 of probability 0: as a number its loss times 0 would be NaN."""
+    x = np.array([[-np.inf, 0.0, 0.0], [0.5, 0.25, -1.0], [1.0, -np.inf, -np.inf]])
+    target, ignored = np.array([-100, 2, 0]), np.array([-100, 2, -100])
+    log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    for classes in (target, ignored):
+        each = -log_p[range(3), classes.clip(0)] * (1 if weight is None else weight[classes.clip(0)])
+        loss, total = np.where(classes < 0, 0, each), np.ones(3) if weight is None else weight[classes.clip(0)]
+        want = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / total[classes >= 0].sum()}[reduction]
+        for function, rows in ((F.nll_loss, log_p), (F.cross_entropy, x)):
+            logits = Tensor(rows, requires_grad=True)
+            with context():
+                got = function(logits, classes, weight, reduction=reduction)
+                got.backward(np.ones(got.shape))
+            np.testing.assert_allclose(got.numpy(), want, rtol=1e-12, atol=1e-15)
+            assert logits.grad.numpy()[0].tolist() == [0, 0, 0]
+            assert np.isfinite(logits.grad.numpy()).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -62,6 +62,19 @@ def test_ctrl_c_in_a_forward_pass():
         assert (len(history), history.interrupted, model.training) == (0, True, True)
 
 
+def test_ctrl_c_in_a_callback_that_evaluates_leaves_training_mode():
+    def callback(history: History, model: nn.Module) -> None:
+        model.eval()
+        if len(history) == 2:
+            raise KeyboardInterrupt
+        model.train()
+
+    model = network()
+    history = fit(model, samples(8), epochs=5, callbacks=callback, **QUIET)
+    assert (len(history), history.interrupted) == (2, True)
+    assert all(module.training for module in model.modules())
+
+
 def interrupted_at(moment: int, function: Callable[[], object]) -> tuple[object, int]:
     """The result of `function`, or None after KeyboardInterrupt; and how many lines it ran.
 

@@ -183,6 +183,17 @@ def test_a_loss_that_is_no_number_is_an_error(loss):
         fit(network(), samples(4), loss=lambda z, y: F.cross_entropy(z.numpy(), y), **QUIET)
 
 
+def test_scores_with_nan_hit_no_target():
+    """NumPy's argmax takes NaN for the largest."""
+    x, y = np.eye(3), np.arange(3)
+    assert evaluate(Scorer(), (x, y)).accuracy == 1
+    x[1, 1], x[2, 0] = np.nan, np.nan  # at the target, and beside it
+    assert evaluate(Scorer(), (x, y)).accuracy == pytest.approx(1 / 3)
+    sgd = optim.SGD((model := Scorer()).parameters(), lr=0.0)
+    trained = fit(model, (x, y), epochs=1, optimizer=sgd, nonfinite="ignore", **QUIET)
+    assert trained["accuracy"] == [pytest.approx(1 / 3)]
+
+
 # ---- the order of batches ---------------------------------------------------------------------------------
 
 

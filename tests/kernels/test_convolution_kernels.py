@@ -1,6 +1,7 @@
 """The kernels of convolution and pooling against their references, on shapes that reach all of their loops."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tinygrad_bn_kernels.cpu import conv, pool
 
+from tests.tools.processes import output, python
 from tests.tools.reference import reference
 from tinygrad_bn import Tensor, functional, grad
 from tinygrad_bn.backend import kernels_disabled
@@ -62,6 +64,46 @@ def test_convolution_and_its_gradients_equal_the_reference(case):
     for got, want, count in zip(gots, wants, terms, strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(got, want, rtol=0, atol=16 * np.finfo(dtype).eps * (count + 4))
+
+
+BEFORE_A_WALL = """
+import ctypes
+import mmap
+import numpy as np
+from tinygrad_bn_kernels.cpu import conv
+
+def before_a_wall(x):
+    "A copy of x right before a page of memory that nobody may read."
+    size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.ctypes.data + size), mmap.PAGESIZE, 0) == 0
+    copy = memory[size - x.nbytes : size].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+for shapes, options, dtype in CASES:
+    x, weight, bias = operands = [np.random.default_rng(0).normal(size=shape).astype(dtype) for shape in shapes]
+    g = np.ones_like(conv.conv_with_bias(*operands, **options))
+    def results(x, weight, bias, g):
+        yield conv.conv_with_bias(x, weight, bias, **options)
+        yield conv.conv_input(g, weight, size=x.shape[2:], **options)
+        yield conv.conv_weight(x, g, kernel=weight.shape[2:], **options)
+    for got, want in zip(results(*map(before_a_wall, (*operands, g))), results(*operands, g), strict=True):
+        np.testing.assert_array_equal(got, want)
+print("read nothing else")
+"""
+ALL_IN_PLACE = [  # images that need no buffer
+    (((40, 2, 6, 6), (5, 2, 3, 3), (5,)), plain(), "f4"),
+    (((40, 2, 6, 6), (5, 2, 3, 3), (5,)), plain(), "f8"),
+    (((3, 1, 40, 41), (4, 1, 2, 3), (4,)), plain(), "f4"),
+    (((2, 3, 1, 5), (1, 3, 1, 2), (1,)), plain(), "f8"),
+]
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_nothing_past_the_end_of_an_operand_is_read():
+    assert output(python(BEFORE_A_WALL.replace("CASES", repr(ALL_IN_PLACE)))) == "read nothing else"
 
 
 @st.composite

@@ -4,6 +4,7 @@ import gc
 import sys
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tinygrad_bn_kernels.cpu.memory import ALIGNMENT, KEEP_FROM, MemoryCache
 
 from tests.tools.interrupts import caught_interrupts
 from tests.tools.processes import on_threads, output, python
-from tinygrad_bn import Tensor, functional
+from tinygrad_bn import Tensor, backend, functional, optim
 
 MEGABYTE = 1 << 20
 
@@ -100,6 +101,22 @@ def test_interrupts_reach_the_program_and_the_cache_works_on():
     assert cache.kept <= cache.limit
 
 
+def test_an_interrupt_while_memory_is_lent_takes_no_room_from_later_memory(monkeypatch):
+    cache = MemoryCache(3 * (MEGABYTE + ALIGNMENT))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(4):  # together more than the limit
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "weakref", SimpleNamespace(ref=interrupted))
+            with pytest.raises(KeyboardInterrupt):
+                cache.empty((MEGABYTE,), np.uint8)
+    arrays = [cache.empty((MEGABYTE,), np.uint8) for _ in range(3)]
+    arrays.clear()
+    assert cache.kept == cache.limit
+
+
 def test_memory_in_use_is_forgotten_when_newer_memory_needs_the_room():
     cache = MemoryCache(3 * MEGABYTE + 3 * ALIGNMENT)
     held, temporary = [cache.empty((MEGABYTE,), np.uint8) for _ in range(8)], set()
@@ -180,6 +197,44 @@ NEEDS = """[
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit for memory")
 def test_memory_that_is_kept_is_given_up_before_memory_is_full():
     assert output(python(FULL.replace("NEEDS", NEEDS))) == "too much"
+
+
+@pytest.fixture
+def kept_memory():
+    """Memory that an op may get back."""
+    memory.empty((KEEP_FROM,), np.float32)
+    assert memory.cache.kept
+
+
+def test_an_op_is_run_again_with_the_memory_that_was_kept(monkeypatch, kept_memory):
+    calls = []
+
+    def exp(x):
+        calls.append(memory.cache.kept)
+        if len(calls) == 1:
+            raise MemoryError
+        return NotImplemented
+
+    monkeypatch.setattr(backend, "find_kernel", lambda name, device: exp)
+    assert functional.exp(np.zeros(3)).tolist() == [1, 1, 1]
+    assert calls == [calls[0], 0]
+
+
+def test_an_op_that_has_overwritten_its_operands_is_not_run_again(monkeypatch, kept_memory):
+    p, seen = Tensor([1.0], requires_grad=True), []
+    optimizer = optim.SGD([p], lr=1.0, momentum=0.5)
+    p.grad = Tensor([1.0])
+    optimizer.step()
+
+    def momentum(p, g, v, **options):
+        seen.append(v.copy())
+        v += g
+        raise MemoryError
+
+    monkeypatch.setattr(backend, "find_kernel", lambda name, device: momentum)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert seen == [[1.0]]
 
 
 def test_threads_never_share_an_array():

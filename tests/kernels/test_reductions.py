@@ -156,6 +156,17 @@ def test_nan_wins_anywhere_and_the_first_index_of_a_tie(name, shape):
                 assert compare(name, x, axis)
 
 
+@pytest.mark.parametrize("value", [2.0, np.nan])
+@pytest.mark.parametrize("name", [*PLACES, "max", "min"])
+def test_an_extreme_after_the_last_whole_piece_of_a_flat_array(name, value):
+    with thresholds(piece=8):
+        for size in range(41, 48):
+            for place in range(40, size):
+                x = np.random.default_rng(size).uniform(-1, 1, size)
+                x[place] = value if "max" in name else -value
+                assert compare(name, x, None)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", [*PLACES, "max", "min"])
 def test_rows_longer_than_a_block(monkeypatch, name, dtype):

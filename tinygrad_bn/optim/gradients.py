@@ -86,8 +86,9 @@ def all_finite(arrays: list[Array]) -> bool:
 def clip_grad_norm_(params: Tensor | Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together so that their common 2-norm is at most `max_norm`; return the norm before.
 
-    A norm that is not finite leaves the gradients unchanged, so that the fault shows. Raises ValueError for a
-    `max_norm` below 0, TypeError for params that are not tensors.
+    The factor of gradients with a larger norm is max_norm / (norm + 1e-6), as in PyTorch. A norm that is not finite
+    leaves the gradients unchanged, so that the fault shows. Raises ValueError for a `max_norm` below 0, TypeError for
+    params that are not tensors.
     """
     max_norm = expect_number("max_norm", max_norm, 0, finite=False)
     return _clip_norm(listed(params), max_norm)
@@ -97,8 +98,9 @@ def _clip_norm(params: list[Any], max_norm: float) -> float:
     gradients = _gradients(params)
     norm = _norm([g for _, g in gradients])
     if math.isfinite(norm) and norm > max_norm:
+        factor = max_norm / (norm + 1e-6)  # as in PyTorch
         for p, g in gradients:
-            scaled = mul(astype(g, dtype=at_least_single(g.dtype)), max_norm / (norm + 1e-6))
+            scaled = mul(astype(g, dtype=at_least_single(g.dtype)), factor)
             p.grad = Tensor._of(as_array(astype(scaled, dtype=g.dtype)))  # half precision would round the factor
     return norm
 

@@ -111,7 +111,6 @@ class Optimizer:
             for group, old in options:
                 group.update(old)
             self.state = {p: {k: kept.get(id(v), v) for k, v in own.items()} for p, own in state.items()}
-            self._runs = []
 
         return undo
 

@@ -160,7 +160,7 @@ def fit(
                     break
     except KeyboardInterrupt:
         history.interrupted = True
-        model.train()  # the validation may not have begun to restore it
+        model.train()  # a callback may not have come to leave evaluation mode
     return history
 
 
