@@ -381,28 +381,6 @@ def test_a_method_is_captured_by_its_object():
         assert step.programs
 
 
-def test_a_loss_with_attributes_in_fit_is_taken_up():
-    class Weighted:
-        weight = 1.0
-
-        def __call__(self, outputs, target):
-            return F.cross_entropy(outputs, target) * self.weight
-
-        def double(self, history, model):
-            self.weight *= 2
-
-    data = np.concatenate([x for x, _ in DATA]), np.concatenate([y for _, y in DATA])
-    losses = []
-    for on in (False, True):
-        manual_seed(0)
-        loss, network = Weighted(), dense(p=0.0)
-        options = {"optimizer": optim.SGD(network.parameters(), 0.01), "seed": 0, "progress": False}
-        history = train.fit(network, data, loss=loss, callbacks=loss.double, capture=on, epochs=4, **options)
-        losses.append(history["loss"])
-    assert losses[0] == losses[1]
-    assert losses[0][3] > 4 * losses[0][0]
-
-
 def test_what_is_no_function_is_an_error():
     with pytest.raises(TypeError, match="capture takes a function; got 3"):
         capture(3)
