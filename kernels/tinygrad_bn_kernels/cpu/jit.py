@@ -151,12 +151,13 @@ def _save_safely(dispatcher: Any) -> None:
     cache.save_overload = save_alone
 
 
-def njit(**options: Any) -> Callable[[F], F]:
+def njit(allocates: bool = True, **options: Any) -> Callable[[F], F]:
     """`numba.njit` with NumPy's division by zero, without the GIL, cached in `cache_folder()`.
 
+    A loop that creates no arrays says `allocates=False`: it is compiled without reference counts, in less time.
     If no folder is writable, every process compiles the loops and logs that once, as a warning.
     """
-    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, **options}
+    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, "_nrt": allocates, **options}
 
     def compile_lazily(function: F) -> F:
         config: Any = numba.config
@@ -181,5 +182,7 @@ def inlined(**options: Any) -> Callable[[F], F]:
 
     Otherwise each of these loops holds a copy of the helper. A process calls the copy that it loads first, and copies
     may differ in the last bit; so results would depend on the cache and on the order of calls.
+
+    Only compiled loops can call it, and it creates no arrays.
     """
-    return njit(forceinline=True, **options)
+    return njit(allocates=False, forceinline=True, no_cpython_wrapper=True, **options)

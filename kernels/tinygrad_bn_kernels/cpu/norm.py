@@ -25,7 +25,7 @@ Vector = Array | None  # (C,); a weight of None is 1, a bias of None is 0
 # ---- state -----------------------------------------------------------------------------------------------
 
 
-@njit()
+@njit(allocates=False)
 def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new_var):
     finite = True
     for c in range(mean.size):

@@ -25,7 +25,7 @@ ITEMS = 16  # items of a product, or more if it has enough rows
 LEAST, MOST = 64, 256  # rows of an item: enough to be worth the packing, few enough for the L2 cache
 
 
-@njit()
+@njit(allocates=False, no_cpython_wrapper=True)
 def _pack_columns(b, at, strides, terms, count, panel):
     """Copy a block of `terms` rows and `count` columns, from `at` in flat b, into the flat panel (terms, width)."""
     (row_stride, column_stride), step = strides, lanes(b)
@@ -55,8 +55,9 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop
     left, right, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
     panels, across = -(-terms // TERMS), -(-columns // spread)
     length = -(-terms // (panels * step)) * step
-    panel, offsets = np.zeros(length * width, a.dtype), np.arange(length) * width
-    tile = np.empty(ROWS * width, a.dtype)
+    panel, tile, offsets = np.zeros(length * width, a.dtype), np.zeros(ROWS * width, a.dtype), np.empty(length, np.intp)
+    for k in range(length):
+        offsets[k] = k * width
     for item in range(start, stop):
         top, edge = item // across * height, item % across * spread
         bottom, end = min(top + height, rows), min(edge + spread, columns)
@@ -70,11 +71,13 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop
                 for row in range(top, bottom, ROWS):
                     upper = min(row, bottom - ROWS)
                     first, to = upper * a_row + begin * a_column, upper * columns + j
-                    if upper == row and count == width:
-                        add_products(panel, used, 0, left, first, a_strides, target, four(to, columns))
-                    else:
-                        tile[:] = 0
-                        add_products(panel, used, 0, left, first, a_strides, tile, four(0, width))
+                    whole = upper == row and count == width
+                    if not whole:
+                        for r in range(tile.size):
+                            tile[r] = 0
+                    into, at, pitch = (target, to, columns) if whole else (tile, 0, width)
+                    add_products(panel, used, 0, left, first, a_strides, into, four(at, pitch))
+                    if not whole:
                         for r in range(row - upper, ROWS):
                             for c in range(count):
                                 target[to + r * columns + c] += tile[r * width + c]

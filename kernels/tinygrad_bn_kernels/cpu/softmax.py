@@ -46,7 +46,7 @@ def _exponentials(row, shift):
 # others + (equal − 1) keeps those that the sum of all exponentials loses.
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer, start, stop):
     """The loss of each row, the weight of its target, and its normalizer: the largest logit and the log of the sum."""
     classes = x.shape[1]
@@ -67,7 +67,7 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
         mass[i] = weight[t]
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, start, stop):
     classes = x.shape[1]
     spread = 0.0  # weight of the classes' share of label smoothing
@@ -93,7 +93,7 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
             out[t] = own * np.expm1(log_p)  # p − 1 loses its digits where p is near 1
 
 
-@njit()
+@njit(allocates=False)
 def _find_invalid(target, classes, ignore_index):
     """The first row whose target is not a class; -1 if all are."""
     for i in range(target.size):
@@ -177,7 +177,7 @@ def softmax_cross_entropy_vjp(
 # ---- logsumexp -------------------------------------------------------------------------------------------
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _exp_sums(x, shift, total, start, stop):
     """Σ exp(x − shift) − 1 along the rows of x (M, D)."""
     for i in range(start, stop):
