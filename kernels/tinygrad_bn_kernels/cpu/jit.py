@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
@@ -177,12 +177,29 @@ def njit(allocates: bool = True, **options: Any) -> Callable[[F], F]:
     return compile_lazily
 
 
+def helper(**options: Any) -> Callable[[F], F]:
+    """`njit` for a function that only compiled loops call, without arrays of its own: it compiles in half the time.
+
+    A call from Python raises TypeError.
+    """
+
+    def compile_lazily(function: F) -> F:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise TypeError(f"{function.__name__} is a helper of compiled loops; it cannot be called from Python")
+
+        compiled: Any = njit(allocates=False, no_cpython_wrapper=True, **options)(function)
+        if compiled is not function:  # with NUMBA_DISABLE_JIT it is
+            compiled._compile_for_args = refuse
+            compiled._insert = lambda *ignored: None  # else Python would call what is not there
+        return cast(F, compiled)
+
+    return compile_lazily
+
+
 def inlined(**options: Any) -> Callable[[F], F]:
-    """`njit` for a helper that rounds as `fastmath` allows: every loop that calls it is compiled with its code inside.
+    """A `helper` that rounds as `fastmath` allows: every loop that calls it is compiled with its code inside.
 
     Otherwise each of these loops holds a copy of the helper. A process calls the copy that it loads first, and copies
     may differ in the last bit; so results would depend on the cache and on the order of calls.
-
-    Only compiled loops can call it, and it creates no arrays.
     """
-    return njit(allocates=False, forceinline=True, no_cpython_wrapper=True, **options)
+    return helper(forceinline=True, **options)

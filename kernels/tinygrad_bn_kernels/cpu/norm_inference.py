@@ -10,7 +10,7 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm import Vector, affine_or_default, by_channel, expect_channels, takes
 from tinygrad_bn_kernels.cpu.norm_planes import plane_normalize
-from tinygrad_bn_kernels.cpu.norm_rows import CHUNK, rows_constants, rows_normalize
+from tinygrad_bn_kernels.cpu.norm_rows import CHUNK, rows_inference
 from tinygrad_bn_kernels.cpu.norm_terms import is_ordinary
 from tinygrad_bn_kernels.cpu.threads import split
 
@@ -60,15 +60,13 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     if not x.size:
         return y.astype(x.dtype, copy=False)
     xs, ys = by_channel(source), by_channel(y)
-    if xs.ndim > 2:
-        if not is_ordinary(affine[0], *statistics, float(eps)):
-            return NotImplemented
-        split(_planes_inference, x.shape[1], x.size, xs, *affine, float(eps), *statistics, ys)
-    else:
-        k = np.empty((4, x.shape[1]), source.dtype)
-        if not rows_constants(*affine, *statistics, float(eps), k):
-            return NotImplemented
-        split(rows_normalize, -(-len(x) // CHUNK), x.size, xs, k, False, ys)
+    eps = float(eps)  # another type would compile the loops again
+    if xs.ndim == 2:
+        good = rows_inference(xs, *affine, eps, ys, *statistics)
+    elif good := is_ordinary(affine[0], *statistics, eps):
+        split(_planes_inference, x.shape[1], x.size, xs, *affine, eps, *statistics, ys)
+    if not good:
+        return NotImplemented
     return y.astype(x.dtype, copy=False)
 
 

@@ -83,7 +83,7 @@ def _rows_statistics(sums, n, shift, mean, var):
 
 
 @step
-def rows_constants(weight, bias, mean, var, eps, k):
+def _rows_constants(weight, bias, mean, var, eps, k):
     """m, a and b with y = (x − m) · a + b, and ivar, into k (≥ 4, C) of x's dtype. Whether they `is_ordinary`."""
     low, high = limits(weight)
     good = True
@@ -107,8 +107,8 @@ def _gradient_shift(g, x, relu, k):
 
 
 @step
-def rows_normalize(x, k, relu, y, start, stop):
-    """The output for the chunks [start, stop) of rows, into y (N, C); k as of `rows_constants`."""
+def _rows_normalize(x, k, relu, y, start, stop):
+    """The output for the chunks [start, stop) of rows, into y (N, C); k as of `_rows_constants`."""
     lowest = lower_bound(x, relu)
     last = stop * CHUNK if stop * CHUNK < x.shape[0] else x.shape[0]
     for i in range(start * CHUNK, last):
@@ -119,32 +119,45 @@ def rows_normalize(x, k, relu, y, start, stop):
 
 @njit(allocates=False, fastmath=SUMS)
 def _rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums, k):
-    """`rows_forward` on one thread, in one compiled call."""
-    _first_row_shift(x, shift)
-    for _ in range(2):
-        _rows_sums(x, shift, sums, 0, len(sums))
-        if _rows_statistics(sums, len(x), shift, mean, var):
-            break
-    good = rows_constants(weight, bias, mean, var, eps, k)
-    rows_normalize(x, k, relu, y, 0, len(sums))
+    """`rows_forward` on one thread, in one compiled call; without a shift it is `rows_inference`."""
+    if shift.size:
+        _first_row_shift(x, shift)
+        for _ in range(2):
+            _rows_sums(x, shift, sums, 0, len(sums))
+            if _rows_statistics(sums, len(x), shift, mean, var):
+                break
+    good = _rows_constants(weight, bias, mean, var, eps, k)
+    _rows_normalize(x, k, relu, y, 0, (len(x) + CHUNK - 1) // CHUNK)
     return good
 
 
 def rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *out: Array) -> bool:
     """Output, mean and variance, into `out`. Whether they are right: see `is_ordinary`."""
+    y, mean, var = out
     n, channels = x.shape
     chunks = -(-n // CHUNK)
     shift, sums, k = np.empty(channels), np.zeros((chunks, 2, channels)), np.empty((4, channels), x.dtype)
     if x.size < threads.PARALLEL_FROM:
-        return bool(_rows_forward_serial(x, weight, bias, eps, relu, *out, shift, sums, k))
-    y, mean, var = out
+        return bool(_rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums, k))
     _first_row_shift(x, shift)
     for _ in range(2):
         split(_rows_sums, chunks, x.size, x, shift, sums)
         if _rows_statistics(sums, n, shift, mean, var):
             break
-    good = rows_constants(weight, bias, mean, var, eps, k)
-    split(rows_normalize, chunks, x.size, x, k, relu, y)
+    good = _rows_constants(weight, bias, mean, var, eps, k)
+    split(_rows_normalize, chunks, x.size, x, k, relu, y)
+    return bool(good)
+
+
+def rows_inference(x: Array, weight: Array, bias: Array, eps: float, y: Array, mean: Array, var: Array) -> bool:
+    """The output of given mean and variance, into y. Whether it is right: see `is_ordinary`."""
+    channels = x.shape[1]
+    k = np.empty((4, channels), x.dtype)
+    if x.size < threads.PARALLEL_FROM:  # the loop that training compiles
+        nothing = np.empty(0), np.empty((0, 2, channels))
+        return bool(_rows_forward_serial(x, weight, bias, eps, False, y, mean, var, *nothing, k))
+    good = _rows_constants(weight, bias, mean, var, eps, k)
+    split(_rows_normalize, -(-len(x) // CHUNK), x.size, x, k, False, y)
     return bool(good)
 
 
@@ -173,9 +186,9 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
 
 @step
 def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
-    """Gradients of weight and bias from the chunks' sums; p and q into k. Whether all shifts were good, and they finite.
+    """Gradients of weight and bias from the chunks' sums; p and q into k. Sums become 0.
 
-    A bad shift becomes 0, as all sums do.
+    Whether all shifts were good (a bad one becomes 0), and whether all gradients are finite.
     """
     good = True
     finite = True
@@ -207,7 +220,7 @@ def _rows_gradient(g, x, k, relu, gx, start, stop):
 @njit(allocates=False, fastmath=SUMS)
 def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums, k):
     """`rows_backward` on one thread, in one compiled call."""
-    ordinary = rows_constants(weight, bias, mean, var, eps, k)
+    ordinary = _rows_constants(weight, bias, mean, var, eps, k)
     _gradient_shift(g, x, relu, k)
     finite = True
     for _ in range(2):
@@ -229,8 +242,8 @@ def rows_backward(
     chunks = -(-n // CHUNK)
     sums, k = np.zeros((chunks, 2, channels)), np.empty((7, channels), x.dtype)
     if x.size < threads.PARALLEL_FROM:
-        return _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, *out, sums, k)
-    ordinary = rows_constants(weight, bias, mean, var, eps, k)
+        return _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums, k)
+    ordinary = _rows_constants(weight, bias, mean, var, eps, k)
     _gradient_shift(g, x, relu, k)
     finite = True
     for _ in range(2):

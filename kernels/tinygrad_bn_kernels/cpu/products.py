@@ -12,7 +12,7 @@ import numpy as np
 from numba import config
 
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
-from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.jit import helper, njit
 from tinygrad_bn_kernels.cpu.memory import empty
 from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
 from tinygrad_bn_kernels.cpu.tiles import ROWS, VECTORS, add_products, copy, four
@@ -25,7 +25,7 @@ ITEMS = 16  # items of a product, or more if it has enough rows
 LEAST, MOST = 64, 256  # rows of an item: enough to be worth the packing, few enough for the L2 cache
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def _pack_columns(b, at, strides, terms, count, panel):
     """Copy a block of `terms` rows and `count` columns, from `at` in flat b, into the flat panel (terms, width)."""
     (row_stride, column_stride), step = strides, lanes(b)

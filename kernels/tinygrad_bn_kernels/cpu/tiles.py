@@ -5,7 +5,7 @@ A step loads seven vectors and does twelve multiplications, which takes a core s
 
 from numba import config
 
-from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.jit import helper
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import add, fma, lanes, load, load_splat, no_unroll, splat, store, total
@@ -14,13 +14,13 @@ ROWS = 4
 VECTORS = 3
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def four(start, step):
     """Offsets of the four rows of a tile: start, start + step, …"""
     return start, start + step, start + 2 * step, start + 3 * step
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def _add_to(out, at, x0, x1, x2):
     step = lanes(out)
     store(out, at, add(load(out, at), x0))
@@ -28,7 +28,7 @@ def _add_to(out, at, x0, x1, x2):
     store(out, at + 2 * step, add(load(out, at + 2 * step), x2))
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def add_products(source, offsets, at, weight, first, strides, out, targets):
     """out[targets[i] + j] += Σ_r weight[i, r] · source[offsets[r] + at + j] for a tile: 4 rows i, 3 vectors of j.
 
@@ -59,12 +59,12 @@ def add_products(source, offsets, at, weight, first, strides, out, targets):
     _add_to(out, targets[3], d0, d1, d2)
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def _add_totals(row, r, x0, x1, x2):
     row[r], row[r + 1], row[r + 2] = row[r] + total(x0), row[r + 1] + total(x1), row[r + 2] + total(x2)
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def add_inner_products(source, base, pitch, offsets, r, other, first, count, length, begin, end, sums):
     """sums[i, j] += Σ_k Σ_t other[k, i, t] · source[base + k · pitch + offsets[j] + t] for a tile of `sums`.
 
@@ -98,7 +98,7 @@ def add_inner_products(source, base, pitch, offsets, r, other, first, count, len
     _add_totals(sums[first + 3], r, d0, d1, d2)
 
 
-@njit(allocates=False, no_cpython_wrapper=True)
+@helper()
 def copy(source, at, target, to, count):
     """target[to : to + count] = source[at : at + count], by vectors; the last may overlap the one before."""
     step = lanes(source)
