@@ -1,5 +1,6 @@
 """`njit` with the options of all loops, and a cache of compiled loops on disk."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -151,6 +152,22 @@ def _save_safely(dispatcher: Any) -> None:
     cache.save_overload = save_alone
 
 
+def _without_collector(compile_loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Pause the collector of cyclic garbage while a loop compiles: it would look at all objects many times."""
+
+    def compile_alone(*args: Any) -> Any:
+        with global_compiler_lock:  # one thread at a time, as the collector is global
+            enabled = gc.isenabled()
+            gc.disable()
+            try:
+                return compile_loop(*args)
+            finally:
+                if enabled:
+                    gc.enable()
+
+    return compile_alone
+
+
 def njit(allocates: bool = True, **options: Any) -> Callable[[F], F]:
     """`numba.njit` with NumPy's division by zero, without the GIL, cached in `cache_folder()`.
 
@@ -172,6 +189,9 @@ def njit(allocates: bool = True, **options: Any) -> Callable[[F], F]:
                 compiled = numba.njit(**options)(function)
             finally:
                 config.CACHE_DIR = before
+        dispatcher: Any = compiled
+        if dispatcher is not function:  # with NUMBA_DISABLE_JIT it is
+            dispatcher.compile = _without_collector(dispatcher.compile)
         return compiled
 
     return compile_lazily
