@@ -8,6 +8,8 @@ matrix at a time are multiplied by it, in place (Goto & van de Geijn, "Anatomy o
 multiplication", 2008). Each thread packs its own panels: sharing them would need another job and a wait.
 """
 
+from functools import cache
+
 import numpy as np
 from numba import config
 
@@ -44,20 +46,19 @@ def _pack_columns(b, at, strides, terms, count, panel):
 
 
 @njit()
-def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop):
+def _multiply(a, a_strides, b, b_strides, bias, height, spread, offsets, out, start, stop):
     """out (M, N) = a (M, K) times b (K, N) plus bias, for M ≥ ROWS. One of the strides of a, and of b, is 1.
 
     An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's width. Tiles that reach
-    over the end of an axis are summed in a buffer; only their new elements are added to out.
+    over the end of an axis are summed in a buffer; only their new elements are added to out. `offsets` are those of the
+    rows of a panel.
     """
-    (rows, columns), (a_row, a_column), (b_row, b_column), step = out.shape, a_strides, b_strides, lanes(a)
-    terms, width = a.size // rows, VECTORS * step
+    (rows, columns), (a_row, a_column), (b_row, b_column) = out.shape, a_strides, b_strides
+    terms, width = a.size // rows, VECTORS * lanes(a)
     left, right, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
-    panels, across = -(-terms // TERMS), -(-columns // spread)
-    length = -(-terms // (panels * step)) * step
-    panel, tile, offsets = np.zeros(length * width, a.dtype), np.zeros(ROWS * width, a.dtype), np.empty(length, np.intp)
-    for k in range(length):
-        offsets[k] = k * width
+    length, across = len(offsets), -(-columns // spread)
+    scratch = np.empty((length + ROWS) * width, a.dtype)
+    panel, tile = scratch[: length * width], scratch[length * width :]
     for item in range(start, stop):
         top, edge = item // across * height, item % across * spread
         bottom, end = min(top + height, rows), min(edge + spread, columns)
@@ -90,17 +91,25 @@ def _with_strides(x: Array) -> tuple[Array, tuple[int, int]]:
     return compiled(x), (x.shape[1], 1)
 
 
+@cache
+def _offsets(rows: int, width: int) -> Array:
+    """Where each row of a panel begins."""
+    return np.arange(0, rows * width, width)
+
+
 def product(a: Array, b: Array, bias: Array) -> Array:
     """a (M, K) times b (K, N) plus bias (N,), all of one dtype."""
     rows, columns = len(a), b.shape[1]
     if config.DISABLE_JIT or rows < ROWS:  # type: ignore[attr-defined]
         with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
             return np.matmul(a, b) + bias
-    width = VECTORS * BITS // 8 // a.itemsize
+    step, terms = BITS // 8 // a.itemsize, len(b)
+    width = VECTORS * step
     blocks = -(-columns // width)
     groups = max(min(-(-ITEMS // blocks), rows // LEAST), -(-rows // MOST))
     height, spread = -(-rows // groups // ROWS) * ROWS, max(groups * blocks // ITEMS, 1) * width
     items, work = -(-rows // height) * -(-columns // spread), a.size * columns / MULTIPLICATIONS
+    offsets = _offsets(-(-terms // (-(-terms // TERMS) * step)) * step, width)
     out = empty((rows, columns), a.dtype)
-    split(_multiply, items, work, *_with_strides(a), *_with_strides(b), compiled(bias), height, spread, out)
+    split(_multiply, items, work, *_with_strides(a), *_with_strides(b), compiled(bias), height, spread, offsets, out)
     return out
