@@ -31,7 +31,7 @@ def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new
     for c in range(mean.size):
         new_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean[c]
         new_var[c] = (1 - momentum) * running_var[c] + momentum * (var[c] * unbias)
-        finite = finite and np.isfinite(new_mean[c]) and np.isfinite(new_var[c])
+        finite &= np.isfinite(new_mean[c]) & np.isfinite(new_var[c])
     return finite
 
 

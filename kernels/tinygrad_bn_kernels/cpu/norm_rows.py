@@ -20,7 +20,6 @@ from tinygrad_bn_kernels.cpu.norm_terms import (
     gradient,
     is_bad_shift,
     is_ordinary_channel,
-    limits,
     lower_bound,
     normalizer,
     relu_gradient,
@@ -43,8 +42,10 @@ def _first_row_shift(x, shift):
 
 @step
 def _rows_sums(x, shift, sums, start, stop):
-    """Add Σ (x − shift) and Σ (x − shift)² of each column of the chunks [start, stop) to sums (chunks, 2, C)."""
+    """Σ (x − shift) and Σ (x − shift)² of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
+        for j in range(sums.shape[2]):
+            sums[t, 0, j] = sums[t, 1, j] = 0.0
         i, last = t * CHUNK, (t + 1) * CHUNK
         last = last if last < x.shape[0] else x.shape[0]
         while i + 4 <= last:
@@ -64,10 +65,7 @@ def _rows_sums(x, shift, sums, start, stop):
 
 @step
 def _rows_statistics(sums, n, shift, mean, var):
-    """Mean and variance from the chunks' sums; False if a shift was too far from its mean.
-
-    Shifts become the means, sums 0.
-    """
+    """Mean and variance from the chunks' sums; False if a shift was too far from its mean. Shifts become the means."""
     good = True
     for j in range(shift.size):
         s1 = 0.0
@@ -75,7 +73,6 @@ def _rows_statistics(sums, n, shift, mean, var):
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-            sums[t, 0, j] = sums[t, 1, j] = 0.0
         mean[j], var[j], far = moments(shift[j], s1, s2, n)
         shift[j] = mean[j] if np.isfinite(mean[j]) else 0.0
         good = good and not far
@@ -85,21 +82,21 @@ def _rows_statistics(sums, n, shift, mean, var):
 @step
 def _rows_constants(weight, bias, mean, var, eps, k):
     """m, a and b with y = (x − m) · a + b, and ivar, into k (≥ 4, C) of x's dtype. Whether they `is_ordinary`."""
-    low, high = limits(weight)
     good = True
     for j in range(mean.size):
         m, ivar, r = normalizer(k, mean[j], var[j], eps)
         k[0, j], k[1, j], k[2, j], k[3, j] = m, ivar * weight[j], r * weight[j] + bias[j], ivar
-        good &= is_ordinary_channel(weight[j], mean[j], ivar, low, high)
+        good &= is_ordinary_channel(weight[j], mean[j], ivar, weight.itemsize)
     return good
 
 
 @step
 def _gradient_shift(g, x, relu, k):
     """Choose the shift of g for each column, into k[4]."""
+    infinity = k.dtype.type(np.inf)
     for j in range(k.shape[1]):
-        low = high = relu_gradient(g[0, j], x[0, j] - k[0, j], k[1, j], k[2, j], relu)
-        for t in range(1, PROBES):
+        low, high = infinity, -infinity
+        for t in range(PROBES):
             i = t * (len(g) - 1) // (PROBES - 1)
             v = relu_gradient(g[i, j], x[i, j] - k[0, j], k[1, j], k[2, j], relu)
             low, high = v if v < low else low, v if v > high else high
@@ -136,7 +133,7 @@ def rows_forward(x: Array, weight: Array, bias: Array, eps: float, relu: bool, *
     y, mean, var = out
     n, channels = x.shape
     chunks = -(-n // CHUNK)
-    shift, sums, k = np.empty(channels), np.zeros((chunks, 2, channels)), np.empty((4, channels), x.dtype)
+    shift, sums, k = np.empty(channels), np.empty((chunks, 2, channels)), np.empty((4, channels), x.dtype)
     if x.size < threads.PARALLEL_FROM:
         return bool(_rows_forward_serial(x, weight, bias, eps, relu, y, mean, var, shift, sums, k))
     _first_row_shift(x, shift)
@@ -163,8 +160,10 @@ def rows_inference(x: Array, weight: Array, bias: Array, eps: float, y: Array, m
 
 @step
 def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
-    """Add Σ d and Σ d (x − m) · ivar of each column of the chunks [start, stop) to sums (chunks, 2, C)."""
+    """Σ d and Σ d (x − m) · ivar of each column of the chunks [start, stop), into sums (chunks, 2, C)."""
     for t in range(start, stop):
+        for j in range(sums.shape[2]):
+            sums[t, 0, j] = sums[t, 1, j] = 0.0
         i, last = t * CHUNK, (t + 1) * CHUNK
         last = last if last < x.shape[0] else x.shape[0]
         while i + 4 <= last:
@@ -186,7 +185,7 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
 
 @step
 def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
-    """Gradients of weight and bias from the chunks' sums; p and q into k. Sums become 0.
+    """Gradients of weight and bias from the chunks' sums; p and q into k.
 
     Whether all shifts were good (a bad one becomes 0), and whether all gradients are finite.
     """
@@ -198,7 +197,6 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
         for t in range(sums.shape[0]):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
-            sums[t, 0, j] = sums[t, 1, j] = 0.0
         _, ivar, r = normalizer(k, mean[j], var[j], eps)
         s2 += r * s1
         gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
@@ -240,7 +238,7 @@ def rows_backward(
     gx, gweight, gbias = out
     n, channels = x.shape
     chunks = -(-n // CHUNK)
-    sums, k = np.zeros((chunks, 2, channels)), np.empty((7, channels), x.dtype)
+    sums, k = np.empty((chunks, 2, channels)), np.empty((7, channels), x.dtype)
     if x.size < threads.PARALLEL_FROM:
         return _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums, k)
     ordinary = _rows_constants(weight, bias, mean, var, eps, k)

@@ -10,14 +10,9 @@ PROBES = 8
 
 
 @inlined()
-def limits(weight):
-    """The smallest and the largest factor that the loops can multiply in the dtype of weight."""
-    return (1e-18, 1e18) if weight.itemsize == 4 else (1e-150, 1e150)
-
-
-@inlined()
-def is_ordinary_channel(w, mean, ivar, low, high):
+def is_ordinary_channel(w, mean, ivar, itemsize):
     """`is_ordinary` for one channel. All terms are computed, as a branch would keep LLVM from vectorising."""
+    low, high = (1e-18, 1e18) if itemsize == 4 else (1e-150, 1e150)
     return ((w == 0) | ((low < abs(w)) & (abs(w) < high))) & (~np.isfinite(mean) | ((low < ivar) & (ivar < high)))
 
 
@@ -28,12 +23,11 @@ def is_ordinary(weight, mean, var, eps):
     The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Infinite
     or NaN elements of x make all results NaN, in the loops as in the composition.
     """
-    low, high = limits(weight)
     good = True
     for w in weight.flat:
-        good &= is_ordinary_channel(w, 0.0, 1.0, low, high)
+        good &= is_ordinary_channel(w, 0.0, 1.0, weight.itemsize)
     for i in range(var.size):
-        good &= is_ordinary_channel(0.0, mean[i], 1 / np.sqrt(var[i] + eps), low, high)
+        good &= is_ordinary_channel(0.0, mean[i], 1 / np.sqrt(var[i] + eps), weight.itemsize)
     return good
 
 

@@ -22,7 +22,7 @@ BLOCK = 1024
 @njit(allocates=False, fastmath={"contract"})
 def _adam(p, g, m, v, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay, out, start, stop):
     for first in range(start, stop, BLOCK):
-        last = min(first + BLOCK, stop)
+        last = first + BLOCK if first + BLOCK < stop else stop
         ps, gs, ms, vs, outs = p[first:last], g[first:last], m[first:last], v[first:last], out[first:last]
         for i in range(ps.size):
             gi = gs[i] + decay * ps[i]

@@ -23,15 +23,6 @@ _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 
 
 @inlined(fastmath=SUMS)
-def _largest(row):
-    """The largest logit of a row, in float64."""
-    largest = row[0]
-    for j in range(1, row.size):
-        largest = row[j] if row[j] > largest else largest
-    return np.float64(largest)
-
-
-@inlined(fastmath=SUMS)
 def _exponentials(row, shift):
     """Σ exp(x − shift) over elements other than the shift, and the number of those equal to it, in float64."""
     others, equal = 0.0, 0.0
@@ -55,14 +46,17 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
         if t == ignore_index:
             loss[i] = mass[i] = normalizer[i, 0] = normalizer[i, 1] = 0.0
             continue
-        largest = _largest(x[i])
-        others, equal = _exponentials(x[i], largest)
+        row = x[i]
+        largest = np.float64(row[0])
+        for c in range(1, classes):
+            largest = row[c] if row[c] > largest else largest
+        others, equal = _exponentials(row, largest)
         log_sum = np.log1p(others + (equal - 1))
         normalizer[i, 0], normalizer[i, 1] = largest, log_sum
-        total = -(1 - smoothing) * weight[t] * ((np.float64(x[i, t]) - largest) - log_sum)
+        total = -(1 - smoothing) * weight[t] * ((np.float64(row[t]) - largest) - log_sum)
         if smoothing > 0:
             for c in range(classes):
-                total -= smoothing / classes * weight[c] * ((np.float64(x[i, c]) - largest) - log_sum)
+                total -= smoothing / classes * weight[c] * ((np.float64(row[c]) - largest) - log_sum)
         loss[i] = total
         mass[i] = weight[t]
 

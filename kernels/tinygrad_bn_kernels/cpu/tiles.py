@@ -104,7 +104,7 @@ def copy(source, at, target, to, count):
     step = lanes(source)
     if count >= step:
         for i in range(0, count, step):
-            j = min(i, count - step)
+            j = i if i < count - step else count - step
             store(target, to + j, load(source, at + j))
     else:
         for i in range(count):
