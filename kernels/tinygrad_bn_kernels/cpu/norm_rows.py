@@ -3,8 +3,9 @@
 Four rows at a time: the sums of a column are loaded and stored once for four elements. The values of a column lie in
 the rows of one small array k: with an array for each, LLVM needs too many overlap checks and does not vectorise.
 
-Small x is computed by one compiled call, in which `inline="always"` puts the loops of all steps. They are compiled one
-by one at the first call with large x, whose steps are split between threads.
+Small x is computed by one compiled call, into which Numba copies the source of all steps (`inline="always"`). A step is
+compiled alone only when large x comes, whose steps are split between threads. The usual way, compiling each step and
+linking it, optimises it twice: BatchNorm then took twice as long to compile.
 """
 
 import numpy as np
@@ -79,7 +80,7 @@ def _rows_statistics(sums, n, shift, mean, var):
     return good
 
 
-@step
+@njit(allocates=False, fastmath=SUMS, forceinline=True)
 def _rows_constants(weight, bias, mean, var, eps, k):
     """m, a and b with y = (x − m) · a + b, and ivar, into k (≥ 4, C) of x's dtype. Whether they `is_ordinary`."""
     good = True
