@@ -31,7 +31,7 @@ def _mean_square(block):
     return total / block.size
 
 
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def _forward(x, weight, bias, eps, centered, y, mean, var, start, stop):
     groups, planes = weight.shape
     size = x.shape[1] // planes
@@ -64,7 +64,7 @@ def _shifted(g, shift, w, extra):
     return (g - shift) * w + extra
 
 
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def _backward(g, x, weight, eps, centered, mean, var, gx, sums, check, start, stop):
     """gx, and sums (parts, 2, G, P) of g · x̂ and of g over the samples of each part.
 

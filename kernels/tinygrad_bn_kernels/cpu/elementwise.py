@@ -32,7 +32,7 @@ def _mapped(loop: Callable[..., Any], cost: int, *arrays: Array) -> Array:
     return out.astype(x.dtype, copy=False) if x.dtype.kind == "f" else out
 
 
-@njit()
+@njit(allocates=False)
 def _relu_vjp(g, y, out, start, stop):
     zero = g.dtype.type(0)
     for i in range(start, stop):
@@ -49,13 +49,13 @@ def relu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]
     return (out,)
 
 
-@njit()
+@njit(allocates=False)
 def _erf(x, out, start, stop):
     for i in range(start, stop):
         out[i] = math.erf(x[i])
 
 
-@njit()
+@njit(allocates=False)
 def _erfc(x, out, start, stop):
     for i in range(start, stop):
         out[i] = math.erfc(x[i])
@@ -82,7 +82,7 @@ def _limited(x, limit):
     return limit if x > limit else -limit if x < -limit else x
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _silu(x, out, start, stop):
     for i in range(start, stop):
         v = np.float64(x[i])
@@ -91,7 +91,7 @@ def _silu(x, out, start, stop):
         out[i] = 0.0 if v < -SILU_LIMIT else y
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _silu_gradient(g, y, x, out, start, stop):
     """g · σ(x) · (1 + x · σ(−x))"""
     for i in range(start, stop):
@@ -101,14 +101,14 @@ def _silu_gradient(g, y, x, out, start, stop):
         out[i] = np.float64(g[i]) * (s * (1 + v * r))
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _gelu(x, out, start, stop):
     for i in range(start, stop):
         v = np.float64(x[i])
         out[i] = 0.0 if v < -GELU_LIMIT else v * math.erfc(-SQRT_HALF * v) * 0.5
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _gelu_gradient(g, y, x, out, start, stop):
     """g · (Φ(x) + x · φ(x)), with Φ(x) = y / x; near 0, where y loses digits or is 0, Φ(x) = ½ + x · φ(0)."""
     for i in range(start, stop):
@@ -147,14 +147,14 @@ def gelu_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]
 # y · (1 − y) and 1 − y² would lose their digits where |y| is near 1.
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _sigmoid_gradient(g, x, out, start, stop):
     for i in range(start, stop):
         e = exp(-abs(np.float64(x[i])))
         out[i] = np.float64(g[i]) * (e / ((1 + e) * (1 + e)))
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _tanh_gradient(g, x, out, start, stop):
     for i in range(start, stop):
         e = exp(-2 * abs(np.float64(x[i])))
@@ -176,7 +176,7 @@ def tanh_vjp(g: Array, y: Array, x: Array, *, needs: list[bool]) -> tuple[Array]
 # ---- dropout ---------------------------------------------------------------------------------------------
 
 
-@njit()
+@njit(allocates=False)
 def _philox(counter, key):
     """Philox4x32-10 (Salmon et al. 2011): four words of 32 random bits for each counter."""
     low = np.uint64(0xFFFFFFFF)
@@ -189,7 +189,7 @@ def _philox(counter, key):
     return c0, c1, c2, c3
 
 
-@njit()
+@njit(allocates=False)
 def _dropout(x, threshold, scale, key, out, start, stop):
     zero = x.dtype.type(0)
     for block in range(start, stop):

@@ -1,5 +1,6 @@
 """`njit` with the options of all loops, and a cache of compiled loops on disk."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
@@ -151,12 +152,29 @@ def _save_safely(dispatcher: Any) -> None:
     cache.save_overload = save_alone
 
 
-def njit(**options: Any) -> Callable[[F], F]:
+def _without_collector(compile_loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Pause the collector of cyclic garbage while a loop compiles: it would look at all objects many times."""
+
+    def compile_alone(*args: Any) -> Any:
+        with global_compiler_lock:  # one thread at a time, as the collector is global
+            enabled = gc.isenabled()
+            gc.disable()
+            try:
+                return compile_loop(*args)
+            finally:
+                if enabled:
+                    gc.enable()
+
+    return compile_alone
+
+
+def njit(allocates: bool = True, **options: Any) -> Callable[[F], F]:
     """`numba.njit` with NumPy's division by zero, without the GIL, cached in `cache_folder()`.
 
+    A loop that creates no arrays says `allocates=False`: it is compiled without reference counts, in less time.
     If no folder is writable, every process compiles the loops and logs that once, as a warning.
     """
-    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, **options}
+    options = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True, "_nrt": allocates, **options}
 
     def compile_lazily(function: F) -> F:
         config: Any = numba.config
@@ -171,15 +189,37 @@ def njit(**options: Any) -> Callable[[F], F]:
                 compiled = numba.njit(**options)(function)
             finally:
                 config.CACHE_DIR = before
+        dispatcher: Any = compiled
+        if dispatcher is not function:  # with NUMBA_DISABLE_JIT it is
+            dispatcher.compile = _without_collector(dispatcher.compile)
         return compiled
 
     return compile_lazily
 
 
+def helper(**options: Any) -> Callable[[F], F]:
+    """`njit` for a function that only compiled loops call, without arrays of its own: it compiles in half the time.
+
+    A call from Python raises TypeError.
+    """
+
+    def compile_lazily(function: F) -> F:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise TypeError(f"{function.__name__} is a helper of compiled loops; it cannot be called from Python")
+
+        compiled: Any = njit(allocates=False, no_cpython_wrapper=True, **options)(function)
+        if compiled is not function:  # with NUMBA_DISABLE_JIT it is
+            compiled._compile_for_args = refuse
+            compiled._insert = lambda *ignored: None  # else Python would call what is not there
+        return cast(F, compiled)
+
+    return compile_lazily
+
+
 def inlined(**options: Any) -> Callable[[F], F]:
-    """`njit` for a helper that rounds as `fastmath` allows: every loop that calls it is compiled with its code inside.
+    """A `helper` that rounds as `fastmath` allows: every loop that calls it is compiled with its code inside.
 
     Otherwise each of these loops holds a copy of the helper. A process calls the copy that it loads first, and copies
     may differ in the last bit; so results would depend on the cache and on the order of calls.
     """
-    return njit(forceinline=True, **options)
+    return helper(forceinline=True, **options)

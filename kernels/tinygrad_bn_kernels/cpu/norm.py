@@ -25,13 +25,13 @@ Vector = Array | None  # (C,); a weight of None is 1, a bias of None is 0
 # ---- state -----------------------------------------------------------------------------------------------
 
 
-@njit()
+@njit(allocates=False)
 def _track(running_mean, running_var, mean, var, momentum, unbias, new_mean, new_var):
     finite = True
     for c in range(mean.size):
         new_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean[c]
         new_var[c] = (1 - momentum) * running_var[c] + momentum * (var[c] * unbias)
-        finite = finite and np.isfinite(new_mean[c]) and np.isfinite(new_var[c])
+        finite &= np.isfinite(new_mean[c]) & np.isfinite(new_var[c])
     return finite
 
 

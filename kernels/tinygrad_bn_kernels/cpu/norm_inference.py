@@ -10,23 +10,18 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm import Vector, affine_or_default, by_channel, expect_channels, takes
 from tinygrad_bn_kernels.cpu.norm_planes import plane_normalize
-from tinygrad_bn_kernels.cpu.norm_rows import CHUNK, clear, rows_constants, rows_normalize
+from tinygrad_bn_kernels.cpu.norm_rows import CHUNK, rows_inference
 from tinygrad_bn_kernels.cpu.norm_terms import is_ordinary
 from tinygrad_bn_kernels.cpu.threads import split
 
 
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def _planes_inference(x, weight, bias, eps, mean, var, y, start, stop):
     for c in range(start, stop):
         plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, False, y)
 
 
-@njit(fastmath=SUMS)
-def _rows_inference(x, weight, bias, eps, mean, var, y, start, stop):
-    rows_normalize(x, rows_constants(x, weight, bias, mean, var, eps), False, y, start, stop)
-
-
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def _planes_inference_backward(g, x, factor, center, gx, gweight, gbias, start, stop):
     """g · factor, Σ g (x − center) and Σ g of each channel."""
     for c in range(start, stop):
@@ -41,11 +36,10 @@ def _planes_inference_backward(g, x, factor, center, gx, gweight, gbias, start, 
         gbias[c], gweight[c] = s1, s2
 
 
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def _rows_inference_backward(g, x, factor, center, gx, sums, start, stop):
     """g · factor; Σ g and Σ g (x − center) of each column, for every chunk from start to stop."""
     for t in range(start, stop):
-        clear(sums[t])
         for i in range(t * CHUNK, min((t + 1) * CHUNK, x.shape[0])):
             for j in range(x.shape[1]):
                 gx[i, j] = g[i, j] * factor[j]
@@ -63,12 +57,16 @@ def batch_norm_inference(x: Array, mean: Array, var: Array, weight: Vector, bias
     source = compiled(x)
     affine = affine_or_default(source, weight, bias)
     y = empty_like(source)
-    if not is_ordinary(affine[0], *statistics, float(eps)):
+    if not x.size:
+        return y.astype(x.dtype, copy=False)
+    xs, ys = by_channel(source), by_channel(y)
+    eps = float(eps)  # another type would compile the loops again
+    if xs.ndim == 2:
+        good = rows_inference(xs, *affine, eps, ys, *statistics)
+    elif good := is_ordinary(affine[0], *statistics, eps):
+        split(_planes_inference, x.shape[1], x.size, xs, *affine, eps, *statistics, ys)
+    if not good:
         return NotImplemented
-    if x.size:
-        xs, ys = by_channel(source), by_channel(y)
-        loop, items = (_planes_inference, x.shape[1]) if xs.ndim > 2 else (_rows_inference, -(-len(x) // CHUNK))
-        split(loop, items, x.size, xs, *affine, float(eps), *statistics, ys)
     return y.astype(x.dtype, copy=False)
 
 
@@ -100,7 +98,7 @@ def batch_norm_inference_vjp(
     if xs.ndim > 2:
         split(_planes_inference_backward, x.shape[1], x.size, gs, xs, factor, center, gxs, gweight, gbias)
     else:
-        sums = np.empty((-(-len(x) // CHUNK), 2, x.shape[1]))
+        sums = np.zeros((-(-len(x) // CHUNK), 2, x.shape[1]))
         split(_rows_inference_backward, len(sums), x.size, gs, xs, factor, center, gxs, sums)
         gbias, gweight = sums.sum(axis=0)
     by_weight = None if weight is None or not needs[3] else (gweight * ivar).astype(weight.dtype)

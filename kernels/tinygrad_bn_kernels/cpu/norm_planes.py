@@ -55,7 +55,7 @@ def plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
             target[j] = lowest if v < lowest else v
 
 
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
     for c in range(start, stop):
         mean[c], var[c] = plane_statistics(x, c)
@@ -119,7 +119,7 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
             out[j] = gradient(gs[j], xs[j], m, a, b, shift, p, q, relu)
 
 
-@njit(fastmath=SUMS)
+@njit(allocates=False, fastmath=SUMS)
 def planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, start, stop):
     for c in range(start, stop):
         _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)

@@ -9,32 +9,38 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 PROBES = 8
 
 
-@njit()
+@inlined()
+def is_ordinary_channel(w, mean, ivar, itemsize):
+    """`is_ordinary` for one channel. All terms are computed, as a branch would keep LLVM from vectorising."""
+    low, high = (1e-18, 1e18) if itemsize == 4 else (1e-150, 1e150)
+    return ((w == 0) | ((low < abs(w)) & (abs(w) < high))) & (~np.isfinite(mean) | ((low < ivar) & (ivar < high)))
+
+
+@njit(allocates=False)
 def is_ordinary(weight, mean, var, eps):
     """Whether the loops are right for x, of weight's dtype. If not, as with numbers near 1e38, a kernel has to decline.
 
     The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Infinite
     or NaN elements of x make all results NaN, in the loops as in the composition.
     """
-    low, high = (1e-18, 1e18) if weight.itemsize == 4 else (1e-150, 1e150)
     good = True
     for w in weight.flat:
-        good = good and (w == 0 or low < abs(w) < high)
+        good &= is_ordinary_channel(w, 0.0, 1.0, weight.itemsize)
     for i in range(var.size):
-        good = good and (not np.isfinite(mean[i]) or low < 1 / np.sqrt(var[i] + eps) < high)
+        good &= is_ordinary_channel(0.0, mean[i], 1 / np.sqrt(var[i] + eps), weight.itemsize)
     return good
 
 
-@njit()
+@njit(allocates=False)
 def are_finite(a, b):
     """Whether all elements of two vectors of one size are finite."""
     good = True
     for i in range(a.size):
-        good = good and np.isfinite(a[i]) and np.isfinite(b[i])
+        good &= np.isfinite(a[i]) & np.isfinite(b[i])
     return good
 
 
-@njit()
+@inlined()
 def lower_bound(x, relu):
     """The smallest output: 0 with a ReLU, else −∞. So one compiled loop serves both."""
     return x.dtype.type(0) if relu else x.dtype.type(-np.inf)
@@ -47,13 +53,13 @@ def normalizer(x, mean, var, eps):
     return m, ivar, (m - mean) * ivar
 
 
-@njit()
+@inlined()
 def common_shift(low, high):
     """A shift for gradients from `low` to `high`: low if they are close together and far from 0, else (or if NaN) 0."""
     return low if abs(low + high) > 8 * (high - low) else type(low)(0)
 
 
-@njit()
+@inlined()
 def is_bad_shift(shift, total, n):
     """Whether the mean of n shifted gradients, of this total, is more than half the shift."""
     return shift != 0 and abs(total) > n * abs(np.float64(shift)) / 2

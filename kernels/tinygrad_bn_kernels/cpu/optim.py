@@ -19,10 +19,10 @@ from tinygrad_bn_kernels.cpu.threads import split
 BLOCK = 1024
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _adam(p, g, m, v, beta1, one_beta1, beta2, one_beta2, step_size, root_scale, eps, shrink, decay, out, start, stop):
     for first in range(start, stop, BLOCK):
-        last = min(first + BLOCK, stop)
+        last = first + BLOCK if first + BLOCK < stop else stop
         ps, gs, ms, vs, outs = p[first:last], g[first:last], m[first:last], v[first:last], out[first:last]
         for i in range(ps.size):
             gi = gs[i] + decay * ps[i]
@@ -57,7 +57,7 @@ def adam(
     return out
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _sgd(p, g, v, lr, momentum, one_dampening, decay, nesterov, out, start, stop):
     # p decreases by a · (g + decay · p) + b · v.
     a, b = (lr, lr * momentum) if nesterov else (lr - lr, lr)

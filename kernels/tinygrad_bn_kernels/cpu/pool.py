@@ -32,13 +32,13 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
 Ints = tuple[int, ...]
 
 
-@njit()
+@njit(allocates=False)
 def _larger(a, b):
     """The maximum: a if they are equal, NaN if either is NaN."""
     return b if (b > a) | (b != b) else a
 
 
-@njit()
+@njit(allocates=False)
 def _max_pool(x, kernel, stride, padding, dilation, y, start, stop):
     """The maximum of each window of x (planes, H, W), into y (planes, OH, OW); −∞ for a window in the padding.
 
@@ -61,7 +61,7 @@ def _max_pool(x, kernel, stride, padding, dilation, y, start, stop):
                             to[q] = _larger(to[q], row[q * sw + shift])
 
 
-@njit()
+@njit(allocates=False)
 def _max_pool_vjp(g, y, x, kernel, stride, padding, dilation, gx, start, stop):
     """Add g to the first element of each window that equals y, its maximum."""
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, padding, dilation
@@ -83,7 +83,7 @@ def _max_pool_vjp(g, y, x, kernel, stride, padding, dilation, gx, start, stop):
                             break
 
 
-@njit()
+@njit(allocates=False)
 def _max_pool_2x2(x, y, start, stop):
     """`_max_pool` for windows of 2 × 2 without overlap and padding."""
     step = lanes(x)
@@ -101,14 +101,14 @@ def _max_pool_2x2(x, y, start, stop):
                 to[q] = _larger(_larger(upper[2 * q], upper[2 * q + 1]), _larger(lower[2 * q], lower[2 * q + 1]))
 
 
-@njit()
+@njit(allocates=False)
 def _split_gradient(x, y, g):
     """(g, 0) if x == y or x is NaN, else (0, g): the gradient of x, and the rest for the window's other elements."""
     is_largest, zero = (x == y) | (x != x), type(g)(0)
     return g if is_largest else zero, zero if is_largest else g
 
 
-@njit()
+@njit(allocates=False)
 def _max_pool_2x2_vjp(g, y, x, gx, start, stop):
     step = lanes(x)
     _, rows, columns = y.shape

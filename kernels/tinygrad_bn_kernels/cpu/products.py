@@ -8,11 +8,13 @@ matrix at a time are multiplied by it, in place (Goto & van de Geijn, "Anatomy o
 multiplication", 2008). Each thread packs its own panels: sharing them would need another job and a wait.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numba import config
 
 from tinygrad_bn_kernels.cpu.arrays import Array, compiled
-from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.jit import helper, njit
 from tinygrad_bn_kernels.cpu.memory import empty
 from tinygrad_bn_kernels.cpu.threads import MULTIPLICATIONS, split
 
@@ -26,7 +28,7 @@ ALIGNMENT = 64  # bytes
 LEAST, MOST = 64, 256  # rows of an item: enough to be worth the packing, few enough for the L2 cache
 
 
-@njit()
+@helper()
 def _pack_columns(b, at, strides, terms, count, panel):
     """Copy a block of `terms` rows and `count` columns, from `at` in flat b, into the flat panel (terms, width)."""
     (row_stride, column_stride), step = strides, lanes(b)
@@ -45,22 +47,20 @@ def _pack_columns(b, at, strides, terms, count, panel):
 
 
 @njit()
-def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop):
+def _multiply(a, a_strides, b, b_strides, bias, height, spread, offsets, in_out, in_tile, out, start, stop):
     """out (M, N) = a (M, K) times b (K, N) plus bias, for M ≥ ROWS. One of the strides of a, and of b, is 1.
 
     An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's width. Tiles that reach
-    over the end of an axis are summed in a buffer; only their new elements are added to out.
+    over the end of an axis are summed in a buffer; only their new elements are added to out. The rows of a
+    panel begin at `offsets`, and those of a tile at `in_out` or `in_tile`.
     """
-    (rows, columns), (a_row, a_column), (b_row, b_column), step = out.shape, a_strides, b_strides, lanes(a)
-    terms, width = a.size // rows, VECTORS * step
+    (rows, columns), (a_row, a_column), (b_row, b_column) = out.shape, a_strides, b_strides
+    terms, width = a.size // rows, VECTORS * lanes(a)
     left, right, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
-    panels, across = -(-terms // TERMS), -(-columns // spread)
-    length = -(-terms // (panels * step)) * step
-    memory = np.zeros((length + 1) * width, a.dtype)
-    panel = memory[-memory.ctypes.data % ALIGNMENT // a.itemsize :]  # a vector that crosses cache lines loads twice
-    offsets = np.arange(length) * width
-    tile = np.empty(ROWS * width, a.dtype)
-    in_out, in_tile = np.arange(ROWS) * columns, np.arange(ROWS) * width
+    length, across = len(offsets), -(-columns // spread)
+    scratch = np.empty((length + ROWS + 1) * width, a.dtype)
+    panel = scratch[-scratch.ctypes.data % ALIGNMENT // a.itemsize :]  # a vector that crosses cache lines loads twice
+    tile = panel[length * width :]
     for item in range(start, stop):
         top, edge = item // across * height, item % across * spread
         bottom, end = min(top + height, rows), min(edge + spread, columns)
@@ -74,11 +74,13 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, out, start, stop
                 for row in range(top, bottom, ROWS):
                     upper = min(row, bottom - ROWS)
                     first, to = upper * a_row + begin * a_column, upper * columns + j
-                    if upper == row and count == width:
-                        add_products(panel, used, 0, left, first, a_strides, target, in_out, 0, to)
-                    else:
-                        tile[:] = 0
-                        add_products(panel, used, 0, left, first, a_strides, tile, in_tile, 0, 0)
+                    whole = upper == row and count == width
+                    if not whole:
+                        for r in range(ROWS * width):
+                            tile[r] = 0
+                    into, places, at = (target, in_out, to) if whole else (tile, in_tile, 0)
+                    add_products(panel, used, 0, left, first, a_strides, into, places, 0, at)
+                    if not whole:
                         for r in range(row - upper, ROWS):
                             for c in range(count):
                                 target[to + r * columns + c] += tile[r * width + c]
@@ -91,17 +93,26 @@ def _with_strides(x: Array) -> tuple[Array, tuple[int, int]]:
     return compiled(x), (x.shape[1], 1)
 
 
+@lru_cache(maxsize=1024)
+def _offsets(rows: int, width: int) -> Array:
+    """Where each row of a matrix begins."""
+    return np.arange(0, rows * width, width)
+
+
 def product(a: Array, b: Array, bias: Array) -> Array:
     """a (M, K) times b (K, N) plus bias (N,), all of one dtype."""
     rows, columns = len(a), b.shape[1]
     if config.DISABLE_JIT or rows < ROWS:  # type: ignore[attr-defined]
         with np.errstate(invalid="ignore"):  # BLAS raises this flag on some processors only
             return np.matmul(a, b) + bias
-    width = VECTORS * BITS // 8 // a.itemsize
+    step, terms = BITS // 8 // a.itemsize, len(b)
+    width = VECTORS * step
     blocks = -(-columns // width)
     groups = max(min(-(-ITEMS // blocks), rows // LEAST), -(-rows // MOST))
     height, spread = -(-rows // groups // ROWS) * ROWS, max(groups * blocks // ITEMS, 1) * width
     items, work = -(-rows // height) * -(-columns // spread), a.size * columns / MULTIPLICATIONS
     out = empty((rows, columns), a.dtype)
-    split(_multiply, items, work, *_with_strides(a), *_with_strides(b), compiled(bias), height, spread, out)
+    panel = _offsets(-(-terms // (-(-terms // TERMS) * step)) * step, width)
+    places = panel, _offsets(ROWS, columns), _offsets(ROWS, width)
+    split(_multiply, items, work, *_with_strides(a), *_with_strides(b), compiled(bias), height, spread, *places, out)
     return out

@@ -23,15 +23,6 @@ _FLOAT64, _INT64 = np.dtype(np.float64), np.dtype(np.int64)
 
 
 @inlined(fastmath=SUMS)
-def _largest(row):
-    """The largest logit of a row, in float64."""
-    largest = row[0]
-    for j in range(1, row.size):
-        largest = row[j] if row[j] > largest else largest
-    return np.float64(largest)
-
-
-@inlined(fastmath=SUMS)
 def _exponentials(row, shift):
     """Σ exp(x − shift) over elements other than the shift, and the number of those equal to it, in float64."""
     others, equal = 0.0, 0.0
@@ -46,7 +37,7 @@ def _exponentials(row, shift):
 # others + (equal − 1) keeps those that the sum of all exponentials loses.
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer, start, stop):
     """The loss of each row, the weight of its target, and its normalizer: the largest logit and the log of the sum."""
     classes = x.shape[1]
@@ -55,19 +46,22 @@ def _forward(x, target, weight, ignore_index, smoothing, loss, mass, normalizer,
         if t == ignore_index:
             loss[i] = mass[i] = normalizer[i, 0] = normalizer[i, 1] = 0.0
             continue
-        largest = _largest(x[i])
-        others, equal = _exponentials(x[i], largest)
+        row = x[i]
+        largest = np.float64(row[0])
+        for c in range(1, classes):
+            largest = row[c] if row[c] > largest else largest
+        others, equal = _exponentials(row, largest)
         log_sum = np.log1p(others + (equal - 1))
         normalizer[i, 0], normalizer[i, 1] = largest, log_sum
-        total = -(1 - smoothing) * weight[t] * ((np.float64(x[i, t]) - largest) - log_sum)
+        total = -(1 - smoothing) * weight[t] * ((np.float64(row[t]) - largest) - log_sum)
         if smoothing > 0:
             for c in range(classes):
-                total -= smoothing / classes * weight[c] * ((np.float64(x[i, c]) - largest) - log_sum)
+                total -= smoothing / classes * weight[c] * ((np.float64(row[c]) - largest) - log_sum)
         loss[i] = total
         mass[i] = weight[t]
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, start, stop):
     classes = x.shape[1]
     spread = 0.0  # weight of the classes' share of label smoothing
@@ -93,7 +87,7 @@ def _backward(g, x, target, weight, ignore_index, smoothing, normalizer, gx, sta
             out[t] = own * np.expm1(log_p)  # p − 1 loses its digits where p is near 1
 
 
-@njit()
+@njit(allocates=False)
 def _find_invalid(target, classes, ignore_index):
     """The first row whose target is not a class; -1 if all are."""
     for i in range(target.size):
@@ -177,7 +171,7 @@ def softmax_cross_entropy_vjp(
 # ---- logsumexp -------------------------------------------------------------------------------------------
 
 
-@njit(fastmath={"contract"})
+@njit(allocates=False, fastmath={"contract"})
 def _exp_sums(x, shift, total, start, stop):
     """Σ exp(x − shift) − 1 along the rows of x (M, D)."""
     for i in range(start, stop):

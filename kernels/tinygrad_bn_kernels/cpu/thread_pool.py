@@ -122,7 +122,7 @@ def _yield_core(typingctx):
 # ---- loops -----------------------------------------------------------------------------------------------
 
 
-@njit()
+@njit(allocates=False)
 def _run_parts(job):
     """Take and run parts until none remain."""
     while True:
@@ -138,13 +138,13 @@ def _run_parts(job):
         _atomic_add(job, FINISHED, 1)
 
 
-@njit()
+@njit(allocates=False)
 def _publish(job):
     """Release the parts of a job."""
     _atomic_store(job, REMAINING, job[PARTS])
 
 
-@njit()
+@njit(allocates=False)
 def _spin_until_finished(job):
     """Spin until the workers finish their parts; returns False after SPIN_COUNT."""
     spins = 0
@@ -155,7 +155,7 @@ def _spin_until_finished(job):
     return spins < SPIN_COUNT
 
 
-@njit()
+@njit(allocates=False)
 def _work(job):
     """Run parts until there are none for SPIN_COUNT spins, or the pool is closed."""
     spins = 0

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.jit import helper
 from tinygrad_bn_kernels.cpu.simd import (
     BITS,
     Vector,
@@ -139,7 +139,7 @@ def _add_totals(typingctx, out, to, stride, tile):
     return types.void(out, INDEX, INDEX, tile), codegen
 
 
-@njit()
+@helper()
 def add_products(source, offsets, at, weight, first, strides, out, targets, row, to):
     """out[targets[row + i] + to + j] += Σ_r weight[i, r] · source[offsets[r] + at + j] for the i and j of a tile.
 
@@ -153,7 +153,7 @@ def add_products(source, offsets, at, weight, first, strides, out, targets, row,
     _add_rows(out, targets, row, to, sums)
 
 
-@njit()
+@helper()
 def add_inner_products(source, base, pitch, offsets, r, other, first, step, length, count, begin, end, out, to, stride):
     """out[to + i · stride + j] += Σ_k Σ_t a[k, i, t] · b[k, j, t] for ROWS i and VECTORS j.
 
@@ -167,7 +167,7 @@ def add_inner_products(source, base, pitch, offsets, r, other, first, step, leng
     _add_totals(out, to, stride, sums)
 
 
-@njit()
+@helper()
 def copy(source, at, target, to, count):
     """target[to : to + count] = source[at : at + count], by vectors; the last may overlap the one before."""
     step = lanes(source)
