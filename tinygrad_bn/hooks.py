@@ -42,6 +42,7 @@ PLACES = (
     (Optimizer, "step", "host"),
     (Schedule, "step", "host"),
     (gradients, "_clip_norm", "host"),
+    (gradients, "_clip_value", "host"),
     (random, "draw_key", "host"),
     (losses, "note", "host"),
     (backend, "new_array", "copy"),

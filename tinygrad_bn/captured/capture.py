@@ -110,7 +110,8 @@ class capture:
         reason = next((f"an argument is {shown(v)}" for v in values if not _may_be_argument(v)), "")
         if not reason:
             without_kernels = backend.find_kernel("batch_norm_training", "cpu") is None
-            key = RECORDING.get(), without_kernels, names, *map(_kind_of, values)
+            same = [next(i for i, other in enumerate(values) if other is value) for value in values]  # given twice
+            key = RECORDING.get(), without_kernels, names, tuple(same), *map(_kind_of, values)
             if key not in self._cases and len(self._cases) >= CASES:
                 key, reason = None, f"its arguments are of more than {CASES} kinds; pass numbers that change as arrays"
         case = self._cases.get(key) or self._cases.setdefault(key, _Case(self.function, self.__name__, self.quiet))
@@ -144,6 +145,7 @@ class _Case:
         with hooks.listening(record):
             named = {name: record.argument(value) for name, value in options.items()}
             result = record.python.call(partial(self.function, **named), *map(record.argument, args))
+        record.expect_held()
         form = mapped(record.place_of, result)
         self._take_up(record, form)
         return mapped(plain, _detached(result))

@@ -31,6 +31,7 @@ class Recorder:
         self._known: dict[int, int] = {}  # the slot of a value, by its identity
         self._memory: dict[int, int] = {}  # likewise, by the address of a contiguous array
         self._state: dict[int, tuple[Tensor, Any]] = {}  # tensors that outlive the step, by identity of their array
+        self._held: dict[Tensor, tuple[Any, Any]] = {}  # these, with array and gradient as recorded calls left them
         self._names: dict[Tensor, str] = {}
         self._paths: dict[Module, str] = {}
         self._path = ""  # of the module that is running
@@ -50,6 +51,8 @@ class Recorder:
         """The place of a tensor or of an array in a result."""
         if isinstance(value, Tensor):
             return Place(self._use(value._data).slot, tensor=True)
+        if type(value) is Number:
+            return Place(self._known[id(value)])
         if value is not None and not is_array(value):
             self.refuse(f"it returns a {type(value).__name__}, which a program would not compute again")
         return None if value is None else self._use(plain(value))
@@ -83,7 +86,7 @@ class Recorder:
             return self._use(value._data) if own else value
         if is_array(value):
             return self._use(value)
-        return Place(self._known[id(value)]) if _is_own(value) and id(value) in self._known else value
+        return Place(self._known[id(value)]) if _is_own(value) and id(value) in self._known else plain(value)
 
     def _add_host(
         self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, of: str = "",
@@ -108,6 +111,17 @@ class Recorder:
     def _remember(self, t: Tensor) -> None:
         if id(t._data) not in self._known:
             self._state.setdefault(id(t._data), (t, t._data))
+            self._held.setdefault(t, (t._data, t.grad))
+
+    def expect_held(self) -> None:
+        """Refuse the step if it has assigned an array or a gradient, except in calls that are recorded."""
+        for t, (array, gradient) in self._held.items():
+            if t._data is not array or t.grad is not gradient:
+                what = "gradient" if t._data is array else "data"
+                self.refuse(f"the step assigns the {what} of {self._names.get(t, f'a tensor {t.shape}')}")
+
+    def _hold(self) -> None:
+        self._held = {t: (t._data, t.grad) for t in self._held}
 
     def refuse(self, reason: str) -> None:
         """Note why the step cannot be captured; the first reason stays."""
@@ -160,6 +174,7 @@ class Recorder:
         """A backward pass: the gradients that it leaves in leaves."""
         if create_graph:
             self.refuse("a backward pass has create_graph=True")
+        self.expect_held()
         leaves_before = [(t, t.grad) for t, _ in self._state.values() if t._requires_grad]
         run(y, g, create_graph, free)
         for t, old in leaves_before:
@@ -167,6 +182,7 @@ class Recorder:
                 if old is not None:
                     self.refuse("a gradient is added to that of a step before: call zero_grad() in the step")
                 self._add_host("grad", set_grad, (t, t.grad._data), None, self._names.get(t, ""))
+        self._hold()
 
     def copy(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """A function of the seam that makes an array."""
@@ -178,10 +194,12 @@ class Recorder:
 
     def host(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Work of the host, which a program does by calling the same function."""
-        args = tuple(map(plain, args))
+        self.expect_held()
         with hooks.unseen():
-            result = run(*args, **options)
+            result = run(*map(plain, args), **options)
+        result = Number(result, self) if type(result) is float else result
         self._add_host(run.__name__, run, args, result, options=options)
+        self._hold()
         return result
 
     def read(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -225,8 +243,36 @@ for _name in (
     setattr(Argument, _name, _reading(_name))
 
 
+class Number:
+    """A number that the host computed in a step: Python that reads it would not do it again."""
+
+    def __init__(self, value: float, recorder: Recorder) -> None:
+        self.value, self.recorder = value, recorder
+
+    def _read(self, what: str) -> None:
+        self.recorder.refuse(f"the step reads a number that it computed ({what}): return it, and read it outside")
+
+
+def _computing(name: str) -> Any:
+    def compute(self: Number, *others: Any) -> Any:
+        self._read(name)
+        return getattr(self.value, name)(*map(plain, others))
+
+    return compute
+
+
+for _name in (
+    "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__", "__float__", "__int__", "__round__",
+    "__abs__", "__neg__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__",
+    "__rtruediv__", "__floordiv__", "__mod__", "__pow__", "__rpow__", "__repr__", "__str__", "__format__",
+):  # fmt: skip
+    setattr(Number, _name, _computing(_name))
+
+
 def plain(value: Any) -> Any:
-    """The array behind an `Argument`; another value as it is."""
+    """The array behind an `Argument`, the number behind a `Number`; another value as it is."""
+    if type(value) is Number:
+        return value.value
     if type(value) is not Argument:
         return value
     return value.view(np.ndarray) if value.array is None else value.array
@@ -239,4 +285,4 @@ def is_array(value: Any) -> bool:
 
 def _is_own(value: Any) -> bool:
     """Whether this is a number with an identity of its own. Python shares small integers."""
-    return type(value) is float or (type(value) is int and abs(value) > 256)
+    return type(value) in (Number, float) or (type(value) is int and abs(value) > 256)

@@ -108,5 +108,9 @@ def _clip_norm(params: list[Any], max_norm: float) -> float:
 def clip_grad_value_(params: Tensor | Iterable[Tensor], clip_value: float) -> None:
     """Limit every element of every gradient to [−clip_value, clip_value]; ValueError for a limit below 0."""
     clip_value = expect_number("clip_value", clip_value, 0, finite=False)
+    _clip_value(listed(params), clip_value)
+
+
+def _clip_value(params: list[Any], clip_value: float) -> None:
     for p, g in _gradients(params):
         p.grad = Tensor._of(as_array(clip(g, min=-clip_value, max=clip_value)))

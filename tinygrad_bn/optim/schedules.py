@@ -45,6 +45,9 @@ class Schedule:
         Raises TypeError or ValueError if an option or a learning rate that was set by hand, or the next rate, does not
         fit.
         """
+        self._advance()
+
+    def _advance(self) -> None:
         self._check_all()
         groups = self.optimizer.param_groups
         for group in groups:
@@ -164,8 +167,8 @@ class WarmupLR(Schedule):
     def next_lr(self, lr: float, initial: float) -> float:
         return lr * (self.t + 1) / self.t if self.t <= self.warmup_steps else lr
 
-    def step(self) -> None:
+    def _advance(self) -> None:
         if self.after is not None and self.t >= self.warmup_steps:
             self.after.step()
         else:
-            super().step()
+            super()._advance()

@@ -1,0 +1,180 @@
+"""How captured steps are called, and what this package does inside of them: schedules, clipping, modes, numbers."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from tests.framework.test_capture import DATA, dense
+from tests.framework.test_capture_python import STEPS, X
+from tinygrad_bn import Tensor, capture, nn, optim
+from tinygrad_bn import functional as F
+
+# ---- how it is called -------------------------------------------------------------------------------------------
+
+
+def test_arguments_by_name_have_programs_of_their_own():
+    step = capture(lambda x, y: Tensor(x) - Tensor(y))
+    for n in range(STEPS):
+        assert np.array_equal(step(X, y=X * n).numpy(), X - X * np.float32(n))
+        assert np.array_equal(step(y=X * n, x=X).numpy(), X - X * np.float32(n))
+    assert len(step.programs) == 2
+
+
+def test_an_argument_that_cannot_be_captured_is_named_once():
+    step = capture(lambda x, w: (Tensor(x) * w).sum())
+    w = Tensor([1.0, 2.0], requires_grad=True)
+    with pytest.warns(UserWarning, match=r"runs as always: an argument is Tensor"):
+        results = [step(X, w).item() for _ in range(STEPS)]
+    assert results == [33] * STEPS
+    assert [step(X, w.detach()).item() for _ in range(STEPS)] == results
+    assert len(step.programs) == len(step.reasons) == 1
+
+
+def test_numbers_that_change_in_each_step_have_so_many_programs_and_no_more():
+    step = capture(lambda x, n: Tensor(x) * n)
+    with pytest.warns(UserWarning, match="more than 64 kinds; pass numbers that change as arrays"):
+        results = [step(X, n).numpy() for n in range(100)]
+    assert np.array_equal(results, [X * np.float32(n) for n in range(100)])
+    assert len(step._cases) == 65
+
+
+def test_a_method_is_captured_by_its_object():
+    class Trainer:
+        scale = 2.0
+
+        def step(self, x):
+            return Tensor(x) * self.scale
+
+        decorated = capture(step)
+
+    trainer = Trainer()
+    with pytest.raises(TypeError, match=r"Trainer.step is a method; capture one of an object: step = capture"):
+        trainer.decorated(X)
+    step = capture(trainer.step)
+    for scale in (2.0, 3.0):
+        trainer.scale = scale
+        for _ in range(STEPS):
+            assert np.array_equal(step(X).numpy(), X * np.float32(scale))
+        assert step.programs
+
+
+def test_what_is_no_function_is_an_error():
+    with pytest.raises(TypeError, match="capture takes a function; got 3"):
+        capture(3)
+
+
+# ---- what this package does for it ---------------------------------------------------------------------------------
+
+
+def ends_of(build, steps=12, warns=None):
+    """Parameters after training with and without `capture`."""
+    ends = []
+    for wrap in (lambda f: f, capture):
+        network = dense(p=0.0)
+        step = wrap(build(network, optim.SGD(network.parameters(), 0.1)))
+        with pytest.warns(UserWarning, match=warns) if warns and wrap is capture else nullcontext():
+            for x, y in DATA[:steps]:
+                step(x, y)
+        ends.append([p.numpy().tolist() for p in network.parameters()])
+    assert ends[0] == ends[1]
+    assert bool(step.programs) == (warns is None)
+
+
+def with_warm_up(network, sgd):
+    schedule = optim.WarmupLR(sgd, 3, optim.StepLR(sgd, 2, 0.5))
+
+    def step(x, y):
+        sgd.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        sgd.step()
+        schedule.step()
+
+    return step
+
+
+def with_clipped_values(network, sgd):
+    def step(x, y):
+        sgd.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optim.clip_grad_value_(network.parameters(), 0.01)
+        sgd.step()
+
+    return step
+
+
+def with_a_step_that_depends_on_the_norm(network, sgd):
+    def step(x, y):
+        sgd.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        if optim.clip_grad_norm_(network.parameters(), 1.0) < 0.9:
+            sgd.step()
+
+    return step
+
+
+def with_a_new_weight(network, sgd):
+    def step(x, y):
+        sgd.zero_grad()
+        nn.init.ones_(network[1].weight)
+        F.cross_entropy(network(x), y).backward()
+        sgd.step()
+
+    return step
+
+
+def with_training_mode(network, sgd):
+    def step(x, y):
+        network.train()
+        sgd.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        sgd.step()
+
+    return step
+
+
+def test_schedules_of_schedules_and_clipped_values_go_on():
+    ends_of(with_warm_up)
+    ends_of(with_clipped_values)
+
+
+def test_a_decision_by_a_number_that_the_host_computed_is_refused():
+    ends_of(with_a_step_that_depends_on_the_norm, warns=r"reads a number that it computed \(__lt__\)")
+
+
+def test_state_that_is_assigned_outside_of_recorded_calls_is_refused():
+    ends_of(with_a_new_weight, warns="the step assigns the data of 1.weight|reads or assigns numbers")
+
+
+def test_a_mode_that_the_step_sets_itself_is_set_again():
+    ends_of(with_training_mode)
+    network = dense(p=0.0)
+    step = capture(with_training_mode(network, optim.SGD(network.parameters(), 0.1)))
+    for x, y in DATA[:6]:
+        step(x, y)
+    network.eval()
+    step(*DATA[6])
+    assert network.training
+
+
+def test_a_norm_is_returned_as_a_number():
+    network = dense(p=0.0)
+
+    def step(x, y):
+        network.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        return optim.clip_grad_norm_(network.parameters(), 0.5)
+
+    captured = capture(step)
+    for x, y in DATA[:8]:
+        norm = captured(x, y)
+        assert type(norm) is float
+        assert norm == step(x, y)
+    assert captured.programs
+
+
+def test_an_array_that_is_given_twice_and_then_another():
+    step = capture(lambda a, b: Tensor(a) * 2 + Tensor(b))
+    for _ in range(4):
+        step(X, X)
+    assert np.array_equal(step(X, -X).numpy(), X)
