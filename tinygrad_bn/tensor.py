@@ -347,7 +347,7 @@ class Tensor(TensorInNotebook):
 
     @property
     def data(self) -> Array:
-        """The values, as a read-only view. Assigning copies new values in: the shape must fit, the dtype is kept."""
+        """The values, as a read-only view. Assigning copies new ones in: the shape must fit, and the dtype hold them."""
         return backend.read_only(self._data)
 
     @data.setter

@@ -76,6 +76,8 @@ def test_eps_is_checked_when_it_is_set(norm: Any) -> None:
     assert repr(norm) == before
     norm.eps = np.float64(0.5)
     assert "eps=0.5" in repr(norm)
+    with pytest.raises(TypeError, match="elementwise_affine has to be True or False"):
+        nn.RMSNorm(4, elementwise_affine=1)  # type: ignore[arg-type]
     assert type(norm.eps) is float
 
 

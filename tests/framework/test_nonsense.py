@@ -226,10 +226,14 @@ def test_an_op_of_the_user_gives_names_their_own_meaning(monkeypatch):
     monkeypatch.setattr(tensor, "OPS", dict(tensor.OPS))
 
     @fused(formula="y = xᵖ", sample=elementwise(REAL, p=3, times=2, fully=True))
-    def powered(x, *, p: float, times: int = 1, fully: bool = True):
+    def powered(x, *, p: float, times: int = 1, fully: bool = True, shape: str = "round"):
+        if shape == "square":
+            raise ValueError("no square powers")
         return x**p * times
 
     assert powered(Tensor([2.0]), p=3, times=np.int64(2)).item() == 16
+    with pytest.raises(ValueError, match="no square powers"):
+        powered(Tensor([2.0]), p=3, shape="square")
     for wrong in ({"p": "a"}, {"p": True}, {"p": 3, "times": 1.5}, {"p": 3, "fully": 1}):
         with pytest.raises(TypeError, match=r"powered\(\): \w+ has to be"):
             powered(Tensor([2.0]), **wrong)

@@ -48,8 +48,7 @@ class RMSNorm(Module):
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float | None = None, elementwise_affine: bool = True
     ) -> None:
-        if eps is not None:
-            expect_flags(elementwise_affine=elementwise_affine)
+        expect_flags(elementwise_affine=elementwise_affine)
         self.normalized_shape, self.eps = last_axes(normalized_shape), eps
         self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
 
