@@ -347,7 +347,7 @@ class Tensor(TensorInNotebook):
 
     @property
     def data(self) -> Array:
-        """The values, as a read-only view. Assigning copies new ones in: the shape must fit, and the dtype hold them."""
+        """The values, as a read-only view. Assigning copies new ones in; the shape has to fit, and the dtype too."""
         return backend.read_only(self._data)
 
     @data.setter
