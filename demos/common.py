@@ -20,13 +20,15 @@ from tinygrad_bn import cuda, datasets, nn, train, viz
 from tinygrad_bn.files import replacing
 
 from .interval import interval
-from .options import OPTIMIZERS, parser
+from .options import OPTIMIZERS, parser, spelled
 from .output import finite, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODELS = {"without BatchNorm": False, "with BatchNorm": True}
+
+LEARNED = 0.6  # an accuracy that shows that a network learned something
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,7 +64,7 @@ class Run:
         argv = sys.argv[1:] if argv is None else argv
         if "--check" in argv:
             self.parser.set_defaults(**(check or {}))
-        self.args = self.parser.parse_args(argv)
+        self.args = self.parser.parse_args(spelled(argv))
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
         if self.args.check and getattr(self.args, "seeds", 2) < 2:
@@ -103,13 +105,16 @@ class Run:
 
         Under `--check`, the first `check` training images.
         """
+        training = self.load()
+        if training.x.shape[1:] != (28, 28) or len(training.classes) > 10:
+            self.parser.error(
+                f"the network takes 28 × 28 images of at most 10 classes, as in mnist5k, mnist and fashion_mnist; got "
+                f"{training!r}"
+            )
         if self.args.data == "mnist5k":
-            training, validation = self.load().split(1000, seed=self.args.seed)
+            training, validation = training.split(1000, seed=self.args.seed)
         else:
-            training, validation = self.load("train"), self.load("test")
-        for part in (training, validation):
-            if part.x.shape[1:] != (28, 28) or len(part.classes) > 10:
-                self.parser.error(f"the network takes 28 × 28 images of at most 10 classes; got {part!r}")
+            validation = self.load("test")
         if self.args.check and check:
             training = training.take(np.arange(min(check, len(training))))
         self.console.print(f"{training!r}\n{len(training):,} training images, {len(validation):,} validation images")
@@ -214,15 +219,26 @@ class Run:
         self.claims[statement] = bool(holds)
 
     def claim_mean(
-        self, statement: str, values: Sequence[float] | np.ndarray, above: float = -math.inf, below: float = math.inf
+        self,
+        statement: str,
+        values: Sequence[float] | np.ndarray,
+        above: float = -math.inf,
+        below: float = math.inf,
+        learned: Iterable[np.ndarray] = (),
     ) -> None:
         """Claim that the 95 % interval of the mean lies between two bounds; `values` has one per seed.
+
+        A claim that networks are equal needs their accuracies as `learned`: two that learn nothing are equal too. It
+        does not hold unless the mean of each is above `LEARNED`.
 
         One seed has no interval and an interrupted run has not all seeds, so nothing is claimed there.
         """
         if len(values) > 1 and not self.interrupted:
             mean = interval(values)
-            self.claim(f"{statement}: {mean} ({len(values)} seeds)", above < mean.low and mean.high < below)
+            within = above < mean.low and mean.high < below
+            lowest = min((float(np.mean(accuracy)) for accuracy in learned), default=1.0)
+            failed = "" if lowest > LEARNED else f", but one learned to an accuracy of {lowest:.3f} only"
+            self.claim(f"{statement}: {mean}{failed} ({len(values)} seeds)", within and not failed)
 
     def print(self, *parts: RenderableType) -> None:
         """Print text or tables at the end of the run, after the files are written."""

@@ -1,7 +1,7 @@
 """The command-line options of the demos."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,21 @@ OPTIMIZERS = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD, "rmspr
 def positive(text: str) -> int:
     """An integer of at least 1, for argparse."""
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"has to be at least 1; got {text}")
+        raise argparse.ArgumentTypeError(f"has to be at least 1; got {text.strip()}")
     return value
 
 
 def natural(text: str) -> int:
     """An integer of at least 0, for argparse."""
     if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"has to be at least 0; got {text}")
+        raise argparse.ArgumentTypeError(f"has to be at least 0; got {text.strip()}")
     return value
 
 
 def rate(text: str) -> float:
     """A number greater than 0, for argparse."""
     if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"has to be greater than 0; got {text}")
+        raise argparse.ArgumentTypeError(f"has to be greater than 0; got {text.strip()}")
     return value
 
 
@@ -38,6 +38,19 @@ SHARED: dict[str, tuple[Callable[[str], Any], str]] = {
     "seeds": (positive, "number of runs, each with a seed of its own; claims need at least 2"),
     "data": (str, "name of a data set, or a folder of IDX files"),
 }
+
+
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """The arguments for argparse, which takes -1e-3 and -inf for options; after a space it does not."""
+    return [f" {text}" if text.startswith("-") and _is_number(text) else text for text in arguments]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:

@@ -34,14 +34,19 @@ def table(
     return Group(title, grid, caption)
 
 
+def replace_unknown_letters() -> None:
+    """Print "?" for what the encoding of the output does not have, such as "−" or "✓"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def start(main: Callable[[], int]) -> NoReturn:
     """Call `main` as a program, and exit with its status.
 
     It is 130 after Ctrl-C, 141 if the reader of the output has gone, and 1 if the output cannot be written.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an encoding may have no "−" or "✓"
+    replace_unknown_letters()
     try:
         code = main()
         print(end="", flush=True)

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> Run:
         f"The gain of a single seed varies by {gain[:, 0].std():.3f} (standard deviation, raw inputs).",
     )
     run.claim_mean("with standardised inputs, BatchNorm gains accuracy", gain[:, 1], above=0)
-    run.claim_mean("with raw inputs, it gains less than 0.06", gain[:, 0], below=0.06)
+    run.claim_mean("with raw inputs, it gains less than 0.06", gain[:, 0], below=0.06, learned=accuracy[:, 0].T)
     return run.finish(settings=tuple(SETTINGS), models=tuple(MODELS), accuracy=accuracy.tolist())
 
 

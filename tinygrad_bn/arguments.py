@@ -82,10 +82,11 @@ def fast(
 
 def _types(parameter: Parameter) -> tuple[type, ...]:
     """The types of an option that need no further look."""
-    if parameter.name == "axis" or isinstance(parameter.default, bool):
-        other: tuple[type, ...] = (int,) if parameter.name == "axis" else (bool,)
-    else:
-        other = (int, float, tuple, type)  # such as shapes and dtypes, which the op looks at
+    other: tuple[type, ...] = (int, float, tuple, type)  # such as shapes and dtypes, which the op looks at
+    if parameter.name == "axis":
+        other = (int,)
+    elif isinstance(parameter.default, bool):
+        other = (bool,)
     types = FAST.get(_annotation(parameter), other)
     return (*types, type(None)) if parameter.default is None else types
 
@@ -111,6 +112,8 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any], o
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option == "axis":
         axis = checked_axis(name, value)
+        if type(axis) is tuple and kind in ("int", "int | None"):
+            raise TypeError(f"{name}(): axis is one axis, an integer{kind[3:] and ' or None'}; got {shown(value)}")
         only = type(axis) is tuple and len(axis) == 1 and not getattr(operands[0], "ndim", 0)
         return axis[0] if only else axis  # NumPy counts 0-d as one element for an integer, but not for a tuple
     if option in last:
@@ -138,14 +141,14 @@ def python_scalar(value: Any) -> Any:
     return int(value) if isinstance(value, int) else float(value)
 
 
-def _option(value: Any) -> Any:
+def _scalar(value: Any) -> Any:
     """`python_scalar` of a number, which may stand in an array of no axes."""
     return python_scalar(value[()] if isinstance(value, np.ndarray) and not value.ndim else value)
 
 
 def python_number(name: str, value: Any) -> Any:
     """A number as Python's. Raises TypeError for anything else; NaN and infinity are numbers."""
-    number = _option(value)
+    number = _scalar(value)
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"{name} has to be a number; got {shown(value)}")
     return number
@@ -153,10 +156,48 @@ def python_number(name: str, value: Any) -> Any:
 
 def checked_axis(name: str, value: Any) -> Any:
     """An axis or a tuple of axes as Python's integers. Raises TypeError for anything else."""
-    axes = tuple(map(_option, value if isinstance(value, tuple) else (value,)))
+    axes = tuple(map(_scalar, value if isinstance(value, tuple) else (value,)))
     if not all(type(a) is int for a in axes):
         raise TypeError(f"{name}(): axis is an integer, a tuple of integers, or None; got {shown(value)}")
     return axes if isinstance(value, tuple) else axes[0]
+
+
+def expect_shape(value: Any) -> None:
+    """Raise TypeError unless `value` is an integer or a sequence of them, ValueError for one below 0.
+
+    One -1 may stand for the remaining elements.
+    """
+    several = isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    numbers = [_scalar(n) for n in (value if several else (value,))]
+    if not all(type(n) is int for n in numbers):
+        raise TypeError(f"shape is an integer, or a tuple of integers; got {shown(value)}")
+    if min(numbers, default=0) < -1 or numbers.count(-1) > 1:
+        raise ValueError(f"a shape has no numbers below 0, but for one -1 at most; got {shown(value)}")
+
+
+def reshaped(y: Any, shape: Any) -> Any:
+    """The result of NumPy's `reshape` to `shape`. Raises ValueError if that has another number below 0 than one -1."""
+    if type(shape) is not tuple or y.shape != shape:
+        expect_shape(shape)
+    return y
+
+
+def held(name: str, value: Any, dtype: np.dtype[Any]) -> Any:
+    """`value` as an array, where all its numbers fit `dtype`, or are of another kind.
+
+    Raises ValueError if a finite number overflows in a floating-point dtype, OverflowError if an integer does not fit.
+    """
+    array = value if hasattr(value, "dtype") else np.asarray(value)
+    own = array.dtype if isinstance(array, np.ndarray | np.generic) else dtype
+    if np.can_cast(own, dtype) or not (is_real(own) and np.can_cast(own, dtype, "same_kind")):
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype.kind == "f" and (np.isfinite(array) & ~np.isfinite(cast)).any():
+        raise ValueError(f"{name} ({own} {array.shape}): a number overflows in {dtype}")
+    if dtype.kind in "iu" and (cast != array).any():
+        raise OverflowError(f"{name} ({own} {array.shape}): {dtype} cannot hold a number")
+    return array
 
 
 def expect_axis(name: str, x: Any, axis: Any) -> None:
@@ -262,7 +303,7 @@ def each_axis(value: Any, ndim: int, name: str, least: int) -> tuple[int, ...]:
     if type(value) is int and least <= value <= LARGEST:
         return (value,) * ndim  # the usual case, fast
     several = isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.ndim > 0)
-    each = tuple(map(_option, value if several else (value,) * ndim))
+    each = tuple(map(_scalar, value if several else (value,) * ndim))
     whole = all(type(v) is int for v in each)
     if len(each) != ndim or not whole or min(each, default=least) < least:
         others = f", or {ndim} of them" if ndim > 1 else ""
@@ -361,7 +402,7 @@ def expect_integer(name: str, value: Any, least: float = -math.inf, most: float 
     """`value` as an int. Raises TypeError unless it is an integer, ValueError if it is not in [least, most]."""
     if type(value) is int and least <= value <= most:
         return value  # the usual case, fast
-    number = _option(value)
+    number = _scalar(value)
     if type(number) is not int:
         raise TypeError(f"{name} has to be an integer; got {shown(value)}")
     if number < least:

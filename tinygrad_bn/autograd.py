@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from tinygrad_bn import backend
-from tinygrad_bn.arguments import flag
+from tinygrad_bn.arguments import flag, full_name
 from tinygrad_bn.modes import call_recording, recording
 from tinygrad_bn.tensor import OPS, Node, Tensor, apply
 
@@ -58,9 +58,9 @@ def grad(y: Tensor, xs: Any, g: object = None, create_graph: bool = False) -> Te
     >>> dx.item(), grad(dx, x).item()
     (108.0, 108.0)
     """
-    wanted = [xs] if isinstance(xs, Tensor) else list(xs)
-    if not all(isinstance(t, Tensor) for t in (y, *wanted)):
-        raise TypeError("grad() differentiates a tensor by tensors")
+    wanted = list(xs) if isinstance(xs, Iterable) and not isinstance(xs, Tensor) else [xs]
+    if wrong := [t for t in (y, *wanted) if not isinstance(t, Tensor)]:
+        raise TypeError(f"grad() differentiates a tensor by tensors; got {full_name(wrong[0])}")
     for i, x in enumerate(wanted):
         if not x.requires_grad:
             raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")

@@ -22,6 +22,7 @@ from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import empty, is_owner
 
 from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, python_scalar, shown
+from tinygrad_bn.errors import in_words
 from tinygrad_bn.modes import Mode
 
 __all__ = [
@@ -139,19 +140,11 @@ def _explain(error: Exception, op: Op, operands: Sequence[Any], params: dict[str
         expect_numbers(op.name, operands)
     except (TypeError, ValueError) as plainer:
         raise plainer from error
-    kind = next((k for k in REPORTED if isinstance(error, k)), None)
+    kind: Any = next((k for k in REPORTED if isinstance(error, k)), None)
     if kind is None:  # such as Numba's, for operands that are all right
         raise error
-    reason = getattr(error, "reason", error)  # without the ops inside this one
-    if kind is AttributeError and not all(hasattr(o, "dtype") for o in operands):  # a number has no shape
-        kind, reason = TypeError, "takes tensors or arrays"
-    elif kind is TypeError and "NoneType" in str(reason):
-        reason = "an operand is None"
-    elif kind is TypeError and "did not contain a loop" in str(reason):
-        reason = "it is not defined for these dtypes"
-    elif kind is OverflowError and "too large to convert" in str(reason):  # of an axis, an option or an operand
-        kind = ValueError
-    described: Any = kind(f"{describe(op, operands, params)}: {reason}")
+    kind, reason = in_words(error, kind, op.name, operands, params)
+    described = kind(f"{describe(op, operands, params)}: {reason}")
     described.reason = reason
     raise described from error
 

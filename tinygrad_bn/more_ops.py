@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import operator
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import sample
+from tinygrad_bn.arguments import LARGEST, expect_fits_memory, expect_integer, shown
 from tinygrad_bn.ops import astype, exp, kept, log, matmul, reshape, sum, transpose, where
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Function, Operand, primitive
@@ -34,6 +36,16 @@ def _pow_by_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
     return g * y * log(a + astype(undefined, dtype=y.dtype))  # there log 1
 
 
+def _pow_of_numbers(a: float, b: float) -> Any:
+    """aᵇ of Python's numbers, as NumPy computes it for arrays. Raises OverflowError for an integer beyond 64 bits."""
+    if not (isinstance(a, int) and isinstance(b, int) and b >= 0):
+        return np.power(np.float64(a), np.float64(b))
+    y = int(a**b) if b <= 64 or -1 <= a <= 1 else 1 << 64  # or more: a huge one would take long
+    if not -(1 << 63) <= y < 1 << 64:
+        raise OverflowError("the result has more than 64 bits; make one of the numbers a float")
+    return y
+
+
 @primitive(
     _pow_by_base,
     _pow_by_exponent,
@@ -42,6 +54,8 @@ def _pow_by_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
 )
 def pow(a: Operand, b: Operand) -> Operand:
     """Power, elementwise with NumPy broadcasting. ∂a of a⁰ is 0, also at a = 0; ∂b of 0ᵇ is 0 for b ≥ 0, else −∞."""
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return _pow_of_numbers(a, b)
     a = a if isinstance(a, int | float) else np.asarray(a)
     if not isinstance(b, int | float):
         return np.power(a, b)
@@ -311,11 +325,14 @@ def stack(*xs: Operand, axis: int = 0) -> Operand:
 )
 def pad(x: Operand, *, width: tuple[tuple[int, int], ...], value: float | bool = 0.0) -> Operand:
     """A border of `value` around `x`: `width` holds (before, after) for each axis."""
-    if np.shape(width) != ((x.ndim, 2) if x.ndim else (0,)):
-        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes")
+    pairs: Any = list(width) if isinstance(width, tuple | list | np.ndarray) else [width]
+    if len(pairs) != x.ndim or any(np.shape(pair) != (2,) for pair in pairs):
+        raise ValueError(f"width needs a pair (before, after) for each of {x.ndim} axes; got {shown(width)}")
+    pairs = [[expect_integer("each number of width", n, 0, LARGEST) for n in pair] for pair in pairs]
+    expect_fits_memory("the result", [n + builtins.sum(pair) for n, pair in zip(x.shape, pairs, strict=True)])
     if x.dtype.kind != "f" and x.dtype.type(value) != value:
         raise ValueError(f"x {x.dtype} cannot hold the value")
-    return np.pad(x, width, constant_values=value) if x.ndim else np.array(x)
+    return np.pad(x, pairs, constant_values=value) if x.ndim else np.array(x)
 
 
 # ---- the affine map -------------------------------------------------------------------------------------
@@ -338,6 +355,8 @@ def linear(x: Operand, weight: Operand, bias: Operand = None) -> Operand:
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         got = f"{weight.shape} and {None if bias is None else bias.shape}"
         raise ValueError(f"the weight has to be (out, in) and the bias (out,); got {got}")
+    if x.ndim and x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"the last axes of x and of the weight differ: {x.shape[-1]} and {weight.shape[1]}")
     y = matmul(x, weight.T)
     if bias is None:
         return y

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn import sample
+from tinygrad_bn import arguments, sample
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, broadcasting, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Operand, primitive
 
@@ -234,7 +234,7 @@ def matmul(a: Operand, b: Operand) -> Operand:
 )
 def reshape(x: Operand, *, shape: int | tuple[int, ...]) -> Operand:
     """The same elements in another shape; one -1 stands for the remaining elements."""
-    return np.reshape(x, shape)
+    return arguments.reshaped(np.reshape(x, shape), shape)
 
 
 @primitive(

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn import backend
+from tinygrad_bn import arguments, backend
 from tinygrad_bn.arguments import bind, checked, expect_declaration, expect_leaf, fast, flag, holds_numbers, is_floating
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
@@ -347,14 +347,14 @@ class Tensor(TensorInNotebook):
 
     @property
     def data(self) -> Array:
-        """The values, as a read-only view. Assigning copies new values in: the shape must fit, the dtype is kept."""
+        """The values, as a read-only view. Assigning copies new ones in; the shape has to fit, and the dtype too."""
         return backend.read_only(self._data)
 
     @data.setter
     def data(self, value: object) -> None:
         if isinstance(value, Tensor):
-            backend.expect_one_place((self._data, value._data))
-        self._data = backend.new_values(value._data if isinstance(value, Tensor) else value, self._data)
+            backend.expect_one_place((self._data, value := value._data))
+        self._data = backend.new_values(arguments.held("the data", value, self.dtype), self._data)
 
     @property
     def requires_grad(self) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[2]))  # a lesson started as a script finds the demos
 
 from demos.interval import Interval
+from demos.output import replace_unknown_letters
 from tinygrad_bn import Tensor
 
 if TYPE_CHECKING:
@@ -108,10 +109,16 @@ class Say:
         ])  # fmt: skip
 
 
+def written_out(*words: str, end: str = "\n") -> None:
+    """`print`, in any encoding."""
+    replace_unknown_letters()
+    print(*words, end=end)
+
+
 def shown(text: str) -> Any:
     """Markdown in the browser; a script prints it."""
     if is_script():
-        print(re.sub(r"</?\w[^>]*>", "", text), end="\n\n")
+        written_out(re.sub(r"</?\w[^>]*>", "", text), end="\n\n")
     return mo.md(text)
 
 
@@ -161,8 +168,8 @@ def table(rows: Mapping[str, Any], head: tuple[str, ...] = (), spec: str = ".4f"
         lines.append((name, cells, f"<tr><th scope='row'>{escaped(name)}</th>{''.join(tagged)}</tr>"))
     if is_script():
         for line in (("", list(head[1:]), ""), *lines):
-            print(f"{line[0]:24}", *(f"{cell!s:>12}" for cell in line[1]))
-        print()
+            written_out(f"{line[0]:24}", *(f"{cell!s:>12}" for cell in line[1]))
+        written_out()
     columns = head or ("", *map(str, range(1, width + 1)))
     heads = "".join(f"<th scope='col'>{escaped(h)}</th>" if h else "<td></td>" for h in columns)
     body = "".join(line[2] for line in lines)

@@ -5,7 +5,8 @@ gradient for each operand, or None where `needs` is False. If there is no kernel
 runs its NumPy reference. Kernels ``array.…`` are the operators of device arrays.
 """
 
-import logging  # noqa: F401  # registers a lock that imports need; of locks at forks, the one registered last is taken first
+# Imported for its lock, which imports need: at a fork, the lock that was registered last is taken first.
+import logging  # noqa: F401
 import os
 from collections.abc import Callable
 from contextvars import ContextVar

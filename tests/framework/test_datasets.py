@@ -410,3 +410,10 @@ def test_csv_with_quotes_a_byte_order_mark_and_odd_line_breaks(tmp_path):
     path.write_text('a,b\n"x\ny",2\n1\n')
     with pytest.raises(DataError, match="line 4"):
         read_csv(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 5000, "a\0b"])
+def test_names_that_can_be_no_path_are_unknown_names(name):
+    with pytest.raises(DataError, match=r"no data set or folder 'a.*; the data sets are mnist5k") as raised:
+        load(name)
+    assert len(str(raised.value)) < 400

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from demos import bn_backward, deep_mlp, gallery, iris_mlp, learning_rates, titanic_mlp
+from demos import bn_backward, deep_mlp, gallery, iris_mlp, learning_rates, mnist_mlp, titanic_mlp
+from demos.common import Run
 
 ROOT = Path(deep_mlp.__file__).parents[1]
 MODELS = ("without BatchNorm", "with BatchNorm")
@@ -86,3 +88,58 @@ def test_a_narrow_terminal_cuts_nothing(tmp_path, monkeypatch, capsys):
         assert all(len(line) <= 40 for line in lines if not line.startswith("wrote"))
         for name in MODELS:
             assert name in printed
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_a_lesson_prints_in_any_encoding(language):
+    pytest.importorskip("marimo", reason="needs pip install 'tinygrad-bn[lessons]'")
+    done = subprocess.run(
+        [sys.executable, ROOT / "demos" / "lessons" / "lesson_1_chain_rule.py", "--lang", language],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii").startswith("# 1. ")
+
+
+def test_negative_numbers_as_options(tmp_path, capsys):
+    run = bn_backward.main(["--out", str(tmp_path), "--no-plot", "--x", "1", "-1e-3", "-2", "-.5E+1"])
+    assert run.args.x == [1, -1e-3, -2, -5]
+    for wrong, words in (
+        (["--x", "1", "-inf"], "finite numbers"),
+        (["--x", "1", "-nan"], "finite numbers"),
+        (["--x", "1", "-1e"], "-1e"),
+        (["--seed", "-1"], "has to be at least 0; got -1\n"),
+    ):
+        with pytest.raises(SystemExit):
+            bn_backward.main(wrong)
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["iris", "digits"])
+def test_data_that_do_not_fit_a_demo(data, capsys):
+    with pytest.raises(SystemExit):
+        mnist_mlp.main(["--data", data])
+    error = capsys.readouterr().err
+    assert f"as in mnist5k, mnist and fashion_mnist; got Dataset('{data}'" in error
+    with pytest.raises(SystemExit):
+        iris_mlp.main(["--data", "mnist5k"])
+    assert "as in iris and titanic; got Dataset('mnist5k'" in capsys.readouterr().err
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:BatchNorm1d")
+def test_networks_that_learn_nothing_are_not_equal(tmp_path):
+    options = ["--epochs", "1", "--seeds", "2", "--no-plot", "--quiet", "--out", str(tmp_path)]
+    run = iris_mlp.main([*options, "--lr", "1e300"])
+    assert not any(run.claims.values())
+    assert any("but one learned to an accuracy of 0." in claim for claim in run.claims)
+
+
+def test_a_claim_of_equality(tmp_path):
+    run = Run("iris_mlp", "Title", ["--out", str(tmp_path)], seeds=2)
+    good, bad = np.array([0.9, 0.8]), np.array([0.5, 0.6])
+    for learned, holds in (((good, good), True), ((good, bad), False), ((), True), ((np.full(2, np.nan),), False)):
+        run.claims.clear()
+        run.claim_mean("equal", [0.1, 0.0], -2, 2, learned=learned)
+        assert list(run.claims.values()) == [holds]

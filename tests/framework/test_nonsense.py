@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, composed, fused, manual_seed, nn, optim, tensor, train
+from tinygrad_bn import Tensor, composed, fused, grad, manual_seed, nn, optim, tensor, train
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.nn import init
@@ -226,10 +226,14 @@ def test_an_op_of_the_user_gives_names_their_own_meaning(monkeypatch):
     monkeypatch.setattr(tensor, "OPS", dict(tensor.OPS))
 
     @fused(formula="y = xᵖ", sample=elementwise(REAL, p=3, times=2, fully=True))
-    def powered(x, *, p: float, times: int = 1, fully: bool = True):
+    def powered(x, *, p: float, times: int = 1, fully: bool = True, shape: str = "round"):
+        if shape == "square":
+            raise ValueError("no square powers")
         return x**p * times
 
     assert powered(Tensor([2.0]), p=3, times=np.int64(2)).item() == 16
+    with pytest.raises(ValueError, match="no square powers"):
+        powered(Tensor([2.0]), p=3, shape="square")
     for wrong in ({"p": "a"}, {"p": True}, {"p": 3, "times": 1.5}, {"p": 3, "fully": 1}):
         with pytest.raises(TypeError, match=r"powered\(\): \w+ has to be"):
             powered(Tensor([2.0]), **wrong)
@@ -250,3 +254,141 @@ def test_an_op_of_the_user_gives_names_their_own_meaning(monkeypatch):
 def test_sizes_that_no_memory_holds(make, words):
     with pytest.raises((MemoryError, ValueError), match=words):
         make()
+
+
+INTEGERS, ROWS = Tensor([1, 2]), Tensor(np.ones((2, 3)))
+TOO_LARGE = (2**63, -(2**63) - 1, 2**64, -(2**70))
+
+
+@pytest.mark.parametrize("number", TOO_LARGE)
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, np.bool_])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, n: x + n,
+        lambda x, n: n - x,
+        lambda x, n: x * n,
+        lambda x, n: x**n,
+        lambda x, n: n**x,
+        F.maximum,
+        F.minimum,
+        lambda x, n: F.where(x > 0, x, n),
+        lambda x, n: F.clip(x, max=n if n < 0 else None, min=n if n > 0 else None),
+    ],
+)
+def test_an_integer_beyond_int64_is_an_overflow_that_names_dtype_and_number(call, dtype, number):
+    held = "int64" if dtype is np.bool_ else np.dtype(dtype).name
+    with pytest.raises(OverflowError, match=rf"{held} cannot hold {number}; convert"):
+        call(Tensor([1, 0], dtype=dtype), number)
+
+
+def test_an_axis_beyond_int64_is_no_overflow():
+    for reduce in (F.sum, F.max, F.argmax):
+        for made in (INTEGERS, ROWS):
+            with pytest.raises(ValueError, match=f"^{reduce.__name__}.*axis={2**70}"):
+                reduce(made, axis=2**70)
+
+
+@pytest.mark.parametrize("shape", [..., object(), {}, 1.5, (1.5, 3), ((2, 3),), (True, 3)])
+@pytest.mark.parametrize("function", [F.broadcast_to, F.reshape])
+def test_a_shape_is_of_integers(function, shape):
+    if shape == (True, 3) and function is F.broadcast_to:
+        shape = (True, 1)  # an error of NumPy, in any case
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(float64 \(2, 3\).*shape is an integer, or a tuple"):
+        function(ROWS, shape=shape)
+
+
+@pytest.mark.parametrize("shape", [(-2, 3), (2, -3), -2, (-1, -1), [-7, 2], np.array([-2, 3])])
+@pytest.mark.parametrize("made", [np.asarray, Tensor])
+def test_one_minus_one_alone_stands_for_the_rest_of_a_shape(made, shape):
+    x = made(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"^reshape\(float64 \(2, 3\).*no numbers below 0, but for one -1"):
+        F.reshape(x, shape=shape)
+    assert F.reshape(x, shape=(-1, 2)).shape == F.reshape(x, shape=[3, -1]).shape == (3, 2)
+    assert F.reshape(x, shape=-1).shape == F.reshape(x, shape=np.array([6])).shape == (6,)
+
+
+def test_widths_of_pad():
+    def pad(width):
+        return lambda: F.pad(ROWS, width=width)
+
+    cases = {
+        ((2**62, 0), (0, 0)): (ValueError, "each number of width may be at most"),
+        ((2**70, 0), (0, 0)): (ValueError, "each number of width may be at most"),
+        ((2**60, 0), (0, 0)): (MemoryError, "the result would have the shape"),
+        ((-1, 0), (0, 0)): (ValueError, "each number of width has to be at least 0; got -1"),
+        ((1.5, 0), (0, 0)): (TypeError, "each number of width has to be an integer; got 1.5"),
+        ((True, 0), (0, 0)): (TypeError, "each number of width has to be an integer; got True"),
+        (1, 1): (ValueError, "width needs a pair"),
+        ((1, 1),): (ValueError, r"width needs a pair \(before, after\) for each of 2 axes; got \(\(1, 1\),\)"),
+    }
+    for width, (error, words) in cases.items():
+        with pytest.raises(error, match=words):
+            pad(width)()
+    assert F.pad(ROWS, width=np.array([[1, 0], [0, 2]])).shape == (3, 5)
+
+
+def test_powers_of_numbers():
+    for a, b in ((7, 10**9), (7, -(10**9)), (-7, 2**62), (3, -(2**62)), (2, 64), (-2, 65), (2**62, 2)):
+        if b < 0:
+            assert F.pow(a, b) == 0
+        else:
+            with pytest.raises(OverflowError, match="more than 64 bits; make one of the numbers a float"):
+                F.pow(a, b)
+    exact = {(2, 63): 2**63, (-2, 63): -(2**63), (7, 0): 1, (-1, 10**9 + 1): -1, (0, 10**9): 0, (True, 2): 1}
+    assert {ab: F.pow(*ab).item() for ab in exact} == exact
+    with np.errstate(all="ignore"):
+        assert F.pow(0, -1) == F.pow(0.0, -1) == F.div(1, 0) == np.inf
+        assert F.pow(10, 400.0) == np.inf
+        assert np.isnan(F.pow(-8, 1 / 3))
+        assert np.isnan((Tensor([-8.0]) ** (1 / 3)).item())
+
+
+def test_one_axis_is_no_tuple():
+    for function in (F.argmax, F.argmin):
+        with pytest.raises(
+            TypeError, match=rf"{function.__name__}\(\): axis is one axis, an integer or None; got \(0,"
+        ):
+            function(ROWS, axis=(0, 1))
+    for function in (F.concatenate, F.stack):
+        with pytest.raises(TypeError, match=r"axis is one axis, an integer; got \(0,\)"):
+            function([ROWS, ROWS], axis=(0,))
+
+
+TWO_TENSORS = {
+    "sub": lambda: F.sub(INTEGERS > 1, INTEGERS > 1),
+    "neg": lambda: -(INTEGERS > 1),
+}
+
+
+@pytest.mark.parametrize("name", TWO_TENSORS)
+def test_booleans_have_no_difference(name):
+    with pytest.raises(TypeError, match=rf"^{name}\(bool \(2,\).*not defined for booleans; convert with astype first"):
+        TWO_TENSORS[name]()
+
+
+@pytest.mark.parametrize("made", [np.asarray, Tensor])
+@pytest.mark.parametrize("shapes", [((2, 3), (4, 5)), ((3,), (4,)), ((2, 3), (4,)), ((5, 2, 3), (5, 4, 3))])
+def test_products_whose_axes_differ(shapes, made):
+    a, b = (made(np.ones(shape)) for shape in shapes)
+    with pytest.raises(ValueError, match=r"^matmul\(.*the last axis of a and the rows of b differ: 3 and 4$"):
+        F.matmul(a, b)
+    if a.ndim == 2:
+        with pytest.raises(ValueError, match=r"^linear\(.*the last axes of x and of the weight differ: 3 and 4$"):
+            F.linear(a, made(np.ones((5, 4))))
+
+
+def test_tensors_that_are_not_in_a_list():
+    for join in (F.concatenate, F.stack):
+        with pytest.raises(TypeError, match=rf"takes a list of tensors and an axis: {join.__name__}\(\[a, b\]\)"):
+            join(ROWS, ROWS)
+        with pytest.raises(TypeError, match=rf"takes a list of tensors, as in {join.__name__}\(\[a, b\]\); got an int"):
+            join(1, 0)
+        assert join([ROWS, ROWS], np.array(0)).shape[-1] == 3
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [3]])
+def test_grad_by_something_else_than_a_tensor(wrong):
+    x = Tensor(2.0, requires_grad=True)
+    with pytest.raises(TypeError, match=r"grad\(\) differentiates a tensor by tensors; got a"):
+        grad(x * x, wrong)

@@ -1,12 +1,15 @@
 """Optimisers and schedules refuse what does not fit, and then nothing has changed."""
 
 import math
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tinygrad_bn import Tensor, optim
+from tinygrad_bn.backend import kernels_disabled
 
 WRONG_STATE = {
     "NaN": np.full(2, np.nan), "infinite": np.full(2, np.inf), "infinite in float32": np.full(2, 1e300),
@@ -130,3 +133,17 @@ def test_steps_are_undone(make):
     for _ in range(3):
         optimizer.step()
     assert repr((p, optimizer.state_dict())) == after
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("make", [optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_rate_beyond_the_dtype_gives_infinity_without_a_warning(make, dtype, kernels):
+    p = Tensor([1.0, 2.0], requires_grad=True, dtype=dtype)
+    for options in ({"lr": 1e300}, *([{"lr": 1e300, "momentum": 0.9}] if make in (optim.SGD, optim.RMSprop) else [])):
+        p.data = [1.0, 2.0]
+        p.grad = Tensor([0.5, -1.0], dtype=dtype)
+        with warnings.catch_warnings(), nullcontext() if kernels else kernels_disabled():
+            warnings.simplefilter("error")
+            make([p], **options).step()
+        assert not np.isfinite(p.numpy()).any()

@@ -362,3 +362,28 @@ def test_astype_converts_and_its_gradient_comes_back_in_the_operands_dtype():
         y.backward()
         assert x.grad.dtype == np.float32
     assert not x.astype(np.int64).requires_grad
+
+
+@pytest.mark.parametrize("made", [np.asarray, Tensor, np.ndarray.tolist])
+def test_data_that_would_overflow_are_refused(made):
+    for dtype, value in ((np.float32, -1e300), (np.float16, 1e5), (np.float16, 70000)):
+        t = Tensor([1.0, 2.0], dtype=dtype)
+        with pytest.raises(ValueError, match=rf"the data .*\(2,\)\): a number overflows in {np.dtype(dtype).name}"):
+            t.data = made(np.array([1, value]))
+        assert t.numpy().tolist() == [1, 2]
+    t.data = made(np.array([np.inf, np.nan]))
+    assert not np.isfinite(t.numpy()).any()
+    t.data = made(np.array([65504, 65505]))  # rounded, not infinite
+    assert t.numpy().tolist() == [65504, 65504]
+    counts = Tensor([1, 2], dtype=np.int8)
+    with pytest.raises(OverflowError, match=r"the data \(int64 \(2,\)\): int8 cannot hold a number"):
+        counts.data = made(np.array([1, 300]))
+    counts.data = made(np.array([1, -128]))
+    assert counts.numpy().tolist() == [1, -128]
+
+
+def test_an_update_that_would_overflow_is_refused():
+    t = Tensor([1.0, 2.0])
+    with no_grad(), pytest.raises(ValueError, match="a number overflows in float32"):
+        t += np.array([1.0, 1e300])
+    assert t.numpy().tolist() == [1, 2]

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.tools.training import QUIET, network, samples, state, timeless
 from tinygrad_bn import Tensor, datasets, nn, optim
 from tinygrad_bn import functional as F
-from tinygrad_bn.train import Epoch, History, evaluate, fit, recalibrate, statistics_gap
+from tinygrad_bn.train import Epoch, History, NonFiniteError, evaluate, fit, recalibrate, statistics_gap
 
 IRIS = datasets.load("iris")
 
@@ -209,3 +210,29 @@ def test_options_of_fit_are_checked():
                 with pytest.raises((TypeError, ValueError), match="batch_size has to be"):
                     function(model, data, batch_size=size)
     assert state(model) == before
+
+
+def test_a_frozen_model_is_not_trained():
+    model = network().requires_grad_(False)
+    before = state(model)
+    for optimizer in (None, optim.SGD(model.parameters())):
+        with pytest.raises(
+            ValueError, match=r"no parameter of Sequential requires a gradient: call requires_grad_\(\)"
+        ):
+            fit(model, samples(8), optimizer=optimizer, **QUIET)
+    assert state(model) == before
+
+
+def test_recalibrate_says_that_samples_alone_are_right():
+    x, _ = samples(8)
+    for wrong in (Tensor(x), x.tolist(), None):
+        with pytest.raises(TypeError, match=r"a Dataset or a pair of arrays \(x, y\), or an array x alone; got a"):
+            recalibrate(network(), wrong)
+
+
+def test_a_rate_beyond_the_dtype_is_what_nonfinite_is_about():
+    model = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NonFiniteError, match="would become NaN or infinite: lower the learning rate"):
+            fit(model, samples(8), optimizer=optim.SGD(model.parameters(), lr=1e300), **QUIET)

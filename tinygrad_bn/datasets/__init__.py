@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_text
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_text, shown
 from tinygrad_bn.datasets.catalogue import KNOWN, OWN
 from tinygrad_bn.datasets.fetch import find
 from tinygrad_bn.datasets.files import DataError, read_csv, read_idx
@@ -138,8 +138,8 @@ def load(name: str | Path | None = None, source: str | Path | None = None, part:
     if name is None:
         name = "mnist5k" if source is None else Path(source).resolve().name
     elif source is None and name not in KNOWN:
-        if not Path(name).is_dir():
-            raise DataError(f"no data set or folder {str(name)!r}; the data sets are {', '.join(KNOWN)}")
+        if not _is_folder(name):
+            raise DataError(f"no data set or folder {shown(str(name))}; the data sets are {', '.join(KNOWN)}")
         name, source = Path(name).resolve().name, name
     name, known = str(name), KNOWN.get(str(name), OWN)
     if not isinstance(part, str) or part not in known.parts:
@@ -150,6 +150,13 @@ def load(name: str | Path | None = None, source: str | Path | None = None, part:
     data = Dataset(name, x, y, classes, where, known.white)
     _log.info("%r", data)
     return data
+
+
+def _is_folder(path: str | Path) -> bool:
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):  # such as a name that is too long
+        return False
 
 
 class Batches:

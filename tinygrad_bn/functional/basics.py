@@ -83,18 +83,20 @@ def softmax(x: Operand, axis: int = -1) -> Tensor:
 
 def concatenate(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Join tensors along an axis that they have."""
-    return more_ops.concatenate(*_several("concatenate", tensors), axis=axis)
+    return more_ops.concatenate(*_several("concatenate", tensors, axis), axis=axis)
 
 
 def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     """Join tensors of one shape along a new axis."""
-    return more_ops.stack(*_several("stack", tensors), axis=axis)
+    return more_ops.stack(*_several("stack", tensors, axis), axis=axis)
 
 
-def _several(name: str, tensors: Any) -> list[Any]:
+def _several(name: str, tensors: Any, axis: Any) -> list[Any]:
     """The tensors as a list. Raises TypeError unless they are in a list or a tuple, or rows of a tensor or array."""
+    if is_array(axis) and (axis.ndim or isinstance(axis, Tensor)):  # as in stack(a, b)
+        raise TypeError(f"{name} takes a list of tensors and an axis: {name}([a, b]); got {full_name(axis)} as axis")
     if not isinstance(tensors, list | tuple) and not (is_array(tensors) and tensors.ndim):
-        raise TypeError(f"{name} takes a list of tensors; got {full_name(tensors)}")
+        raise TypeError(f"{name} takes a list of tensors, as in {name}([a, b]); got {full_name(tensors)}")
     return list(tensors)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
+from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.arguments import expect_flags, flag, floating_dtype, full_name, shown
+from tinygrad_bn.arguments import expect_flags, expect_integer, flag, floating_dtype, full_name, held, shown
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
@@ -87,13 +87,17 @@ class Module(ModuleInNotebook):
     def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute.
 
-        Raises TypeError if anything but its like, or None, is to replace a parameter, buffer or module; for state that
-        would not be found, as `named_children` does; TypeError or ValueError for an option that does not fit.
+        Raises TypeError if anything of another kind, except None, is to replace a parameter, buffer or module.
+        Raises TypeError for state that would not be found, as `named_children` does; also for state in attributes of
+        an object that is no module, unless this module has it too. Raises TypeError or ValueError for an option that
+        does not fit.
         """
         if name in self._checks:
             value = self._checks[name](name, value)
         wanted = self._kinds.get(name)
         holds_modules = type(value) not in PLAIN and any(list(self._children_in(name, value)))
+        if type(value) not in PLAIN and not isinstance(value, UNSEARCHED):
+            self._expect_found(name, value)
         others = wanted is Module and (holds_modules or (isinstance(value, list | tuple) and not value))
         if wanted and value is not None and not isinstance(value, wanted) and not others:
             values = "" if wanted is Module or getattr(self, name, None) is None else ", or new values to its .data"
@@ -142,7 +146,7 @@ class Module(ModuleInNotebook):
         """Modules among the attributes. A module in a list is named `attribute.index`.
 
         Raises TypeError for state that would not be found: parameters, buffers and tensors that require a gradient in
-        a list; modules in nested lists, dictionaries and sets; arrays among modules.
+        a list; modules in nested lists, dictionaries, sets and other collections; arrays among modules.
         """
         for name, value in vars(self).items():
             if isinstance(value, Module):
@@ -168,6 +172,19 @@ class Module(ModuleInNotebook):
         elif isinstance(value, (*COLLECTIONS, np.ndarray)) and _holds(value, _is_state):
             kind = "dictionary" if isinstance(value, Mapping) else type(value).__name__
             raise TypeError(f"{type(self).__name__}.{name} is a {kind}; use attributes, or a list of modules")
+
+    def _expect_found(self, name: str, value: object) -> None:
+        """Raise TypeError if attributes of an object that is no module are state, and nothing here has it."""
+        inside = getattr(value, "__dict__", {})
+        if not any(_holds(item, _is_state) for item in inside.values()):
+            return
+        own = {*self.modules(), *(t for _, t in self.named_tensors())}  # an optimizer may keep those
+        for inner, item in inside.items():
+            if _holds(item, lambda part: _is_state(part) and part not in own):
+                raise TypeError(
+                    f"{type(self).__name__}.{name}.{inner} would not be found, since {name} is {full_name(value)} and "
+                    "not a module; make it an attribute of the module, or derive its class from Module"
+                )
 
     def named_modules(self, prefix: str = "", _above: tuple[Module, ...] = ()) -> Iterator[tuple[str, Module]]:
         """This module, named "", and all below it. Raises ValueError if a module contains itself."""
@@ -309,16 +326,13 @@ class Module(ModuleInNotebook):
         ]
         if wrong:
             raise ValueError(f"shapes differ: {'; '.join(wrong)}")
-        with np.errstate(over="ignore"):
-            cast = {k: a.astype(own[k].dtype).reshape(own[k].shape) for k, a in arrays.items()}
         for k, a in arrays.items():
-            if (np.isfinite(a) & ~np.isfinite(cast[k].reshape(a.shape))).any():
-                raise ValueError(f"{k} has numbers that overflow in its dtype, {own[k].dtype}")
+            held(k, a, own[k].dtype)
             counts = isinstance(own[k], Buffer) and k.split(".")[-1] in ("running_var", "num_batches_tracked")
             if counts and (a < 0).any():
                 raise ValueError(f"{k} is negative")
-        for k, a in cast.items():
-            own[k].data = a
+        for k, a in arrays.items():
+            own[k].data = a.reshape(own[k].shape)
 
     # ---- printing ---------------------------------------------------------------------------------------
 
@@ -337,10 +351,15 @@ class Module(ModuleInNotebook):
 
         Args:
             input_shape: the shape of one sample, without the batch axis.
+
+        Raises TypeError for another kind of shape, ValueError for a number below 0.
         """
         from rich.console import Console
         from rich.table import Table
 
+        if not isinstance(input_shape, tuple | list):
+            raise TypeError(f"input_shape is the shape of one sample, such as (3,); got {shown(input_shape)}")
+        sample = [expect_integer("each number of input_shape", n, 0) for n in input_shape]
         table = Table("Layer", "Output shape", title=type(self).__name__)
         table.add_column("Parameters", justify="right")
         counted: set[Tensor] = set()
@@ -354,7 +373,7 @@ class Module(ModuleInNotebook):
                 table.add_row(type(module).__name__, f"({shape})", f"{sum(t.size for t in tensors):,}")
 
         with no_grad(), evaluating(self), observe(add):
-            self(np.zeros((2, *input_shape), np.float32))
+            self(np.zeros((2, *sample), np.float32))
         console = Console()
         console.print(table)
         trainable = sum(p.size for p in self.parameters() if p.requires_grad)
@@ -374,12 +393,13 @@ def _is_state(value: object) -> bool:
     return trained or isinstance(value, Module | Parameter | Buffer)
 
 
-COLLECTIONS = (list, tuple, Set, Mapping, deque)  # no iterators, which looking inside would use up
+COLLECTIONS = (Sequence, Set, Mapping)  # no iterators, which looking inside would use up
+UNSEARCHED = (Module, Tensor, np.ndarray, *COLLECTIONS, type, ModuleType, FunctionType)  # of attributes
 
 
 def _holds(value: object, wanted: Callable[[Any], bool]) -> bool:
     """Whether `value` is what is wanted, or contains it: in lists, tuples, sets and dictionaries."""
-    if isinstance(value, COLLECTIONS):
+    if isinstance(value, COLLECTIONS) and not isinstance(value, str | bytes | range):
         items = (*value, *value.values()) if isinstance(value, Mapping) else value
         return any(_holds(item, wanted) for item in items)
     if isinstance(value, np.ndarray) and value.dtype == object:

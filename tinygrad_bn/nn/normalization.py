@@ -12,16 +12,18 @@ from tinygrad_bn.functional.normalization import last_axes
 from tinygrad_bn.nn.module import AFFINE, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
+CHECKS = {**Module._checks, "eps": lambda _, eps: expect_eps(eps)}  # of options, as they are set
+
 
 class LayerNorm(Module):
     """Layer normalisation (Ba et al. 2016) over the last axes, which have the shape `normalized_shape`."""
 
     _optional: ClassVar = AFFINE
+    _checks: ClassVar = CHECKS
 
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float = 1e-5, elementwise_affine: bool = True
     ) -> None:
-        expect_eps(eps)
         expect_flags(elementwise_affine=elementwise_affine)
         self.normalized_shape, self.eps = last_axes(normalized_shape), eps
         self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
@@ -41,12 +43,11 @@ class RMSNorm(Module):
     """
 
     _optional: ClassVar = {"weight": Parameter}
+    _checks: ClassVar = CHECKS | {"eps": lambda _, eps: None if eps is None else expect_eps(eps)}
 
     def __init__(
         self, normalized_shape: int | tuple[int, ...], eps: float | None = None, elementwise_affine: bool = True
     ) -> None:
-        if eps is not None:
-            expect_eps(eps)
         expect_flags(elementwise_affine=elementwise_affine)
         self.normalized_shape, self.eps = last_axes(normalized_shape), eps
         self.weight = Parameter(np.ones(self.normalized_shape, np.float32)) if elementwise_affine else None
@@ -62,9 +63,9 @@ class GroupNorm(Module):
     """Group normalisation (Wu & He 2018) of (N, C, ...): each sample over groups of C / num_groups channels."""
 
     _optional: ClassVar = AFFINE
+    _checks: ClassVar = CHECKS
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True) -> None:
-        expect_eps(eps)
         expect_flags(affine=affine)
         num_channels, num_groups = expect_size("num_channels", num_channels), expect_size("num_groups", num_groups)
         if num_channels % num_groups:
@@ -85,10 +86,10 @@ class GroupNorm(Module):
 
 class _InstanceNorm(Module):
     _optional: ClassVar = AFFINE
+    _checks: ClassVar = CHECKS
     _ndim: int
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = False) -> None:
-        expect_eps(eps)
         expect_flags(affine=affine)
         self.num_features, self.eps = expect_size("num_features", num_features), eps
         self.weight = Parameter(np.ones(num_features, np.float32)) if affine else None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, overload
 
 from tinygrad_bn import functional as F
+from tinygrad_bn.arguments import expect_integer, full_name
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS
 from tinygrad_bn.nn.layers import ReLU
 from tinygrad_bn.nn.module import Module, being_observed
@@ -21,7 +22,8 @@ class Sequential(Module):
     def __init__(self, *layers: Module) -> None:
         for i, layer in enumerate(layers):
             if not isinstance(layer, Module):
-                raise TypeError(f"layer {i} is a {type(layer).__name__}, not a module")
+                cure = "; unpack it with *" if isinstance(layer, Iterable) and not isinstance(layer, str) else ""
+                raise TypeError(f"layer {i} is {full_name(layer)}, not a module{cure}")
             setattr(self, str(i), layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +44,9 @@ class Sequential(Module):
     def __getitem__(self, index: slice) -> Sequential: ...
     def __getitem__(self, index: int | slice) -> Module:
         layers = list(self)
-        return Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
+        if isinstance(index, slice):
+            return Sequential(*layers[index])
+        return layers[expect_integer("the index of a layer", index)]
 
 
 def fused_layers(layers: Iterable[Module]) -> Iterator[Module]:

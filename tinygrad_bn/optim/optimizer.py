@@ -92,10 +92,11 @@ class Optimizer:
             _check_options(group)
         gradients = {p: g for p in params if (g := gradient_of(p)) is not None and p._requires_grad}
         self._runs = lay_out(self.param_groups, gradients, self.state, self._initial_state, self._runs)
-        for run in self._runs:
-            values, gradient = run.values(), run.gradient(gradients)
-            options = SimpleNamespace(step=run.next_step(), new=run.new, **run.group)
-            run.assign(self._update(values, gradient, run.state, options))
+        with np.errstate(over="ignore", invalid="ignore"):  # a step that is too large ends in inf
+            for run in self._runs:
+                values, gradient = run.values(), run.gradient(gradients)
+                options = SimpleNamespace(step=run.next_step(), new=run.new, **run.group)
+                run.assign(self._update(values, gradient, run.state, options))
 
     def _undoing(self) -> Callable[[], None]:
         """A function that takes back all steps from now on. They replace parameters, but overwrite their state."""

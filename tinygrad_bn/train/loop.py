@@ -73,10 +73,10 @@ def fit(
         loss: function (outputs, targets) that returns the mean loss of the batch. The mean over several batches is
             exact for the losses of `functional`, with class weights, ignored targets and `reduction="sum"` too. Any
             other loss counts by its samples, and a sum in it is taken to be divided by them; one that counts otherwise
-            returns a pair (mean loss, weight of the batch). So `F.sum` of losses with `reduction="none"` depends on the
-            batches: let `reduction="sum"` add them, which is known. A loss that adds a mean over the targets that count
-            to other terms of the outputs counts by its samples too, with a warning. A batch of weight 0, such as one
-            whose targets are all ignored in one of the means, takes no step of the optimizer.
+            returns a pair (mean loss, weight of the batch). `F.sum` of losses with `reduction="none"` is not known to
+            be a sum. So its mean depends on the batches. Use `reduction="sum"` instead. A loss that adds a mean over
+            the targets that count to other terms of the outputs counts by its samples too, with a warning. A batch of
+            weight 0, such as one whose targets are all ignored in one of the means, takes no step of the optimizer.
         seed: for shuffling. An integer gives the same batches in every call. From a NumPy Generator, or by default
             from that of `manual_seed`, the orders go on: a second call sees others.
         drop_last: skip the last batch if it is smaller than `batch_size`.
@@ -99,7 +99,8 @@ def fit(
         way may have reached only some of the parameters.
 
     Raises:
-        ValueError: no data, data and targets of different lengths, or an option out of range.
+        ValueError: no data, data and targets of different lengths, an option out of range, or no parameter that
+            requires a gradient.
         TypeError: an argument has the wrong type, or the data are on a GPU.
         NonFiniteError: see `nonfinite`. Also with "skip", where a parameter is not finite: no batch can help then.
         RuntimeError: the device is not available; the message says why.
@@ -129,6 +130,8 @@ def fit(
         model.to(device)
     optimizer = optimizer or Adam(model.parameters())
     own = {p for p in model.parameters() if p.requires_grad}
+    if not any(p.requires_grad for p in (*own, *optimizer._params())):
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: call requires_grad_() on it")
     if own and own.isdisjoint(optimizer._params()):
         raise ValueError("optimizer has no parameter of the model: make it with model.parameters()")
     steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture)

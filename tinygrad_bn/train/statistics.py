@@ -1,4 +1,4 @@
-"""BatchNorm's statistics after training: compared with those of the batches, and computed anew."""
+"""BatchNorm's statistics after training: compared with those of the batches, and computed again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
-from tinygrad_bn.arguments import expect_integer
+from tinygrad_bn.arguments import expect_integer, full_name
 from tinygrad_bn.backend import Array
-from tinygrad_bn.datasets import expect_arrays
+from tinygrad_bn.datasets import Dataset, expect_arrays
 from tinygrad_bn.modes import no_grad
 from tinygrad_bn.train.scores import Data, Loss, Score, arrays_of, expect_model, score
 
@@ -63,8 +63,13 @@ def recalibrate(model: nn.Module, data: Data | Array, *, batch_size: int = 1000)
     Raises:
         ValueError: no samples, a `batch_size` below 1, batches with one value per channel, or statistics that are
             not finite.
+        TypeError: the data are of another type.
     """
     expect_model(model)
+    if not isinstance(data, np.ndarray | Dataset | tuple):
+        raise TypeError(
+            f"data has to be a Dataset or a pair of arrays (x, y), or an array x alone; got {full_name(data)}"
+        )
     x = data if isinstance(data, np.ndarray) else arrays_of(data)[0]
     expect_arrays(x)
     with nn.batch_statistics(model) as collected, no_grad():

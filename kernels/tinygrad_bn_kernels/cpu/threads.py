@@ -73,7 +73,7 @@ def split(loop: Callable[..., object], items: int, elements: float, *args: objec
     """Run `loop(*args, start, stop)` over `items` items: in parallel if `elements` reaches PARALLEL_FROM.
 
     `loop` is compiled by Numba; `args` are arrays, numbers and tuples of integers. If another thread uses the pool, the
-    loop runs serially, and hardly ever waits.
+    loop runs serially, and rarely waits.
     """
     if elements < PARALLEL_FROM or items <= 1 or _threads == 1 or _busy.locked():
         loop(*args, 0, items)
