@@ -47,19 +47,21 @@ def _pack_columns(b, at, strides, terms, count, panel):
 
 
 @njit()
-def _multiply(a, a_strides, b, b_strides, bias, height, spread, offsets, in_out, in_tile, out, start, stop):
-    """out (M, N) = a (M, K) times b (K, N) plus bias, for M ≥ ROWS. One of the strides of a, and of b, is 1.
+def _multiply(left, a_strides, right, b_strides, bias, height, spread, offsets, in_out, in_tile, target, start, stop):
+    """target (M, N) = left (M, K) times right (K, N) plus bias, for M ≥ ROWS; all are flat. One stride of each is 1.
 
     An item is `height` rows, a multiple of ROWS, by `spread` columns, a multiple of a tile's width. Tiles that reach
-    over the end of an axis are summed in a buffer; only their new elements are added to out. The rows of a
-    panel begin at `offsets`, and those of a tile at `in_out` or `in_tile`.
+    over the end of an axis are summed in a buffer; only their new elements are added to target. The rows of a panel
+    begin at `offsets`, and those of a tile at `in_out` or `in_tile`.
     """
-    (rows, columns), (a_row, a_column), (b_row, b_column) = out.shape, a_strides, b_strides
-    terms, width = a.size // rows, VECTORS * lanes(a)
-    left, right, target = a.reshape(a.size), b.reshape(b.size), out.reshape(out.size)
+    (a_row, a_column), (b_row, b_column), columns = a_strides, b_strides, len(bias)
+    rows = len(target) // columns
+    terms, width = len(left) // rows, VECTORS * lanes(left)
     length, across = len(offsets), -(-columns // spread)
-    scratch = np.empty((length + ROWS + 1) * width, a.dtype)
-    panel = scratch[-scratch.ctypes.data % ALIGNMENT // a.itemsize :]  # a vector that crosses cache lines loads twice
+    scratch = np.empty((length + ROWS + 1) * width, left.dtype)
+    panel = scratch[
+        -scratch.ctypes.data % ALIGNMENT // left.itemsize :
+    ]  # a vector that crosses cache lines loads twice
     tile = panel[length * width :]
     for item in range(start, stop):
         top, edge = item // across * height, item % across * spread
@@ -87,10 +89,10 @@ def _multiply(a, a_strides, b, b_strides, bias, height, spread, offsets, in_out,
 
 
 def _with_strides(x: Array) -> tuple[Array, tuple[int, int]]:
-    """A matrix, or its transpose, as a C-contiguous array, and the matrix's strides in it, in elements."""
+    """The elements of a matrix, flat, and its strides in them, in elements."""
     if x.flags.f_contiguous and not x.flags.c_contiguous:
-        return compiled(x.T), (1, len(x))
-    return compiled(x), (x.shape[1], 1)
+        return compiled(x.T).reshape(-1), (1, len(x))
+    return compiled(x).reshape(-1), (x.shape[1], 1)
 
 
 @lru_cache(maxsize=1024)
@@ -114,5 +116,6 @@ def product(a: Array, b: Array, bias: Array) -> Array:
     out = empty((rows, columns), a.dtype)
     panel = _offsets(-(-terms // (-(-terms // TERMS) * step)) * step, width)
     places = panel, _offsets(ROWS, columns), _offsets(ROWS, width)
-    split(_multiply, items, work, *_with_strides(a), *_with_strides(b), compiled(bias), height, spread, *places, out)
+    operands = *_with_strides(a), *_with_strides(b), compiled(bias)
+    split(_multiply, items, work, *operands, height, spread, *places, out.reshape(-1))
     return out
