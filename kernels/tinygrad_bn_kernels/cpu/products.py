@@ -59,9 +59,8 @@ def _multiply(left, a_strides, right, b_strides, bias, height, spread, offsets, 
     terms, width = len(left) // rows, VECTORS * lanes(left)
     length, across = len(offsets), -(-columns // spread)
     scratch = np.empty((length + ROWS + 1) * width, left.dtype)
-    panel = scratch[
-        -scratch.ctypes.data % ALIGNMENT // left.itemsize :
-    ]  # a vector that crosses cache lines loads twice
+    aligned = -scratch.ctypes.data % ALIGNMENT // left.itemsize  # a vector that crosses cache lines loads twice
+    panel = scratch[aligned:]
     tile = panel[length * width :]
     for item in range(start, stop):
         top, edge = item // across * height, item % across * spread
