@@ -189,7 +189,7 @@ def _sums(x: Array, found: Plan, dtype: DTypeLike, mean: bool) -> Array:
 
 def _summed(x: Array, axis: Axis, keepdims: bool, dtype: DTypeLike, mean: bool = False) -> Any:
     """Sums or means, computed in float64, in `dtype`."""
-    if x.size > SMALL or x.dtype.char not in "fd" or not x.size:
+    if x.size > SMALL or x.dtype.char not in "fd" or (mean and not x.size):
         return _reduced(_sums, x, axis, keepdims, dtype, mean)
     total = ADD(x, axis, np.float64, None, keepdims)
     return np.asarray(total / (x.size // total.size) if mean else total, dtype)
