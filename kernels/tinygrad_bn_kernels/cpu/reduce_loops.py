@@ -99,13 +99,10 @@ def column_sums(x, rows, columns, fold, n, partial, start, stop):
         first, width = i * columns, min(columns, c - i * columns)
         sums = space[: width * fold]
         i, last = t * rows, min((t + 1) * rows, b)
-        if i + fold <= last:
-            r0 = flat[(a * b + i) * c + first :]
-            for j in range(sums.size):
-                sums[j] = np.float64(r0[j])
-            i += fold
-        else:
-            sums[:] = 0
+        r0, filled = flat[(a * b + i) * c + first :], width * min(fold, last - i)
+        for j in range(sums.size):
+            sums[j] = np.float64(r0[j]) if j < filled else 0.0
+        i += fold
         while i + 4 * fold <= last:
             k = (a * b + i) * c + first
             r0, r1, r2, r3 = flat[k:], flat[k + fold * c :], flat[k + 2 * fold * c :], flat[k + 3 * fold * c :]
@@ -180,9 +177,7 @@ def column_moments(x, rows, columns, fold, shift, partial, start, stop):
         from_, s1, s2 = shifts[: width * fold], firsts[: width * fold], squares[: width * fold]
         for f in range(fold):
             for j in range(width):
-                from_[f * width + j] = shift[a * c + first + j]
-        s1[:] = 0
-        s2[:] = 0
+                from_[f * width + j], s1[f * width + j], s2[f * width + j] = shift[a * c + first + j], 0, 0
         i, last = t * rows, min((t + 1) * rows, b)
         while i + 4 * fold <= last:
             k = (a * b + i) * c + first
@@ -204,7 +199,9 @@ def column_moments(x, rows, columns, fold, shift, partial, start, stop):
             for j in range(width):
                 s1[j] += s1[f * width + j]
                 s2[j] += s2[f * width + j]
-        partial[0, a, t, first : first + width], partial[1, a, t, first : first + width] = s1[:width], s2[:width]
+        first_sums, second_sums = partial[0, a, t, first:], partial[1, a, t, first:]
+        for j in range(width):
+            first_sums[j], second_sums[j] = s1[j], s2[j]
 
 
 @inlined()
