@@ -141,10 +141,14 @@ def row_moments(x, piece, rows, b, c, shift, partial, start, stop):
         s2 = 0.0
         for i in range(m, m + count * c, c):
             row = x[i, first:last]
+            r1 = 0.0
+            r2 = 0.0
             for j in range(row.size):
                 e = np.float64(row[j]) - from_
-                s1 += e
-                s2 += e * e
+                r1 += e
+                r2 += e * e
+            s1 += r1
+            s2 += r2
         partial[0, result, t], partial[1, result, t] = s1, s2
 
 
