@@ -91,20 +91,19 @@ def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
 
 
 def _plan_rows(outer: tuple[int, ...], d: int, transposed: tuple[int, ...], shape: tuple[int, ...], terms: int) -> Plan:
-    """For the M rows as `outer` (A, B, C), where B is reduced too: a piece is several of the B rows, or part of one.
+    """For the M rows as `outer` (A, B, C), where B is reduced too. The cut is (elements of a piece, B, C).
 
-    The cut is (elements of a part, rows of a piece, B, C).
+    In small arrays a piece is all that a result needs, in large ones a row or part of one.
     """
     a, b, c = outer
-    rows = max(PIECE // d, 1)
-    pieces = -(-b // rows) * -(-d // PIECE)
+    pieces = 1 if a * b * c * d <= PIECE else b * -(-d // PIECE)
     return Plan(
         rows=True,
         view=(a * b * c, d),
         transposed=transposed,
         shape=shape,
         terms=terms,
-        cut=(PIECE, rows, b, c),
+        cut=(PIECE, b, c),
         items=a * c * pieces,
         cost=READING_COST * a * b * c * d,
         partial=(a * c, pieces),
@@ -251,7 +250,7 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
     if found.rows and found.partial[1] == 1:
         shift = np.full(found.partial[0], np.nan)  # the loop sets it to the first element
     else:
-        first = x[:, 0].reshape(-1, *found.cut[2:]) if found.rows else x
+        first = x[:, 0].reshape(-1, *found.cut[1:]) if found.rows else x
         shift = first[:, 0].astype(np.float64).reshape(-1)
         _loop("make_finite")(shift)  # an infinite shift would make the mean NaN
     var = np.empty(shift.shape)

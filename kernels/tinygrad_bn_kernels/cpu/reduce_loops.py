@@ -52,16 +52,17 @@ def _sum_of_long(row):
 
 
 @inlined()
-def _rows_of(item, pieces, piece, rows, b, c, d):
-    """Of a piece: its result and number, its first row, their number, and its first and last element in a row."""
-    result, t = (item // pieces, item % pieces) if pieces > 1 else (item, 0)
-    first, count, start, stop = 0, b, 0, d
-    if pieces > 1 and d <= piece:
-        first, count = t * rows, min(rows, b - t * rows)
-    elif pieces > 1:
+def _rows_of(item, results, pieces, piece, b, c, d):
+    """Of a piece: its result and number, its first row, their number, and its first and last element in a row.
+
+    One piece is all rows of a result; several are a part of a row each, in the order of memory.
+    """
+    result, t = (item % results, item // results) if pieces > 1 else (item, 0)
+    row, count, start, stop = 0, b, 0, d
+    if pieces > 1:
         parts = (d + piece - 1) // piece
-        first, count, start, stop = t // parts, 1, t % parts * piece, min((t % parts + 1) * piece, d)
-    m = (result // c * b + first) * c + result % c if b > 1 else result
+        row, count, start, stop = t // parts, 1, t % parts * piece, min((t % parts + 1) * piece, d)
+    m = (result // c * b + row) * c + result % c if b > 1 else result
     return result, t, m, count, start, stop
 
 
@@ -73,11 +74,11 @@ def _place(item, pieces, across):
 
 
 @njit(fastmath=EXACT)
-def row_sums(x, piece, rows, b, c, n, partial, start, stop):
+def row_sums(x, piece, b, c, n, partial, start, stop):
     """Σ x / n of each piece of rows, into partial (results, pieces). The M rows are (A, b, c); b is reduced too."""
     d = x.shape[1]
     for item in range(start, stop):
-        result, t, m, count, first, last = _rows_of(item, partial.shape[1], piece, rows, b, c, d)
+        result, t, m, count, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
         total = 0.0
         for i in range(m, m + count * c, c):
             if d < LONG and d <= piece:
@@ -126,14 +127,14 @@ def column_sums(x, rows, columns, fold, n, partial, start, stop):
 
 
 @njit(fastmath=SUMS)
-def row_moments(x, piece, rows, b, c, shift, partial, start, stop):
+def row_moments(x, piece, b, c, shift, partial, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each piece of rows, into partial (2, results, pieces): see `row_sums`.
 
     A shift of NaN is set to the first element.
     """
     d = x.shape[1]
     for item in range(start, stop):
-        result, t, m, count, first, last = _rows_of(item, partial.shape[2], piece, rows, b, c, d)
+        result, t, m, count, first, last = _rows_of(item, *partial.shape[1:], piece, b, c, d)
         if np.isnan(shift[result]):
             shift[result] = x[m, first] if np.isfinite(x[m, first]) else 0.0
         from_ = shift[result]
@@ -314,11 +315,11 @@ def _extreme(flat, sign, start, stop, buffer):
 
 
 @njit()
-def row_extremes(x, piece, rows, b, c, sign, partial, start, stop):
+def row_extremes(x, piece, b, c, sign, partial, start, stop):
     """The largest of sign · x of each piece of rows, times sign, into partial (results, pieces): see `row_sums`."""
     d, flat, buffer, s = x.shape[1], x.reshape(-1), np.empty(lanes(x), x.dtype), x.dtype.type(sign)
     for item in range(start, stop):
-        result, t, m, count, first, last = _rows_of(item, partial.shape[1], piece, rows, b, c, d)
+        result, t, m, count, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
         best = s * x[m, first]
         for i in range(m, m + count * c, c):
             if d < buffer.size and d <= piece:
@@ -332,14 +333,14 @@ def row_extremes(x, piece, rows, b, c, sign, partial, start, stop):
 
 
 @njit()
-def row_indices(x, piece, rows, b, c, sign, partial, indices, start, stop):
+def row_indices(x, piece, b, c, sign, partial, indices, start, stop):
     """The largest of sign · x of each piece of rows, into partial, and its first index in the row, into indices.
 
     Each result has one row: b is 1. Only the block that has the largest is searched.
     """
     d, flat, buffer, s = x.shape[1], x.reshape(-1), np.empty(lanes(x), x.dtype), x.dtype.type(sign)
     for item in range(start, stop):
-        result, t, m, _, first, last = _rows_of(item, partial.shape[1], piece, rows, b, c, d)
+        result, t, m, _, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
         if d < SHORT and d <= piece:
             best, index = s * x[m, 0], 0
             for j in range(1, d):
