@@ -114,6 +114,8 @@ def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool =
         if isinstance(error, MemoryError) and not again and not op.updates and _gave_memory(error):
             return forward(op, arrays, params, again=True)
         _explain(error, op, arrays, params)
+    if type(result) is not np.ndarray and isinstance(result, np.generic):
+        result = np.asarray(result)
     if type(result) is np.ndarray and not op.saves:
         return _promoted(op, result, arrays, params), ()
     y, saved = op.split(result)

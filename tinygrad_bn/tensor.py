@@ -204,33 +204,32 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     parameters = signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]  # empty for any number of operands
     options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-    unchecked, last = fast(function, options)
+    known, (unchecked, last) = frozenset(options), fast(function, options)
     given = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
     defaults = {option: value for option, value in given.items() if option in options}
     name, count = function.__name__, len(names)
     expect_declaration(function, count, len(rules), OPS[name].forward if name in OPS else None)
     op = OPS[name] = Op(name, forward, rules, *fields)
     op.sample = completed(op.sample, defaults)
-    required = options.keys() - defaults.keys()
 
-    def run(*operands: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
-        if not params and len(operands) == count and not required:
-            return apply(op, operands, defaults.copy())
-        if len(operands) != count or not required <= params.keys() <= options.keys():
-            operands, params = bind(name, names, given, options, operands, params)
+    def bound(operands: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        every = {**defaults, **params}
+        if len(operands) != count != 0 or len(every) != len(options) or not known.issuperset(params):
+            return bound(*bind(name, names, given, options, operands, params))
         for option, value in params.items():
             if type(value) not in unchecked[option] and value is not last.get(option, last):
-                params[option] = checked(name, options[option], value, last, operands)
-        return apply(op, operands, {**defaults, **params})
+                every[option] = checked(name, options[option], value, last, operands)
+        return operands, every
 
     @wraps(function)
     def call(*operands: Any, **params: Any) -> Any:
-        y = run(*operands, **params)[0]
+        y = apply(op, *bound(operands, params))[0]
         return y[()] if type(y) is np.ndarray and not y.ndim else y  # NumPy's scalar, as its own functions give
 
     call.__doc__ = f"{function.__doc__ or ''}\n\n{op.formula}".lstrip()
     declared: Any = call
-    declared.op, declared.run, op.function = op, run, call
+    declared.op, op.function = op, call
+    declared.run = lambda *operands, **params: apply(op, *bound(operands, params))
     return declared
 
 

@@ -126,8 +126,8 @@ EMPTY_OR_ONE_TERM |= {
     "var.vjp": 84,
     "std": 58,
     "std.vjp": 84,
-    "max": 8,
-    "min": 8,
+    "max": 16,
+    "min": 16,
     "conv_with_bias.vjp": 4,
     "squared_norm": 52,
 }

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tinygrad_bn_kernels import kernel, load
 from tinygrad_bn_kernels.cpu import threads
@@ -29,13 +30,12 @@ PIECE = 1 << 18
 WIDE = 2048
 NARROW = 64
 
-# Up to this many elements NumPy's own sum or extreme is faster. A variance takes several NumPy calls, so small ones use
-# the loops too, and import Numba.
-SMALL = 1 << 12
+# Up to this many elements NumPy's own sum or extreme is as fast. A variance takes several NumPy calls, so small ones
+# use the loops too, and import Numba.
+SMALL = 1 << 9
 
-# Columns of fewer terms, in large arrays, have moments and extremes faster in NumPy. Measured: the variance of
-# (20000, 2, 10) over axis 1 takes 17 ms here and 7 ms in NumPy; that of (5000, 8, 40) takes 7 and 9 ms.
-FEW = 8
+# In rows from this length NumPy finds the index of an extreme faster, on one thread.
+SEARCHED = 8
 
 # NumPy's reductions without the keyword handling of np.sum, np.max and np.min.
 ADD: Any = np.add.reduce
@@ -50,22 +50,20 @@ class Plan(NamedTuple):
 
     rows: bool  # rows are reduced, not columns
     view: tuple[int, ...]  # shape of x for the loop: (M, D) or (A, B, C)
-    outer: tuple[int, ...]  # rows: the M rows as (A, B, C), where B is reduced too
     transposed: tuple[int, ...]  # permutation of x's axes before the view, which copies x; empty for none
     shape: tuple[int, ...]  # of the result
     terms: int  # elements per element of the result
-    cut: tuple[int, ...]  # rows: (elements of a piece,); columns: (rows, columns, folded rows) of a piece
+    cut: tuple[int, ...]  # columns: (rows, columns, folded rows) of a piece; rows: see `_plan_rows`
     items: int  # number of pieces
-    partial: tuple[int, ...]  # shape of the partial results: (M, pieces) or (A, pieces of B, C)
-    pieces: tuple[int, ...]  # the same; for rows (A, B, C, pieces)
-    over: tuple[int, ...]  # axes of `pieces` to combine; empty for none
+    cost: float  # of all, for `split`
+    partial: tuple[int, ...]  # shape of the partial results: (results, pieces) or (A, pieces of B, C)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)  # True is no axis
 def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
     """How to reduce C-contiguous arrays of `shape`; None if NumPy has to do it."""
     given = tuple(range(len(shape))) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    if 0 in shape or not given or not all(isinstance(a, int) and -len(shape) <= a < len(shape) for a in given):
+    if 0 in shape or not given or not all(type(a) is int and -len(shape) <= a < len(shape) for a in given):
         return None
     axes = {a % len(shape) for a in given}
     if len(axes) < len(given):
@@ -93,19 +91,22 @@ def plan(shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Plan | None:
 
 
 def _plan_rows(outer: tuple[int, ...], d: int, transposed: tuple[int, ...], shape: tuple[int, ...], terms: int) -> Plan:
-    m, pieces = math.prod(outer), -(-d // PIECE)
+    """For the M rows as `outer` (A, B, C), where B is reduced too. The cut is (elements of a piece, B, C).
+
+    In small arrays a piece is all that a result needs, in large ones a row or part of one.
+    """
+    a, b, c = outer
+    pieces = 1 if a * b * c * d <= PIECE else b * -(-d // PIECE)
     return Plan(
         rows=True,
-        view=(m, d),
-        outer=outer,
+        view=(a * b * c, d),
         transposed=transposed,
         shape=shape,
         terms=terms,
-        cut=(PIECE,),
-        items=m * pieces,
-        partial=(m, pieces),
-        pieces=(*outer, pieces),
-        over=(1, 3) if outer[1] > 1 or pieces > 1 else (),
+        cut=(PIECE, b, c),
+        items=a * c * pieces,
+        cost=READING_COST * a * b * c * d,
+        partial=(a * c, pieces),
     )
 
 
@@ -118,43 +119,36 @@ def _plan_columns(view: tuple[int, int, int], shape: tuple[int, ...], terms: int
     return Plan(
         rows=False,
         view=view,
-        outer=(),
         transposed=(),
         shape=shape,
         terms=terms,
         cut=(rows, columns, fold),
         items=a * pieces * -(-c // columns),
+        cost=READING_COST * a * b * c,
         partial=(a, pieces, c),
-        pieces=(a, pieces, c),
-        over=(1,) if pieces > 1 else (),
     )
 
 
-Reduce = Callable[[Array, Plan], Any]
+Reduce = Callable[..., Any]
 
 
-def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool, decline_few: bool = False) -> Any:
-    """Call `reduce(x in the plan's view, plan)`; with `decline_few` NotImplemented for columns of FEW terms."""
-    if x.dtype.char not in "fd" or not (axis is None or type(axis) is int or type(axis) is tuple):
+def _reduced(reduce: Reduce, x: Array, axis: Axis, keepdims: bool, *args: Any) -> Any:
+    """Call `reduce(x in the plan's view, plan, *args)`."""
+    if x.dtype.char not in "fd" or (found := plan(x.shape, axis, keepdims)) is None:
         return NotImplemented
-    found = plan(x.shape, axis, keepdims)
-    if found is None:
-        return NotImplemented
+    if x.flags.carray and not found.transposed and x.dtype.isnative:  # the usual case, fast
+        return reduce(x.reshape(found.view), found, *args)
     if not x.flags.c_contiguous:
-        return _reduced_in_memory_order(reduce, x, axis, found, decline_few)
-    if decline_few and x.size > SMALL and not found.rows and found.view[1] < FEW:
-        return NotImplemented
-    return reduce(compiled(x.transpose(found.transposed) if found.transposed else x).reshape(found.view), found)
+        return _reduced_in_memory_order(reduce, x, axis, found, *args)
+    return reduce(compiled(x.transpose(found.transposed) if found.transposed else x).reshape(found.view), found, *args)
 
 
-def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, decline_few: bool) -> Any:
+def _reduced_in_memory_order(reduce: Reduce, x: Array, axis: Axis, found: Plan, *args: Any) -> Any:
     """Reduce with the axes in memory order, so that a transposed array is not copied."""
     order = sorted(range(x.ndim), key=lambda i: -x.strides[i])
     axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
     inner = tuple(sorted(order.index(int(a)) for a in axes))
-    result = _reduced(reduce, np.ascontiguousarray(x.transpose(order)), inner, True, decline_few)
-    if result is NotImplemented:
-        return result
+    result = _reduced(reduce, np.ascontiguousarray(x.transpose(order)), inner, True, *args)
     inverse = np.argsort(order)
     if isinstance(result, tuple):
         return tuple(r.transpose(inverse).reshape(found.shape) for r in result)
@@ -170,33 +164,40 @@ def _loop(name: str, rows: bool | None = None) -> Any:
 
 def _run(loop: str, x: Array, found: Plan, *args: Any) -> None:
     """Run a loop over all pieces of x; it writes into the last of `args`."""
-    split(_loop(loop, found.rows), found.items, READING_COST * x.size, x, *found.cut, *args)
+    run = _loop(loop, found.rows)
+    if found.cost < threads.PARALLEL_FROM:
+        run(x, *found.cut, *args, 0, found.items)  # as `split` does, which a small array would notice
+    else:
+        split(run, found.items, found.cost, x, *found.cut, *args)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------
 
 
-def _sums(x: Array, found: Plan) -> Array:
-    """Sums in float64, in the result's shape."""
+def _sums(x: Array, found: Plan, dtype: DTypeLike, mean: bool) -> Array:
+    """Sums or means, computed in float64, in `dtype`."""
+    n = found.terms if mean else 1
+    if found.partial[1] == 1:
+        out = np.empty(found.shape, dtype)
+        _run("sums", x, found, n, out.reshape(found.partial))
+        return out
     partial = np.empty(found.partial)
-    _run("sums", x, found, partial)
-    if found.over:
-        partial = ADD(partial.reshape(found.pieces), found.over)
-    return partial.reshape(found.shape)
+    _run("sums", x, found, 1, partial)
+    return (ADD(partial, 1) / n).astype(dtype, copy=False).reshape(found.shape)
 
 
-def _summed(x: Array, axis: Axis, keepdims: bool) -> Any:
-    """Sums in float64."""
-    if x.dtype.char not in "fd":
-        return NotImplemented
-    return _reduced(_sums, x, axis, keepdims) if x.size > SMALL else ADD(x, axis, np.float64, None, keepdims)
+def _summed(x: Array, axis: Axis, keepdims: bool, dtype: DTypeLike, mean: bool = False) -> Any:
+    """Sums or means, computed in float64, in `dtype`."""
+    if x.size > SMALL or x.dtype.char not in "fd" or (mean and not x.size):
+        return _reduced(_sums, x, axis, keepdims, dtype, mean)
+    total = ADD(x, axis, np.float64, None, keepdims)
+    return np.asarray(total / (x.size // total.size) if mean else total, dtype)
 
 
 @kernel("sum", "cpu")
 def sum_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Sum over `axis`, computed in float64, in x's dtype."""
-    total = _summed(x, axis, keepdims)
-    return total if total is NotImplemented else total.astype(x.dtype)
+    return _summed(x, axis, keepdims, x.dtype)
 
 
 @kernel("sum_to", "cpu")
@@ -211,10 +212,7 @@ def sum_to(x: Array, *, shape: tuple[int, ...]) -> Any:
 @kernel("mean", "cpu")
 def mean(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Arithmetic mean over `axis`, from a sum in float64, in x's dtype."""
-    total = _summed(x, axis, keepdims)
-    if total is NotImplemented or not x.size:
-        return NotImplemented
-    return (total / (x.size // total.size)).astype(x.dtype)
+    return _summed(x, axis, keepdims, x.dtype, mean=True)
 
 
 def _with_axes(y: Array, axis: Axis, keepdims: bool) -> Array:
@@ -241,19 +239,18 @@ def mean_vjp(
 def _moments(x: Array, found: Plan, shift: Array) -> Array:
     """Σ (x − shift) and Σ (x − shift)² of each result, in float64 (2, results); the shift is (results,)."""
     partial = np.empty((2, *found.partial))
-    between = found.outer[1:] if found.rows else ()  # to find the shift of a row
-    _run("moments", x, found, *between, shift, partial)
-    if found.over:
-        partial = ADD(partial.reshape(2, *found.pieces), tuple([i + 1 for i in found.over]))
+    _run("moments", x, found, shift, partial)
+    if found.partial[1] > 1:
+        partial = ADD(partial, 2)
     return partial.reshape(2, -1)
 
 
 def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
     """Mean and biased variance in float64, in the result's shape."""
-    if found.rows and not found.over:
-        shift = np.full(len(x), np.nan)  # the loop sets it to the row's first element
+    if found.rows and found.partial[1] == 1:
+        shift = np.full(found.partial[0], np.nan)  # the loop sets it to the first element
     else:
-        first = x[:, 0].reshape(found.outer) if found.rows else x
+        first = x[:, 0].reshape(-1, *found.cut[1:]) if found.rows else x
         shift = first[:, 0].astype(np.float64).reshape(-1)
         _loop("make_finite")(shift)  # an infinite shift would make the mean NaN
     var = np.empty(shift.shape)
@@ -265,7 +262,7 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
 
 def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> Any:
     """Mean and variance in float64."""
-    found = _reduced(_shifted, x, axis, keepdims, decline_few=True)
+    found = _reduced(_shifted, x, axis, keepdims)
     if found is NotImplemented:
         return NotImplemented
     mu, var = found
@@ -302,13 +299,13 @@ def var_vjp(
     g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False, correction: float = 0
 ) -> Any:
     """2 g (x − mean) / (n − correction), in float64."""
-    total = _summed(x, axis, keepdims)
-    if total is NotImplemented or not x.size or x.size // total.size <= correction:
+    mean = _summed(x, axis, keepdims, np.float64, mean=True)
+    if mean is NotImplemented or x.size // mean.size <= correction:
         return NotImplemented
-    n = x.size // total.size
+    n = x.size // mean.size
     each = np.divide(2 * g.astype(np.float64), n - correction)
     each = np.where(y == y, each, y)  # with an infinite element the gradient of all is NaN, as the variance is
-    return _centred(x, total / n, each, axis, keepdims)
+    return _centred(x, mean, each, axis, keepdims)
 
 
 @kernel("std.vjp", "cpu")
@@ -335,7 +332,7 @@ def _centred(x: Array, mean: Array, each: Array, axis: Axis, keepdims: bool) -> 
 @kernel("sum_of_squares", "cpu")
 def sum_of_squares(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Σ x² over `axis`, computed in float64, in x's dtype."""
-    result = _reduced(_squares, x, axis, keepdims, decline_few=True)
+    result = _reduced(_squares, x, axis, keepdims)
     return result if result is NotImplemented else result.astype(x.dtype, copy=False)
 
 
@@ -350,97 +347,65 @@ def sum_of_all_squares(x: Array) -> Any:
 
 
 # ---- extremes --------------------------------------------------------------------------------------------
-# On one thread NumPy reduces rows at the speed of memory, but not columns. The minimum is −max(−x). NaN wins, as in
-# NumPy: `v > best or v != v` is true for NaN, and no number is greater.
+# The minimum is −max(−x). NaN wins, as in NumPy: `v > best or v != v` is true for NaN, and no number is greater.
 
 
-def _use_numpy(x: Array, axis: Axis) -> bool:
-    """Whether x is small, or reduced along rows and too small for threads."""
-    if x.size <= SMALL or READING_COST * x.size >= threads.PARALLEL_FROM:
-        return x.size <= SMALL
-    return axis is None or not {-1, x.ndim - 1}.isdisjoint(axis if isinstance(axis, tuple) else (axis,))
+def _serial(x: Array) -> bool:
+    """Whether x is too small for threads."""
+    return READING_COST * x.size < threads.PARALLEL_FROM
 
 
-def _row_extremes(x: Array, pick: np.ufunc, sign: int) -> Array:
-    """The extreme of each row of x (M, D)."""
-    if READING_COST * x.size < threads.PARALLEL_FROM:
-        return pick.reduce(x, axis=1)
-    if len(x) == 1 and x.size >= 4 * PIECE:
-        whole = x.size - x.size % PIECE
-        parts = _row_extremes(x[0, :whole].reshape(-1, PIECE), pick, sign)
-        return pick.reduce([*parts, *pick.reduce(x[:, whole:], axis=1, initial=parts[0])], keepdims=True)
-    out = np.empty(len(x), x.dtype)
-    split(_loop("row_extremes"), len(x), READING_COST * x.size, compiled(x), x.dtype.type(sign), out)
-    return out
-
-
-def _row_indices(x: Array, arg: Callable[..., Any], sign: int) -> Array:
-    """The index of the extreme of each row of x (M, D)."""
-    if READING_COST * x.size < threads.PARALLEL_FROM:
-        return arg(x, axis=1)
-    if len(x) == 1 and x.size >= 4 * PIECE:
-        rows = np.split(x[0], range(PIECE, x.size, PIECE))
-        body, tail = x[0, : PIECE * (len(rows) - 1)].reshape(-1, PIECE), rows[-1]
-        indices = np.append(_row_indices(body, arg, sign), arg(tail))
-        piece = arg([row[i] for row, i in zip(rows, indices, strict=True)])  # the first piece that has it
-        return np.asarray([piece * PIECE + indices[piece]])
-    out = np.empty(len(x), np.intp)
-    split(_loop("row_indices"), len(x), READING_COST * x.size, compiled(x), x.dtype.type(sign), out)
-    return out
-
-
-def _extremes(pick: np.ufunc, sign: int) -> Reduce:
+def _extremes(pick: Any, sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Array:
-        if found.rows:
-            partial = _row_extremes(x, pick, sign)
-            if found.outer[1] > 1:
-                partial = pick.reduce(partial.reshape(found.outer), axis=1)
-        else:
-            partial = np.empty(found.partial, x.dtype)
-            _run("extremes", x, found, x.dtype.type(sign), partial)
-            if found.over:
-                partial = pick.reduce(partial, axis=1)
+        partial = np.empty(found.partial, x.dtype)
+        _run("extremes", x, found, sign, partial)
+        if found.partial[1] > 1:
+            partial = pick(partial, 1)
         return partial.reshape(found.shape)
 
     return reduce
 
 
-_largest, _smallest = _extremes(np.maximum, 1), _extremes(np.minimum, -1)
+_largest, _smallest = _extremes(MAXIMUM, 1), _extremes(MINIMUM, -1)
+
+
+def _extreme(pick: Any, reduce: Reduce, x: Array, axis: Axis, keepdims: bool) -> Any:
+    if x.size <= SMALL or (axis is None and _serial(x)):  # on one thread NumPy goes through one long row faster
+        return pick(x, axis, None, None, keepdims)
+    return _reduced(reduce, x, axis, keepdims)
 
 
 @kernel("max", "cpu")
 def max_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Largest element over `axis`; NaN if there is one."""
-    if _use_numpy(x, axis):
-        return MAXIMUM(x, axis, None, None, keepdims)
-    return _reduced(_largest, x, axis, keepdims, decline_few=True)
+    return _extreme(MAXIMUM, _largest, x, axis, keepdims)
 
 
 @kernel("min", "cpu")
 def min_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Smallest element over `axis`; NaN if there is one."""
-    if _use_numpy(x, axis):
-        return MINIMUM(x, axis, None, None, keepdims)
-    return _reduced(_smallest, x, axis, keepdims, decline_few=True)
+    return _extreme(MINIMUM, _smallest, x, axis, keepdims)
 
 
 def _indices(arg: Callable[..., Any], sign: int) -> Reduce:
-    def reduce(x: Array, found: Plan) -> Array:
-        if found.rows:
-            return _row_indices(x, arg, sign).reshape(found.shape)
+    def reduce(x: Array, found: Plan) -> Any:
+        if found.rows and found.view[1] >= SEARCHED and _serial(x):
+            return arg(x, 1).reshape(found.shape)
         partial, indices = np.empty(found.partial, x.dtype), np.empty(found.partial, np.intp)
-        _run("indices", x, found, x.dtype.type(sign), partial, indices)
-        first = np.argmax(partial, axis=1, keepdims=True)  # the first piece that has it; NaN wins here too
-        return np.take_along_axis(indices, first, 1).reshape(found.shape)
+        _run("indices", x, found, sign, partial, indices)
+        if found.partial[1] > 1:
+            first = np.argmax(partial, axis=1, keepdims=True)  # the first piece that has it; NaN wins here too
+            indices = np.take_along_axis(indices, first, 1)
+        return indices.reshape(found.shape)
 
     return reduce
 
 
-_index_of_largest, _index_of_smallest = _indices(np.argmax, 1), _indices(np.argmin, -1)
+_index_of_largest, _index_of_smallest = _indices(np.ndarray.argmax, 1), _indices(np.ndarray.argmin, -1)
 
 
 def _index(reduce: Reduce, x: Array, axis: int | None, keepdims: bool) -> Any:
-    if isinstance(axis, tuple) or _use_numpy(x, axis):
+    if isinstance(axis, tuple) or x.size <= SMALL:
         return NotImplemented
     return _reduced(reduce, np.ascontiguousarray(x) if axis is None else x, axis, keepdims)
 

@@ -11,7 +11,7 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.moments import moments
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
-    from tinygrad_bn_kernels.cpu.simd import lanes, larger, load, mul, splat, store
+    from tinygrad_bn_kernels.cpu.simd import evens, lanes, larger, load, mul, odds, splat, store
 else:
 
     def lanes(array):
@@ -25,10 +25,15 @@ LONG = 1 << 12
 # The index of an extreme is searched in the block of this length that has it.
 BLOCK = 1 << 9
 
+# Shorter rows are searched element by element; in longer ones NumPy finds an index faster, on one thread.
+SHORT = 8
+
 # ---- sums ------------------------------------------------------------------------------------------------
 
+EXACT = SUMS - {"arcp"}  # a quotient is not a product with the reciprocal
 
-@inlined(fastmath=SUMS)
+
+@inlined(fastmath=EXACT)
 def _sum_of_short(row):
     total = 0.0
     for j in range(row.size):
@@ -36,7 +41,7 @@ def _sum_of_short(row):
     return total
 
 
-@inlined(fastmath=SUMS)
+@inlined(fastmath=EXACT)
 def _sum_of_long(row):
     quarter = row.size // 4
     r0, r1, r2, r3 = row[:quarter], row[quarter:], row[2 * quarter :], row[3 * quarter :]
@@ -46,30 +51,59 @@ def _sum_of_long(row):
     return total
 
 
-@njit(fastmath=SUMS)
-def row_sums(x, piece, partial, start, stop):
-    """Σ x of each piece of a row, into partial (M, pieces)."""
-    pieces = partial.shape[1]
+@inlined()
+def _rows_of(item, results, pieces, piece, b, c, d):
+    """Of a piece: its result and number, its first row, their number, and its first and last element in a row.
+
+    One piece is all rows of a result; several are a part of a row each, in the order of memory.
+    """
+    result, t = (item % results, item // results) if pieces > 1 else (item, 0)
+    row, count, start, stop = 0, b, 0, d
+    if pieces > 1:
+        parts = (d + piece - 1) // piece
+        row, count, start, stop = t // parts, 1, t % parts * piece, min((t % parts + 1) * piece, d)
+    m = (result // c * b + row) * c + result % c if b > 1 else result
+    return result, t, m, count, start, stop
+
+
+@inlined()
+def _place(item, pieces, across):
+    """(a, t, i) of a piece of columns: a of A, and its number t along B and i along C."""
+    above, i = (item // across, item % across) if across > 1 else (item, 0)
+    return (above // pieces, above % pieces, i) if pieces > 1 else (above, 0, i)
+
+
+@njit(fastmath=EXACT)
+def row_sums(x, piece, b, c, n, partial, start, stop):
+    """Σ x / n of each piece of rows, into partial (results, pieces). The M rows are (A, b, c); b is reduced too."""
+    d = x.shape[1]
     for item in range(start, stop):
-        t = item % pieces
-        row, total = x[item // pieces, t * piece : (t + 1) * piece], 0.0
-        for first in range(0, row.size, 4 * LONG):  # shorter sums round less
-            block = row[first : first + 4 * LONG]
-            total += _sum_of_long(block) if block.size >= LONG else _sum_of_short(block)
-        partial[item // pieces, t] = total
+        result, t, m, count, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
+        total = 0.0
+        for i in range(m, m + count * c, c):
+            if d < LONG and d <= piece:
+                for j in range(d):
+                    total += np.float64(x[i, j])
+            else:
+                for k in range(first, last, 4 * LONG):  # shorter sums round less
+                    total += _sum_of_long(x[i, k : min(k + 4 * LONG, last)])
+        partial[result, t] = total / n
 
 
-@njit(fastmath=SUMS)
-def column_sums(x, rows, columns, fold, partial, start, stop):
-    """Σ x of each column of a piece, into partial (A, pieces of B, C)."""
+@njit(fastmath=EXACT)
+def column_sums(x, rows, columns, fold, n, partial, start, stop):
+    """Σ x / n of each column of a piece, into partial (A, pieces of B, C)."""
     _, b, c = x.shape
-    across = (c + columns - 1) // columns
-    flat = x.reshape(-1)
+    flat, space = x.reshape(-1), np.empty(columns * fold)
     for item in range(start, stop):
-        a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
-        width = min(columns, c - first)
-        sums = np.zeros(width * fold)
+        a, t, i = _place(item, partial.shape[1], (c + columns - 1) // columns)
+        first, width = i * columns, min(columns, c - i * columns)
+        sums = space[: width * fold]
         i, last = t * rows, min((t + 1) * rows, b)
+        r0, filled = flat[(a * b + i) * c + first :], width * min(fold, last - i)
+        for j in range(sums.size):
+            sums[j] = np.float64(r0[j]) if j < filled else 0.0
+        i += fold
         while i + 4 * fold <= last:
             k = (a * b + i) * c + first
             r0, r1, r2, r3 = flat[k:], flat[k + fold * c :], flat[k + 2 * fold * c :], flat[k + 3 * fold * c :]
@@ -81,34 +115,42 @@ def column_sums(x, rows, columns, fold, partial, start, stop):
             for j in range(width * min(fold, last - i)):
                 sums[j] += np.float64(r0[j])
             i += fold
+        for f in range(1, fold):
+            for j in range(width):
+                sums[j] += sums[f * width + j]
+        if n != 1:
+            for j in range(width):
+                sums[j] /= n
         out = partial[a, t, first:]
         for j in range(width):
             out[j] = sums[j]
-        for f in range(1, fold):
-            for j in range(width):
-                out[j] += sums[f * width + j]
 
 
 @njit(fastmath=SUMS)
 def row_moments(x, piece, b, c, shift, partial, start, stop):
-    """Σ (x − shift) and Σ (x − shift)² of each piece of a row, into partial (2, M, pieces).
+    """Σ (x − shift) and Σ (x − shift)² of each piece of rows, into partial (2, results, pieces): see `row_sums`.
 
-    The M rows are (A, b, c); the rows along b share a shift. A shift of NaN is set to the row's first element.
+    A shift of NaN is set to the first element.
     """
-    pieces = partial.shape[2]
+    d = x.shape[1]
     for item in range(start, stop):
-        m, t = item // pieces, item % pieces
-        row, own = x[m, t * piece : (t + 1) * piece], m // (b * c) * c + m % c
-        if np.isnan(shift[own]):
-            shift[own] = row[0] if np.isfinite(row[0]) else 0.0
-        from_ = shift[own]
+        result, t, m, count, first, last = _rows_of(item, *partial.shape[1:], piece, b, c, d)
+        if np.isnan(shift[result]):
+            shift[result] = x[m, first] if np.isfinite(x[m, first]) else 0.0
+        from_ = shift[result]
         s1 = 0.0
         s2 = 0.0
-        for j in range(row.size):
-            d = np.float64(row[j]) - from_
-            s1 += d
-            s2 += d * d
-        partial[0, m, t], partial[1, m, t] = s1, s2
+        for i in range(m, m + count * c, c):
+            row = x[i, first:last]
+            r1 = 0.0
+            r2 = 0.0
+            for j in range(row.size):
+                e = np.float64(row[j]) - from_
+                r1 += e
+                r2 += e * e
+            s1 += r1
+            s2 += r2
+        partial[0, result, t], partial[1, result, t] = s1, s2
 
 
 @njit(fastmath=SUMS)
@@ -132,41 +174,42 @@ def settle(sums, n, shift, var):
 def column_moments(x, rows, columns, fold, shift, partial, start, stop):
     """Σ (x − shift) and Σ (x − shift)² of each column of a piece, into partial (2, A, pieces of B, C)."""
     _, b, c = x.shape
-    across = (c + columns - 1) // columns
-    flat = x.reshape(-1)
+    flat, size = x.reshape(-1), columns * fold
+    shifts, firsts, squares = np.empty(size), np.empty(size), np.empty(size)
     for item in range(start, stop):
-        a, t, first = item // (across * partial.shape[2]), item // across % partial.shape[2], item % across * columns
-        width = min(columns, c - first)
-        sums = np.zeros((3, width * fold))  # the shift, Σ (x − shift), Σ (x − shift)²
-        for j in range(width * fold):
-            sums[0, j] = shift[a * c + first + j % width]
+        a, t, i = _place(item, partial.shape[2], (c + columns - 1) // columns)
+        first, width = i * columns, min(columns, c - i * columns)
+        from_, s1, s2 = shifts[: width * fold], firsts[: width * fold], squares[: width * fold]
+        for f in range(fold):
+            for j in range(width):
+                from_[f * width + j], s1[f * width + j], s2[f * width + j] = shift[a * c + first + j], 0, 0
         i, last = t * rows, min((t + 1) * rows, b)
         while i + 4 * fold <= last:
             k = (a * b + i) * c + first
             r0, r1, r2, r3 = flat[k:], flat[k + fold * c :], flat[k + 2 * fold * c :], flat[k + 3 * fold * c :]
-            for j in range(width * fold):
-                d0, d1 = np.float64(r0[j]) - sums[0, j], np.float64(r1[j]) - sums[0, j]
-                d2, d3 = np.float64(r2[j]) - sums[0, j], np.float64(r3[j]) - sums[0, j]
-                sums[1, j] += (d0 + d1) + (d2 + d3)
-                sums[2, j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+            for j in range(s1.size):
+                d0, d1 = np.float64(r0[j]) - from_[j], np.float64(r1[j]) - from_[j]
+                d2, d3 = np.float64(r2[j]) - from_[j], np.float64(r3[j]) - from_[j]
+                s1[j] += (d0 + d1) + (d2 + d3)
+                s2[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
             i += 4 * fold
         while i < last:
             r0 = flat[(a * b + i) * c + first :]
             for j in range(width * min(fold, last - i)):
-                d = np.float64(r0[j]) - sums[0, j]
-                sums[1, j] += d
-                sums[2, j] += d * d
+                d = np.float64(r0[j]) - from_[j]
+                s1[j] += d
+                s2[j] += d * d
             i += fold
-        for s in range(2):
-            out = partial[s, a, t, first:]
+        for f in range(1, fold):
             for j in range(width):
-                total = 0.0
-                for f in range(fold):
-                    total += sums[1 + s, f * width + j]
-                out[j] = total
+                s1[j] += s1[f * width + j]
+                s2[j] += s2[f * width + j]
+        first_sums, second_sums = partial[0, a, t, first:], partial[1, a, t, first:]
+        for j in range(width):
+            first_sums[j], second_sums[j] = s1[j], s2[j]
 
 
-@njit()
+@inlined()
 def _take_larger(flat, k, step, count, sign, held):
     """held = max(held, sign · row) for `count` rows that begin at k, k + step, …"""
     whole = held.size // lanes(held) * lanes(held)
@@ -187,88 +230,131 @@ def _take_larger(flat, k, step, count, sign, held):
 def column_extremes(x, rows, columns, fold, sign, partial, start, stop):
     """The largest of sign · x of each column of a piece, times sign, into partial (A, pieces of B, C)."""
     _, b, c = x.shape
-    across = (c + columns - 1) // columns
-    flat = x.reshape(-1)
+    flat, space, s = x.reshape(-1), np.empty(columns * fold, x.dtype), x.dtype.type(sign)
     for item in range(start, stop):
-        a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
-        width = min(columns, c - first)
-        held = np.empty(width * fold, x.dtype)
+        a, t, i = _place(item, partial.shape[1], (c + columns - 1) // columns)
+        first, width = i * columns, min(columns, c - i * columns)
         i, last = t * rows, min((t + 1) * rows, b)
-        for j in range(width * fold):
-            held[j] = sign * flat[(a * b + i) * c + first + j % width]
-        while i + fold <= last:
-            count = min(8, (last - i) // fold)
-            _take_larger(flat, (a * b + i) * c + first, fold * c, count, sign, held)
-            i += count * fold
-        _take_larger(flat, (a * b + i) * c + first, 0, int(i < last), sign, held[: width * (last - i)])
-        for j in range(width):
-            best = held[j]
-            for f in range(1, fold):
+        side = fold if i + fold <= last else 1
+        held, row = space[: width * side], flat[(a * b + i) * c + first :]
+        for j in range(held.size):
+            held[j] = s * row[j]
+        i += side
+        while i < last:
+            count = max(1, min(8, (last - i) // side))
+            _take_larger(flat, (a * b + i) * c + first, side * c, count, s, held[: width * min(side, last - i)])
+            i += count * side
+        for f in range(1, side):
+            for j in range(width):
                 v = held[f * width + j]
-                best = v if (v > best) | (v != v) else best
-            partial[a, t, first + j] = sign * best
+                held[j] = v if (v > held[j]) | (v != v) else held[j]
+        out = partial[a, t, first:]
+        for j in range(width):
+            out[j] = s * held[j]
 
 
 @njit()
 def column_indices(x, rows, columns, fold, sign, partial, indices, start, stop):
     """The largest of sign · x in each column of a piece, into partial, and its first index along B, into indices."""
     _, b, c = x.shape
-    across = (c + columns - 1) // columns
+    flat, s = x.reshape(-1), x.dtype.type(sign)
+    space, numbers = np.empty(columns * fold, x.dtype), np.empty(columns * fold, np.int32)
     for item in range(start, stop):
-        a, t, first = item // (across * partial.shape[1]), item // across % partial.shape[1], item % across * columns
-        best, index = partial[a, t, first : first + columns], indices[a, t, first : first + columns]
-        for j in range(best.size):
-            best[j] = sign * x[a, t * rows, first + j]
-            index[j] = t * rows
-        for i in range(t * rows + 1, min((t + 1) * rows, b)):
-            row = x[a, i, first:]
-            for j in range(best.size):
-                v, held = sign * row[j], best[j]
-                wins = v > held or (v != v and held == held)
-                best[j] = v if wins else held
-                index[j] = i if wins else index[j]
+        a, t, i = _place(item, partial.shape[1], (c + columns - 1) // columns)
+        first, width = i * columns, min(columns, c - i * columns)
+        top, last = t * rows, min((t + 1) * rows, b)
+        side = fold if top + fold <= last else 1
+        held, at, row = space[: width * side], numbers[: width * side], flat[(a * b + top) * c + first :]
+        for j in range(held.size):
+            held[j], at[j] = s * row[j], 0
+        for i in range(top + side, last, side):
+            row, number = flat[(a * b + i) * c + first :], np.int32(i - top)
+            for j in range(width * min(side, last - i)):
+                v = s * row[j]
+                wins = (v > held[j]) | ((v != v) & (held[j] == held[j]))
+                held[j] = v if wins else held[j]
+                at[j] = number if wins else at[j]
+        for f in range(1, side):
+            for j in range(width):
+                v, best, number = held[f * width + j], held[j], at[f * width + j] + np.int32(f)
+                earlier = (number < at[j]) & ((v == best) | (v != v))
+                wins = (v > best) | ((v != v) & (best == best)) | earlier
+                held[j] = v if wins else best
+                at[j] = number if wins else at[j]
+        best, index = partial[a, t, first:], indices[a, t, first:]
+        for j in range(width):
+            best[j] = held[j]
+            index[j] = top + at[j]
 
 
-@njit()
-def _extreme(row, sign, start, stop, buffer):
-    """The largest of sign · row[start:stop], which is not empty; `buffer` is as long as a vector."""
-    step = lanes(row)
-    best, first = sign * row[start], start + (stop - start) // (4 * step) * 4 * step
-    if first > start:
-        s = splat(sign)
-        a, b = mul(s, load(row, start)), mul(s, load(row, start + step))
-        c, d = mul(s, load(row, start + 2 * step)), mul(s, load(row, start + 3 * step))
-        for i in range(start + 4 * step, first, 4 * step):
-            a, b = larger(a, mul(s, load(row, i))), larger(b, mul(s, load(row, i + step)))
-            c, d = larger(c, mul(s, load(row, i + 2 * step))), larger(d, mul(s, load(row, i + 3 * step)))
-        store(buffer, 0, larger(larger(a, b), larger(c, d)))
-        for v in buffer:
+@inlined()
+def _extreme(flat, sign, start, stop, buffer):
+    """The largest of sign · flat[start:stop], which is not empty; `buffer` is as long as a vector."""
+    step = lanes(flat)
+    if stop - start < step:
+        best = sign * flat[start]
+        for i in range(start + 1, stop):
+            v = sign * flat[i]
             best = v if (v > best) | (v != v) else best
-    for i in range(first, stop):
-        v = sign * row[i]
-        best = v if (v > best) | (v != v) else best
-    return best
+        return best
+    s, last = splat(sign), stop - step
+    a = mul(s, load(flat, last))
+    if stop - start >= 4 * step:
+        b, c, d = a, a, a
+        for i in range(start, last - 3 * step, 4 * step):
+            a, b = larger(a, mul(s, load(flat, i))), larger(b, mul(s, load(flat, i + step)))
+            c, d = larger(c, mul(s, load(flat, i + 2 * step))), larger(d, mul(s, load(flat, i + 3 * step)))
+        a = larger(larger(a, b), larger(c, d))
+        start += (stop - start - 1) // (4 * step) * 4 * step
+    for i in range(start, last, step):
+        a = larger(a, mul(s, load(flat, i)))
+    for _ in range(3):  # lane 0 gets the largest of up to 8
+        a = larger(evens(a, a), odds(a, a))
+    store(buffer, 0, a)
+    return buffer[0]
 
 
 @njit()
-def row_extremes(x, sign, out, start, stop):
-    """The largest of sign · x of each row of x (M, D), times sign."""
-    buffer = np.empty(lanes(x), x.dtype)
-    for m in range(start, stop):
-        out[m] = sign * _extreme(x[m], sign, 0, x.shape[1], buffer)
+def row_extremes(x, piece, b, c, sign, partial, start, stop):
+    """The largest of sign · x of each piece of rows, times sign, into partial (results, pieces): see `row_sums`."""
+    d, flat, buffer, s = x.shape[1], x.reshape(-1), np.empty(lanes(x), x.dtype), x.dtype.type(sign)
+    for item in range(start, stop):
+        result, t, m, count, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
+        best = s * x[m, first]
+        for i in range(m, m + count * c, c):
+            if d < buffer.size and d <= piece:
+                for j in range(d):
+                    v = s * x[i, j]
+                    best = v if (v > best) | (v != v) else best
+            else:
+                v = _extreme(flat, s, i * d + first, i * d + last, buffer)
+                best = v if (v > best) | (v != v) else best
+        partial[result, t] = s * best
 
 
 @njit()
-def row_indices(x, sign, out, start, stop):
-    """The first index of the largest of sign · x in each row of x (M, D). Only the block that has it is searched."""
-    buffer = np.empty(lanes(x), x.dtype)
-    for m in range(start, stop):
-        row = x[m]
-        best, index = _extreme(row, sign, 0, min(BLOCK, row.size), buffer), 0
-        for first in range(BLOCK, row.size, BLOCK):
-            v = _extreme(row, sign, first, min(first + BLOCK, row.size), buffer)
-            if v > best or (v != v and best == best):
-                best, index = v, first
-        while sign * row[index] != best and row[index] == row[index]:
-            index += 1
-        out[m] = index
+def row_indices(x, piece, b, c, sign, partial, indices, start, stop):
+    """The largest of sign · x of each piece of rows, into partial, and its first index in the row, into indices.
+
+    Each result has one row: b is 1. Only the block that has the largest is searched.
+    """
+    d, flat, buffer, s = x.shape[1], x.reshape(-1), np.empty(lanes(x), x.dtype), x.dtype.type(sign)
+    for item in range(start, stop):
+        result, t, m, _, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
+        if d < SHORT and d <= piece:
+            best, index = s * x[m, 0], 0
+            for j in range(1, d):
+                v = s * x[m, j]
+                wins = (v > best) | ((v != v) & (best == best))
+                best, index = v if wins else best, j if wins else index
+        else:
+            index, end = m * d + first, m * d + last
+            best = _extreme(flat, s, index, min(index + BLOCK, end), buffer)
+            for k in range(index + BLOCK, end, BLOCK):
+                v = _extreme(flat, s, k, min(k + BLOCK, end), buffer)
+                if v > best or (v != v and best == best):
+                    best, index = v, k
+            while s * flat[index] != best and flat[index] == flat[index]:
+                index += 1
+            index -= m * d
+        partial[result, t], indices[result, t] = best, index
