@@ -78,7 +78,7 @@ def row_sums(x, piece, b, c, n, partial, start, stop):
     """Σ x / n of each piece of rows, into partial (results, pieces). The M rows are (A, b, c); b is reduced too."""
     d = x.shape[1]
     for item in range(start, stop):
-        result, t, m, count, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
+        result, t, m, count, first, last = _rows_of(item, partial.shape[0], partial.shape[1], piece, b, c, d)
         total = 0.0
         for i in range(m, m + count * c, c):
             if d < LONG and d <= piece:
@@ -134,7 +134,7 @@ def row_moments(x, piece, b, c, shift, partial, start, stop):
     """
     d = x.shape[1]
     for item in range(start, stop):
-        result, t, m, count, first, last = _rows_of(item, *partial.shape[1:], piece, b, c, d)
+        result, t, m, count, first, last = _rows_of(item, partial.shape[1], partial.shape[2], piece, b, c, d)
         if np.isnan(shift[result]):
             shift[result] = x[m, first] if np.isfinite(x[m, first]) else 0.0
         from_ = shift[result]
@@ -319,7 +319,7 @@ def row_extremes(x, piece, b, c, sign, partial, start, stop):
     """The largest of sign · x of each piece of rows, times sign, into partial (results, pieces): see `row_sums`."""
     d, flat, buffer, s = x.shape[1], x.reshape(-1), np.empty(lanes(x), x.dtype), x.dtype.type(sign)
     for item in range(start, stop):
-        result, t, m, count, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
+        result, t, m, count, first, last = _rows_of(item, partial.shape[0], partial.shape[1], piece, b, c, d)
         best = s * x[m, first]
         for i in range(m, m + count * c, c):
             if d < buffer.size and d <= piece:
@@ -340,7 +340,7 @@ def row_indices(x, piece, b, c, sign, partial, indices, start, stop):
     """
     d, flat, buffer, s = x.shape[1], x.reshape(-1), np.empty(lanes(x), x.dtype), x.dtype.type(sign)
     for item in range(start, stop):
-        result, t, m, _, first, last = _rows_of(item, *partial.shape, piece, b, c, d)
+        result, t, m, _, first, last = _rows_of(item, partial.shape[0], partial.shape[1], piece, b, c, d)
         if d < SHORT and d <= piece:
             best, index = s * x[m, 0], 0
             for j in range(1, d):
