@@ -104,7 +104,7 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any], o
     of the annotated type, where this is bool, int, float or an axis; ValueError for one that is out of range.
     """
     option, default, kind = parameter.name, parameter.default, _annotation(parameter)
-    if option == "axis" and type(value) is tuple and len(value) > 1 and {int}.issuperset(map(type, value)):
+    if kind == "Axis" and type(value) is tuple and len(value) > 1 and {int}.issuperset(map(type, value)):
         last[option] = value
         return value  # the usual case, fast
     if value is None:
