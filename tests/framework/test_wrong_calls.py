@@ -104,7 +104,7 @@ REFUSED = [
     ],
     (lambda: F.batch_norm_inference(*[np.ones((2, 1)), ONE, ONE, None, None], eps="a"), TypeError, "eps has to be a"),
     *[
-        (lambda f=f, a=a: f(X, axis=a), (IndexError, TypeError), rf"^softmax\(\): {words}")
+        (lambda f=f, a=a: f(X, axis=a), (IndexError, TypeError), rf"^{f.__name__}\(\): {words}")
         for f in (F.softmax, F.log_softmax)
         for a, words in ((5, r"x \(2, 3, 4\) has no axis 5"), (1.5, "axis is an integer"), (True, "axis is an integer"))
     ],
