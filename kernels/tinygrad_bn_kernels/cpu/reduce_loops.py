@@ -308,7 +308,7 @@ def _extreme(flat, sign, start, stop, buffer):
         start += (stop - start - 1) // (4 * step) * 4 * step
     for i in range(start, last, step):
         a = larger(a, mul(s, load(flat, i)))
-    for _ in range(3):  # lane 0 gets the largest of up to 8
+    for _ in range(4):  # lane 0 gets the largest of up to 16
         a = larger(evens(a, a), odds(a, a))
     store(buffer, 0, a)
     return buffer[0]
