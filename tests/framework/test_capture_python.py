@@ -42,6 +42,7 @@ def repeat(step):
 
 
 settings, counter, numbers, endless, queue, total = Settings(), Counter(), [], itertools.count(), deque([2.0]), 0.0
+many = [2.0] * 5000
 model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
 optimizer = optim.SGD(model.parameters(), 0.1)
 
@@ -137,6 +138,10 @@ def imports(y):
     return y * here.pi
 
 
+def reads_of_many(y):
+    return y * many[3]
+
+
 def reads_a_queue(y):
     return y * queue[0]
 
@@ -158,6 +163,7 @@ LASTING = {
     reads_an_iterator: "endless is a count, whose changes would not be found",
     loops_over_an_iterator: "endless is a count, whose changes would not be found",
     imports: r"imports\(\) imports a module \(math\)",
+    reads_of_many: "many has 5000 elements, too many to look at in each step",
     reads_a_queue: "queue is a deque, whose changes would not be found",
 }
 

@@ -71,6 +71,7 @@ PURE = {
 }  # fmt: skip
 ANY_NAME = {"getattr", "hasattr", "__dict__", "__getattribute__"}  # used by code that may compute a name
 NESTS = (list, dict, set)
+MANY = 1000
 FIXED = (
     *SCALARS, bytes, complex, frozenset, type(...), type(NotImplemented), Enum, np.ufunc, np.ndarray, Tensor, property,
     staticmethod, classmethod, FunctionType, BuiltinFunctionType, GetSetDescriptorType, MethodDescriptorType,
@@ -171,7 +172,7 @@ class Reads:
         self._names = {name for code in ran for name in _names(code)}
         self._variables: list[tuple[Mapping[str, Any], str]] = []
         self._cells: list[Any] = []
-        self._nests: list[Any] = []
+        self._nests: list[tuple[Any, Any]] = []  # lists, dictionaries and sets, with copies
         self._walked: set[int] = set()
         for code, variables in ran.items():
             for name in _names(code):
@@ -189,23 +190,23 @@ class Reads:
 
     def are_as_before(self) -> bool:
         """Whether nothing has changed."""
-        objects, forms, nests = self._look()
-        objects_before, forms_before, nests_before = self._seen
+        objects, forms = self._look()
+        objects_before, forms_before = self._seen
         if forms != forms_before or len(objects) != len(objects_before):
             return False
         if not (all(map(is_, objects, objects_before)) or same(objects, objects_before)):
             return False
-        return all(map(_is_same_nest, nests, nests_before))
+        return all(_is_same_nest(nest, before) for nest, before in self._nests)
 
-    def _look(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """The objects that are read; of tensors among them, what else a program relies on; and copies of nests."""
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        """The objects that are read; and of tensors among them, what else a program relies on."""
         objects: list[Any] = []
         for module in self.modules:
             objects += vars(module).values()
         objects += [cell.cell_contents for cell in self._cells]
         objects += [variables.get(name) for variables, name in self._variables]
         forms = [(t._requires_grad, t._data.dtype, t._data.shape) for t in objects if isinstance(t, Tensor)]
-        return objects, forms, [nest.copy() for nest in self._nests]
+        return objects, forms
 
     def _variable(self, variables: Mapping[str, Any], name: str, path: str) -> None:
         self._variables.append((variables, name))
@@ -218,8 +219,12 @@ class Reads:
             return
         self._walked.add(id(value))
         if isinstance(value, (tuple, *NESTS)):
+            if len(value) > MANY:
+                what = f"{path} has {len(value)} elements, too many to look at in each step; pass them as arguments"
+                self.refusal = self.refusal or what
+                return
             if isinstance(value, NESTS):
-                self._nests.append(value)
+                self._nests.append((value, value.copy()))
             for part in value.values() if isinstance(value, dict) else value:
                 self._walk(part, f"an element of {path}")
         elif isinstance(value, MethodType):
