@@ -103,7 +103,7 @@ RENEWED_IN_CHILDREN.append(_renew_lock)
 
 def forward(op: Op, arrays: Sequence[Any], params: dict[str, Any], again: bool = False) -> tuple[Any, Sequence[Any]]:
     """The result of `op` and its by-products: from its kernel, or from the reference without one or if it declines."""
-    kernel = _kernel(op.name, arrays, op)
+    kernel = _kernel(op.name, arrays)
     try:
         if op.saves and (kernel is None or not op.differentiable):  # the result would not show all wrong operands
             expect_numbers(op.name, arrays)
@@ -249,22 +249,19 @@ def kernels_disabled() -> Mode:
     return Mode(ENABLED, False)
 
 
-def _kernel(name: str, arrays: Sequence[Any], op: Op = None) -> Any:
-    """The kernel for these operands, or None. Numbers and foreign byte orders are left to NumPy.
-
-    Without a kernel an `op` of half precision may need `_in_single`.
-    """
+def _kernel(name: str, arrays: Sequence[Any]) -> Any:
+    """The kernel for these operands, or None. Numbers and foreign byte orders are left to NumPy."""
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
         char = first.dtype.char
         if char in REAL and char != "e" and first.dtype.isnative:
             return find_kernel(name, "cpu")
         expect_numbers(name, arrays)
-        return _half_kernel(name, arrays, op) if char == "e" else None
+        return _half_kernel(name, arrays) if char == "e" else None
     for other in arrays:
         if type(other) is np.ndarray:
             if other.dtype.char == "e":
-                return _half_kernel(name, arrays, op)
+                return _half_kernel(name, arrays)
         elif (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
     if isinstance(first, np.generic):  # its dtype may be that of the result
@@ -272,11 +269,10 @@ def _kernel(name: str, arrays: Sequence[Any], op: Op = None) -> Any:
     return None
 
 
-def _half_kernel(name: str, arrays: Sequence[Any], op: Op) -> Any:
+def _half_kernel(name: str, arrays: Sequence[Any]) -> Any:
     """`_kernel` where the first array is of half precision."""
     first = arrays[0]
-    kernel = find_kernel(name, "cpu") if isinstance(first, np.ndarray) and first.dtype.isnative else None
-    return _in_single(op.forward) if kernel is None and op is not None and _rounds_half(op, arrays) else kernel
+    return find_kernel(name, "cpu") if isinstance(first, np.ndarray) and first.dtype.isnative else None
 
 
 def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:

@@ -40,6 +40,10 @@ PLACES = (
     (_BatchNorm, "track", "host"),
     (Optimizer, "zero_grad", "host"),
     (Optimizer, "step", "host"),
+    (Optimizer, "state_dict", "read"),
+    (Module, "state_dict", "read"),
+    (Schedule, "state_dict", "read"),
+    (tensor.Tensor, "zero_grad", "host"),
     (Schedule, "step", "host"),
     (gradients, "_clip_norm", "host"),
     (gradients, "_clip_value", "host"),
@@ -100,6 +104,11 @@ def _end_other_threads() -> None:
 
 
 RENEWED_IN_CHILDREN.append(_end_other_threads)
+
+
+def replaced_code() -> set[Any]:
+    """The code of the functions that are replaced now: code that runs it has found the function before."""
+    return {original.__code__ for original in _originals if hasattr(original, "__code__")}
 
 
 def has_listeners() -> bool:

@@ -362,7 +362,7 @@ REFUSED = {
     assigns: r"assigns\(\) assigns an attribute \(data\), which a program would not do again",
     differentiates_twice: "create_graph=True",
     adds_gradients: r"call zero_grad\(\) in the step",
-    counts: "the step changes a variable or an attribute that its Python code reads",
+    counts: "the step changes what its Python code reads: an element of a default of counts",
     draws: r"np\.random\.\w+ is a \w+, wh",
     computes_outside: r"computes_outside\(\) calls Argument.max\(\), which a program would not call again",
 }

@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import math
+import operator
 import sys
 from collections import deque
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ settings, counter, numbers, endless, queue, total = Settings(), Counter(), [], i
 many = [2.0] * 5000
 model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
 optimizer = optim.SGD(model.parameters(), 0.1)
+counts, leaf, gains = np.zeros(2), Tensor([1.0], requires_grad=True), np.array([2.0, 3.0])
+tick, cached = optim.StepLR(optimizer, 1).step, functools.lru_cache(Settings)
+table = {"a": 2.0, "b": 3.0}
 
 
 # ---- what lasts -------------------------------------------------------------------------------------------
@@ -146,17 +150,69 @@ def reads_a_queue(y):
     return y * queue[0]
 
 
+def adds_in_place(y):
+    mine = counts
+    mine += 1
+    return y
+
+
+def catches(y):
+    try:
+        return y.reshape(7)
+    except ValueError:
+        return y
+
+
+def steps_by_another_name(y):
+    tick()
+    return y
+
+
+def leaves_evaluation_mode(y):
+    model.eval()
+    y = model(y)
+    model.train()
+    return y
+
+
+def sets_like_a_frozen_dataclass(y):
+    object.__setattr__(settings, "scale", 2.0)
+    return y
+
+
+def prints_by_map(y):
+    list(map(print, ["step"]))
+    return y
+
+
+def reads_a_cached_object(y):
+    return y * cached().scale
+
+
+def forgets_a_gradient(y):
+    leaf.grad = None
+    return y
+
+
 LASTING = {
-    prints: r"prints\(\) calls print\(\), which a program would not call again",
+    adds_in_place: "the step changes what its Python code reads: counts",
+    catches: r"catches\(\) catches an error",
+    steps_by_another_name: r"the step calls Schedule.step\(\) by a name of its own; call it by its object",
+    leaves_evaluation_mode: r"the step calls Module.train\(\), which changes a module",
+    sets_like_a_frozen_dataclass: r"sets_like_a_frozen_dataclass\(\) uses __setattr__",
+    prints_by_map: r"prints_by_map\(\) uses print",
+    reads_a_cached_object: "cached is a _lru_cache_wrapper, which a program would not call again",
+    forgets_a_gradient: r"forgets_a_gradient\(\) assigns an attribute \(grad\)",
+    prints: r"prints\(\) uses print, which a program would not do again",
     assigns_an_attribute: r"assigns_an_attribute\(\) assigns an attribute \(scale\)",
     assigns_an_option: r"assigns_an_option\(\) assigns an element",
     assigns_a_global: r"assigns_a_global\(\) assigns a global variable \(total\)",
     counts_in_a_closure(): r"count\(\) assigns a variable of the function around it \(n\)",
     counts_in_an_object: r"Counter.__call__\(\) assigns an attribute \(calls\)",
-    appends: "the step changes a variable or an attribute",
-    appends_in_place: "the step changes a variable or an attribute",
-    appends_to_a_default: "the step changes a variable or an attribute",
-    sets_by_name: r"sets_by_name\(\) calls setattr\(\)",
+    appends: "the step changes what its Python code reads: numbers",
+    appends_in_place: "the step changes what its Python code reads: numbers",
+    appends_to_a_default: "the step changes what its Python code reads: an element of a default",
+    sets_by_name: r"sets_by_name\(\) uses setattr",
     draws: r"np\.random\.\w+ is a \w+, wh",
     seeds: r"the step calls manual_seed\(\)",
     trains: r"the step calls fit\(\)",
@@ -239,6 +295,51 @@ def test_a_change_of_what_the_code_reads_is_taken_up_at_once(change, monkeypatch
     assert step(X).item() == function(X).item() != before
 
 
+class Base:
+    scale = 2.0
+
+
+class Derived(Base):
+    pass
+
+
+def read_by_class(y):
+    return y * Derived.scale
+
+
+def read_by_a_function(y):
+    return y * read_by_a_function.scale
+
+
+read_by_a_function.scale = 2.0
+derived = Derived()
+READ = {
+    "an element of an array": (lambda y: y * gains[0], lambda: gains.__setitem__(0, 5.0)),
+    "an inherited attribute": (read_by_class, lambda: setattr(Base, "scale", 5.0)),
+    "an attribute of a function": (read_by_a_function, lambda: setattr(read_by_a_function, "scale", 5.0)),
+    "an attribute that appears": (lambda y: y * getattr(derived, "late", 2.0), lambda: setattr(derived, "late", 5.0)),
+    "an attribute by a text": (
+        lambda y: y * operator.attrgetter("scale")(derived), lambda: setattr(derived, "scale", 7.0)
+    ),
+    "the order of a dictionary": (lambda y: y * max(table)[0].count("b"), lambda: table.update(c=table.pop("b"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_whatever_the_code_reads_is_taken_up_at_once(name):
+    reader, change = READ[name]
+
+    def function(x):
+        return reader(Tensor(x)).sum()
+
+    step = capture(function)
+    repeat(step)
+    assert step.programs
+    before = step(X).item()
+    change()
+    assert step(X).item() == function(X).item() != before
+
+
 def test_an_option_of_the_optimizer_that_the_code_reads_is_taken_up():
     w = Tensor([1.0, 2.0], requires_grad=True)
     sgd = optim.SGD([w], 0.1)
@@ -301,16 +402,18 @@ def test_code_that_only_computes_is_captured():
 # ---- while it is recorded -----------------------------------------------------------------------------------
 
 
-def test_a_profiler_is_left_alone_and_the_step_is_not_captured():
+def test_a_step_runs_as_always_where_a_profiler_looks_on():
     step = capture(lambda x: Tensor(x) * 2)
     before = sys.getprofile()
-    sys.setprofile(lambda *args: None)
     try:
-        with pytest.warns(UserWarning, match="a profiler runs"):
-            step(X)
+        sys.setprofile(lambda *args: None)
+        step(X)
         assert sys.getprofile() is not None
     finally:
         sys.setprofile(before)
+    for _ in range(STEPS):
+        step(X)
+    assert step.programs
 
 
 def test_an_error_in_the_step_ends_the_observation():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
 from typing import Any
+
+import numpy as np
 
 from tinygrad_bn import backend, hooks
 from tinygrad_bn.arguments import shown, warn_caller
@@ -81,6 +84,9 @@ class capture:
         self.function, self.quiet, self._cases = function, quiet, dict[Any, _Case]()
         self.__doc__, self.__name__ = function.__doc__, getattr(function, "__qualname__", "a function")
 
+    def __reduce__(self) -> Any:
+        return partial(capture, quiet=self.quiet), (self.function,)  # a copy records programs of its own
+
     def __get__(self, instance: object, owner: type) -> Any:
         raise TypeError(f"{self.__name__} is a method; capture one of an object: step = capture(trainer.step)")
 
@@ -96,7 +102,8 @@ class capture:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Take a step."""
-        case = None if any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER)) or hooks.has_listeners() else self._case
+        watched = any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER)) or hooks.has_listeners() or sys.getprofile()
+        case = None if watched else self._case
         if case is None or not (found := case([*args, *options.values()], tuple(options))).lock.acquire(blocking=False):
             return _detached(self.function(*args, **options))
         try:
@@ -110,8 +117,9 @@ class capture:
         reason = next((f"an argument is {shown(v)}" for v in values if not _may_be_argument(v)), "")
         if not reason:
             without_kernels = backend.find_kernel("batch_norm_training", "cpu") is None
-            same = [next(i for i, other in enumerate(values) if other is value) for value in values]  # given twice
-            key = RECORDING.get(), without_kernels, names, tuple(same), *map(_kind_of, values)
+            places = [_place(value) for value in values]
+            twice = tuple([places.index(place) for place in places])  # which arguments are one array
+            key = RECORDING.get(), without_kernels, names, twice, *map(_kind_of, values)
             if key not in self._cases and len(self._cases) >= CASES:
                 key, reason = None, f"its arguments are of more than {CASES} kinds; pass numbers that change as arrays"
         case = self._cases.get(key) or self._cases.setdefault(key, _Case(self.function, self.__name__, self.quiet))
@@ -130,12 +138,13 @@ class _Case:
         self.steps = 0  # since the program was recorded
         self.changes = 0
         self.reads: Reads | None = None
+        self.changed = ""  # what of the Python code's reading changed last
 
     def step(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self.refusal:
             return _detached(self.function(*args, **options))
-        if self.reads is not None and not self.reads.are_as_before():
-            self.program, self.reads, self.changes = None, None, self.changes + 1
+        if self.reads is not None and (changed := self.reads.change() or self.reads.gradient()):
+            self.program, self.reads, self.changes, self.changed = None, None, self.changes + 1, changed
         given = [*args, *options.values()]
         inputs = [array_of(a) if isinstance(a, Tensor) else a for a in given if is_array(a) or isinstance(a, Tensor)]
         if self.program is not None and self.steps not in PROOFS and self.steps % EVERY:
@@ -145,21 +154,24 @@ class _Case:
         with hooks.listening(record):
             named = {name: record.argument(value) for name, value in options.items()}
             result = record.python.call(partial(self.function, **named), *map(record.argument, args))
-        record.expect_held()
+        record.expect_unassigned()
         form = mapped(record.place_of, result)
-        self._take_up(record, form)
+        record.release()
+        self._take_up(record, form, given)
         return mapped(plain, _detached(result))
 
-    def _take_up(self, record: Recorder, form: Any) -> None:
+    def _take_up(self, record: Recorder, form: Any, given: list[Any]) -> None:
         """Use the record as the proof of the program; or as the program, to be proven by the next step."""
-        reads = Reads(self.function, record.python.ran, record.modules)
+        reads = Reads(self.function, record.python.ran, record.modules, record.fresh)
         reason, change, fault = reads.refusal or record.refusal, "", ""
+        if any(value is other for value in given for other in reads.arrays):
+            reason = reason or "an argument is also an array or a tensor that its Python code reads by name"
         if self.program is not None and self.reads is not None and not reason:
             change = self._change(reads) or self.program.change(record, form)
             reason = fault = "" if change else self.program.fault(record)
             self.changes += bool(change)
         if self.changes >= CHANGES:
-            reason = change or "what its Python code reads is different in every step"
+            reason = change or f"its Python code reads what is different in every step: {self.changed}"
         if reason:
             self.refuse(reason, fault != "")
         elif self.program is not None and not change:
@@ -176,8 +188,8 @@ class _Case:
     def _change(self, reads: Reads) -> str:
         """What a step did to its own Python code; "" if nothing."""
         assert self.reads is not None
-        if not self.reads.are_as_before():
-            return "the step changes a variable or an attribute that its Python code reads"
+        if changed := self.reads.change():
+            return f"the step changes what its Python code reads: {changed}"
         return "" if reads.ran.keys() == self.reads.ran.keys() else "it runs other Python code from step to step"
 
 
@@ -185,6 +197,12 @@ def _may_be_argument(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.node is None and not value._requires_grad
     return isinstance(value, SCALARS) or is_array(value)
+
+
+def _place(value: Any) -> Any:
+    """Where an argument lies in memory."""
+    array = array_of(value) if isinstance(value, Tensor) else value
+    return array.ctypes.data if isinstance(array, np.ndarray) and array.size else id(array)
 
 
 def _kind_of(value: Any) -> Any:

@@ -25,9 +25,11 @@ class Recorder:
         self.constants: set[int] = set()  # slots
         self.modules: list[Module] = []
         self.refusal = ""
-        self.python = Observed(
-            self.refuse, (Recorder.forward, Recorder.vjp, Recorder.copy, Recorder.host, Recorder.read)
-        )
+        aside = Recorder.forward, Recorder.vjp, Recorder.copy, Recorder.host, Recorder.read
+        self.python = Observed(self.refuse, aside, self.modules)
+        self.fresh: list[Tensor] = []  # had no gradient, and were not cleared, when a backward pass gave them one
+        self._cleared: set[Tensor] = set()
+        self._handed_out: list[Any] = []  # arguments and numbers that tell when they are read
         self._known: dict[int, int] = {}  # the slot of a value, by its identity
         self._memory: dict[int, int] = {}  # likewise, by the address of a contiguous array
         self._state: dict[int, tuple[Tensor, Any]] = {}  # tensors that outlive the step, by identity of their array
@@ -41,11 +43,17 @@ class Recorder:
 
     def argument(self, value: Any) -> Any:
         """What the step gets for an argument."""
-        if type(value) is not np.ndarray:
+        if not isinstance(value, np.ndarray):
             return value
-        watched = value.view(Argument)
+        watched = value.view(np.ndarray).view(Argument)
         watched.recorder, watched.array = self, value
+        self._handed_out.append(watched)
         return watched
+
+    def release(self) -> None:
+        """The step is over: what it has been given keeps no record alive."""
+        for watched in self._handed_out:
+            watched.recorder = None
 
     def place_of(self, value: Any) -> Any:
         """The place of a tensor or of an array in a result."""
@@ -113,7 +121,7 @@ class Recorder:
             self._state.setdefault(id(t._data), (t, t._data))
             self._held.setdefault(t, (t._data, t.grad))
 
-    def expect_held(self) -> None:
+    def expect_unassigned(self) -> None:
         """Refuse the step if it has assigned an array or a gradient, except in calls that are recorded."""
         for t, (array, gradient) in self._held.items():
             if t._data is not array or t.grad is not gradient:
@@ -174,12 +182,18 @@ class Recorder:
         """A backward pass: the gradients that it leaves in leaves."""
         if create_graph:
             self.refuse("a backward pass has create_graph=True")
-        self.expect_held()
-        leaves_before = [(t, t.grad) for t, _ in self._state.values() if t._requires_grad]
+        self.expect_unassigned()
+        leaves_before = [
+            (t, t.grad, t.grad is not None and id(t.grad._data) in self._known)
+            for t, _ in self._state.values()
+            if t._requires_grad
+        ]
         run(y, g, create_graph, free)
-        for t, old in leaves_before:
+        for t, old, own in leaves_before:
             if t.grad is not None and t.grad is not old:
-                if old is not None:
+                if old is None and t not in self._cleared:
+                    self.fresh.append(t)
+                elif old is not None and not own:
                     self.refuse("a gradient is added to that of a step before: call zero_grad() in the step")
                 self._add_host("grad", set_grad, (t, t.grad._data), None, self._names.get(t, ""))
         self._hold()
@@ -194,10 +208,16 @@ class Recorder:
 
     def host(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Work of the host, which a program does by calling the same function."""
-        self.expect_held()
+        self.expect_unassigned()
         with hooks.unseen():
             result = run(*map(plain, args), **options)
-        result = Number(result, self) if type(result) is float else result
+        if run.__name__ == "zero_grad":
+            owner = args[0]
+            own = [owner] if isinstance(owner, Tensor) else owner._params() if hasattr(owner, "_params") else None
+            self._cleared.update(owner.parameters() if own is None else own)
+        if type(result) is float:
+            result = Number(result, self)
+            self._handed_out.append(result)
         self._add_host(run.__name__, run, args, result, options=options)
         self._hold()
         return result
@@ -237,20 +257,44 @@ def _reading(name: str) -> Any:
 
 
 for _name in (
-    "__getitem__", "__setitem__", "__iter__", "__contains__", "__bool__", "__int__", "__float__", "__index__", "astype",
-    "copy", "item", "tolist", "tobytes", "nonzero", "argmax", "argmin", "argsort", "sort", "take", "repeat", "dot",
+    "__getitem__", "__setitem__", "__iter__", "__contains__", "__bool__", "__int__", "__float__", "__complex__",
+    "__index__", "__format__", "__repr__", "__str__", "astype", "copy", "item", "tolist", "tobytes", "nonzero",
+    "argmax", "argmin", "argsort", "sort", "take", "repeat", "dot",
 ):  # fmt: skip
     setattr(Argument, _name, _reading(_name))
+
+
+def _viewing(name: str) -> Any:
+    def view(self: Argument) -> Any:
+        self._read(name)
+        return getattr(plain(self), name)
+
+    return property(view)
+
+
+for _name in ("flat", "data", "base", "ctypes"):
+    setattr(Argument, _name, _viewing(_name))
 
 
 class Number:
     """A number that the host computed in a step: Python that reads it would not do it again."""
 
     def __init__(self, value: float, recorder: Recorder) -> None:
-        self.value, self.recorder = value, recorder
+        self.value = value
+        self.recorder: Recorder | None = recorder
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.value, name)
+        self._read(name)
+        return value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        self._read("__array__")
+        return np.asarray(self.value, dtype)
 
     def _read(self, what: str) -> None:
-        self.recorder.refuse(f"the step reads a number that it computed ({what}): return it, and read it outside")
+        if self.recorder is not None:
+            self.recorder.refuse(f"the step reads a number that it computed ({what}): return it, and read it outside")
 
 
 def _computing(name: str) -> Any:
@@ -264,7 +308,8 @@ def _computing(name: str) -> Any:
 for _name in (
     "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__", "__float__", "__int__", "__round__",
     "__abs__", "__neg__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__",
-    "__rtruediv__", "__floordiv__", "__mod__", "__pow__", "__rpow__", "__repr__", "__str__", "__format__",
+    "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__divmod__", "__rdivmod__", "__pos__",
+    "__hash__", "__trunc__", "__floor__", "__ceil__", "__pow__", "__rpow__", "__repr__", "__str__", "__format__",
 ):  # fmt: skip
     setattr(Number, _name, _computing(_name))
 

@@ -72,12 +72,12 @@ def fit(
         optimizer: the default is `Adam(model.parameters())`.
         loss: function (outputs, targets) that returns the mean loss of the batch. The mean over several batches is
             exact for the losses of `functional`, with class weights, ignored targets and `reduction="sum"` too. It is
-            also exact for a loss that contains such sums in any way: the loss is then computed once more, with each
-            sample twice, which tells sums from means. Any other loss counts by its samples. One that counts otherwise
-            returns a pair (mean loss, weight of the batch). `F.sum` of losses with `reduction="none"` is not known to
-            be a sum: use `reduction="sum"` instead. A loss that adds a mean over the targets that count to other terms
-            of the outputs counts by its samples too, with a warning. A batch of weight 0, such as one whose targets are
-            all ignored in one of the means, takes no step of the optimizer.
+            also exact for a loss that adds multiples of such sums and means: the loss is then computed once more, with
+            each sample twice, which tells sums from means. Any other loss counts by its samples. One that counts
+            otherwise returns a pair (mean loss, weight of the batch). `F.sum` of losses with `reduction="none"` is not
+            known to be a sum: use `reduction="sum"` instead. A loss that adds a mean over the targets that count to
+            other terms of the outputs counts by its samples too, with a warning. A batch of weight 0, such as one whose
+            targets are all ignored in one of the means, takes no step of the optimizer.
         seed: for shuffling. An integer gives the same batches in every call. From a NumPy Generator, or by default
             from that of `manual_seed`, the orders go on: a second call sees others.
         drop_last: skip the last batch if it is smaller than `batch_size`.

@@ -34,13 +34,13 @@ class Score(NamedTuple):
 class Batch(NamedTuple):
     """The loss of a batch and its weight in a mean over batches; and the targets that were hit, of those that count.
 
-    Of the loss, `sum` is a sum over the targets that count; the rest is a mean.
+    Of the loss, `sum_part` is a sum over the targets that count; the rest is a mean.
     """
 
     value: Any
     loss: float
     weight: float
-    sum: float
+    sum_part: float
     hits: int
     counted: int
 
@@ -54,7 +54,7 @@ class MeanScore:
     def add(self, batch: Batch) -> None:
         """Take in a batch. Its loss is left out if no target counts, where it is 0 / 0."""
         if batch.weight:
-            self.loss += batch.sum + (batch.loss - batch.sum) * batch.weight
+            self.loss += batch.sum_part + (batch.loss - batch.sum_part) * batch.weight
             self.weight += batch.weight
         self.hits += batch.hits
         self.counted += batch.counted
@@ -139,7 +139,7 @@ def _sum_part(value: float, outputs: Tensor, target: Any, loss: Loss) -> float:
     try:
         with no_grad(), np.errstate(invalid="ignore", divide="ignore"):
             again = loss(*(F.concatenate([both, both]) for both in (outputs.detach(), target)))
-    except ValueError as error:  # such as one that holds a number for each sample
+    except Exception as error:  # whatever a loss of one batch size raises
         warn_caller(f"the sums in the loss are taken to be divided by its samples; of twice as many it gives: {error}")
         return 0.0
     grown, close = float(again) - value, 1e-4 * abs(value)

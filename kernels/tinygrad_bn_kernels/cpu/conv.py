@@ -124,9 +124,10 @@ def _slack(frame, images):
 
 @njit()
 def _correlate(images, frame, offsets, weights, bias, out, start, stop):
-    """out (items, O / groups, OH, OW) from images (items, C / groups, H, W) and packed weights (groups, tiles, R · 4).
+    """out (items, O / groups, OH, OW) from images (items, C / groups, H, W) and packed weights.
 
-    An item is one group of one image; R is the number of positions in the kernel.
+    The weights are (groups, tiles, R · ROWS). An item is one group of one image; R is the number of positions in the
+    kernel.
     """
     _, inputs, height, width = images.shape
     _, channels, rows, columns = out.shape
@@ -160,7 +161,8 @@ def _correlate(images, frame, offsets, weights, bias, out, start, stop):
 def _correlate_input(gradients, frame, offsets, weights, out, start, stop):
     """The adjoint: out (items, C / groups, H, W) from gradients (items, O / groups, OH, OW) and packed weights.
 
-    The weights are (groups, R / 4, O / groups · 4). The run of each position is added to the buffer at its offset.
+    The weights are (groups, R / ROWS, O / groups · ROWS). The run of each position is added to the buffer at its
+    offset.
     """
     _, channels, rows, columns = gradients.shape
     _, outputs, height, width = out.shape
@@ -260,7 +262,7 @@ class _Axis(NamedTuple):
 
 
 def _packed(weight: Array) -> Array:
-    """The weight (groups, O, R) packed for tiles: (groups, O / 4, R · 4), with O rounded up by rows of 0."""
+    """The weight (groups, O, R) packed for tiles: (groups, O / ROWS, R · ROWS), with O rounded up by rows of 0."""
     groups, channels, positions = weight.shape
     padded = np.zeros((groups, -(-channels // ROWS) * ROWS, positions), weight.dtype)
     padded[:, :channels] = weight

@@ -9,12 +9,13 @@ the vectors.
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import config, extending, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import models, register_model
 
-FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()  # type: ignore[attr-defined]
+FEATURES = config.CPU_FEATURES or get_host_cpu_features()  # type: ignore[attr-defined]
 BITS = 512 if "+avx512f" in FEATURES.split(",") else 256
 intrinsic: Any = extending.intrinsic  # untyped: Numba binds its first argument
 
