@@ -83,7 +83,8 @@ MANY = 1000
 GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME"}
 FIXED = (
     *SCALARS, bytes, complex, frozenset, type(...), type(NotImplemented), Enum, np.ufunc, type(np.sum), np.ndarray,
-    Tensor, property, staticmethod, classmethod, BuiltinFunctionType, GetSetDescriptorType, MethodDescriptorType, CellType, CodeType,
+    Tensor, property, staticmethod, classmethod, BuiltinFunctionType, GetSetDescriptorType, MethodDescriptorType,
+    CellType, CodeType,
 )  # fmt: skip
 
 
