@@ -225,7 +225,7 @@ def test_lesson_1_follows_its_sliders_and_keeps_them_in_the_other_language(open_
     w, x, b = 1.1, 1.5, -0.5
     for name, at in (("dw", w), ("dx", x), ("db", b)):
         others = {"dw": lambda t: t * x + b, "dx": lambda t: w * t + b, "db": lambda t: t + w * x}[name]
-        expect_shown(page, name, pytest.approx([gradient(lambda t, f=others: F.tanh(f(t)), at, 1.0)], rel=1e-3))
+        expect_shown(page, name, pytest.approx([float(gradient(lambda t, f=others: F.tanh(f(t)), at, 1.0))], rel=1e-3))
     press(page, "g₂", "ArrowRight", 2, "gᵀ J")
     rows = np.array([read(page, f"∂x̂{i}") for i in "₁₂₃"])
     expect_shown(page, "gᵀ J", pytest.approx(rows[0] + rows[1], abs=2e-4))
