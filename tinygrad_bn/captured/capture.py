@@ -39,9 +39,10 @@ class capture:
     changes of anything else that Python code of the step reads by name.
 
     That code runs only while a step is recorded. A step is not captured, and a warning says why, if it reads numbers of
-    its tensors, as `loss.item()` does; if it assigns attributes, elements or global variables; if it calls functions
-    written in C that may do something that lasts, such as `print` or those of `random`; or if it reads objects whose
-    changes cannot be seen, such as iterators.
+    its tensors, as `loss.item()` does; if it assigns attributes, elements or global variables, changes a mode or
+    catches an error; if it calls functions written in C that may do something that lasts, such as `print` or those of
+    `random`; or if it reads objects whose changes cannot be seen, such as iterators, or nests of more than a thousand
+    elements. Not seen are changes by private attributes, and arrays of two modules that share their memory.
 
     Under `composed`, `debug`, `nn.observe`, `explain`, `detect_anomaly` and a profiler, and in a second thread at the
     same time, steps run as always.
