@@ -259,3 +259,20 @@ def test_a_copy_of_an_object_with_a_captured_step_records_its_own():
         assert np.array_equal(other.run(X).numpy(), X * np.float32(3))
     assert trainer.run.programs
     assert other.run.programs
+
+
+@pytest.mark.parametrize(("line", "what"), [("t._data = t._data + 1", "data"), ("t.grad = None", "gradient")])
+def test_functions_of_the_package_may_not_assign_without_a_record(line, what):
+    """A function that would be added to the package, and forgotten in `hooks`."""
+    module = {"__name__": "tinygrad_bn.nn.later"}
+    exec(f"def poke(t):\n    {line}", module)
+    w = Tensor([1.0, 2.0], requires_grad=True)
+
+    def step(x):
+        w.zero_grad()
+        (Tensor(x) * w).sum().backward()
+        module["poke"](w)
+
+    captured = capture(step)
+    with pytest.warns(UserWarning, match=f"the step assigns the {what} of a tensor"):
+        captured(X)

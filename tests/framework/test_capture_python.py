@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 import operator
+import os
 import sys
 from collections import deque
 from dataclasses import dataclass, field
@@ -427,15 +428,30 @@ def test_an_error_in_the_step_ends_the_observation():
     assert gc.isenabled()
 
 
-def test_memory_that_is_freed_meanwhile_is_not_the_steps():
-    class Noisy:
-        def __del__(self):
-            print("freed", file=sys.stderr)
+def test_a_collection_of_garbage_meanwhile_is_not_the_steps():
+    collected = []
 
-    circle = Noisy()
-    circle.circle = circle
-    del circle
-    step = capture(training(net := dense(), optim.Adam(net.parameters())))
-    for x, y in DATA:
-        step(x, y)
+    def look(phase, info):
+        collected.append(os.getpid())
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(look)
+    gc.set_threshold(1)
+    try:
+        step = capture(training(net := dense(), optim.Adam(net.parameters())))
+        for x, y in DATA[:6]:
+            step(x, y)
+    finally:
+        gc.callbacks.remove(look)
+        gc.set_threshold(*threshold)
+    assert collected
     assert step.programs
+
+
+def test_a_collector_that_is_off_stays_off():
+    gc.disable()
+    try:
+        capture(lambda x: Tensor(x) * 2)(X)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
