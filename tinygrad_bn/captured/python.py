@@ -157,14 +157,17 @@ class Observed:
             return LIBRARY
         if code not in self.ran:
             self.ran[code] = frame.f_globals
-            for instruction in dis.get_instructions(code):
-                what = LASTING.get(instruction.opname)
-                if what and (instruction.opname != "STORE_DEREF" or instruction.argval in code.co_freevars):
-                    named = f" ({instruction.argval})" if instruction.argval else ""
-                    self.refuse(f"{_place(code)} {what}{named}, which a program would not do again")
-            for name in IMPURE.intersection(code.co_names):
-                self.refuse(f"{_place(code)} uses {name}, which a program would not do again")
+            self._refuse_what_lasts(code)
         return CODE
+
+    def _refuse_what_lasts(self, code: CodeType) -> None:
+        for instruction in dis.get_instructions(code):
+            what = LASTING.get(instruction.opname)
+            if what and (instruction.opname != "STORE_DEREF" or instruction.argval in code.co_freevars):
+                named = f" ({instruction.argval})" if instruction.argval else ""
+                self.refuse(f"{_place(code)} {what}{named}, which a program would not do again")
+        for name in sorted(IMPURE.intersection(code.co_names)):
+            self.refuse(f"{_place(code)} uses {name}, which a program would not do again")
 
 
 def _is_standard(package: str, code: CodeType) -> bool:
