@@ -121,6 +121,14 @@ class Observed:
             if collects:
                 gc.enable()
 
+    def aside(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The result of a call that a program repeats. Not observed: a loop would compile in four times the time."""
+        sys.setprofile(None)
+        try:
+            return run(*args, **options)
+        finally:
+            sys.setprofile(self._look)
+
     def _look(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "call":
             above = self._kinds[-1]

@@ -164,14 +164,14 @@ class Recorder:
         """An op on arrays."""
         if op.updates:
             self.refuse(f"{op.name} overwrites an array outside of an optimizer")
-        y, saved = run(op, arrays, params)
+        y, saved = self.python.aside(run, op, arrays, params)
         kernel = backend._kernel(op.name, arrays)
         self._add_op(Forward, op.name, arrays, (y, *saved), op, params, kernel, y.dtype)
         return y, saved
 
     def vjp(self, run: Callable[..., Any], op: Op, g: Any, y: Any, arrays: Any, params: Any, *more: Any) -> Any:
         """The gradients of an op, as arrays."""
-        gxs = run(op, g, y, arrays, params, *more)
+        gxs = self.python.aside(run, op, g, y, arrays, params, *more)
         if gxs is NotImplemented:  # the engine goes on with the composition
             return gxs
         gxs, (needs, saved) = [None if gx is None else backend.as_array(gx) for gx in gxs], more
@@ -210,7 +210,7 @@ class Recorder:
         """Work of the host, which a program does by calling the same function."""
         self.expect_unassigned()
         with hooks.unseen():
-            result = run(*map(plain, args), **options)
+            result = self.python.aside(run, *map(plain, args), **options)
         if run.__name__ == "zero_grad":
             owner = args[0]
             own = [owner] if isinstance(owner, Tensor) else owner._params() if hasattr(owner, "_params") else None
