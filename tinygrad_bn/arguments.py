@@ -185,7 +185,7 @@ def reshaped(y: Any, shape: Any) -> Any:
     return y
 
 
-def held(name: str, value: Any, dtype: np.dtype[Any]) -> Any:
+def fitting(name: str, value: Any, dtype: np.dtype[Any]) -> Any:
     """`value` as an array, where all its numbers fit `dtype`, or are of another kind.
 
     Raises ValueError if a finite number overflows in a floating-point dtype, OverflowError if an integer does not fit.

@@ -22,7 +22,7 @@ from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import empty, is_owner
 
 from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, python_scalar, shown
-from tinygrad_bn.errors import in_words
+from tinygrad_bn.errors import in_words, misfit
 from tinygrad_bn.modes import Mode
 
 __all__ = [
@@ -166,8 +166,8 @@ def _promoted(op: Op, y: Any, arrays: Sequence[Any], params: dict[str, Any]) -> 
         return forward(op, plain, params)[0]
     if own.char not in REAL:  # of integers beyond int64, or of None
         raise TypeError(f"{describe(op, arrays, params)}: the result would be of dtype {own}")
-    if own.kind in "iu":
-        _expect_held(op, own, arrays, params)
+    if own.kind in "iu" and (words := misfit(own, arrays)):  # NumPy's `where` would wrap it
+        raise OverflowError(f"{describe(op, arrays, params)}: {words}")
     if own.kind != "f":
         return y
     dtypes = dtypes or [a.dtype for a in arrays if hasattr(a, "dtype")]
@@ -253,41 +253,21 @@ def _kernel(name: str, arrays: Sequence[Any]) -> Any:
     """The kernel for these operands, or None. Numbers and foreign byte orders are left to NumPy."""
     first = arrays[0] if arrays else None
     if isinstance(first, np.ndarray):
-        char = first.dtype.char
-        if char in REAL and char != "e" and first.dtype.isnative:
-            return find_kernel(name, "cpu")
-        expect_numbers(name, arrays)
-        return _half_kernel(name, arrays) if char == "e" else None
+        if first.dtype.char not in REAL:
+            expect_numbers(name, arrays)
+        return find_kernel(name, "cpu") if first.dtype.isnative else None
     for other in arrays:
-        if type(other) is np.ndarray:
-            if other.dtype.char == "e":
-                return _half_kernel(name, arrays)
-        elif (device := device_of(other)) != "cpu":
+        if type(other) is not np.ndarray and (device := device_of(other)) != "cpu":
             return find_kernel(name, device)
     if isinstance(first, np.generic):  # its dtype may be that of the result
         expect_numbers(name, arrays)
     return None
 
 
-def _half_kernel(name: str, arrays: Sequence[Any]) -> Any:
-    """`_kernel` where the first array is of half precision."""
-    first = arrays[0]
-    return find_kernel(name, "cpu") if isinstance(first, np.ndarray) and first.dtype.isnative else None
-
-
 def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:
     """A call in words: `sum(float32 (3, 4), axis=5)`."""
     words = [f"{place(o)} {o.dtype} {o.shape}".lstrip() if hasattr(o, "dtype") else shown(o) for o in operands]
     return f"{op.name}({', '.join(words + [f'{k}={shown(v)}' for k, v in params.items()])})"
-
-
-def _expect_held(op: Op, dtype: np.dtype[Any], arrays: Sequence[Any], params: dict[str, Any]) -> None:
-    """Raise OverflowError if a number does not fit the integer `dtype` of the result. NumPy's `where` would wrap it."""
-    limits = np.iinfo(dtype)
-    for number in arrays:
-        if type(number) is int and not limits.min <= number <= limits.max:
-            words = describe(op, arrays, params)
-            raise OverflowError(f"{words}: {dtype} cannot hold {number}; convert the array to a wider dtype first")
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------

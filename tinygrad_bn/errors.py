@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ def in_words(
     if kind is AttributeError and not all(hasattr(o, "dtype") for o in operands):  # a number has no shape
         return TypeError, "takes tensors or arrays"
     if kind is OverflowError:
-        if number := _not_held(operands, params):
-            return kind, number
+        if words := _misfit(operands, params):
+            return kind, words
         return (ValueError if "too large to convert" in text else kind), reason  # of an axis
     if kind is TypeError:
         if "NoneType" in text:
@@ -40,14 +40,19 @@ def in_words(
     return kind, reason
 
 
-def _not_held(operands: Sequence[Any], params: Mapping[str, Any]) -> str:
-    """Which integer the dtype of the operands, all of integers or booleans, cannot hold; or ""."""
+def misfit(dtype: np.dtype[Any], numbers: Iterable[Any]) -> str:
+    """Which of Python's integers the integer `dtype` cannot hold, and what to do; "" if it holds all."""
+    limits = np.iinfo(dtype)
+    for number in numbers:
+        if type(number) is int and not limits.min <= number <= limits.max:
+            return f"{dtype} cannot hold {shown(number)}; convert to a wider dtype first, such as float64"
+    return ""
+
+
+def _misfit(operands: Sequence[Any], params: Mapping[str, Any]) -> str:
+    """`misfit` in the dtype of the operands, all of integers or booleans; or ""."""
     wide = [o.dtype for o in operands if hasattr(o, "dtype") and o.dtype.kind != "b"]
     dtype = np.result_type(*wide) if wide else np.dtype(np.int64)  # booleans count as int64 beside a number
     if dtype.kind not in "iu":  # also of uint64 and a signed dtype
         return ""
-    limits = np.iinfo(dtype)
-    for number in (*operands, *(value for option, value in params.items() if option != "axis")):
-        if type(number) is int and not limits.min <= number <= limits.max:
-            return f"{dtype} cannot hold {shown(number)}; convert to a wider dtype first, such as float64"
-    return ""
+    return misfit(dtype, (*operands, *(value for option, value in params.items() if option != "axis")))

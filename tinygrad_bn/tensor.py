@@ -215,7 +215,8 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     def bound(operands: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         every = {**defaults, **params}
         if len(operands) != count != 0 or len(every) != len(options) or not known.issuperset(params):
-            return bound(*bind(name, names, given, options, operands, params))
+            operands, params = bind(name, names, given, options, operands, params)
+            every = {**defaults, **params}
         for option, value in params.items():
             if type(value) not in unchecked[option] and value is not last.get(option, last):
                 every[option] = checked(name, options[option], value, last, operands)
@@ -353,7 +354,7 @@ class Tensor(TensorInNotebook):
     def data(self, value: object) -> None:
         if isinstance(value, Tensor):
             backend.expect_one_place((self._data, value := value._data))
-        self._data = backend.new_values(arguments.held("the data", value, self.dtype), self._data)
+        self._data = backend.new_values(arguments.fitting("the data", value, self.dtype), self._data)
 
     @property
     def requires_grad(self) -> bool:

@@ -68,8 +68,21 @@ def test_what_is_no_function_is_an_error():
 # ---- what this package does for it ---------------------------------------------------------------------------------
 
 
-def ends_of(build, steps=12, warns=None):
-    """Parameters after training with and without `capture`."""
+def stepping(network, sgd, before=lambda: None, after=lambda: True):
+    """A training step with something before it, and after the backward pass: whether the optimizer takes a step."""
+
+    def step(x, y):
+        before()
+        sgd.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        if after():
+            sgd.step()
+
+    return step
+
+
+def expect_same_ends(build, steps=12, warns=None):
+    """Train with and without `capture`. The step is captured unless a warning is expected."""
     ends = []
     for wrap in (lambda f: f, capture):
         network = dense(p=0.0)
@@ -82,75 +95,42 @@ def ends_of(build, steps=12, warns=None):
     assert bool(step.programs) == (warns is None)
 
 
-def with_warm_up(network, sgd):
-    schedule = optim.WarmupLR(sgd, 3, optim.StepLR(sgd, 2, 0.5))
+def test_schedules_of_schedules_go_on():
+    def build(network, sgd):
+        schedule = optim.WarmupLR(sgd, 3, optim.StepLR(sgd, 2, 0.5))
+        return stepping(network, sgd, before=lambda: schedule.step())
 
-    def step(x, y):
-        sgd.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        sgd.step()
-        schedule.step()
-
-    return step
+    expect_same_ends(build)
 
 
-def with_clipped_values(network, sgd):
-    def step(x, y):
-        sgd.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        optim.clip_grad_value_(network.parameters(), 0.01)
-        sgd.step()
+def test_clipped_values_go_on():
+    def build(network, sgd):
+        return stepping(network, sgd, after=lambda: optim.clip_grad_value_(network.parameters(), 0.01) is None)
 
-    return step
-
-
-def with_a_step_that_depends_on_the_norm(network, sgd):
-    def step(x, y):
-        sgd.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        if optim.clip_grad_norm_(network.parameters(), 1.0) < 0.9:
-            sgd.step()
-
-    return step
-
-
-def with_a_new_weight(network, sgd):
-    def step(x, y):
-        sgd.zero_grad()
-        nn.init.ones_(network[1].weight)
-        F.cross_entropy(network(x), y).backward()
-        sgd.step()
-
-    return step
-
-
-def with_training_mode(network, sgd):
-    def step(x, y):
-        network.train()
-        sgd.zero_grad()
-        F.cross_entropy(network(x), y).backward()
-        sgd.step()
-
-    return step
-
-
-def test_schedules_of_schedules_and_clipped_values_go_on():
-    ends_of(with_warm_up)
-    ends_of(with_clipped_values)
+    expect_same_ends(build)
 
 
 def test_a_decision_by_a_number_that_the_host_computed_is_refused():
-    ends_of(with_a_step_that_depends_on_the_norm, warns=r"reads a number that it computed \(__lt__\)")
+    def build(network, sgd):
+        return stepping(network, sgd, after=lambda: optim.clip_grad_norm_(network.parameters(), 1.0) < 0.9)
+
+    expect_same_ends(build, warns=r"reads a number that it computed \(__lt__\)")
 
 
 def test_state_that_is_assigned_outside_of_recorded_calls_is_refused():
-    ends_of(with_a_new_weight, warns="reads or assigns numbers")
+    def build(network, sgd):
+        return stepping(network, sgd, before=lambda: nn.init.ones_(network[1].weight))
+
+    expect_same_ends(build, warns="reads or assigns numbers")
 
 
 def test_a_mode_that_the_step_sets_itself_is_set_again():
-    ends_of(with_training_mode)
+    def build(network, sgd):
+        return stepping(network, sgd, before=lambda: network.train())
+
+    expect_same_ends(build)
     network = dense(p=0.0)
-    step = capture(with_training_mode(network, optim.SGD(network.parameters(), 0.1)))
+    step = capture(build(network, optim.SGD(network.parameters(), 0.1)))
     for x, y in DATA[:6]:
         step(x, y)
     network.eval()

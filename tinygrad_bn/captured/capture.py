@@ -14,8 +14,9 @@ from tinygrad_bn import backend, hooks
 from tinygrad_bn.arguments import shown, warn_caller
 from tinygrad_bn.captured.nests import SCALARS, mapped
 from tinygrad_bn.captured.program import Program, array_of
-from tinygrad_bn.captured.python import Reads
-from tinygrad_bn.captured.recorder import Recorder, is_array, plain
+from tinygrad_bn.captured.reads import Reads
+from tinygrad_bn.captured.recorder import Recorder
+from tinygrad_bn.captured.watched import is_array, plain
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING
 from tinygrad_bn.nn.module import OBSERVER
 from tinygrad_bn.tensor import Tensor
@@ -139,7 +140,7 @@ class _Case:
         self.steps = 0  # since the program was recorded
         self.changes = 0
         self.reads: Reads | None = None
-        self.changed = ""  # what of the Python code's reading changed last
+        self.changed = ""  # what its Python code reads and was last found changed
 
     def step(self, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self.refusal:
@@ -154,7 +155,7 @@ class _Case:
         record = Recorder(inputs)
         with hooks.listening(record):
             named = {name: record.argument(value) for name, value in options.items()}
-            result = record.python.call(partial(self.function, **named), *map(record.argument, args))
+            result = record.effects.run(partial(self.function, **named), *map(record.argument, args))
         record.expect_unassigned()
         form = mapped(record.place_of, result)
         record.release()
@@ -163,7 +164,7 @@ class _Case:
 
     def _take_up(self, record: Recorder, form: Any, given: list[Any]) -> None:
         """Use the record as the proof of the program; or as the program, to be proven by the next step."""
-        reads = Reads(self.function, record.python.ran, record.modules, record.fresh)
+        reads = Reads(self.function, record.effects.ran, record.modules, record.fresh)
         reason, change, fault = reads.refusal or record.refusal, "", ""
         if any(value is other for value in given for other in reads.arrays):
             reason = reason or "an argument is also an array or a tensor that its Python code reads by name"

@@ -101,14 +101,15 @@ array_of = attrgetter("_data")
 
 
 def set_grad(t: Tensor, gradient: Any) -> None:
+    """Leave a gradient, an array, in a tensor."""
     t.grad = Tensor._of(gradient)
 
 
 class Program:
     """The lines of a step, and the form of its result.
 
-    `print(program)` lists them: what each computes, from which arrays (parameters by name, others by number), of which
-    shapes, in which module, and how many bytes an op reads and writes.
+    `print(program)` lists them: the result with its shape, the operation and its operands (parameters by name, others
+    by number), the module, and the bytes that an op reads and writes.
     """
 
     def __init__(self, record: Recorder, result: Any) -> None:

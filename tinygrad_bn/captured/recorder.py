@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend, hooks
+from tinygrad_bn.captured.effects import Effects
 from tinygrad_bn.captured.nests import Place, mapped, slots_in
 from tinygrad_bn.captured.program import NOWHERE, Forward, Host, Vjp, array_of, set_grad
-from tinygrad_bn.captured.python import Observed
+from tinygrad_bn.captured.watched import Argument, Number, is_array, plain
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.nn.sequential import BatchNormReLU
 from tinygrad_bn.tensor import Op, Tensor
@@ -25,8 +26,7 @@ class Recorder:
         self.constants: set[int] = set()  # slots
         self.modules: list[Module] = []
         self.refusal = ""
-        aside = Recorder.forward, Recorder.vjp, Recorder.copy, Recorder.host, Recorder.read
-        self.python = Observed(self.refuse, aside, self.modules)
+        self.effects = Effects(self.refuse, self.modules)
         self.fresh: list[Tensor] = []  # had no gradient, and were not cleared, when a backward pass gave them one
         self._cleared: set[Tensor] = set()
         self._handed_out: list[Any] = []  # arguments and numbers that tell when they are read
@@ -164,14 +164,14 @@ class Recorder:
         """An op on arrays."""
         if op.updates:
             self.refuse(f"{op.name} overwrites an array outside of an optimizer")
-        y, saved = self.python.aside(run, op, arrays, params)
+        y, saved = self.effects.aside(run, op, arrays, params)
         kernel = backend._kernel(op.name, arrays)
         self._add_op(Forward, op.name, arrays, (y, *saved), op, params, kernel, y.dtype)
         return y, saved
 
     def vjp(self, run: Callable[..., Any], op: Op, g: Any, y: Any, arrays: Any, params: Any, *more: Any) -> Any:
         """The gradients of an op, as arrays."""
-        gxs = self.python.aside(run, op, g, y, arrays, params, *more)
+        gxs = self.effects.aside(run, op, g, y, arrays, params, *more)
         if gxs is NotImplemented:  # the engine goes on with the composition
             return gxs
         gxs, (needs, saved) = [None if gx is None else backend.as_array(gx) for gx in gxs], more
@@ -201,7 +201,7 @@ class Recorder:
     def copy(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """A function of the seam that makes an array."""
         args = tuple(map(plain, args))
-        result = run(*args, **options)
+        result = self.effects.aside(run, *args, **options)
         if is_array(result) and not any(result is a for a in args):
             self._add_host(run.__name__, run, args, result, options=options)
         return result
@@ -210,7 +210,7 @@ class Recorder:
         """Work of the host, which a program does by calling the same function."""
         self.expect_unassigned()
         with hooks.unseen():
-            result = self.python.aside(run, *map(plain, args), **options)
+            result = self.effects.aside(run, *map(plain, args), **options)
         if run.__name__ == "zero_grad":
             owner = args[0]
             own = [owner] if isinstance(owner, Tensor) else owner._params() if hasattr(owner, "_params") else None
@@ -225,107 +225,7 @@ class Recorder:
     def read(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Numbers that Python reads: it may decide by them, and a program would not ask it again."""
         self.refuse(f"the step reads or assigns numbers ({run.__name__}); return the tensor, and do it outside")
-        return run(*map(plain, args), **options)
-
-
-class Argument(np.ndarray[Any, Any]):
-    """An argument of a step while it is recorded: Python that reads its numbers would not do it again."""
-
-    def __array_finalize__(self, whole: Any) -> None:
-        self.recorder: Recorder | None = getattr(whole, "recorder", None)
-        self.array: Any = None  # what this is a view of, if it is no view of another one
-
-    def __array_ufunc__(self, ufunc: Any, method: Any, *inputs: Any, **kwargs: Any) -> Any:
-        self._read(ufunc.__name__)
-        return getattr(ufunc, method)(*mapped(plain, inputs), **mapped(plain, kwargs))
-
-    def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
-        self._read(function.__name__)
-        return function(*mapped(plain, args), **mapped(plain, options))
-
-    def _read(self, what: str) -> None:
-        if self.recorder is not None:
-            self.recorder.refuse(f"the step computes with the numbers of an argument ({what}): do it outside")
-
-
-def _reading(name: str) -> Any:
-    def read(self: Argument, *args: Any, **options: Any) -> Any:
-        self._read(name)
-        return getattr(plain(self), name)(*args, **options)
-
-    return read
-
-
-for _name in (
-    "__getitem__", "__setitem__", "__iter__", "__contains__", "__bool__", "__int__", "__float__", "__complex__",
-    "__index__", "__format__", "__repr__", "__str__", "astype", "copy", "item", "tolist", "tobytes", "nonzero",
-    "argmax", "argmin", "argsort", "sort", "take", "repeat", "dot",
-):  # fmt: skip
-    setattr(Argument, _name, _reading(_name))
-
-
-def _viewing(name: str) -> Any:
-    def view(self: Argument) -> Any:
-        self._read(name)
-        return getattr(plain(self), name)
-
-    return property(view)
-
-
-for _name in ("flat", "data", "base", "ctypes"):
-    setattr(Argument, _name, _viewing(_name))
-
-
-class Number:
-    """A number that the host computed in a step: Python that reads it would not do it again."""
-
-    def __init__(self, value: float, recorder: Recorder) -> None:
-        self.value = value
-        self.recorder: Recorder | None = recorder
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.value, name)
-        self._read(name)
-        return value
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        self._read("__array__")
-        return np.asarray(self.value, dtype)
-
-    def _read(self, what: str) -> None:
-        if self.recorder is not None:
-            self.recorder.refuse(f"the step reads a number that it computed ({what}): return it, and read it outside")
-
-
-def _computing(name: str) -> Any:
-    def compute(self: Number, *others: Any) -> Any:
-        self._read(name)
-        return getattr(self.value, name)(*map(plain, others))
-
-    return compute
-
-
-for _name in (
-    "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__", "__float__", "__int__", "__round__",
-    "__abs__", "__neg__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__",
-    "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__", "__divmod__", "__rdivmod__", "__pos__",
-    "__hash__", "__trunc__", "__floor__", "__ceil__", "__pow__", "__rpow__", "__repr__", "__str__", "__format__",
-):  # fmt: skip
-    setattr(Number, _name, _computing(_name))
-
-
-def plain(value: Any) -> Any:
-    """The array behind an `Argument`, the number behind a `Number`; another value as it is."""
-    if type(value) is Number:
-        return value.value
-    if type(value) is not Argument:
-        return value
-    return value.view(np.ndarray) if value.array is None else value.array
-
-
-def is_array(value: Any) -> bool:
-    """Whether this is an array, on any device."""
-    return hasattr(value, "dtype") and not isinstance(value, type | np.generic | Tensor)
+        return self.effects.aside(run, *map(plain, args), **options)
 
 
 def _is_own(value: Any) -> bool:

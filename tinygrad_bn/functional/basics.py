@@ -20,9 +20,10 @@ from tinygrad_bn.arguments import (
     is_array,
     shown,
 )
+from tinygrad_bn.functional.half import rounded_once
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import erfc, expm1, log1p, max, sigmoid
-from tinygrad_bn.ops import astype, exp, mul, reshape, sub, sum, where
+from tinygrad_bn.ops import exp, mul, reshape, sub, sum, where
 from tinygrad_bn.random import philox
 from tinygrad_bn.sample import REAL, elementwise, reducing
 from tinygrad_bn.tensor import Axis, Operand, Tensor, fused, primitive
@@ -59,22 +60,20 @@ def logsumexp(x: Operand, *, axis: Axis = None, keepdims: bool = False) -> Opera
     return y if keepdims else reshape(y, shape=sum(values(x), axis=axis).shape)
 
 
+@rounded_once
 def log_softmax(x: Operand, axis: int = -1) -> Tensor:
     """Logarithm of `softmax`, without overflow or underflow."""
     expect_floats(x, "log_softmax")
     expect_axis("log_softmax", x, axis)
-    if x.dtype == np.float16:  # which may not hold the sum
-        return astype(log_softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     shifted = x - largest(x, axis)  # before the logarithm: x − logsumexp(x) would be rounded at the size of x
     return sub(shifted, logsumexp(shifted, axis=axis, keepdims=True))
 
 
+@rounded_once
 def softmax(x: Operand, axis: int = -1) -> Tensor:
     """eˣ / Σ eˣ over `axis`."""
     expect_floats(x, "softmax")
     expect_axis("softmax", x, axis)
-    if x.dtype == np.float16:  # the logarithm would be rounded first
-        return astype(softmax(astype(x, dtype=np.float32), axis), dtype=np.float16)
     return exp(log_softmax(x, axis))
 
 
@@ -123,12 +122,11 @@ def leaky_relu(x: Operand, negative_slope: float = 0.01) -> Tensor:
     return where(x > 0, x, mul(x, slope))
 
 
+@rounded_once
 def elu(x: Operand, alpha: float = 1.0) -> Tensor:
     """x where x > 0, alpha · (eˣ − 1) elsewhere."""
     expect_array(x, "elu")
     alpha = expect_number("alpha", alpha)
-    if x.dtype == np.float16:  # which may not hold alpha
-        return astype(elu(astype(x, dtype=np.float32), alpha), dtype=np.float16)
     positive = x > 0
     return where(positive, x, mul(alpha, expm1(where(positive, 0.0, x))))  # no overflow in the branch not taken
 

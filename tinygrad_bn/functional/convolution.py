@@ -29,9 +29,10 @@ from tinygrad_bn.arguments import (
     shown,
 )
 from tinygrad_bn.backend import Array
+from tinygrad_bn.functional.half import rounded_once
 from tinygrad_bn.functional.statistics import values
 from tinygrad_bn.more_ops import getitem, pad, scatter_add
-from tinygrad_bn.ops import astype, reshape
+from tinygrad_bn.ops import reshape
 from tinygrad_bn.sample import REAL, Draw, Drawn
 from tinygrad_bn.tensor import Operand, Tensor, fused, primitive
 
@@ -177,16 +178,13 @@ def _sample_conv_with_bias(d: Draw) -> Drawn:
     sample=_sample_conv_with_bias,
     widens=False,  # float64 would cost more than it gains
 )
+@rounded_once
 def conv_with_bias(
     x: Operand, weight: Operand, bias: Operand, *, stride: Ints, padding: Pairs, dilation: Ints, groups: int
 ) -> Operand:
     """`conv` with a bias (O,)."""
-    half = x.dtype == weight.dtype == bias.dtype == np.float16
-    if half:  # the sums would be rounded before the bias
-        x, weight, bias = (astype(operand, dtype=np.float32) for operand in (x, weight, bias))
     y = conv(x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    y = y + reshape(bias, shape=(-1, *(1,) * (x.ndim - 2)))
-    return astype(y, dtype=np.float16) if half else y
+    return y + reshape(bias, shape=(-1, *(1,) * (x.ndim - 2)))
 
 
 # ---- functions -------------------------------------------------------------------------------------------
@@ -376,6 +374,7 @@ def transposed_options(
     return stride, around, extra, dilation
 
 
+@rounded_once
 def conv_transpose2d(
     x: Operand,
     weight: Operand,
@@ -395,10 +394,6 @@ def conv_transpose2d(
     """
     expect_floats(x, "conv_transpose2d")
     expect_array(weight, "the weight of conv_transpose2d")
-    if bias is not None and x.dtype == weight.dtype == np.float16:  # the sums would be rounded before the bias
-        x, weight, single = (astype(operand, dtype=np.float32) for operand in (x, weight, bias))
-        y = conv_transpose2d(x, weight, single, stride, padding, output_padding, groups, dilation)
-        return astype(y, dtype=np.result_type(np.float16, bias.dtype))
     groups = expect_size("groups", groups)
     fits = x.ndim == weight.ndim == 4 and min(weight.shape) > 0
     if not fits or x.shape[1] != weight.shape[0] or x.shape[1] % groups:

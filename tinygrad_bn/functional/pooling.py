@@ -18,6 +18,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.arguments import at_least_single, each_axis, expect_fits_memory, expect_flags, expect_floats
 from tinygrad_bn.backend import Array
 from tinygrad_bn.functional.convolution import Ints, Pairs, windows
+from tinygrad_bn.functional.half import rounded_once
 from tinygrad_bn.functional.statistics import mean, values
 from tinygrad_bn.more_ops import argmax, getitem, pad, stack
 from tinygrad_bn.ops import astype, reshape
@@ -255,14 +256,13 @@ def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
     return out
 
 
+@rounded_once
 def adaptive_avg_pool(x: Operand, output_size: int | Ints) -> Tensor:
     """The means of windows that divide x (N, C, *size) into (N, C, *output_size); 1 is global average pooling."""
     out = _adaptive_size(x, output_size)
     if (kernel := _even(x.shape[2:], out)) is not None:
         no = (0,) * len(out)
         return _averages(x, kernel=kernel, out=out, stride=kernel, padding=no, count_include_pad=True)
-    if x.dtype == np.float16:  # each axis would be rounded by itself
-        return astype(adaptive_avg_pool(astype(x, dtype=np.float32), out), dtype=np.float16)
     y = x
     for axis, m in enumerate(out, start=2):
         before = (slice(None),) * axis

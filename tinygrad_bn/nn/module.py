@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, flag, floating_dtype, full_name, held, shown
+from tinygrad_bn.arguments import expect_flags, expect_integer, fitting, flag, floating_dtype, full_name, shown
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
@@ -327,7 +327,7 @@ class Module(ModuleInNotebook):
         if wrong:
             raise ValueError(f"shapes differ: {'; '.join(wrong)}")
         for k, a in arrays.items():
-            held(k, a, own[k].dtype)
+            fitting(k, a, own[k].dtype)
             counts = isinstance(own[k], Buffer) and k.split(".")[-1] in ("running_var", "num_batches_tracked")
             if counts and (a < 0).any():
                 raise ValueError(f"{k} is negative")

@@ -114,20 +114,29 @@ def measure(run: Callable[[Array, Array], tuple[Tensor, Any, Any]], x: Array, y:
     if not isinstance(value, float | int) and not _is_one_number(value):
         what = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
         raise TypeError(f"loss has to return one number in a Tensor, or a pair of it and its weight; got {what}")
-    # Where the loss is one of the reductions as it is, the others were made for other ends, such as to be printed.
-    whole = [r for r in made if getattr(r.result, "_data", r.result) is getattr(value, "_data", value)]
-    used, sum_part = whole or made, 0.0
-    if pair:
-        pass
-    elif whole:
-        weight, sum_part = whole[0].total, float(value) if whole[0].summed else 0.0
-    elif any(r.summed for r in made):
-        sum_part = _sum_part(float(value), outputs, target, loss)
-        by_total = len(made) == 1 and (sum_part or _is_quotient(value, made[0].result, made[0].total, len(y)))
-        weight = made[0].total if by_total else len(y)
-    else:
-        weight = _weight(made, len(y), lambda: _has_other_terms(value, made, outputs, target, loss))
+    used = [r for r in made if getattr(r.result, "_data", r.result) is getattr(value, "_data", value)] or made
+    sum_part = 0.0
+    if not pair:
+        weight, sum_part = _weight_and_sum(value, used, len(y), outputs, target, loss)
     return Batch(value, float(value), weight, sum_part, *_hits(outputs, y, {r.ignored for r in used}))
+
+
+def _weight_and_sum(
+    value: Any, used: list[Reduced], samples: int, outputs: Tensor, target: Any, loss: Loss
+) -> tuple[float, float]:
+    """The weight of a loss in a mean over batches, and the part of it that is a sum.
+
+    `used` is the reduction that the loss is; or all, where it was made of several or of one that was changed. In the
+    first case the others were made for other ends, such as to be printed.
+    """
+    only = used[0] if len(used) == 1 else None
+    if only and getattr(only.result, "_data", only.result) is getattr(value, "_data", value):
+        return only.total, float(value) if only.summed else 0.0
+    if any(r.summed for r in used):
+        sum_part = _sum_part(float(value), outputs, target, loss)
+        by_total = only and (sum_part or _is_quotient(value, only.result, only.total, samples))
+        return only.total if only and by_total else samples, sum_part
+    return _weight(used, samples, lambda: _has_other_terms(value, used, outputs, target, loss)), 0.0
 
 
 def _is_one_number(value: Any) -> bool:

@@ -57,6 +57,7 @@ def plane_normalize(x, c, mean, var, weight, bias, eps, relu, y):
 
 @njit(allocates=False, fastmath=SUMS)
 def planes_forward(x, weight, bias, eps, relu, y, mean, var, start, stop):
+    """The output of channels from start to stop, into y (N, C, S); their mean and biased variance, into (C,)."""
     for c in range(start, stop):
         mean[c], var[c] = plane_statistics(x, c)
         plane_normalize(x, c, mean[c], var[c], weight[c], bias[c], eps, relu, y)
@@ -121,5 +122,6 @@ def _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gb
 
 @njit(allocates=False, fastmath=SUMS)
 def planes_backward(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, start, stop):
+    """The gradients of channels from start to stop, into gx (N, C, S), or (0, 0, 0) for none, and into (C,)."""
     for c in range(start, stop):
         _plane_backward(g, x, c, weight, bias, mean, var, eps, relu, gx, gweight, gbias)

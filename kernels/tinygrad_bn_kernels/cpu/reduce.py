@@ -34,8 +34,8 @@ NARROW = 64
 # use the loops too, and import Numba.
 SMALL = 1 << 9
 
-# In rows from this length NumPy finds the index of an extreme faster, on one thread.
-SEARCHED = 8
+# Shorter rows are searched for an index element by element; in longer ones NumPy finds it faster, on one thread.
+SHORT = 8
 
 # NumPy's reductions without the keyword handling of np.sum, np.max and np.min.
 ADD: Any = np.add.reduce
@@ -389,7 +389,7 @@ def min_(x: Array, *, axis: Axis = None, keepdims: bool = False) -> Any:
 
 def _indices(arg: Callable[..., Any], sign: int) -> Reduce:
     def reduce(x: Array, found: Plan) -> Any:
-        if found.rows and found.view[1] >= SEARCHED and _serial(x):
+        if found.rows and found.view[1] >= SHORT and _serial(x):
             return arg(x, 1).reshape(found.shape)
         partial, indices = np.empty(found.partial, x.dtype), np.empty(found.partial, np.intp)
         _run("indices", x, found, sign, partial, indices)

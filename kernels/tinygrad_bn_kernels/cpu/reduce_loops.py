@@ -9,6 +9,7 @@ from numba import config
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
 from tinygrad_bn_kernels.cpu.moments import moments
+from tinygrad_bn_kernels.cpu.reduce import SHORT
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from tinygrad_bn_kernels.cpu.simd import evens, lanes, larger, load, mul, odds, splat, store
@@ -24,9 +25,6 @@ LONG = 1 << 12
 
 # The index of an extreme is searched in the block of this length that has it.
 BLOCK = 1 << 9
-
-# Shorter rows are searched element by element; in longer ones NumPy finds an index faster, on one thread.
-SHORT = 8
 
 # ---- sums ------------------------------------------------------------------------------------------------
 
