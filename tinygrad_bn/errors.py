@@ -26,7 +26,8 @@ def in_words(
     if kind is OverflowError:
         if words := _misfit(operands, params):
             return kind, words
-        return (ValueError if "too large to convert" in text else kind), reason  # of an axis
+        if "too large to convert" in text:
+            return ValueError, "an axis is out of bounds" if "axis" in params else reason
     if kind is TypeError:
         if "NoneType" in text:
             return kind, "an operand is None"

@@ -256,3 +256,12 @@ def test_functions_of_the_package_may_not_assign_without_a_record(line, what):
     captured = capture(step)
     with pytest.warns(UserWarning, match=f"the step assigns the {what} of a tensor"):
         captured(X)
+
+
+def test_what_is_printed_before_and_without_a_program():
+    step, refused = capture(lambda x: Tensor(x) * 2), capture(lambda x: Tensor(x) * float(x[0, 0]), quiet=True)
+    assert str(step) == "no program yet: it is there after the second step"
+    for _ in range(2):
+        step(X), refused(X)
+    assert str(step) == str(step.programs[0])
+    assert str(refused).startswith("not captured: the step computes with the numbers of an argument (__getitem__)")

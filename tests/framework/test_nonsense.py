@@ -344,6 +344,18 @@ def test_powers_of_numbers():
         assert np.isnan((Tensor([-8.0]) ** (1 / 3)).item())
 
 
+def test_an_axis_beyond_any_integer_of_64_bits():
+    for axis in (10**30, -(2**70)):
+        with pytest.raises(ValueError, match="sum.*: an axis is out of bounds"):
+            F.sum(np.ones(3), axis=axis)
+
+
+@pytest.mark.parametrize("pool", [F.adaptive_avg_pool, F.adaptive_max_pool])
+def test_adaptive_pooling_of_nothing(pool):
+    with pytest.raises(ValueError, match=r"at least one element on each axis; got \(1, 3, 0, 2\)"):
+        pool(Tensor(np.zeros((1, 3, 0, 2))), 1)
+
+
 def test_one_axis_is_no_tuple():
     for function in (F.argmax, F.argmin):
         with pytest.raises(

@@ -34,7 +34,7 @@ class capture:
     So is the second: the two records must differ in data only, and the recorded operations, run again, must give each
     array of the second bit for bit. From the third call on the program runs. It is proven again after 4, 16, 64, 256
     and each 1024 steps. If a proof fails, a warning says where, and all later steps run as always.
-    `print(step.programs[0])` lists the operations.
+    `print(step)` lists the operations of each program, or says why there is none.
 
     Taken up at once: new values of parameters, buffers and optimizer options, changed attributes of modules, and
     changes of anything else that Python code of the step reads by name.
@@ -71,7 +71,7 @@ class capture:
     >>> x, y = np.float32([[1, 2], [3, 5], [4, 0]]), np.zeros((3, 3), np.float32)
     >>> [round(step(x, y).item(), 3) for _ in range(4)]
     [1.0, 0.871, 0.759, 0.661]
-    >>> print(step.programs[0])  # doctest: +ELLIPSIS
+    >>> print(step)  # doctest: +ELLIPSIS
     zero_grad()
     %2:float32[3,2] = new_array(%0, None)
     %5:float32[3,3] = linear(%2, 0.weight, 0.bias)                                              # 0, 96 bytes
@@ -101,6 +101,10 @@ class capture:
     def reasons(self) -> list[str]:
         """Why steps are not captured, one for each kind of arguments whose steps are not."""
         return [case.refusal for case in self._cases.values() if case.refusal]
+
+    def __str__(self) -> str:
+        texts = [*map(str, self.programs), *(f"not captured: {reason}" for reason in self.reasons)]
+        return "\n\n".join(texts) or "no program yet: it is there after the second step"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Take a step."""

@@ -249,8 +249,10 @@ def _bounds(n: int, out: int) -> tuple[Array, Array]:
 
 def _adaptive_size(x: Operand, output_size: int | Ints) -> Ints:
     expect_floats(x, "adaptive pooling")
-    if x.ndim < 3:
-        raise ValueError(f"adaptive pooling takes x of (N, C, ...); got {x.shape}")
+    if x.ndim < 3 or 0 in x.shape[2:]:
+        raise ValueError(
+            f"adaptive pooling takes x of (N, C, ...) with at least one element on each axis; got {x.shape}"
+        )
     out = each_axis(output_size, x.ndim - 2, "output_size", 1)
     expect_fits_memory("the output of adaptive pooling", (*x.shape[:2], *out))
     return out
