@@ -27,7 +27,7 @@ def in_words(
         if words := _misfit(operands, params):
             return kind, words
         if "too large to convert" in text:
-            return ValueError, "an axis is out of bounds" if "axis" in params else reason
+            return ValueError, "an axis is too large" if "axis" in params else reason
     if kind is TypeError:
         if "NoneType" in text:
             return kind, "an operand is None"
