@@ -1,6 +1,6 @@
 """Vectors of 256 or 512 bits as values in compiled loops, for the few loops that LLVM does not vectorise well.
 
-With `load`, `add` and `store` a loop keeps its numbers in registers. On a processor with smaller registers LLVM splits
+With `load`, `larger` and `store` a loop keeps its numbers in registers. On a processor with smaller registers LLVM splits
 the vectors.
 """
 
@@ -37,7 +37,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def address(context, builder, array_type, array, i):
-    """Of element `i` of a contiguous array."""
+    """The address of element `i` of a contiguous array."""
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
 
 
@@ -127,16 +127,6 @@ def no_unroll(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
-
-
-@intrinsic
-def add(typingctx, a, b):
-    """a + b in each lane."""
-
-    def codegen(context, builder, signature, args):
-        return builder.fadd(*args)
-
-    return a(a, a), codegen
 
 
 @intrinsic
