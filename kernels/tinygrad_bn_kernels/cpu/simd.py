@@ -1,7 +1,7 @@
 """Vectors of 256 or 512 bits as values in compiled loops, for the few loops that LLVM does not vectorise well.
 
-With `load`, `larger` and `store` a loop keeps its numbers in registers. On a processor with smaller registers LLVM splits
-the vectors.
+With `load`, `larger` and `store` a loop keeps its numbers in registers. On a processor with smaller registers LLVM
+splits the vectors.
 """
 
 # Only Numba knows the types of intrinsics.
