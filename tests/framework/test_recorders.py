@@ -100,17 +100,17 @@ def test_update_ratios_are_those_of_the_steps():
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     recorder, want = UpdateRatios(), []
 
-    class Watch:
+    class Watch(train.Callback):
         """Looks at the weight by itself."""
 
         before = model[3].weight.numpy().copy()
 
-        def on_step(self, model):
+        def on_step(self, training):
             w = model[3].weight.numpy().astype(np.float64)
             want.append(np.linalg.norm(w - self.before) / np.linalg.norm(self.before))
             self.before = w
 
-        def __call__(self, history, model):
+        def on_epoch(self, training):
             rates.append(len(want))
 
     recorder.measure(model)

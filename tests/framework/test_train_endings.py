@@ -16,7 +16,7 @@ from tinygrad_bn import Tensor, datasets, nn, optim, train
 from tinygrad_bn import functional as F
 from tinygrad_bn.functional import reductions
 from tinygrad_bn.modes import is_recording
-from tinygrad_bn.train import History, NonFiniteError, fit
+from tinygrad_bn.train import Callback, History, NonFiniteError, Training, fit
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:BatchNorm1d.*met a batch whose statistics are not finite:RuntimeWarning",
@@ -233,11 +233,8 @@ def test_a_step_that_would_make_a_parameter_infinite_leaves_no_trace(name, at, n
     optimizer = OPTIMIZERS[name](model.parameters())
     states = [whole_state(model, optimizer)]
 
-    class Watch:
-        def __call__(self, history: History, model: nn.Module) -> None:
-            """Nothing to do after an epoch."""
-
-        def on_step(self, model: nn.Module) -> None:
+    class Watch(Callback):
+        def on_step(self, training: Training) -> None:
             states.append(whole_state(model, optimizer))
             optimizer.param_groups[0]["lr"] = 1e300 if len(states) == at else rate
 
@@ -329,11 +326,11 @@ def test_a_restored_optimizer_has_the_options_of_the_last_epoch():
     model = network()
     optimizer = optim.SGD(model.parameters(), lr=0.25)
 
-    class Watch:
-        def __call__(self, history: History, model: nn.Module) -> None:
+    class Watch(Callback):
+        def on_epoch(self, training: Training) -> None:
             optimizer.param_groups[0]["lr"] = 0.5
 
-        def on_step(self, model: nn.Module) -> None:
+        def on_step(self, training: Training) -> None:
             if optimizer.param_groups[0]["lr"] == 0.5:
                 optimizer.param_groups[0]["lr"] = 1e300
 

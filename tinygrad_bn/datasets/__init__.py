@@ -200,6 +200,10 @@ class Batches:
         return rest or min(self.batch_size, len(self.x))
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        return self.in_order(self.next_order())
+
+    def next_order(self) -> Array:
+        """Positions (N,) of the samples in the order of the next epoch, which begins with this."""
         order = np.arange(len(self.x))
         if self.shuffle:
             if isinstance(seed := self.seed, int | np.integer):
@@ -208,6 +212,10 @@ class Batches:
                 rng = generator(seed)
             order = rng.permutation(len(self.x))
         self.epoch += 1
-        for i in range(len(self)):
+        return order
+
+    def in_order(self, order: Array, start: int = 0) -> Iterator[tuple[Array, Array]]:
+        """The batches of an epoch, from number `start` on."""
+        for i in range(start, len(self)):
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
             yield self.x[chosen], self.y[chosen]

@@ -17,18 +17,17 @@ from tinygrad_bn.diagnose.structure import label
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.train.callback import Callback, Training
 from tinygrad_bn.train.scores import Data, Loss, arrays_of, expect_model, measure, outputs_and_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tinygrad_bn.train import History
-
 Kind = Literal["activations", "gradients"]
 
 
-class Recorder:
+class Recorder(Callback):
     """Base of the recorders: a callback of one `fit`. Call `measure(model)` before it for the state at epoch 0.
 
     `epochs` are the epochs that were measured.
@@ -37,9 +36,9 @@ class Recorder:
     def __init__(self) -> None:
         self.epochs: list[int] = []
 
-    def __call__(self, history: History, model: Module) -> None:
-        """Measure `model` after an epoch."""
-        self.measure(model, len(history))
+    def on_epoch(self, training: Training) -> None:
+        """Measure the model after an epoch."""
+        self.measure(training.model, training.epoch)
 
     def measure(self, model: Module, epoch: int = 0) -> None:
         """Measure `model` as it is now. Its state, modes and gradients stay; an explanation records nothing."""
@@ -158,7 +157,7 @@ class LayerHistograms(Recorder):
 class UpdateRatios(Recorder):
     """How far each parameter moves, in parts of its size: ‖w − w_before‖ / ‖w_before‖, by steps and by epochs.
 
-    `steps[name]` has a number per step of `fit`, or per call of `on_step`. Around 1e-3 is usual; far below that a
+    `steps[name]` has a number per step of `fit`, or per call of `measure_step`. Around 1e-3 is usual; far below that a
     parameter hardly learns. `ratios[name]` has a number per epoch: that of the net way, in which steps that undo each
     other do not count. A number is NaN at the first, with which there is nothing to compare, and infinite where a
     parameter of zeros has moved.
@@ -173,8 +172,12 @@ class UpdateRatios(Recorder):
         self._before_step: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
 
-    def on_step(self, model: Module) -> None:
-        """Measure `model` after a step."""
+    def on_step(self, training: Training) -> None:
+        """Measure the model after a step of `fit`."""
+        self.measure_step(training.model)
+
+    def measure_step(self, model: Module) -> None:
+        """Measure `model` after a step of a loop of your own."""
         self._before_step = _note_ratios(self.steps, self._before_step, model)
 
     def _take(self, model: Module) -> None:

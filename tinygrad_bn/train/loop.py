@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
 
-import numpy as np
-
-from tinygrad_bn import captured, nn
 from tinygrad_bn import functional as F
+from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown, warn_caller
-from tinygrad_bn.backend import Array, to_numpy
+from tinygrad_bn.backend import Array
 from tinygrad_bn.datasets import Batches, Seed
-from tinygrad_bn.optim import Adam, Optimizer, Schedule, clip_grad_norm_
-from tinygrad_bn.optim.gradients import all_finite
-from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.optim import Adam, Optimizer, Schedule
+from tinygrad_bn.train.callback import Callback, Called, Function, Training
 from tinygrad_bn.train.history import Epoch, History
-from tinygrad_bn.train.scores import (
-    Data,
-    Loss,
-    MeanScore,
-    Score,
-    arrays_of,
-    evaluate,
-    expect_model,
-    measure,
-    outputs_and_loss,
-)
+from tinygrad_bn.train.saving import ModelCheckpoint, Saver
+from tinygrad_bn.train.scores import Data, Loss, MeanScore, Score, arrays_of, evaluate, expect_model
+from tinygrad_bn.train.signals import Signals
+from tinygrad_bn.train.steps import NonFinite, Steps
 
-Callback: TypeAlias = Callable[[History, nn.Module], bool | None]
-NonFinite: TypeAlias = Literal["raise", "skip", "restore", "ignore"]
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss, a gradient or a parameter became NaN or infinite. `history` holds the completed epochs."""
-
-    history: History
+Callbacks: TypeAlias = Function | Callback | Iterable[Function | Callback]
 
 
 def fit(
@@ -54,11 +41,14 @@ def fit(
     schedule: Schedule | None = None,
     clip_norm: float | None = None,
     nonfinite: NonFinite = "raise",
-    callbacks: Callback | Iterable[Callback] = (),
+    callbacks: Callbacks = (),
     capture: bool = True,
     progress: bool = True,
     description: str = "training",
     device: str | None = None,
+    checkpoint: str | Path | ModelCheckpoint | None = None,
+    every: int | None = None,
+    resume: bool = False,
 ) -> History:
     """Train `model`.
 
@@ -87,17 +77,24 @@ def fit(
             "raise" an error, "skip" the batch, or "restore" the model and the optimizer as the last completed epoch
             left them, and end the training. With "raise" and "skip" the model and the optimizer stay as they were
             before that step. "ignore": do not look.
-        callbacks: functions (history, model), all called after every epoch. Training ends if one returns True. The
-            method `on_step(model)` of a callback, if it has one, is called after every step.
+        callbacks: functions (history, model), all called after every epoch; the training ends if one returns True. And
+            objects of `train.Callback`, which see every step.
         capture: record forward and backward pass once, and run them as a straight line of array operations: the same
             bits, faster. See `tinygrad_bn.capture`. Steps that it refuses run as always, without a warning.
         progress: show a progress bar.
         description: label of the progress bar.
         device: "cpu" or "cuda". The model is moved there and stays there; the default is its present device.
+        checkpoint: a folder for checkpoints, or a `ModelCheckpoint` that also says how many are kept and what is best.
+            After Ctrl-C and SIGTERM one more is written, at the end of the step under way; then SIGTERM ends the
+            process as usual.
+        every: steps between checkpoints. There is always one after each epoch.
+        resume: go on from the newest checkpoint of the folder, if there is one, with the same bits as if there had been
+            no interruption: parameters, statistics, optimizer, schedule, generators, order of the samples, history and
+            callbacks. The arguments have to be those of the training that was interrupted; `epochs` may be more.
 
     Returns:
-        The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates; one that was under
-        way may have reached only some of the parameters.
+        The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates. Without `checkpoint`
+        the update that was under way may have reached only some of the parameters.
 
     Raises:
         ValueError: no data, data and targets of different lengths, an option out of range, or no parameter that
@@ -105,6 +102,8 @@ def fit(
         TypeError: an argument has the wrong type, or the data are on a GPU.
         NonFiniteError: see `nonfinite`. Also with "skip", where a parameter is not finite: no batch can help then.
         RuntimeError: the device is not available; the message says why.
+        CheckpointError: the checkpoint does not belong to this training, or no file of the folder is whole.
+        OSError: a checkpoint cannot be written; see `ModelCheckpoint` for going on then.
     """
     expect_model(model, loss)
     epochs = expect_integer("epochs", epochs, 0)
@@ -114,13 +113,9 @@ def fit(
         raise ValueError(f"nonfinite is one of 'raise', 'skip', 'restore' and 'ignore'; got {shown(nonfinite)}")
     if clip_norm is not None:
         clip_norm = expect_number("clip_norm", clip_norm, 0, finite=False)
-    callbacks = list(callbacks) if isinstance(callbacks, Iterable) and not callable(callbacks) else [callbacks]
-    if not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks are functions (history, model); got {shown(callbacks)}")
+    callbacks = _as_callbacks(callbacks)
     _expect_optimizer(optimizer, schedule)
-    each_step = [c.on_step for c in callbacks if hasattr(c, "on_step")]
-    if not all(map(callable, each_step)):
-        raise TypeError(f"on_step of a callback is a function of the model; got {each_step!r}")
+    checkpoint = ModelCheckpoint.of(checkpoint, every, resume)
     batches = Batches(*arrays_of(data), batch_size, seed=seed, drop_last=drop_last)
     if not len(batches):
         raise ValueError(f"no batches: {len(batches.x)} samples, batch_size={batch_size}, drop_last={drop_last}")
@@ -135,146 +130,119 @@ def fit(
         raise ValueError(f"no parameter of {type(model).__name__} requires a gradient: call requires_grad_() on it")
     if own and own.isdisjoint(optimizer._params()):
         raise ValueError("optimizer has no parameter of the model: make it with model.parameters()")
-    steps = _Steps(model, optimizer, loss, clip_norm, nonfinite, capture)
-    history = History()
-    model.train()
-    bar = _progress(progress)
-    task = bar.add_task(description, total=epochs * len(batches), status="")
-    try:
-        with bar:
-            for number in range(1, epochs + 1):
-                start = time.perf_counter()
-                mean = MeanScore()
-                steps.remember()
-                for i, (x, y) in enumerate(batches, 1):
-                    if fault := steps.take(x, y, mean):
-                        steps.handle(f"epoch {number}, step {i} of {len(batches)}: {fault}", history)
-                        if history.diverged:
-                            return history
-                    for watch in each_step:
-                        watch(model)
-                    bar.update(task, advance=1, status=_status(number, epochs, mean.score()))
-                val = evaluate(model, validation, loss=loss) if validation is not None else Score(np.nan, np.nan)
-                history.epochs.append(Epoch(number, *mean.score(), *val, time.perf_counter() - start))
-                bar.update(task, status=_status(number, epochs, mean.score(), val))
-                if schedule is not None:
-                    schedule.step()
-                stop = [callback(history, model) for callback in callbacks]  # a list: all are called
-                if any(stop):
-                    break
-    except KeyboardInterrupt:
-        history.interrupted = True
-        model.train()  # a callback may not have come to leave evaluation mode
-    return history
+    steps = Steps(model, optimizer, loss, clip_norm, nonfinite, capture)
+    training = Training(model, optimizer, schedule, History(), epochs, len(batches))
+    saver = None
+    if checkpoint is not None:
+        saver = Saver(checkpoint, training, batches, steps, callbacks, validation is not None)
+        if resume:
+            saver.resume()
+    loop = _Loop(training, steps, batches, callbacks, saver, validation, loss)
+    return loop.run(_progress(progress), description)
 
 
-class _Steps:
-    """The steps of the optimizer, and what happens where one would not be finite."""
+class _Loop:
+    """The epochs of a training, and how it ends."""
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
+        training: Training,
+        steps: Steps,
+        batches: Batches,
+        callbacks: list[Callback],
+        saver: Saver | None,
+        validation: Data | None,
         loss: Loss,
-        clip_norm: float | None,
-        nonfinite: NonFinite,
-        captures: bool,
     ) -> None:
-        self.model, self.optimizer, self.loss, self.clip_norm = model, optimizer, loss, clip_norm
-        self.nonfinite = nonfinite
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.training, self.steps, self.batches, self.callbacks = training, steps, batches, callbacks
+        self.saver, self.validation, self.loss = saver, validation, loss
+        self.signals = Signals()
+        self.whole = True  # no step was left in the middle
 
-        def both_ways(x: Array, y: Array) -> tuple[Tensor, Any, Any]:
-            outputs, target, value = outputs_and_loss(model, loss, x, y)
-            optimizer.zero_grad()
-            mean = value[0] if isinstance(value, tuple) else value
-            if isinstance(mean, Tensor) and mean.size == 1:  # what else it may be is reported later
-                mean.backward()
-            return outputs, target, value
+    def run(self, bar: Any, description: str) -> History:
+        """Train to the end, or until an interrupt."""
+        training = self.training
+        training.model.train()
+        total = training.epochs * training.batches
+        self.show = partial(bar.update, bar.add_task(description, total=total, completed=training.step, status=""))
+        with ExitStack() as stack:
+            if self.saver is not None:
+                stack.enter_context(self.signals)
+            try:
+                with bar:
+                    for callback in self.callbacks:
+                        callback.on_begin(training)
+                    while training.epoch <= training.epochs and not (training.stopped or training.history.diverged):
+                        self.epoch()
+                    training.completed = True
+                    if self.saver is not None:
+                        self.saver.at_end()
+            except KeyboardInterrupt:
+                training.history.interrupted = True
+                training.model.train()  # a callback may not have come to leave evaluation mode
+                if self.saver is not None:
+                    self.saver.interrupted(self.whole)
+            finally:
+                for callback in self.callbacks:
+                    callback.on_end(training)
+        if self.signals.number == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+        return training.history
 
-        self.run = captured.capture(both_ways, quiet=True) if captures else both_ways
+    def epoch(self) -> None:
+        """The rest of the epoch under way."""
+        training = self.training
+        start = time.perf_counter() - training.seconds
+        if not len(training.order):
+            with self.step():
+                training.order, training.mean = self.batches.next_order(), MeanScore()
+                self.steps.remember()
+                if self.saver is not None:
+                    self.saver.before_epoch()
+        for x, y in self.batches.in_order(training.order, training.batch):
+            with self.step():
+                self.batch(x, y)
+                training.seconds = time.perf_counter() - start
+                if self.saver is not None:
+                    self.saver.after_step()
+            if training.history.diverged or training.stopped:
+                return
+        val = Score(math.nan, math.nan)
+        if self.validation is not None:
+            val = evaluate(training.model, self.validation, loss=self.loss)
+        with self.step():
+            score, seconds = training.mean.score(), time.perf_counter() - start
+            training.history.epochs.append(Epoch(training.epoch, *score, *val, seconds))
+            self.show(status=_status(training, score, val))
+            if training.schedule is not None:
+                training.schedule.step()
+            for callback in self.callbacks:
+                callback.on_epoch(training)
+            training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
+            training.order = training.order[:0]
+            if self.saver is not None:
+                self.saver.after_epoch()
 
-    def remember(self) -> None:
-        """Note what the epoch that begins may have to restore. Arrays of tensors are replaced, never written into."""
-        self.buffers = list(self.model.buffers())
-        if self.nonfinite == "restore":
-            tensors = {*self.params, *self.model.parameters(), *self.buffers}
-            self.epoch = [(t, t._data) for t in tensors], self.optimizer._undoing()
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A block that a signal does not interrupt, if there are checkpoints."""
+        with self.signals.held():
+            self.whole = False
+            yield
+            self.whole = True
 
-    def take(self, x: Array, y: Array, mean: MeanScore) -> str:
-        """Take a step on a batch, and its score into the mean; or say why not, with the model as it was before."""
-        tensors = [*self.params, *self.buffers]
-        before = [t._data for t in tensors]
-        batch = measure(self.run, x, y, self.loss)
-        if not isinstance(batch.value, Tensor):
-            raise TypeError(f"loss has to return a Tensor; got a {type(batch.value).__name__}")
-        looks, fault, undo = self.nonfinite != "ignore", "", None
-        if batch.weight:
-            fault = f"the loss is {batch.loss}" if looks and not math.isfinite(batch.loss) else self._clipped()
-            if not fault:
-                undo = self.optimizer._undoing() if looks else None
-                self.optimizer.step()
-        if looks and not fault:
-            fault = self._overflow([pair for pair in zip(tensors, before, strict=True) if pair[0]._data is not pair[1]])
-        if not fault:
-            mean.add(batch)
-            return ""
-        if undo is not None:
-            undo()
-        for t, array in zip(tensors, before, strict=True):
-            t._data = array
-        return fault if np.isfinite(x).all() else f"{fault}, since the samples are not finite"
-
-    def _clipped(self) -> str:
-        """Clip the gradients; why that is not possible, or "" if all are finite."""
-        if self.nonfinite == "ignore" and self.clip_norm is None:
-            return ""
-        norm = clip_grad_norm_(self.params, math.inf if self.clip_norm is None else self.clip_norm)
-        if math.isfinite(norm) or self.nonfinite == "ignore":
-            return ""
-        wrong = [p for p in self.params if p.grad is not None and not _is_finite(p.grad)]
-        return (
-            f"the gradient of {self._name(wrong[0])} is not finite" if wrong else "the norm of the gradients overflows"
-        )
-
-    def _overflow(self, changed: list[tuple[Tensor, Array]]) -> str:
-        """Which of the changed tensors, each with its array before, becomes NaN or infinite; "" if none does."""
-        if all_finite([t._data for t, _ in changed if t._data.dtype.kind == "f"]):
-            return ""
-        for t, old in changed:
-            was, now = to_numpy(old), to_numpy(t)
-            if (~np.isfinite(now) & (now != was) & ~np.isnan(was)).any():
-                cure = "" if isinstance(t, nn.module.Buffer) else ": lower the learning rate"
-                return f"{self._name(t)} would become NaN or infinite{cure}"
-        return ""
-
-    def handle(self, fault: str, history: History) -> None:
-        """Skip the step, or restore the last completed epoch, or raise the error."""
-        if self.nonfinite == "restore":
-            tensors, undo = self.epoch
-            undo()
-            for t, array in tensors:
-                t._data = array
-            history.diverged = fault
-            return
-        wrong = [p for p in self.params if not _is_finite(p)]
-        if self.nonfinite == "skip" and not wrong:
-            history.skipped += 1
-            return
-        kept = "parameters and running statistics are those before this step"
-        if wrong:
-            kept = f"{self._name(wrong[0])} was not finite before this step"
-        error = NonFiniteError(f"{fault}; {kept}. See the option nonfinite of fit")
-        error.history = history
-        raise error
-
-    def _name(self, p: Tensor) -> str:
-        names = {t: name for name, t in self.model.named_tensors()}
-        return names.get(p, f"a parameter of shape {p.shape}")
-
-
-def _is_finite(t: Tensor) -> bool:
-    return bool(np.isfinite(to_numpy(t)).all())
+    def batch(self, x: Array, y: Array) -> None:
+        """A step of the optimizer, or what happens instead."""
+        training = self.training
+        if fault := self.steps.take(x, y, training.mean):
+            where = f"epoch {training.epoch}, step {training.batch + 1} of {training.batches}"
+            self.steps.handle(f"{where}: {fault}", training.history)
+            if training.history.diverged:
+                return
+        training.batch, training.step, training.loss = training.batch + 1, training.step + 1, self.steps.value
+        for callback in self.callbacks:
+            callback.on_step(training)
+        self.show(advance=1, status=_status(training, training.mean.score()))
 
 
 def _expect_optimizer(optimizer: Any, schedule: Any) -> None:
@@ -298,8 +266,18 @@ def _warn_about_batch_of_one(model: nn.Module, batches: Batches) -> None:
         )
 
 
-def _status(number: int, epochs: int, score: Score, val: Score | None = None) -> str:
-    text = f"{number:>3}/{epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
+def _as_callbacks(callbacks: Any) -> list[Callback]:
+    given = [callbacks] if callable(callbacks) or not isinstance(callbacks, Iterable) else list(callbacks)
+    for callback in given:
+        if isinstance(callback, ModelCheckpoint):
+            raise TypeError("a ModelCheckpoint is no callback: give it as checkpoint=…")
+        if not (isinstance(callback, Callback) or (callable(callback) and not isinstance(callback, type))):
+            raise TypeError(f"callbacks are functions (history, model), or Callbacks; got {shown(callback)}")
+    return [callback if isinstance(callback, Callback) else Called(callback) for callback in given]
+
+
+def _status(training: Training, score: Score, val: Score | None = None) -> str:
+    text = f"{training.epoch:>3}/{training.epochs}  loss {score.loss:.3f}  acc {score.accuracy:.3f}"
     return text if val is None or math.isnan(val.accuracy) else f"{text}  valid {val.accuracy:.3f}"
 
 

@@ -1,0 +1,104 @@
+"""What callbacks of a training see, and when they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn import nn
+from tinygrad_bn.arguments import expect_text
+from tinygrad_bn.backend import Array
+from tinygrad_bn.optim import Optimizer, Schedule
+from tinygrad_bn.train.history import History
+from tinygrad_bn.train.scores import MeanScore
+
+
+@dataclass
+class Training:
+    """A training under way. Callbacks read it, and end it by `stop`.
+
+    Attributes:
+        model, optimizer, schedule: those of `fit`.
+        history: the completed epochs.
+        epochs: how many epochs are to be completed.
+        batches: batches per epoch.
+        epoch: the number of the epoch under way, from 1.
+        batch: batches of it that are done.
+        step: batches that are done in all epochs.
+        loss: of the last batch; NaN before the first.
+        mean: loss and accuracy of the batches of this epoch: `mean.score()`.
+        stopped: why a callback ended the training, or "".
+        completed: whether the training has come to its end, and was not interrupted.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule | None
+    history: History
+    epochs: int
+    batches: int
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    loss: float = float("nan")
+    mean: MeanScore = field(default_factory=MeanScore)
+    order: Array = field(default_factory=lambda: np.arange(0))  # of the samples in the epoch under way
+    seconds: float = 0.0  # that the epoch under way took until it was interrupted
+    stopped: str = ""
+    completed: bool = False
+
+    def stop(self, reason: str) -> None:
+        """End the training after the callbacks of this step or epoch. Raises TypeError unless `reason` is text."""
+        expect_text("reason", reason)
+        self.stopped = self.stopped or reason or "stopped"
+
+
+class Callback:
+    """Base of callbacks of `fit` that are more than a function. Each method may be left as it is: it does nothing.
+
+    Those that keep something from epoch to epoch return it as `state_dict`, so that a training goes on from a
+    checkpoint as if it had not been interrupted.
+
+    >>> class Loud(Callback):
+    ...     def on_epoch(self, training):
+    ...         print(f"epoch {training.epoch} of {training.epochs}: {training.history['loss'][-1]:.1f}")
+    ...         if training.history["loss"][-1] < 0.1:
+    ...             training.stop("the loss is low enough")
+    """
+
+    def on_begin(self, training: Training) -> None:
+        """Before the first step. After a resume `training.step` is above 0, and `load_state_dict` was called before."""
+
+    def on_step(self, training: Training) -> None:
+        """After each batch."""
+
+    def on_epoch(self, training: Training) -> None:
+        """After each epoch, validation and step of the schedule included."""
+
+    def on_end(self, training: Training) -> None:
+        """At the end, also after an interrupt or an error: `training.completed` tells."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept: numbers, text, None, lists and dictionaries of these; and arrays, as values of the whole."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+
+
+Function: TypeAlias = Callable[[History, nn.Module], bool | None]
+
+
+class Called(Callback):
+    """A function (history, model) as a callback."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def on_epoch(self, training: Training) -> None:
+        """Call it. The training ends if it returns True."""
+        if self.function(training.history, training.model):
+            training.stop(f"{getattr(self.function, '__qualname__', 'a callback')} returned True")
