@@ -27,6 +27,7 @@ PARTS = (
     "backend",
     "kernels",
     "cuda",
+    "checkpoint",
 )
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -34,7 +35,7 @@ MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
 
 LAZY = """
 import sys
-HEAVY = ("numba", "matplotlib", "rich", "pooch")
+HEAVY = ("numba", "matplotlib", "rich", "pooch", "safetensors")
 def loaded():
     return [name for name in HEAVY if name in sys.modules]
 import tinygrad_bn
