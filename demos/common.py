@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -19,9 +20,11 @@ from rich.progress import track
 from tinygrad_bn import cuda, datasets, nn, train, viz
 from tinygrad_bn.files import replacing
 
+from .environment import environment
 from .interval import interval
 from .options import OPTIMIZERS, parser, spelled
 from .output import finite, table
+from .settings import as_toml, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,10 +64,13 @@ class Run:
         self.parser = parser(name, doc, defaults)
         for flag, keywords in (own or {}).items():
             self.parser.add_argument(flag, **keywords)
-        argv = sys.argv[1:] if argv is None else argv
-        if "--check" in argv:
+        argv = spelled(sys.argv[1:] if argv is None else argv)
+        given = read_settings(self.parser, argv)
+        if "--check" in argv or given.get("check"):
             self.parser.set_defaults(**(check or {}))
-        self.args = self.parser.parse_args(spelled(argv))
+        self.parser.set_defaults(**given)
+        self.args = self.parser.parse_args(argv)
+        self._command = shlex.join(["python", "-m", str(__package__), name, *map(str.strip, argv)])
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
         if self.args.check and getattr(self.args, "seeds", 2) < 2:
@@ -183,7 +189,10 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """`--out`, or a new folder runs/NAME/DATE-TIME, so that no run overwrites another."""
+        """`--out`, or a new folder runs/NAME/DATE-TIME, so that no run overwrites another.
+
+        It begins with config.toml and environment.json.
+        """
         if self._folder is None:
             date = datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
             folder = self.args.out or Path("runs") / self.name / date
@@ -193,6 +202,9 @@ class Run:
             except OSError as error:
                 sys.exit(f"cannot write to {folder}: {error.strerror}")
             self._folder = folder
+            about = environment(self._command, getattr(self.args, "device", "cpu") == "cuda")
+            self._write_text("config.toml", as_toml(vars(self.args)))
+            self._write_text("environment.json", json.dumps(about, indent=1))
         return self._folder
 
     def path(self, filename: str) -> Path:
@@ -208,6 +220,9 @@ class Run:
             self.files.append(path)
         except OSError as error:
             self._failures.append(f"cannot write {path}: {error.strerror or error}")
+
+    def _write_text(self, filename: str, text: str) -> None:
+        self.write(filename, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save(self, figure: "Figure", name: str) -> None:
         """Write a figure as PNG, unless `--no-plot`."""
@@ -264,7 +279,7 @@ class Run:
         content |= {"figures": figures, "results": results}
         text = json.dumps(finite(content), indent=1, allow_nan=False)
         if self._folder or self.args.out:
-            self.write("results.json", lambda path: path.write_text(text, encoding="utf-8"))
+            self._write_text("results.json", text)
         for part in self._report:
             self.console.print(part, highlight=False, markup=False)
         verdict = Console(highlight=False)

@@ -25,6 +25,7 @@ class Training:
         history: the completed epochs.
         epochs: how many epochs are to be completed.
         batches: batches per epoch.
+        validates: whether there are validation data.
         epoch: the number of the epoch under way, from 1.
         batch: batches of it that are done.
         step: batches that are done in all epochs.
@@ -40,6 +41,7 @@ class Training:
     history: History
     epochs: int
     batches: int
+    validates: bool = False
     epoch: int = 1
     batch: int = 0
     step: int = 0
