@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos lessons test test-browser test-lessons test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos lessons test fuzz test-browser test-lessons test-install test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ lessons: $(VENV)/.lessons  ## open six lessons in a browser, in English and Kore
 
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
+
+fuzz: $(VENV)/.test  ## read 100,000 damaged files of each format (about 15 minutes)
+	$(BIN)/python -m tests.fuzz
 
 test-lessons: $(VENV)/.lessons $(VENV)/.browser  ## run the lessons as scripts, and use them in a browser (needs chromium)
 	$(BIN)/python -m pytest -rs -n auto tests/framework/test_lessons.py tests/framework/test_notebook.py tests/lessons
