@@ -22,6 +22,9 @@ Files = Mapping[str, bytes]
 class Content(bytes):
     """The bytes of a file; long ones are printed as their ends."""
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # Hypothesis writes other bytes out
+
     def __repr__(self) -> str:
         whole = bytes(self)
         return repr(whole) if len(whole) <= 200 else f"<{len(whole)} bytes {whole[:120]!r} … {whole[-40:]!r}>"

@@ -30,8 +30,8 @@ def test_damaged_files(name, folder):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_both_ends_are_reached(name):
-    seen = fuzz(TARGETS[name], 150, start=0)
-    assert seen.total() == 150
+    seen = fuzz(TARGETS[name], 300, start=0)
+    assert seen.total() == 300
     assert min(seen["accepted"], seen["refused"]) > 10, seen
 
 
