@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import signal
 import sys
 import time
 import tracemalloc
@@ -55,6 +56,17 @@ def one_file(name: str, contents: SearchStrategy[bytes]) -> SearchStrategy[Files
     return fixed_dictionaries({name: contents.map(Content)})
 
 
+def _alarm(seconds: float) -> None:
+    """End the process with a traceback, also in C, unless it is called again within these seconds; 0 is never.
+
+    A timer of the system, as `faulthandler.dump_traceback_later` starts a thread for every case.
+    """
+    if hasattr(signal, "setitimer"):  # POSIX
+        if seconds:
+            faulthandler.register(signal.SIGALRM, file=sys.__stderr__ or sys.stderr, chain=True)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def check(target: Target, files: Files, folder: Path) -> str:
     """Read the files in an otherwise empty `folder`; "accepted" or "refused".
 
@@ -67,7 +79,7 @@ def check(target: Target, files: Files, folder: Path) -> str:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     refused, result = None, None
-    faulthandler.dump_traceback_later(6 * SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
+    _alarm(6 * SECONDS)
     tracemalloc.start()
     start = time.perf_counter()
     try:
@@ -79,7 +91,7 @@ def check(target: Target, files: Files, folder: Path) -> str:
     finally:
         seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        faulthandler.cancel_dump_traceback_later()
+        _alarm(0)
     assert peak <= target.memory, f"{peak} bytes at once; at most {target.memory} are allowed"
     assert seconds <= SECONDS, f"{seconds:.1f} s; at most {SECONDS} are allowed"
     if refused is None:

@@ -1,8 +1,13 @@
 """Files of every kind of damage: the right result, or the reader's own error, in bounded memory and time."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -67,3 +72,26 @@ def test_wrong_readers_are_caught(name, folder, monkeypatch):
         check(target, {"a": b""}, folder)
     right = dataclasses.replace(target, read=lambda folder: None)
     assert Counter([check(right, {"a": b""}, folder)]) == Counter(accepted=1)
+
+
+HANG = """
+import dataclasses, sys
+from pathlib import Path
+from tests.fuzz import target
+from tests.fuzz.targets import TARGETS
+target.SECONDS = 0.02
+def hangs(folder):
+    while True:
+        pass
+target.check(dataclasses.replace(TARGETS["idx"], read=hangs), {}, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers are POSIX's")
+def test_a_case_that_does_not_end_ends_the_process(tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-c", HANG, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "in hangs" in done.stderr

@@ -64,7 +64,7 @@ def use(python: str, archive: Path, version: str) -> str:
         assert "iris" in demo.lower(), demo
         rows = run(*isolated, "-m", "tinygrad_bn", "kernels", cwd=folder).count(" cpu ")
         assert rows > 20, "the table of kernels is short"
-        return f"{run(*isolated, '-c', PROGRAM, version, cwd=folder).strip()}, {rows} rows of kernels"
+        return f"{run(*isolated, '-c', PROGRAM, version, cwd=folder).splitlines()[-1]}, {rows} rows of kernels"
 
 
 def main() -> int:
