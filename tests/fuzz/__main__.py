@@ -14,6 +14,9 @@ from tests.fuzz.target import Files, Target, check
 from tests.fuzz.targets import TARGETS
 
 
+RUN = 5_000  # cases: what Hypothesis keeps of a run grows with it
+
+
 def fuzz(target: Target, cases: int, start: int) -> Counter[str]:
     """How many cases were accepted and refused. Raises what the smallest failing case raised."""
     seen: Counter[str] = Counter()
@@ -40,10 +43,16 @@ def main() -> None:
     for name in options.names or TARGETS:
         if name not in TARGETS:
             parser.error(f"no format {name!r}; the formats are {', '.join(TARGETS)}")
-        start = time.perf_counter()
-        seen = fuzz(TARGETS[name], options.cases, options.seed)
-        seconds = time.perf_counter() - start
-        print(f"{name:12} {seen['accepted']:7} accepted {seen['refused']:7} refused {seconds:7.0f} s", flush=True)
+        start, seen = time.perf_counter(), Counter[str]()
+        for done in range(0, options.cases, RUN):
+            seen += fuzz(TARGETS[name], min(RUN, options.cases - done), options.seed + done)
+            seconds = time.perf_counter() - start
+            print(
+                f"\r{name:12} {seen['accepted']:7} accepted {seen['refused']:7} refused {seconds:7.0f} s",
+                end="",
+                flush=True,
+            )
+        print()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ HEADER = 4 + 4 * 255  # bytes, the longest header of IDX
 CHUNK = 1 << 18  # bytes; a read allocates what it is asked for, whatever is there
 GZIP_LIMIT = 1 << 30  # bytes: 1 MiB of gzip can be 1 GiB of zeros
 CSV_LIMIT = 1 << 28  # bytes
-CSV_CELLS = 1 << 24  # a cell takes up to 150 bytes more than its text
+CSV_CELLS = 1 << 24  # a row of one cell takes 200 bytes more than its text
 
 
 class DataError(ValueError):
