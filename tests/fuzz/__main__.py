@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.fuzz.target import Files, Target, check
 from tests.fuzz.targets import TARGETS
 
-
 RUN = 5_000  # cases: what Hypothesis keeps of a run grows with it
 
 
@@ -47,11 +46,8 @@ def main() -> None:
         for done in range(0, options.cases, RUN):
             seen += fuzz(TARGETS[name], min(RUN, options.cases - done), options.seed + done)
             seconds = time.perf_counter() - start
-            print(
-                f"\r{name:12} {seen['accepted']:7} accepted {seen['refused']:7} refused {seconds:7.0f} s",
-                end="",
-                flush=True,
-            )
+            counts = f"{seen['accepted']:7} accepted {seen['refused']:7} refused"
+            print(f"\r{name:12} {counts} {seconds:7.0f} s", end="", flush=True)
         print()
 
 
