@@ -23,7 +23,7 @@ lessons: $(VENV)/.lessons  ## open six lessons in a browser, in English and Kore
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
 
-fuzz: $(VENV)/.test  ## read 100,000 damaged files of each format (about 15 minutes)
+fuzz: $(VENV)/.test  ## read 100,000 damaged files of each format
 	$(BIN)/python -m tests.fuzz
 
 test-lessons: $(VENV)/.lessons $(VENV)/.browser  ## run the lessons as scripts, and use them in a browser (needs chromium)
