@@ -6,6 +6,7 @@ there, per length of step. In the third network, noise after each BatchNorm chan
 every step. The paper of 2015 explains BatchNorm by inputs that shift less; noise tells that from a smoother loss.
 """
 
+from functools import partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> Run:
     run.expect_batches(len(training), run.args.batch_size)
 
     def networks(seed: int) -> list[Array]:
-        return [descend(run, name, seed, training, validation) for name in MODELS]
+        return [run.once(partial(descend, run, name, seed, training, validation)) for name in MODELS]
 
     measured = np.array(run.each(networks, run.seeds, "seeds"))  # by seed, network, measure, step
     figure, grid = viz.subplots(2, 2, 11, 8.4)

@@ -50,16 +50,14 @@ def main(argv: list[str] | None = None) -> Run:
     steps = np.arange(run.args.epochs + 1) * -(-len(training) // run.args.batch_size)
 
     def measure(seed: int) -> tuple[list[list[float]], list[list[Array]]]:
-        accuracy, inputs = [], []
+        accuracy: list[list[float]] = []
+        inputs: list[list[Array]] = []
         for name, batch_norm in MODELS.items():
             model = build(batch_norm, seed)
             untrained = train.evaluate(model, validation).accuracy
-            inputs.append([sigmoid_input(model, validation.x)])
-            save = inputs[-1].append
-            history = run.fit(
-                model, training, validation, f"{name}, seed {seed}", seed=seed,
-                callbacks=lambda _, m, save=save: save(sigmoid_input(m, validation.x)),
-            )  # fmt: skip
+            measured = train.Measure(lambda model: sigmoid_input(model, validation.x))
+            history = run.fit(model, training, validation, f"{name}, seed {seed}", seed=seed, callbacks=measured)
+            inputs.append(measured.values)
             accuracy.append([untrained, *history["val_accuracy"]])
         return accuracy, inputs
 

@@ -104,3 +104,28 @@ class Called(Callback):
         """Call it. The training ends if it returns True."""
         if self.function(training.history, training.model):
             training.stop(f"{getattr(self.function, '__qualname__', 'a callback')} returned True")
+
+
+class Measure(Callback):
+    """Keeps what `function(model)` gives before the first step and after each epoch, in `values`: arrays or numbers."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        self.values: list[Any] = []
+
+    def on_begin(self, training: Training) -> None:
+        """Measure the model as it begins."""
+        if not self.values:
+            self.values.append(self.function(training.model))
+
+    def on_epoch(self, training: Training) -> None:
+        """Measure it after an epoch."""
+        self.values.append(self.function(training.model))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        self.values = list(state["values"])
