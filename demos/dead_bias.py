@@ -7,9 +7,7 @@ shorter, which changes no output, only this rate. A learning rate that grows by 
 same without decay (Li and Arora 2020, An exponential learning rate schedule for deep learning).
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -49,28 +47,6 @@ def facts(data: datasets.Dataset, seed: int) -> list[float]:
     return [float(np.linalg.norm(db) / size), float(abs(w @ dw) / np.linalg.norm(w) / size), float(changed)]
 
 
-class Rates(train.Callback):
-    """Sets the rate of each step, and notes in `seen`: the loss, the norm of the weight, and the effective rate."""
-
-    def __init__(self, weight: nn.Parameter, lr: float, grows: bool) -> None:
-        self.weight, self.lr, self.grows, self.seen = weight, lr, grows, list[list[float]]()
-
-    def on_begin(self, training: train.Training) -> None:
-        growth = (1 - self.lr * DECAY) ** -(2 * training.step + 1) if self.grows else 1
-        training.optimizer.param_groups[0]["lr"] = self.rate = self.lr * growth
-        self.norm = float(np.linalg.norm(self.weight.numpy()))
-
-    def on_step(self, training: train.Training) -> None:
-        self.seen.append([training.loss, self.norm, self.rate / self.norm**2])
-        self.on_begin(training)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seen = state["seen"]
-
-
 def trained(run: Run, data: datasets.Dataset, method: str, seed: int) -> tuple[nn.Sequential, Array]:
     """The network, and for each step: its loss, and the norm and effective rate of the first weight (steps, 3)."""
     model, lr = build(seed), run.args.lr
@@ -78,11 +54,17 @@ def trained(run: Run, data: datasets.Dataset, method: str, seed: int) -> tuple[n
     weights = [named.pop(name) for name in ("1.weight", "4.weight")]
     decay = DECAY if method == "weight decay" else 0.0
     optimizer = optim.SGD([{"params": weights, "weight_decay": decay}, {"params": named.values()}], lr=lr)
-    rates = Rates(weights[0], lr, grows=method == METHODS[2])
-    run.fit(
-        model, data, None, f"{method}, seed {seed}", optimizer=optimizer, seed=seed, callbacks=rates, drop_last=True
-    )
-    return model, np.array(rates.seen)
+
+    def next_rate(training: train.Training) -> list[float]:
+        growth = (1 - lr * DECAY) ** -(2 * training.step + 1) if method == METHODS[2] else 1
+        optimizer.param_groups[0]["lr"] = lr * growth
+        norm = float(np.linalg.norm(weights[0].numpy()))
+        return [training.loss, norm, lr * growth / norm**2]
+
+    seen = train.Measure(next_rate, "step")
+    run.fit(model, data, None, f"{method}, seed {seed}", optimizer=optimizer, seed=seed, callbacks=seen, drop_last=True)
+    values = np.array(seen.values)
+    return model, np.column_stack([values[1:, 0], values[:-1, 1:]])
 
 
 def main(argv: list[str] | None = None) -> Run:

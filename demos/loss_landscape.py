@@ -6,13 +6,11 @@ there, per length of step. In the third network, noise after each BatchNorm chan
 every step. The paper of 2015 explains BatchNorm by inputs that shift less; noise tells that from a smoother loss.
 """
 
-from functools import partial
 from itertools import chain, pairwise
 
 import numpy as np
 
-from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, viz
-from tinygrad_bn.random import generator
+from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, random, viz
 from tinygrad_bn.tensor import Array
 
 from . import learning_rates
@@ -34,7 +32,9 @@ class Noise(nn.Module):
     """A random shift and scale for each of 100 units, the same for all images, until the next `draw`."""
 
     def draw(self) -> None:
-        self.shift, self.scale = generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)).astype(np.float32)
+        self.shift, self.scale = (
+            random.generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)).astype(np.float32)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> Run:
     run.expect_batches(len(training), run.args.batch_size)
 
     def networks(seed: int) -> list[Array]:
-        return [run.once(partial(descend, run, name, seed, training, validation)) for name in MODELS]
+        return [run.once(lambda name=name: descend(run, name, seed, training, validation)) for name in MODELS]
 
     measured = np.array(run.each(networks, run.seeds, "seeds"))  # by seed, network, measure, step
     figure, grid = viz.subplots(2, 2, 11, 8.4)

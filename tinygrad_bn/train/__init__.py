@@ -14,6 +14,6 @@ from tinygrad_bn.train.steps import NonFiniteError
 
 __all__ = [
     "CSVLog", "Callback", "Data", "EarlyStopping", "Epoch", "Gap", "History", "Measure", "ModelCheckpoint",
-    "NonFiniteError", "RateSearch", "Score", "TensorBoardLog", "Training", "confusion", "evaluate", "find_learning_rate", "fit",
-    "recalibrate", "statistics_gap",
+    "NonFiniteError", "RateSearch", "Score", "TensorBoardLog", "Training", "confusion", "evaluate",
+    "find_learning_rate", "fit", "recalibrate", "statistics_gap",
 ]  # fmt: skip

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from tinygrad_bn import nn
-from tinygrad_bn.arguments import expect_text
+from tinygrad_bn.arguments import expect_text, shown
 from tinygrad_bn.backend import Array
 from tinygrad_bn.optim import Optimizer, Schedule
 from tinygrad_bn.train.history import History
@@ -107,20 +107,35 @@ class Called(Callback):
 
 
 class Measure(Callback):
-    """Keeps what `function(model)` gives before the first step and after each epoch, in `values`: arrays or numbers."""
+    """Keeps what `function(training)` gives, in `values`: before the first step, and after each epoch or step.
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
+    Args:
+        function: it gives numbers, arrays, or lists and tuples of them.
+        each: "epoch" or "step".
+
+    >>> rates = Measure(lambda training: training.optimizer.param_groups[0]["lr"])
+    """
+
+    def __init__(self, function: Callable[[Training], Any], each: Literal["epoch", "step"] = "epoch") -> None:
+        if each not in ("epoch", "step"):
+            raise ValueError(f"each is 'epoch' or 'step'; got {shown(each)}")
+        self.function, self.each = function, each
         self.values: list[Any] = []
 
     def on_begin(self, training: Training) -> None:
-        """Measure the model as it begins."""
+        """Measure before the first step."""
         if not self.values:
-            self.values.append(self.function(training.model))
+            self.values.append(self.function(training))
+
+    def on_step(self, training: Training) -> None:
+        """Measure after a step, if so asked."""
+        if self.each == "step":
+            self.values.append(self.function(training))
 
     def on_epoch(self, training: Training) -> None:
-        """Measure it after an epoch."""
-        self.values.append(self.function(training.model))
+        """Measure after an epoch, if so asked."""
+        if self.each == "epoch":
+            self.values.append(self.function(training))
 
     def state_dict(self) -> dict[str, Any]:
         """The values."""
