@@ -98,7 +98,7 @@ class Folder:
 
     def newest(self) -> Path | None:
         """The newest generation, or None."""
-        return (self.generations() or [None])[-1]
+        return next(reversed(self.generations()), None)
 
     def best(self) -> Path | None:
         """The best one, or None."""
@@ -138,5 +138,7 @@ class Folder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

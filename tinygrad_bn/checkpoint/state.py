@@ -143,7 +143,11 @@ def _expect(
     model: Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None, strict: bool = True
 ) -> None:
     expect_flags(strict=strict)
-    for name, value, kind in (("model", model, Module), ("optimizer", optimizer, Optimizer), ("schedule", schedule, Schedule)):
+    for name, value, kind in (
+        ("model", model, Module),
+        ("optimizer", optimizer, Optimizer),
+        ("schedule", schedule, Schedule),
+    ):
         if not (isinstance(value, kind) or (value is None and name != "model")):
             raise TypeError(f"{name} has to be a {kind.__name__}; got {full_name(value)}")
 
@@ -174,7 +178,9 @@ def _fitting_states(contents: Contents, generators: Mapping[str, np.random.Gener
         try:
             type(rng.bit_generator)().state = saved[name]
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise CheckpointError(contents.path, f"the state of the generator {name!r} does not fit: {error}") from error
+            raise CheckpointError(
+                contents.path, f"the state of the generator {name!r} does not fit: {error}"
+            ) from error
         other = first.setdefault(id(rng.bit_generator), name)
         if repr(saved[other]) != repr(saved[name]):
             raise CheckpointError(contents.path, f"{other!r} and {name!r} are one generator here, but were two")
@@ -239,7 +245,7 @@ def _undoing(
     while isinstance(inner, Schedule):
         schedules.append((inner, dict(vars(inner))))
         inner = vars(inner).get("after")
-    optimizers = [o for o in (optimizer, schedule and schedule.optimizer) if o is not None]
+    optimizers = [o for o in (optimizer, None if schedule is None else schedule.optimizer) if o is not None]
     kept = [(o, o.state, [(group, dict(group)) for group in o.param_groups]) for o in optimizers]
 
     def undo() -> None:
@@ -250,9 +256,9 @@ def _undoing(
             for group, old in groups:
                 group.clear()
                 group.update(old)
-        for s, old in schedules:
-            vars(s).update(old)
-        for bits, state in states:
-            bits.state = state
+        for s, attributes in schedules:
+            vars(s).update(attributes)
+        for bits, drawn in states:
+            bits.state = drawn
 
     return undo
