@@ -208,11 +208,11 @@ class Run:
             raise KeyboardInterrupt
         return history
 
-    def once(self, work: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array that `work` gives; after `--resume`, the one that it gave before."""
+    def once(self, work: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+        """The array that `work(*args)` gives; after `--resume`, the one that it gave before."""
         path = self._next_checkpoint().with_suffix(".npy")
         if not path.exists():
-            array = work()
+            array = work(*args)
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as beside, beside.open("wb") as file:
                 np.save(file, array)
