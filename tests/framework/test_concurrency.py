@@ -11,8 +11,8 @@ import pytest
 
 from tests.tools.networks import Training
 from tests.tools.processes import on_threads, output, python
-from tinygrad_bn import nn
 from tinygrad_bn import functional as F
+from tinygrad_bn import nn
 
 pytestmark = pytest.mark.compiled
 THREADS = 4
@@ -121,11 +121,18 @@ jit._Files._open_for_write = torn
 """
 
 
+FEW_LOOPS = """
+import numpy as np
+from tinygrad_bn import ops
+print(ops.sum(np.random.default_rng(0).normal(size=(60, 100)).astype("f4"), axis=0).tobytes().hex())
+"""
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed on POSIX systems")
-@pytest.mark.parametrize("number", [1, 2, 4])  # index or machine code
+@pytest.mark.parametrize("number", [1, 2])  # index or machine code
 def test_a_process_killed_while_it_writes_leaves_a_cache_that_works(number, tmp_path):
-    killed = python(KILLED.replace("NUMBER", str(number)) + DIGEST, NUMBA_CACHE_DIR=tmp_path)
+    killed = python(KILLED.replace("NUMBER", str(number)) + FEW_LOOPS, NUMBA_CACHE_DIR=tmp_path)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    want = output(python(DIGEST))
-    assert [output(python(DIGEST, NUMBA_CACHE_DIR=tmp_path)) for _ in range(2)] == [want] * 2
+    want = output(python(FEW_LOOPS))
+    assert [output(python(FEW_LOOPS, NUMBA_CACHE_DIR=tmp_path)) for _ in range(2)] == [want] * 2
