@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos lessons dist test fuzz test-browser test-lessons test-install test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos lessons dist test fuzz test-browser test-lessons test-install test-oldest test-peers test-cuda gpu-report soak bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ test-cuda: $(VENV)/.cuda-test  ## execute every CUDA kernel without a GPU (insta
 gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op there, and print the bandwidth of each kernel
 	$(BIN)/python -m pytest -q -m gpu tests/cuda/test_gpu.py
 	$(BIN)/python -m tests.cuda.gpu_report
+
+soak: $(VENV)/.test  ## 20,000 steps of each article's network: memory, files, threads and caches must not grow (an hour; Linux)
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 10 minutes, a quiet machine)
 	$(BIN)/python -m tests.benchmarks.bench

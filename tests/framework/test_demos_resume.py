@@ -3,6 +3,9 @@
 import importlib
 import json
 import re
+import signal
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,14 @@ import pytest
 
 from demos import gallery
 from demos.common import CHECKPOINTS
-from tests.framework.test_demos import ORDER, idx_folder
+from tests.framework.test_demos import ORDER
 from tinygrad_bn.train import steps
-
-__all__ = ["idx_folder"]
 
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.filterwarnings("ignore:BatchNorm1d.*not finite", "ignore:.*encountered in:RuntimeWarning"),
 ]
-# Interrupted in these steps of all trainings together. The options make a demo short; the data are 40 images.
+# Options that make a demo short, on 640 images.
 TRAINING = {
     "deep_mlp": ["--epochs", "3", "--batch-size", "10", "--seeds", "2"],
     "mnist_mlp": ["--epochs", "2", "--batch-size", "10", "--seeds", "2"],
@@ -38,6 +39,19 @@ TRAINING = {
     "layer_norm": ["--epochs", "1", "--seeds", "1"],
     "eval_gradient": ["--epochs", "2", "--batch-size", "10", "--seeds", "1"],
 }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of three classes of bright images, 640 to train on and 60 to test on."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("images")
+    for prefix, n in (("train", 640), ("t10k", 60)):
+        labels = rng.integers(0, 3, n).astype(np.uint8)
+        pictures = (rng.integers(0, 50, (n, 28, 28)) + 60 * labels[:, None, None]).astype(np.uint8)
+        for name, array in ((f"{prefix}-images-idx3-ubyte", pictures), (f"{prefix}-labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / name).write_bytes(header + array.tobytes())
+    return str(folder)
 
 
 class Killed(BaseException):
@@ -69,45 +83,45 @@ def results(folder: Path) -> Any:
     return timeless({k: content[k] for k in ("results", "claims", "interrupted")})
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_interrupted_and_killed(name, idx_folder, tmp_path, monkeypatch, capsys):
-    data = [] if name in ("iris_mlp", "titanic_mlp") else ["--data", str(idx_folder)]
+@pytest.mark.parametrize("name", [name for name in TRAINING if name != "loss_landscape"])
+def test_interrupted_and_killed(name, images, tmp_path, monkeypatch, capsys):
+    data = [] if name in ("iris_mlp", "titanic_mlp") else ["--data", images]
     options = [*TRAINING[name], *data, "--no-plot", "--quiet"]
     main(name, *options, "--out", str(tmp_path / "whole"))
 
-    take, taken = steps.Steps.take, [0]
-    rng = np.random.default_rng(0)
+    take, taken, plan = steps.Steps.take, [0], dict[str, Any]()
 
     def broken_off(self: Any, *args: Any) -> str:
         taken[0] += 1
-        if taken[0] == at:
-            raise error
+        if taken[0] == plan["at"]:
+            plan["end"]()
         return take(self, *args)
 
+    def kill() -> None:
+        raise Killed
+
     monkeypatch.setattr(steps.Steps, "take", broken_off)
-    go_on = [*options, "--out", str(tmp_path / "cut")]
-    for error in (KeyboardInterrupt, Killed):
-        at, taken[0] = int(rng.integers(2, 9)), 0
-        try:
+    rng, go_on = np.random.default_rng(0), [*options, "--out", str(tmp_path / "cut")]
+    for ending in (partial(signal.raise_signal, signal.SIGINT), kill):
+        plan, taken[0] = {"at": int(rng.integers(2, 9)), "end": ending}, 0
+        with suppress(KeyboardInterrupt, Killed):
             main(name, *go_on)
-        except (KeyboardInterrupt, Killed, SystemExit):
-            pass
+        assert (tmp_path / "cut" / CHECKPOINTS / "001").is_dir()
         go_on = ["--resume", str(tmp_path / "cut")]
-    at = -1
-    assert (tmp_path / "cut" / CHECKPOINTS).is_dir() or name == "loss_landscape", "which takes no such steps"
-    if name != "loss_landscape":
-        main(name, *go_on)
+    assert f"to go on: python -m demos {name} --resume" in capsys.readouterr().err
+    plan = {"at": -1}
+    main(name, *go_on)
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     assert not (tmp_path / "cut" / CHECKPOINTS).exists()
     with pytest.raises(SystemExit):
-        main(name, "--resume", str(tmp_path / "cut"))
+        main(name, *go_on)
     assert "is finished" in capsys.readouterr().err
 
 
-def test_a_part_that_was_finished_is_not_computed_again(idx_folder, tmp_path, monkeypatch):
+def test_a_part_that_was_finished_is_not_computed_again(images, tmp_path, monkeypatch):
     demo = importlib.import_module("demos.loss_landscape")
     descend, calls = demo.descend, []
-    options = [*TRAINING["loss_landscape"], "--data", str(idx_folder), "--no-plot", "--quiet"]
+    options = [*TRAINING["loss_landscape"], "--data", images, "--no-plot", "--quiet"]
     main("loss_landscape", *options, "--out", str(tmp_path / "whole"))
 
     def counted(*args: Any) -> np.ndarray:
