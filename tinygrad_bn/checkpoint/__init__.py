@@ -2,6 +2,6 @@
 
 from tinygrad_bn.checkpoint.files import CheckpointError, Contents, read
 from tinygrad_bn.checkpoint.folder import Folder
-from tinygrad_bn.checkpoint.state import load, load_model, save, save_model
+from tinygrad_bn.checkpoint.state import apply, load, load_model, save, save_model
 
-__all__ = ["CheckpointError", "Contents", "Folder", "load", "load_model", "read", "save", "save_model"]
+__all__ = ["CheckpointError", "Contents", "Folder", "apply", "load", "load_model", "read", "save", "save_model"]

@@ -40,7 +40,9 @@ def pack(value: Any, name: str, arrays: dict[str, Array]) -> Any:
         packed = [(k, pack(v, f"{name}/{k}", arrays)) for k, v in value.items()]
         plain = all(isinstance(k, str) and not k.startswith("$") for k in value)
         return dict(packed) if plain else {"$dict": packed}
-    raise TypeError(f"{name} is {full_name(value)}; numbers, texts, None, lists, tuples, dictionaries and arrays can be saved")
+    raise TypeError(
+        f"{name} is {full_name(value)}; numbers, texts, None, lists, tuples, dictionaries and arrays can be saved"
+    )
 
 
 def unpack(value: Any, arrays: Mapping[str, Array]) -> Any:

@@ -123,7 +123,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if stat.S_ISFIFO((mode := os.stat(path).st_mode)) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
+    if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise CheckpointError(path, "this is not a regular file")
     data = path.read_bytes()
     if data[:4] == b"PK\x03\x04" or data[:2] == b"\x80\x02":
@@ -179,7 +179,8 @@ def _contents(path: Path, arrays: dict[str, Array], metadata: dict[str, str], no
         raise CheckpointError(path, f"it is damaged: its metadata have no {', '.join(sorted(missing))}")
     if metadata[FORMAT] != str(VERSION):
         raise CheckpointError(
-            path, f"it has format {metadata[FORMAT]:.20}, and this version reads {VERSION}; use the tinygrad_bn that wrote it"
+            path,
+            f"it has format {metadata[FORMAT]:.20}, and this version reads {VERSION}; use the tinygrad_bn that wrote it",
         )
     if _digest(arrays, {k: v for k, v in metadata.items() if k != HASH}) != metadata[HASH]:
         raise CheckpointError(path, "it is damaged: its SHA-256 differs; take a checkpoint before it")

@@ -105,24 +105,24 @@ class Folder:
         path = self.path / BEST
         return path if path.is_file() else None
 
-    def load_newest(self, model: Module, *, generators: Any = (), **others: Any) -> Contents:
-        """Load the newest generation, as `checkpoint.load` does; a damaged one is passed over with a warning.
+    def read_newest(self) -> Contents:
+        """The contents of the newest generation; a damaged one is passed over with a warning.
 
-        Raises FileNotFoundError if there is none, CheckpointError if all are damaged or the newest whole one does not
-        fit the model.
+        Raises FileNotFoundError if there is none, CheckpointError if all are damaged.
         """
-        generators = dict(generators)
         found = self.generations()
         if not found:
             raise FileNotFoundError(f"{self.path}: there is no checkpoint in this folder")
         for path in reversed(found):
             try:
-                read(path)
+                return read(path)
             except CheckpointError as error:
                 warn_caller(f"passed over a damaged checkpoint: {error}")
-            else:
-                return state.load(path, model, generators=generators, **others)
         raise CheckpointError(self.path, f"all {len(found)} checkpoints in this folder are damaged")
+
+    def load_newest(self, model: Module, **others: Any) -> Contents:
+        """Load what `read_newest` gives, as `checkpoint.load` does. Raises CheckpointError if it does not fit."""
+        return state.apply(self.read_newest(), model, **others)
 
     def close(self) -> None:
         """Let other processes write into the folder."""
@@ -138,5 +138,7 @@ class Folder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -96,17 +96,30 @@ def load(
     Raises CheckpointError if the file is damaged, or does not fit; OSError if it cannot be read.
     """
     _expect(model, optimizer, schedule, strict)
-    named = _generators(model, generators)
-    return apply(read(path), model, optimizer, schedule, named, strict)
+    return apply(read(path), model, optimizer=optimizer, schedule=schedule, generators=generators, strict=strict)
 
 
 def load_model(path: str | os.PathLike[str], model: Module, *, strict: bool = True) -> Contents:
     """Load parameters and buffers alone, and return all that is in the file; errors and `strict` as `load`."""
     _expect(model, strict=strict)
-    return apply(read(path), model, None, None, {}, strict)
+    return _apply(read(path), model, None, None, {}, strict)
 
 
 def apply(
+    contents: Contents,
+    model: Module,
+    *,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    generators: Generators = (),
+    strict: bool = True,
+) -> Contents:
+    """Take over what was read; arguments and errors as of `load`. On an error, or an interrupt, nothing changes."""
+    _expect(model, optimizer, schedule, strict)
+    return _apply(contents, model, optimizer, schedule, _generators(model, generators), strict)
+
+
+def _apply(
     contents: Contents,
     model: Module,
     optimizer: Optimizer | None,
@@ -114,7 +127,6 @@ def apply(
     generators: Mapping[str, np.random.Generator],
     strict: bool,
 ) -> Contents:
-    """Take over what was read; on an error, or an interrupt, everything is as before."""
     path = contents.path
     _compare_conventions(contents, model, strict)
     _expect_part(contents, "optimizer", optimizer)
@@ -143,7 +155,11 @@ def _expect(
     model: Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None, strict: bool = True
 ) -> None:
     expect_flags(strict=strict)
-    for name, value, kind in (("model", model, Module), ("optimizer", optimizer, Optimizer), ("schedule", schedule, Schedule)):
+    for name, value, kind in (
+        ("model", model, Module),
+        ("optimizer", optimizer, Optimizer),
+        ("schedule", schedule, Schedule),
+    ):
         if not (isinstance(value, kind) or (value is None and name != "model")):
             raise TypeError(f"{name} has to be a {kind.__name__}; got {full_name(value)}")
 
@@ -174,7 +190,9 @@ def _fitting_states(contents: Contents, generators: Mapping[str, np.random.Gener
         try:
             type(rng.bit_generator)().state = saved[name]
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise CheckpointError(contents.path, f"the state of the generator {name!r} does not fit: {error}") from error
+            raise CheckpointError(
+                contents.path, f"the state of the generator {name!r} does not fit: {error}"
+            ) from error
         other = first.setdefault(id(rng.bit_generator), name)
         if repr(saved[other]) != repr(saved[name]):
             raise CheckpointError(contents.path, f"{other!r} and {name!r} are one generator here, but were two")

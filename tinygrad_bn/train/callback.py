@@ -84,7 +84,7 @@ class Callback:
         """At the end, also after an interrupt or an error: `training.completed` tells."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept: numbers, text, None, lists and dictionaries of these; and arrays, as values of the whole."""
+        """What is kept: numbers, text, None, arrays, and lists, tuples and dictionaries of these."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

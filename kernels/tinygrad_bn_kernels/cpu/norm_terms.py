@@ -21,9 +21,9 @@ def is_ordinary_channel(w, mean, ivar, itemsize):
 def is_ordinary(weight, mean, var, eps):
     """Whether the loops are right for x, of weight's dtype. If not, as with numbers near 1e38, a kernel has to decline.
 
-    The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Means have
-    to be below 1e30 in float32 and 1e290 in float64, since x minus a larger one may overflow. Infinite or NaN elements
-    of x make all results NaN, in the loops as in the composition.
+    The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Means
+    have to be below 1e30 in float32 and 1e290 in float64, since x minus a larger one may overflow. Infinite or NaN
+    elements of x make all results NaN, in the loops as in the composition.
     """
     good = True
     for w in weight.flat:
