@@ -130,7 +130,7 @@ def test_a_resumed_training_stops_and_restores_as_one_without_an_interrupt(after
     history, resumed = train(again, network(seed=5), checkpoint=tmp_path / "run", resume=True)
     assert timeless(history) == timeless(whole)
     assert state(resumed) == state(model)
-    rows = [list(csv.DictReader((tmp_path / name).open())) for name in ("whole.csv", "log/part.csv")]
+    rows = [list(csv.DictReader((tmp_path / name).read_text().splitlines())) for name in ("whole.csv", "log/part.csv")]
     assert [row.pop("seconds") != "" for part in rows for row in part] == [True] * 2 * len(whole)
     assert rows[0] == rows[1]
 
@@ -167,7 +167,7 @@ def test_a_table_has_the_epochs_so_far_at_any_time(tmp_path):
     seen = []
 
     def look(history, model):
-        seen.append(len(list(csv.reader((tmp_path / "log.csv").open()))))
+        seen.append(len((tmp_path / "log.csv").read_text().splitlines()))
 
     history, _ = train([CSVLog(tmp_path / "log.csv"), look], epochs=3)
     assert seen == [2, 3, 4], "with the heading"
