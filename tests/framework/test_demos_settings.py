@@ -8,7 +8,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from demos import bn_backward, common, environment, iris_mlp
@@ -22,7 +22,7 @@ TEXT = st.text(st.characters(blacklist_categories=["Cs"]))
 ONE = TEXT | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
 
 
-def example(*arguments: str) -> common.Run:
+def example_run(*arguments: str) -> common.Run:
     return common.Run("example", "Title.", list(arguments), check=QUICK, own=OWN, **OPTIONS)
 
 
@@ -37,6 +37,7 @@ def config(tmp_path):
     return write
 
 
+@example({"text": '\x7f \x00 " \\ 🙂 \u2028', "numbers": [1e-5, float("inf"), -0.0, 1e22]})
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), ONE | st.lists(ONE, min_size=1) | st.none()))
 def test_settings_are_read_back_as_they_were(settings):
     settings = {f"x{key}": value for key, value in settings.items()}
@@ -46,16 +47,16 @@ def test_settings_are_read_back_as_they_were(settings):
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(config):
     file = config('epochs = 4\nlr = 1\nbatch-size = 7\noptimizer = "sgd"\nx = [1, -2.5]\nno-plot = true\n')
-    args = example(*file, "--epochs", "5").args
+    args = example_run(*file, "--epochs", "5").args
     assert (args.epochs, args.lr, args.batch_size, args.optimizer, args.x) == (5, 1.0, 7, "sgd", [1.0, -2.5])
     assert isinstance(args.lr, float)
     assert (args.no_plot, args.quiet, args.seeds) == (True, False, 3)
-    assert example("--x", "3", f"--config={file[1]}").args.x == [3.0]
+    assert example_run("--x", "3", f"--config={file[1]}").args.x == [3.0]
 
 
 def test_a_file_may_ask_for_a_quick_run(config):
     for file, given_too in (("check = true\n", []), ("", ["--check"])):
-        args = example(*config(f"{file}seeds = 4\n"), *given_too).args
+        args = example_run(*config(f"{file}seeds = 4\n"), *given_too).args
         assert (args.check, args.epochs, args.seeds) == (True, 2, 4)
 
 
@@ -82,7 +83,7 @@ def test_a_file_may_ask_for_a_quick_run(config):
 )
 def test_a_file_that_does_not_fit(text, message, config, capsys):
     with pytest.raises(SystemExit) as end:
-        example(*config(text))
+        example_run(*config(text))
     error = " ".join(capsys.readouterr().err.split())
     assert end.value.code == 2
     assert message in error
@@ -93,7 +94,7 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "latin.toml").write_bytes(b'data = "\xe9"')
     for path, message in ((tmp_path / "none.toml", "No such file"), (tmp_path / "latin.toml", "is no TOML file")):
         with pytest.raises(SystemExit):
-            example("--config", str(path))
+            example_run("--config", str(path))
         assert message in capsys.readouterr().err
 
 
@@ -133,7 +134,7 @@ def test_lists_of_values_are_repeated_too(tmp_path):
 
 def test_the_environment_is_written_beside_the_results(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    example("--x", "1", "-2", "--out", str(tmp_path / "a b")).finish()
+    example_run("--x", "1", "-2", "--out", str(tmp_path / "a b")).finish()
     found = json.loads((tmp_path / "a b" / "environment.json").read_text())
     assert found["command"] == f"python -m demos example --x 1 -2 --out '{tmp_path}/a b'"
     assert (found["python"], found["numpy"]) == (platform.python_version(), np.__version__)

@@ -129,6 +129,31 @@ def test_everything_stays_after_ctrl_c_at_any_moment():
     assert caught > 100
 
 
+def test_the_state_of_one_parameter_and_the_gradient_of_another_stay():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+    optimizer = optim.Adam([model[0].weight])
+    fit(model, DATA, epochs=1, optimizer=optimizer, **QUIET)
+    states = [*optimizer.state[model[0].weight].values()]
+    gradient = model[1].bias.grad
+    before, was = repr(states), np.array(gradient)
+    find_learning_rate(model, DATA, optimizer=optimizer, steps=10)
+    assert all(a is b for a, b in zip(optimizer.state[model[0].weight].values(), states, strict=True))
+    assert repr(states) == before
+    assert model[1].bias.grad is gradient
+    assert np.array_equal(gradient, was)
+
+
+def test_the_search_ends_at_four_times_the_least_smoothed_loss():
+    script = [1.0] * 10 + [20.0] * 90
+    values = iter(script)
+    search = find_learning_rate(network(), DATA, loss=lambda outputs, _: F.mean(outputs) * 0 + next(values))
+    smooth = [np.average(script[: n + 1], weights=0.98 ** np.arange(n, -1, -1)) for n in range(100)]
+    end = next(n for n, value in enumerate(smooth, 1) if value > 4)
+    assert 11 < end < 20
+    np.testing.assert_allclose(search.losses, smooth[:end])
+    assert search.suggestion is None
+
+
 def test_a_generator_as_seed_stays_too():
     seed = np.random.default_rng(4)
     before = repr(seed.bit_generator.state)
