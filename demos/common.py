@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODELS = {"without BatchNorm": False, "with BatchNorm": True}
+
+CHECKPOINTS = "checkpoints"  # a folder of a run that is not finished
 
 LEARNED = 0.6  # an accuracy that shows that a network learned something
 
@@ -70,6 +73,8 @@ class Run:
             self.parser.set_defaults(**(check or {}))
         self.parser.set_defaults(**given)
         self.args = self.parser.parse_args(argv)
+        if self.args.resume is not None:
+            self.args.out = self._interrupted_run(self.args.resume)
         self._command = shlex.join(["python", "-m", str(__package__), name, *map(str.strip, argv)])
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
@@ -86,6 +91,17 @@ class Run:
         self._bar = False  # whether a progress bar of `each` is shown
         self._started = time.perf_counter()
         self._folder: Path | None = None
+        self._trainings = 0  # begun so far
+
+    def _interrupted_run(self, folder: Path) -> Path:
+        """The folder, or exit: of a run that is finished."""
+        try:
+            finished = not json.loads((folder / "results.json").read_text(encoding="utf-8"))["interrupted"]
+        except OSError:
+            finished = False
+        if finished:
+            self.parser.error(f"the run in {folder} is finished")
+        return folder
 
     @property
     def code(self) -> int:
@@ -146,7 +162,7 @@ class Run:
                         history.save(path := self.path(re.sub(r"\W+", "_", name) + ".csv"))
                         self.console.print(f"wrote {path}", soft_wrap=True)
                 raise
-            self.print(f"interrupted: results of {len(results)} of {len(items)} trainings")
+            self.print(f"interrupted: results of {len(results)} of {len(items)} trainings", self._advice)
         self._bar = False
         return results
 
@@ -168,7 +184,9 @@ class Run:
     ) -> train.History:
         """Run `train.fit` with the command-line options, store `histories[name]`, move the model back to the CPU.
 
-        `options` replace those of the command line. Raises KeyboardInterrupt after Ctrl-C, with the history stored.
+        `options` replace those of the command line. There is a checkpoint every ten seconds or less often, and at the
+        end; after `--resume` a training goes on from there. Raises KeyboardInterrupt after Ctrl-C, with the history
+        stored.
         """
         args = self.args
         settings = {
@@ -181,11 +199,33 @@ class Run:
         settings |= options
         samples = len(training if isinstance(training, datasets.Dataset) else training[0])
         self.expect_batches(samples, settings["batch_size"], settings.get("drop_last", False))
-        history = self.histories[name] = train.fit(model, training, **settings)
+        checkpoint = train.ModelCheckpoint(
+            self._next_checkpoint(), every=1, min_seconds=10, keep=1, advice=self._advice
+        )  # fmt: skip
+        history = self.histories[name] = train.fit(model, training, **settings, checkpoint=checkpoint, resume=True)
         model.to("cpu")
         if history.interrupted:
             raise KeyboardInterrupt
         return history
+
+    def once(self, work: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+        """The array that `work(*args)` gives; after `--resume`, the one that it gave before."""
+        path = self._next_checkpoint().with_suffix(".npy")
+        if not path.exists():
+            array = work(*args)
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as beside, beside.open("wb") as file:
+                np.save(file, array)
+        return np.asarray(np.load(path))
+
+    def _next_checkpoint(self) -> Path:
+        """Where the next training has its checkpoints. The order of trainings depends on the options alone."""
+        self._trainings += 1
+        return self.folder / CHECKPOINTS / f"{self._trainings:03}"
+
+    @property
+    def _advice(self) -> str:
+        return f"to go on: python -m {__package__} {self.name} --resume {shlex.quote(str(self.folder))}"
 
     @property
     def folder(self) -> Path:
@@ -202,6 +242,8 @@ class Run:
             except OSError as error:
                 sys.exit(f"cannot write to {folder}: {error.strerror}")
             self._folder = folder
+            if self.args.resume is None:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of an earlier run
             about = environment(self._command, getattr(self.args, "device", "cpu") == "cuda")
             self._write_text("config.toml", as_toml(vars(self.args)))
             self._write_text("environment.json", json.dumps(about, indent=1))
@@ -280,6 +322,8 @@ class Run:
         text = json.dumps(finite(content), indent=1, allow_nan=False)
         if self._folder or self.args.out:
             self._write_text("results.json", text)
+        if self._folder and not self.interrupted:
+            shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
         for part in self._report:
             self.console.print(part, highlight=False, markup=False)
         verdict = Console(highlight=False)

@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-UNWRITTEN = ("config", "out", "help")  # a repeated run has a folder of its own
+UNWRITTEN = ("config", "resume", "out", "help")  # a repeated run has a folder of its own
 
 
 def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options in the file that `--config` names, checked as on the command line; none without it.
+    """The options in the file that `--config` names, or of the run that `--resume` names, checked as any others.
 
     Exits with an error for a file that cannot be read, an unknown option, or a value that does not fit.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path)
-    path = first.parse_known_args([text for text in arguments if text not in ("-h", "--help")])[0].config
+    first.add_argument("--resume", type=Path)
+    named = first.parse_known_args([text for text in arguments if text not in ("-h", "--help")])[0]
+    path = named.config if named.resume is None else named.resume / "config.toml"
     if path is None:
         return {}
+    if named.config is not None and named.resume is not None:
+        parser.error("--resume takes the options of the interrupted run: leave out --config")
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.arguments import shown
 from tinygrad_bn.backend import Array
 from tinygrad_bn.checkpoint.codec import unpack
 
@@ -75,7 +76,7 @@ class Contents:
         lines += [f"  {part}: {meta[part]}" for part in ("optimizer", "schedule") if meta.get(part)]
         lines += [f"  generators: {', '.join(self.generators)}"] if self.generators else []
         lines += [f"  arrays: {', '.join(self.arrays)}"] if self.arrays else []
-        lines += [f"  extra: {self.extra!r:.200}"] if self.extra is not None else []
+        lines += [f"  extra: {shown(self.extra)}"] if self.extra is not None else []
         for path, values in meta.get("conventions", {}).items():
             lines.append(f"  {path or 'the model'}: {', '.join(f'{k}={v}' for k, v in values.items())}")
         if meta:
@@ -143,7 +144,7 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Array], dict[str, str], t
     if not isinstance(header, dict):
         raise CheckpointError(path, "its header is no dictionary")
     try:
-        tensors = deserialize(data)
+        tensors = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise CheckpointError(path, f"it is damaged or no safetensors file: {error}") from error
     arrays, wide = {}, []
@@ -180,7 +181,7 @@ def _contents(path: Path, arrays: dict[str, Array], metadata: dict[str, str], no
     if metadata[FORMAT] != str(VERSION):
         raise CheckpointError(
             path,
-            f"it has format {metadata[FORMAT]:.20}, and this version reads {VERSION}; use the tinygrad_bn that wrote it",
+            f"it has format {metadata[FORMAT]:.20}, and this version reads {VERSION}; use the version that wrote it",
         )
     if _digest(arrays, {k: v for k, v in metadata.items() if k != HASH}) != metadata[HASH]:
         raise CheckpointError(path, "it is damaged: its SHA-256 differs; take a checkpoint before it")

@@ -98,7 +98,7 @@ class Folder:
 
     def newest(self) -> Path | None:
         """The newest generation, or None."""
-        return (self.generations() or [None])[-1]
+        return next(reversed(self.generations()), None)
 
     def best(self) -> Path | None:
         """The best one, or None."""

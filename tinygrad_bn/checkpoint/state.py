@@ -257,7 +257,7 @@ def _undoing(
     while isinstance(inner, Schedule):
         schedules.append((inner, dict(vars(inner))))
         inner = vars(inner).get("after")
-    optimizers = [o for o in (optimizer, schedule and schedule.optimizer) if o is not None]
+    optimizers = [o for o in (optimizer, None if schedule is None else schedule.optimizer) if o is not None]
     kept = [(o, o.state, [(group, dict(group)) for group in o.param_groups]) for o in optimizers]
 
     def undo() -> None:
@@ -268,9 +268,9 @@ def _undoing(
             for group, old in groups:
                 group.clear()
                 group.update(old)
-        for s, old in schedules:
-            vars(s).update(old)
-        for bits, state in states:
-            bits.state = state
+        for s, attributes in schedules:
+            vars(s).update(attributes)
+        for bits, drawn in states:
+            bits.state = drawn
 
     return undo

@@ -2,7 +2,7 @@
 counts which class was taken for which. For BatchNorm: `statistics_gap` compares batch and running statistics,
 `recalibrate` recomputes the running statistics."""
 
-from tinygrad_bn.train.callback import Callback, Training
+from tinygrad_bn.train.callback import Callback, Measure, Training
 from tinygrad_bn.train.callbacks import CSVLog, EarlyStopping, TensorBoardLog
 from tinygrad_bn.train.history import Epoch, History
 from tinygrad_bn.train.loop import fit
@@ -13,7 +13,7 @@ from tinygrad_bn.train.statistics import Gap, recalibrate, statistics_gap
 from tinygrad_bn.train.steps import NonFiniteError
 
 __all__ = [
-    "CSVLog", "Callback", "Data", "EarlyStopping", "Epoch", "Gap", "History", "ModelCheckpoint", "NonFiniteError",
-    "RateSearch", "Score", "TensorBoardLog", "Training", "confusion", "evaluate", "find_learning_rate", "fit",
-    "recalibrate", "statistics_gap",
+    "CSVLog", "Callback", "Data", "EarlyStopping", "Epoch", "Gap", "History", "Measure", "ModelCheckpoint",
+    "NonFiniteError", "RateSearch", "Score", "TensorBoardLog", "Training", "confusion", "evaluate",
+    "find_learning_rate", "fit", "recalibrate", "statistics_gap",
 ]  # fmt: skip
