@@ -265,8 +265,9 @@ def test_ctrl_c_in_the_first_seed_keeps_the_epochs_so_far(tmp_path, monkeypatch,
     interrupt(monkeypatch, 30)  # of 24 in the first network of 3 epochs
     with pytest.raises(SystemExit) as end:
         output.start(lambda: main(["deep_mlp", "--epochs", "3", "--quiet", "--out", str(tmp_path)]))
-    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
-    files = ["config.toml", "environment.json", "without_BatchNorm_seed_0.csv"]
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted after step 5: there is no checkpoint yet\ninterrupted\n"
+    files = ["checkpoints", "config.toml", "environment.json", "without_BatchNorm_seed_0.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files, "nothing to compare"
 
 
