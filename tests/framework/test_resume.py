@@ -76,7 +76,12 @@ def training(
     steps = OPTIMIZERS[optimizer](model.parameters())
     counting = Counting()
     x, y = samples(22)
-    options |= {"seed": rng if seed in ("own", "shared") else seed, "epochs": epochs, "batch_size": 5, "optimizer": steps}
+    options |= {
+        "seed": rng if seed in ("own", "shared") else seed,
+        "epochs": epochs,
+        "batch_size": 5,
+        "optimizer": steps,
+    }
     if folder is not None:
         options |= {"checkpoint": folder, "every": every, "resume": True}
     history = fit(
