@@ -134,7 +134,7 @@ def fit(
     training = Training(model, optimizer, schedule, History(), epochs, len(batches), validation is not None)
     saver = None
     if checkpoint is not None:
-        saver = Saver(checkpoint, training, batches, steps, callbacks, validation is not None, resume)
+        saver = Saver(checkpoint, training, batches, steps, callbacks, resume)
         if resume:
             saver.resume()
     loop = _Loop(training, steps, batches, callbacks, saver, validation, loss)

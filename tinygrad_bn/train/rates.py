@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import deque
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ def _steepest(rates: Array, losses: Array, first: int) -> float | None:
 
 
 def _as_before(model: nn.Module, optimizer: Optimizer, seed: Seed) -> Block[None]:
-    """A block after which model, optimizer and generators are as before. Inside, what is overwritten are copies."""
+    """A block after which model, optimizer and generators are as before. Arrays of tensors are never written into."""
 
     def prepare() -> tuple[Any, Any]:
         tensors = {*model.parameters(), *model.buffers(), *(p for g in optimizer.param_groups for p in g["params"])}
@@ -170,10 +169,8 @@ def _as_before(model: nn.Module, optimizer: Optimizer, seed: Seed) -> Block[None
         ]
 
         def change() -> None:
-            state = {p: {name: copy.deepcopy(value) for name, value in s.items()} for p, s in optimizer.state.items()}
-            vars(optimizer).update(state=state, _runs=[])
-            for t in tensors:
-                t.grad = None
+            state = {p: dict(own) for p, own in optimizer.state.items()}
+            vars(optimizer).update(state=state, _runs=[])  # without runs, the first step joins copies of the state
 
         calls: Any = map(operator.call, undo)  # type: ignore[arg-type]
         return partial(deque, calls, 0), change

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, s
 from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, apply, read, save
 from tinygrad_bn.datasets import Batches
 from tinygrad_bn.train.callback import Callback, Training
-from tinygrad_bn.train.history import Epoch
+from tinygrad_bn.train.history import Epoch, sign_of
 from tinygrad_bn.train.steps import Steps
 
 POSITION = ("epoch", "batch", "step", "loss", "order", "seconds", "stopped")
@@ -54,9 +54,8 @@ class ModelCheckpoint:
             expect_integer("every", self.every, 1)
         expect_number("min_seconds", self.min_seconds, 0)
         expect_integer("keep", self.keep, 1)
-        metrics = [f.name for f in fields(Epoch) if f.name.endswith(("loss", "accuracy"))]
-        if self.monitor not in (None, *metrics):
-            raise ValueError(f"monitor is one of {', '.join(metrics)}; got {shown(self.monitor)}")
+        if self.monitor is not None:
+            sign_of(self.monitor)
         if self.on_error not in ("raise", "warn"):
             raise ValueError(f"on_error is 'raise' or 'warn'; got {shown(self.on_error)}")
 
@@ -88,7 +87,6 @@ class Saver:
         batches: Batches,
         steps: Steps,
         callbacks: list[Callback],
-        validates: bool,
         resumes: bool,
     ) -> None:
         self.settings, self.training, self.batches, self.steps = settings, training, batches, steps
@@ -98,11 +96,11 @@ class Saver:
                 f"{newest.parent} has checkpoints of a training: resume=True goes on from {newest.name}; or give "
                 "another folder"
             )
-        self.monitor = settings.monitor or ("val_loss" if validates else "loss")
+        self.monitor = settings.monitor or ("val_loss" if training.validates else "loss")
         self.state: dict[str, Any] = {"optimizer": training.optimizer, "schedule": training.schedule}
         if isinstance(batches.seed, np.random.Generator):
             self.state["generators"] = {"batches": batches.seed}
-        self.sign = -1 if self.monitor.endswith("accuracy") else 1  # the best is the least
+        self.sign = sign_of(self.monitor)
         self.saved: tuple[int, int] | None = None  # epoch and step of the newest checkpoint
         self.time = time.monotonic()  # of the newest checkpoint, or of the start
 
