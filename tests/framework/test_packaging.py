@@ -88,7 +88,7 @@ def test_data_and_licenses_are_with_the_package():
     metadata = importlib.metadata.metadata("tinygrad-bn")
     assert metadata["Requires-Python"] == ">=3.11"
     required = {re.split("[<>=]", r)[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert required == {"numpy", "numba", "matplotlib", "rich", "pooch[progress]"}
+    assert required == {"numpy", "numba", "matplotlib", "rich", "pooch[progress]", "safetensors"}
 
 
 def test_dependencies_are_bounded_on_both_sides():
