@@ -20,9 +20,9 @@ from rich.progress import track
 
 from tinygrad_bn import cuda, datasets, nn, train, viz
 from tinygrad_bn.files import replacing
+from tinygrad_bn.train.interval import interval
 
 from .environment import environment
-from .interval import interval
 from .options import OPTIMIZERS, parser, spelled
 from .output import finite, table
 from .settings import as_toml, read_settings
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MODELS = {"without BatchNorm": False, "with BatchNorm": True}
 
 CHECKPOINTS = "checkpoints"  # a folder of a run that is not finished
+
+SEEDS = 10  # at least so many that something is claimed about them
 
 LEARNED = 0.6  # an accuracy that shows that a network learned something
 
@@ -78,8 +80,8 @@ class Run:
         self._command = shlex.join(["python", "-m", str(__package__), name, *map(str.strip, argv)])
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
-        if self.args.check and getattr(self.args, "seeds", 2) < 2:
-            self.parser.error("--check needs at least 2 seeds: a claim is a statement about several")
+        if self.args.check and getattr(self.args, "seeds", SEEDS) < SEEDS:
+            self.parser.error(f"--check needs at least {SEEDS} seeds: a claim is a statement about so many")
         self.console = Console(quiet=self.args.quiet)
         self.histories: dict[str, train.History] = {}
         self.results: dict[str, Any] = {}
@@ -288,9 +290,9 @@ class Run:
         A claim that networks are equal needs their accuracies as `learned`: two that learn nothing are equal too. It
         does not hold unless the mean of each is above `LEARNED`.
 
-        One seed has no interval and an interrupted run has not all seeds, so nothing is claimed there.
+        Of fewer than `SEEDS` seeds, and of an interrupted run, nothing is claimed.
         """
-        if len(values) > 1 and not self.interrupted:
+        if len(values) >= SEEDS and not self.interrupted:
             mean = interval(values)
             within = above < mean.low and mean.high < below
             lowest = min((float(np.mean(accuracy)) for accuracy in learned), default=1.0)
@@ -329,8 +331,8 @@ class Run:
         verdict = Console(highlight=False)
         for statement, holds in self.claims.items():
             verdict.print("[green]✓[/]" if holds else "[red]✗[/]", statement)
-        if getattr(self.args, "seeds", 2) == 1:
-            self.console.print("One seed has no interval, so nothing is claimed about trainings: use --seeds.")
+        if getattr(self.args, "seeds", SEEDS) < SEEDS:
+            self.console.print(f"Fewer than {SEEDS} seeds: nothing is claimed about trainings.")
         for path in self.files:
             self.console.print(f"wrote {path}", soft_wrap=True)
         self.console.print(f"total time: {seconds:.1f} s")

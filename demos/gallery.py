@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -52,6 +53,8 @@ $figures
 <details$open><summary>output of <code>$name</code>, $seconds s</summary><pre>$printed</pre></details>
 """)
 PRINTED = "output.txt"
+WORKERS = os.cpu_count() or 1
+ONE_THREAD = {"TINYGRAD_BN_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of each demo, as others run beside it
 READ = ("bn_backward", "normalize_numbers")  # their output is what they show, so it is not folded
 
 
@@ -95,8 +98,30 @@ def finished(folder: Path) -> str | None:
         return None
 
 
+def run_demo(name: str, args: argparse.Namespace) -> tuple[int, str, float]:
+    """The status of a demo, what it printed, and its seconds: those of before, if it has finished and may be kept."""
+    folder: Path = args.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.resume and (before := finished(folder)) is not None:
+        return 0, before, 0.0
+    options = ["--out", str(folder), "--seed", str(args.seed)] + ["--check"] * args.check
+    if args.resume and (folder / "config.toml").exists():
+        options = ["--resume", str(folder)]
+    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
+    environment = {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"} | (ONE_THREAD if WORKERS > 1 else {})
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", str(__package__), name, *options],
+        capture_output=True, encoding="utf-8", errors="replace", env=os.environ | environment,
+    )  # fmt: skip
+    printed = done.stdout + done.stderr
+    with replacing(folder / PRINTED) as beside:
+        beside.write_text(printed, encoding="utf-8")
+    return done.returncode, printed, time.perf_counter() - start
+
+
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
-    """Run the demos one after the other. Return 0; 1 if one failed; 130 after Ctrl-C, with a page of the finished."""
+    """Run the demos, one per core. Return 0; 1 if one failed; 130 after Ctrl-C, with a page of the finished."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__} all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/all"), help="output folder (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0, help="first seed of every demo (default: 0)")
@@ -105,38 +130,25 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     page, command = args.out / "index.html", html.escape(" ".join([f"python -m {__package__} all", *argv]))
     console, sections, code = Console(), dict[str, str](), 0
-    environment = os.environ | {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"}
-    try:
-        for name in names:
-            folder = args.out / name
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.resume and (printed := finished(folder)) is not None:
-                sections[name] = section(name, folder, printed)
-                continue
-            options = ["--out", str(folder), "--seed", str(args.seed)] + ["--check"] * args.check
-            if args.resume and (folder / "config.toml").exists():
-                options = ["--resume", str(folder)]
-            (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
-            start = time.perf_counter()
-            with console.status(name):
-                done = subprocess.run(
-                    [sys.executable, "-m", str(__package__), name, *options],
-                    capture_output=True, encoding="utf-8", errors="replace", env=environment,
-                )  # fmt: skip
-            verdict = "FAILED" if done.returncode else "ok    "
-            console.print(f"{name:18} {verdict} {time.perf_counter() - start:6.1f} s", highlight=False)
-            printed = done.stdout + done.stderr
-            if done.returncode:
-                code = 1
-                console.print(printed, markup=False, highlight=False)
-            with replacing(folder / PRINTED) as beside:
-                beside.write_text(printed, encoding="utf-8")
-            sections[name] = section(name, folder, printed)
-    except OSError as error:
-        parser.error(f"cannot write to {args.out}: {error.strerror}")
-    except KeyboardInterrupt:
-        code = 130
-        console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        runs = {name: pool.submit(run_demo, name, args) for name in names}
+        try:
+            for name, run in runs.items():
+                with console.status(name):
+                    status, printed, seconds = run.result()
+                verdict = "FAILED" if status else "ok    "
+                console.print(f"{name:18} {verdict} {seconds:6.1f} s", highlight=False)
+                if status:
+                    code = 1
+                    console.print(printed, markup=False, highlight=False)
+                sections[name] = section(name, args.out / name, printed)
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            parser.error(f"cannot write to {args.out}: {error.strerror}")
+        except KeyboardInterrupt:  # which the running demos get too
+            pool.shutdown(cancel_futures=True)
+            code = 130
+            console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")
     contents = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in sections)
     try:
         with replacing(page) as beside:
