@@ -31,6 +31,8 @@ class Training:
         step: batches that are done in all epochs.
         loss: of the last batch; NaN before the first.
         mean: loss and accuracy of the batches of this epoch: `mean.score()`.
+        order: positions of the samples in the order of this epoch; empty before it begins.
+        seconds: that this epoch took so far.
         stopped: why a callback ended the training, or "".
         completed: whether the training has come to its end, and was not interrupted.
     """
@@ -47,8 +49,8 @@ class Training:
     step: int = 0
     loss: float = float("nan")
     mean: MeanScore = field(default_factory=MeanScore)
-    order: Array = field(default_factory=lambda: np.arange(0))  # of the samples in the epoch under way
-    seconds: float = 0.0  # that the epoch under way took until it was interrupted
+    order: Array = field(default_factory=lambda: np.arange(0))
+    seconds: float = 0.0
     stopped: str = ""
     completed: bool = False
 
@@ -108,6 +110,8 @@ class Called(Callback):
 
 class Measure(Callback):
     """Keeps what `function(training)` gives, in `values`: before the first step, and after each epoch or step.
+
+    The values are part of every checkpoint, so do not keep much at each step.
 
     Args:
         function: it gives numbers, arrays, or lists and tuples of them.

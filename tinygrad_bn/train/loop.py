@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -90,7 +89,9 @@ def fit(
         every: steps between checkpoints. There is always one after each epoch.
         resume: go on from the newest checkpoint of the folder, if there is one, with the same bits as if there had been
             no interruption: parameters, statistics, optimizer, schedule, generators, order of the samples, history and
-            callbacks. The arguments have to be those of the training that was interrupted; `epochs` may be more.
+            callbacks. The arguments and data have to be those of the training that was interrupted; `epochs` may be
+            more. Of generators, the default one is restored, that of `seed`, and those that modules hold as attributes;
+            not Python's `random`, nor what callbacks keep without a `state_dict`.
 
     Returns:
         The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates. Without `checkpoint`
@@ -161,32 +162,29 @@ class _Loop:
 
     def run(self, bar: Any, description: str) -> History:
         """Train to the end, or until an interrupt."""
-        training = self.training
+        training, saver = self.training, self.saver
         training.model.train()
         total = training.epochs * training.batches
         self.show = partial(bar.update, bar.add_task(description, total=total, completed=training.step, status=""))
         with ExitStack() as stack:
-            if self.saver is not None:
+            if saver is not None:
                 stack.enter_context(self.signals)
+                stack.callback(saver.close)
             try:
                 with bar:
                     for callback in self.callbacks:
+                        stack.callback(callback.on_end, training)
                         callback.on_begin(training)
                     while training.epoch <= training.epochs and not (training.stopped or training.history.diverged):
                         self.epoch()
-                    training.completed = True
-                    if self.saver is not None:
-                        self.saver.at_end()
+                    if saver is not None:
+                        saver.at_end()
+                training.completed = True
             except KeyboardInterrupt:
                 training.history.interrupted = True
                 training.model.train()  # a callback may not have come to leave evaluation mode
-                if self.saver is not None:
-                    self.saver.interrupted(self.whole)
-            finally:
-                for callback in self.callbacks:
-                    callback.on_end(training)
-        if self.signals.number == signal.SIGTERM:
-            signal.raise_signal(signal.SIGTERM)
+                if saver is not None:
+                    saver.interrupted(self.whole)
         return training.history
 
     def epoch(self) -> None:
@@ -207,10 +205,10 @@ class _Loop:
                     self.saver.after_step()
             if training.history.diverged or training.stopped:
                 return
-        val = Score(math.nan, math.nan)
-        if self.validation is not None:
-            val = evaluate(training.model, self.validation, loss=self.loss)
-        with self.step():
+        with self.step():  # also the validation, which may draw random numbers
+            val = Score(math.nan, math.nan)
+            if self.validation is not None:
+                val = evaluate(training.model, self.validation, loss=self.loss)
             score, seconds = training.mean.score(), time.perf_counter() - start
             training.history.epochs.append(Epoch(training.epoch, *score, *val, seconds))
             self.show(status=_status(training, score, val))

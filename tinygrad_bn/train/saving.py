@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown, warn_caller
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown, warn_caller
+from tinygrad_bn.backend import Array
 from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, apply, read, save
 from tinygrad_bn.datasets import Batches
 from tinygrad_bn.train.callback import Callback, Training
@@ -56,6 +59,7 @@ class ModelCheckpoint:
         expect_integer("keep", self.keep, 1)
         if self.monitor is not None:
             sign_of(self.monitor)
+        expect_text("advice", self.advice)
         if self.on_error not in ("raise", "warn"):
             raise ValueError(f"on_error is 'raise' or 'warn'; got {shown(self.on_error)}")
 
@@ -72,6 +76,21 @@ class ModelCheckpoint:
         if every is not None:
             raise ValueError("every is given twice: it is an option of the ModelCheckpoint")
         return checkpoint
+
+
+def _digest(*arrays: Array) -> str:
+    """SHA-256 of the bytes of arrays."""
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(np.ascontiguousarray(a).view(np.uint8).data if a.size else b"")
+    return digest.hexdigest()
+
+
+def _name_of(function: Any) -> str:
+    """A function by name, a partial one with its options."""
+    if isinstance(function, partial):
+        return f"{_name_of(function.func)} with {function.args!r} and {function.keywords!r}"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 class Saver:
@@ -96,6 +115,9 @@ class Saver:
                 f"{newest.parent} has checkpoints of a training: resume=True goes on from {newest.name}; or give "
                 "another folder"
             )
+        if settings.monitor in ("val_loss", "val_accuracy") and not training.validates:
+            raise ValueError(f"there is no {settings.monitor} without validation data: monitor another column")
+        self.digest = _digest(batches.x, batches.y)
         self.monitor = settings.monitor or ("val_loss" if training.validates else "loss")
         self.state: dict[str, Any] = {"optimizer": training.optimizer, "schedule": training.schedule}
         if isinstance(batches.seed, np.random.Generator):
@@ -136,9 +158,12 @@ class Saver:
     def interrupted(self, whole: bool) -> None:
         """Write a checkpoint, unless a step was left in the middle; and say how to go on."""
         if whole:
-            self.at_end()
+            try:
+                self.at_end()
+            except OSError as error:
+                print(error, file=sys.stderr)
         newest = self.folder.newest()
-        text = f"wrote {newest}; {self.settings.advice}" if newest else "there is no checkpoint yet"
+        text = f"the newest checkpoint is {newest}; {self.settings.advice}" if newest else "there is no checkpoint yet"
         print(f"interrupted after step {self.training.step}: {text}", file=sys.stderr)
 
     def save(self, best: bool = False) -> None:
@@ -173,6 +198,11 @@ class Saver:
             "drop_last": batches.drop_last,
             "seed": "a Generator" if isinstance(seed, np.random.Generator) else seed if seed is None else int(seed),
             "samples": [*batches.x.shape, str(batches.x.dtype)],
+            "data": self.digest,
+            "loss": _name_of(self.steps.loss),
+            "clip_norm": self.steps.clip_norm,
+            "nonfinite": self.steps.nonfinite,
+            "validation": self.training.validates,
             "callbacks": [type(callback).__qualname__ for callback in self.callbacks],
         }
 
@@ -183,8 +213,16 @@ class Saver:
             return
         contents = self.folder.read_newest()
         self.check(contents)
-        apply(contents, training.model, **self.state)
         extra = contents.extra
+        for callback, own in zip(self.callbacks, extra["callbacks"], strict=True):
+            try:
+                callback.load_state_dict(own)
+            except Exception as error:
+                name = type(callback).__qualname__
+                raise CheckpointError(
+                    contents.path, f"the state of the callback {name} does not fit: {error}"
+                ) from error
+        apply(contents, training.model, **self.state)
         if len(extra["position"]["order"]):
             self._remember(contents)
         for name in POSITION:
@@ -193,8 +231,6 @@ class Saver:
         vars(training.history).update(extra["history"], interrupted=False)
         training.history.epochs = [Epoch(**epoch) for epoch in extra["history"]["epochs"]]
         self.batches.epoch = training.epoch - (not len(training.order))
-        for callback, own in zip(self.callbacks, extra["callbacks"], strict=True):
-            callback.load_state_dict(own)
         self.saved = training.epoch, training.step
 
     def _remember(self, contents: Contents) -> None:

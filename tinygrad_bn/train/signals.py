@@ -11,14 +11,15 @@ from typing import Any
 
 
 class Signals:
-    """In this block SIGINT and SIGTERM raise KeyboardInterrupt; while `held`, only at the end of that.
+    """In this block SIGINT and SIGTERM raise KeyboardInterrupt: at once, or at the end of a block that is `held`.
 
-    A second signal does not wait. A handler of SIGINT that is not Python's own stays. In other threads than the main
-    one nothing changes, since signals do not come there.
+    A second signal does not wait. At the end of the block the handlers are those of before, and a SIGTERM that came is
+    sent again, to them. Signals that are ignored, and handlers of SIGINT that are not Python's own, stay. In other
+    threads than the main one nothing changes, since signals do not come there.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that came
+        self.came: list[int] = []
         self._former: dict[int, Any] = {}
         self._held = False
 
@@ -26,27 +27,30 @@ class Signals:
         if current_thread() is main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 former = signal.getsignal(number)
-                if number == signal.SIGTERM or former is signal.default_int_handler:
+                replaced = former is signal.default_int_handler if number == signal.SIGINT else former is not None
+                if replaced and former != signal.SIG_IGN:
                     self._former[number] = former
-                    signal.signal(number, self._came)
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
-            signal.signal(number, former if former is not None else signal.SIG_DFL)
+            signal.signal(number, former)
+        if signal.SIGTERM in self.came:
+            signal.raise_signal(signal.SIGTERM)
 
-    def _came(self, number: int, _: FrameType | None) -> None:
-        again, self.number = self.number, number
-        if again or not self._held:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.came.append(number)
+        if len(self.came) > 1 or not self._held:
             raise KeyboardInterrupt
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A block in which a signal waits."""
+        """A block in which the first signal waits."""
         self._held = True
         try:
             yield
         finally:
             self._held = False
-        if self.number:
+        if self.came:
             raise KeyboardInterrupt
