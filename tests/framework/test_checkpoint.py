@@ -86,31 +86,3 @@ def test_a_different_eps_is_named(tmp_path):
         nn.BatchNorm1d(2).load(tmp_path / "a.safetensors")
     with pytest.warns(UserWarning, match=r"eps is 0\.001"):
         nn.BatchNorm1d(2).load(tmp_path / "a.safetensors", strict=False)
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_an_error_while_writing_leaves_the_file_before(tmp_path, monkeypatch, call, number):
-    path = save(tmp_path / "a.safetensors", nn.Linear(1, 1))
-    before = path.read_bytes()
-
-    def fail(*args):
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, call, fail)
-        with pytest.raises(OSError, match="not saved") as caught:
-            save(path, nn.Linear(1, 1))
-    assert (caught.value.errno, caught.value.filename) == (number, str(path))
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_a_damaged_newest_generation_is_passed_over(tmp_path):
-    model = nn.Linear(1, 1)
-    with Folder(tmp_path, keep=2) as folder:
-        for step in range(3):
-            folder.save(step, model, extra=step)
-        folder.newest().write_bytes(b"damaged")
-        with pytest.warns(UserWarning, match="step-00000002"):
-            assert folder.load_newest(model).extra == 1
