@@ -135,7 +135,7 @@ class Folder:
         self._lock = None
 
     def lock(self) -> None:
-        """Lock the folder, as `save` does, and make it if it is missing. Raises OSError or BlockingIOError as `save`."""
+        """Lock the folder, as `save` does, and make it if it is missing; errors as of `save`."""
         self._locked()
 
     def _locked(self) -> _Lock:
