@@ -99,7 +99,7 @@ def test_a_shared_weight_which_torch_writes_once(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_dtypes_that_do_not_exist_here(dtype, tmp_path):
     peers.save_file({"weight": torch.ones(2, 3).to(dtype)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="'weight' has the dtype .*; convert it to float32 before"):
+    with pytest.raises(CheckpointError, match=r"'weight' has the dtype .*; convert it to float32 before"):
         nn.Linear(3, 2).load(tmp_path / "a.safetensors")
 
 

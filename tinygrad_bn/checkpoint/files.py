@@ -103,7 +103,7 @@ def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, a in sorted(arrays.items()):
         digest.update(json.dumps([name, a.dtype.str.lstrip("<>|="), list(a.shape)]).encode())
-        digest.update(_little(a).reshape(-1).view(np.uint8))
+        digest.update(_little(a).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
