@@ -326,3 +326,32 @@ def test_kills_at_random_moments(tmp_path):
         if killed >= KILLS:
             return
     pytest.fail("the children were too fast")
+
+
+def test_a_folder_that_does_not_exist_yet(tmp_path):
+    run = {"nonfinite": "restore", "checkpoint": tmp_path / "new" / "run", **QUIET}
+    fit(nn.Linear(4, 3), samples(8), epochs=1, **run)
+    assert (tmp_path / "new" / "run" / "epoch-start.safetensors").is_file()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_second_training_in_the_same_folder_shows_before_its_first_step(on_error, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    model, counting = nn.Linear(4, 3), Counting()
+    other = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os.write(other, b"process 7 on a machine\n")
+    try:
+        settings = ModelCheckpoint(tmp_path, on_error=on_error)
+        options = {"epochs": 1, "nonfinite": "restore", "callbacks": counting, "checkpoint": settings, **QUIET}
+        if on_error == "raise":
+            with pytest.raises(BlockingIOError, match=r"another process.*process 7 on a machine"):
+                fit(model, samples(8), **options)
+            assert not counting.losses
+        else:
+            with pytest.warns(RuntimeWarning, match=r"no checkpoint of step \d, training goes on:.*process 7"):
+                fit(model, samples(8), **options)
+            assert counting.losses
+        assert os.listdir(tmp_path) == [".lock"], "nothing of the other training is overwritten"
+    finally:
+        os.close(other)

@@ -96,7 +96,8 @@ def _name_of(function: Any) -> str:
 class Saver:
     """Writes the checkpoints of a training.
 
-    Raises ValueError if the folder has checkpoints already and the training does not go on from them.
+    Raises ValueError if the folder has checkpoints already and the training does not go on from them; OSError if
+    another process writes into the folder, or nobody can.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Saver:
         self.sign = sign_of(self.monitor)
         self.saved: tuple[int, int] | None = None  # epoch and step of the newest checkpoint
         self.time = time.monotonic()  # of the newest checkpoint, or of the start
+        self._write(self.folder.lock)  # so that another training in this folder shows now
 
     # ---- writing ----------------------------------------------------------------------------------------
 
@@ -132,7 +134,12 @@ class Saver:
         """Keep what `nonfinite="restore"` may have to restore, until the next epoch."""
         if self.steps.nonfinite == "restore":
             start = {"epoch": self.training.epoch}
-            self._write(lambda: save(self.folder.path / EPOCH, self.training.model, **self.state, extra=start))
+
+            def write() -> None:
+                self.folder.lock()
+                save(self.folder.path / EPOCH, self.training.model, **self.state, extra=start)
+
+            self._write(write)
 
     def after_step(self) -> None:
         """Write a checkpoint, if it is time for one."""
