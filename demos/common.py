@@ -70,7 +70,7 @@ class Run:
         for flag, keywords in (own or {}).items():
             self.parser.add_argument(flag, **keywords)
         argv = spelled(sys.argv[1:] if argv is None else argv)
-        given = read_settings(self.parser, argv)
+        given = read_settings(self.parser, argv, name)
         if "--check" in argv or given.get("check"):
             self.parser.set_defaults(**(check or {}))
         self.parser.set_defaults(**given)
@@ -99,7 +99,7 @@ class Run:
         """The folder, or exit: of a run that is finished."""
         try:
             finished = not json.loads((folder / "results.json").read_text(encoding="utf-8"))["interrupted"]
-        except OSError:
+        except (OSError, ValueError, KeyError, TypeError):  # also half a file
             finished = False
         if finished:
             self.parser.error(f"the run in {folder} is finished")
@@ -202,7 +202,7 @@ class Run:
         samples = len(training if isinstance(training, datasets.Dataset) else training[0])
         self.expect_batches(samples, settings["batch_size"], settings.get("drop_last", False))
         checkpoint = train.ModelCheckpoint(
-            self._next_checkpoint(), every=1, min_seconds=10, keep=1, advice=self._advice
+            self._next_checkpoint(), every=1, min_seconds=10, best=False, keep=1, advice=self._advice
         )  # fmt: skip
         history = self.histories[name] = train.fit(model, training, **settings, checkpoint=checkpoint, resume=True)
         model.to("cpu")
@@ -244,10 +244,10 @@ class Run:
             except OSError as error:
                 sys.exit(f"cannot write to {folder}: {error.strerror}")
             self._folder = folder
-            if self.args.resume is None:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of an earlier run
+            if self.args.resume is None and (folder / CHECKPOINTS).exists():
+                sys.exit(f"{folder} has a run that was interrupted: --resume {folder} goes on; or give another --out")
             about = environment(self._command, getattr(self.args, "device", "cpu") == "cuda")
-            self._write_text("config.toml", as_toml(vars(self.args)))
+            self._write_text("config.toml", as_toml({"demo": self.name, **vars(self.args)}))
             self._write_text("environment.json", json.dumps(about, indent=1))
         return self._folder
 
@@ -325,7 +325,7 @@ class Run:
         if self._folder or self.args.out:
             self._write_text("results.json", text)
         if self._folder and not self.interrupted:
-            shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
+            remove_checkpoints(self._folder)
         for part in self._report:
             self.console.print(part, highlight=False, markup=False)
         verdict = Console(highlight=False)
@@ -339,6 +339,17 @@ class Run:
         for failure in self._failures:
             print(failure, file=sys.stderr)
         return self
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what `Run.fit` and `Run.once` wrote into the folder of a run, and nothing else."""
+    for path in (folder / CHECKPOINTS).glob("[0-9][0-9][0-9]*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is there, or nothing
+        (folder / CHECKPOINTS).rmdir()
 
 
 def recalibrate(model: nn.Module, data: train.Data) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from tinygrad_bn.files import replacing
 
+from .common import remove_checkpoints
 from .options import natural
 
 # A figure is a checkbox: ticked by a click or the space bar, it is shown in full size, in a box that scrolls.
@@ -107,6 +108,8 @@ def run_demo(name: str, args: argparse.Namespace) -> tuple[int, str, float]:
     options = ["--out", str(folder), "--seed", str(args.seed)] + ["--check"] * args.check
     if args.resume and (folder / "config.toml").exists():
         options = ["--resume", str(folder)]
+    else:
+        remove_checkpoints(folder)
     (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
     environment = {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"} | (ONE_THREAD if WORKERS > 1 else {})
     start = time.perf_counter()

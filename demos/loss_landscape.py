@@ -32,7 +32,7 @@ class Noise(nn.Module):
     """A random shift and scale for each of 100 units, the same for all images, until the next `draw`."""
 
     def draw(self) -> None:
-        self.shift, self.scale = np.float32(random.generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)))
+        self.shift, self.scale = random.generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)).astype("f")
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift

@@ -140,14 +140,18 @@ def read(path: str | os.PathLike[str]) -> Contents:
 def _read_bytes(path: Path) -> bytes:
     if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise CheckpointError(path, "this is not a regular file")
-    data = path.read_bytes()
-    if data[:4] == b"PK\x03\x04" or data[:2] == b"\x80\x02":
-        raise CheckpointError(path, TORCH)
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8:
-        claims = f"its header claims {size:,} bytes" if len(data) >= 8 else "it has no header"
-        raise CheckpointError(path, f"it is incomplete or no safetensors file: {claims}, of {len(data):,} in the file")
-    return data
+    with path.open("rb") as file:
+        start, there = file.read(9), os.fstat(file.fileno()).st_size
+        size = int.from_bytes(start[:8], "little")
+        if size > there - 8 or start[8:] != b"{":
+            if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+                raise CheckpointError(path, TORCH)
+            claims = f"its header claims {size:,} bytes" if there >= 8 else "it has no header"
+            raise CheckpointError(path, f"it is incomplete or no safetensors file: {claims}, of {there:,} in the file")
+        try:
+            return start + file.read()
+        except MemoryError as error:
+            raise CheckpointError(path, f"its {there:,} bytes need more memory than there is") from error
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Array], dict[str, str], tuple[str, ...]]:

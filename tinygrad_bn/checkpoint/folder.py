@@ -23,7 +23,7 @@ BEST = "best.safetensors"
 
 
 class _Lock:
-    """The right to write into a folder, kept as long as this object lives; the system ends that of a dead process."""
+    """The lock of a folder, which this process has as long as this object lives; the system frees it when it dies."""
 
     def __init__(self, folder: Path) -> None:
         self.process, self.writing = os.getpid(), threading.Lock()
@@ -50,6 +50,7 @@ class _Lock:
 
 
 LOCKS: WeakValueDictionary[tuple[int, Path], _Lock] = WeakValueDictionary()  # of this process
+LOCKING = threading.Lock()
 
 
 class Folder:
@@ -88,9 +89,9 @@ class Folder:
             for name in os.listdir(self.path):
                 if TEMPORARY.fullmatch(name):  # its writer is dead, since this process has the lock
                     (self.path / name).unlink(missing_ok=True)
-            path = state.save(self.path / f"step-{step:08d}.safetensors", model, **others)
-            if best:
+            if best:  # first: who goes on from the generation relies on it
                 state.save(self.path / BEST, model, **others)
+            path = state.save(self.path / f"step-{step:08d}.safetensors", model, **others)
             others_there = [p for p in self.generations() if p != path]
             for old in others_there[: max(0, len(others_there) + 1 - self.keep)]:
                 old.unlink(missing_ok=True)
@@ -142,8 +143,9 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None or self._lock.process != os.getpid():  # a forked child has to ask for itself
             key = os.getpid(), self.path.resolve()
-            lock = LOCKS.get(key)
-            self._lock = LOCKS[key] = _Lock(self.path) if lock is None else lock
+            with LOCKING:
+                lock = LOCKS.get(key)
+                self._lock = LOCKS[key] = _Lock(self.path) if lock is None else lock
         return self._lock
 
     def __enter__(self) -> Self:

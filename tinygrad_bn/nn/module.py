@@ -11,7 +11,16 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, fitting, flag, floating_dtype, full_name, shown
+from tinygrad_bn.arguments import (
+    expect_flags,
+    expect_integer,
+    fitting,
+    flag,
+    floating_dtype,
+    full_name,
+    shown,
+    warn_caller,
+)
 from tinygrad_bn.backend import Array, move, to_numpy
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
@@ -347,11 +356,12 @@ class Module(ModuleInNotebook):
     def load(self, path: str | PathLike[str], strict: bool = True) -> None:
         """Load parameters and buffers from a safetensors file, also of PyTorch. On an error nothing changes.
 
-        Raises checkpoint.CheckpointError if the file is damaged or does not fit, OSError if it cannot be read.
+        Warns of what was converted (bfloat16 becomes float32) or is missing and may be (`num_batches_tracked`). Raises checkpoint.CheckpointError if the file is damaged or does not fit, OSError if it cannot be read.
         """
         from tinygrad_bn.checkpoint import load_model
 
-        load_model(path, self, strict=strict)
+        for note in load_model(path, self, strict=strict).notes:
+            warn_caller(note)
 
     # ---- printing ---------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,9 +32,11 @@ class ModelCheckpoint:
 
     Attributes:
         folder: made if it is missing. One training has a folder of its own.
-        every: steps between checkpoints; None for one after each epoch only. There is always one after each epoch.
-        min_seconds: a checkpoint is left out if the last one is not so old. The one at the end is always written.
-        keep: how many of the newest are kept, beside `best.safetensors`, that of the best epoch.
+        every: steps between checkpoints, beside the one after each epoch; None for none.
+        min_seconds: a checkpoint is left out if the last one is not so old. The best one, the one at the end and the
+            one after an interrupt are always written.
+        best: whether the best epoch is kept as `best.safetensors`.
+        keep: how many of the newest are kept.
         monitor: the column of the history that says which epoch is best; the default is "val_loss", or "loss" without
             validation. Accuracies are best at the top, losses at the bottom.
         on_error: what to do if a checkpoint cannot be written, as on a full disk: "raise" the OSError, or "warn" and go
@@ -45,6 +48,7 @@ class ModelCheckpoint:
     folder: str | Path
     every: int | None = None
     min_seconds: float = 0.0
+    best: bool = True
     keep: int = 3
     monitor: str | None = None
     on_error: Literal["raise", "warn"] = "raise"
@@ -56,6 +60,7 @@ class ModelCheckpoint:
         if self.every is not None:
             expect_integer("every", self.every, 1)
         expect_number("min_seconds", self.min_seconds, 0)
+        expect_flags(best=self.best)
         expect_integer("keep", self.keep, 1)
         if self.monitor is not None:
             sign_of(self.monitor)
@@ -123,7 +128,7 @@ class Saver:
         self.state: dict[str, Any] = {"optimizer": training.optimizer, "schedule": training.schedule}
         if isinstance(batches.seed, np.random.Generator):
             self.state["generators"] = {"batches": batches.seed}
-        self.sign = sign_of(self.monitor)
+        self.sign, self.best = sign_of(self.monitor), math.inf  # the value of the best checkpoint, the less the better
         self.saved: tuple[int, int] | None = None  # epoch and step of the newest checkpoint
         self.time = time.monotonic()  # of the newest checkpoint, or of the start
         self._write(self.folder.lock)  # so that another training in this folder shows now
@@ -149,9 +154,11 @@ class Saver:
 
     def after_epoch(self) -> None:
         """Write a checkpoint, also as the best one if it is."""
-        if self.is_time():
-            *before, last = np.array(self.training.history[self.monitor]) * self.sign
-            self.save(best=bool(last < np.nanmin([*before, np.inf])))
+        value = self.training.history[self.monitor][-1] * self.sign
+        if self.settings.best and value < self.best:
+            self.save(best=value)
+        elif self.is_time():
+            self.save()
 
     def is_time(self) -> bool:
         """Whether the last checkpoint is old enough for another one."""
@@ -173,27 +180,33 @@ class Saver:
         text = f"the newest checkpoint is {newest}; {self.settings.advice}" if newest else "there is no checkpoint yet"
         print(f"interrupted after step {self.training.step}: {text}", file=sys.stderr)
 
-    def save(self, best: bool = False) -> None:
-        """Write a checkpoint."""
-        training = self.training
+    def save(self, best: float | None = None) -> None:
+        """Write a checkpoint; as the best one too, if it is one: `best` is its value."""
+        training, is_best = self.training, best is not None
+        value = self.best if best is None else best
         extra = {
             "settings": self.fixed(), "position": {name: getattr(training, name) for name in POSITION},
             "mean": vars(training.mean), "history": asdict(training.history),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": [callback.state_dict() for callback in self.callbacks], "best": value,
         }  # fmt: skip
-        if self._write(lambda: self.folder.save(training.step, training.model, **self.state, extra=extra, best=best)):
-            self.saved, self.time = (training.epoch, training.step), time.monotonic()
+        state = {**self.state, "extra": extra}
+        if self._write(lambda: self.folder.save(training.step, training.model, best=is_best, **state)):
+            self.saved, self.time, self.best = (training.epoch, training.step), time.monotonic(), value
 
     def _write(self, write: Callable[[], object]) -> bool:
         """Whether it was written; else there is a warning, or the error."""
         try:
             write()
         except OSError as error:
-            if self.settings.on_error == "raise":
+            if self.settings.on_error == "raise" or isinstance(error, BlockingIOError):  # another process writes there
                 raise
             warn_caller(f"no checkpoint of step {self.training.step}, training goes on: {error}", RuntimeWarning)
             return False
         return True
+
+    def close(self) -> None:
+        """Let other processes write into the folder."""
+        self.folder.close()
 
     # ---- going on ---------------------------------------------------------------------------------------
 
@@ -238,6 +251,7 @@ class Saver:
         vars(training.history).update(extra["history"], interrupted=False)
         training.history.epochs = [Epoch(**epoch) for epoch in extra["history"]["epochs"]]
         self.batches.epoch = training.epoch - (not len(training.order))
+        self.best = extra["best"]
         self.saved = training.epoch, training.step
 
     def _remember(self, contents: Contents) -> None:
