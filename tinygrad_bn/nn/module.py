@@ -356,7 +356,9 @@ class Module(ModuleInNotebook):
     def load(self, path: str | PathLike[str], strict: bool = True) -> None:
         """Load parameters and buffers from a safetensors file, also of PyTorch. On an error nothing changes.
 
-        Warns of what was converted (bfloat16 becomes float32) or is missing and may be (`num_batches_tracked`). Raises checkpoint.CheckpointError if the file is damaged or does not fit, OSError if it cannot be read.
+        Warns of what was converted (bfloat16 becomes float32) or is missing and may be (`num_batches_tracked`).
+
+        Raises checkpoint.CheckpointError if the file is damaged or does not fit, OSError if it cannot be read.
         """
         from tinygrad_bn.checkpoint import load_model
 

@@ -33,7 +33,6 @@ class Training:
         mean: loss and accuracy of the batches of this epoch: `mean.score()`.
         order: positions of the samples in the order of this epoch; empty before it begins.
         seconds: that this epoch took so far.
-        stopped: why a callback ended the training, or "".
         completed: whether the training has come to its end, and was not interrupted.
     """
 
@@ -51,13 +50,12 @@ class Training:
     mean: MeanScore = field(default_factory=MeanScore)
     order: Array = field(default_factory=lambda: np.arange(0))
     seconds: float = 0.0
-    stopped: str = ""
     completed: bool = False
 
     def stop(self, reason: str) -> None:
         """End the training after the callbacks of this step or epoch. Raises TypeError unless `reason` is text."""
         expect_text("reason", reason)
-        self.stopped = self.stopped or reason or "stopped"
+        self.history.stopped = self.history.stopped or reason or "stopped"
 
 
 class Callback:
@@ -123,6 +121,8 @@ class Measure(Callback):
     def __init__(self, function: Callable[[Training], Any], each: Literal["epoch", "step"] = "epoch") -> None:
         if each not in ("epoch", "step"):
             raise ValueError(f"each is 'epoch' or 'step'; got {shown(each)}")
+        if not callable(function):
+            raise TypeError(f"a Measure takes a function of the training; got {shown(function)}")
         self.function, self.each = function, each
         self.values: list[Any] = []
 

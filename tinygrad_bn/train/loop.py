@@ -90,8 +90,9 @@ def fit(
         resume: go on from the newest checkpoint of the folder, if there is one, with the same bits as if there had been
             no interruption: parameters, statistics, optimizer, schedule, generators, order of the samples, history and
             callbacks. The arguments and data have to be those of the training that was interrupted; `epochs` may be
-            more. Of generators, the default one is restored, that of `seed`, and those that modules hold as attributes;
-            not Python's `random`, nor what callbacks keep without a `state_dict`.
+            more. Options of the optimizer are those of the checkpoint. Of generators, the default one is restored, that
+            of `seed`, and those that modules hold as attributes; not Python's `random`, nor what callbacks keep without
+            a `state_dict`. An error that ends a training writes no checkpoint.
 
     Returns:
         The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates. Without `checkpoint`
@@ -104,7 +105,8 @@ def fit(
         NonFiniteError: see `nonfinite`. Also with "skip", where a parameter is not finite: no batch can help then.
         RuntimeError: the device is not available; the message says why.
         CheckpointError: the checkpoint does not belong to this training, or no file of the folder is whole.
-        OSError: a checkpoint cannot be written; see `ModelCheckpoint` for going on then.
+        OSError: a checkpoint cannot be written; see `ModelCheckpoint` for going on then. BlockingIOError: another
+            training writes into the folder.
     """
     expect_model(model, loss)
     epochs = expect_integer("epochs", epochs, 0)
@@ -175,7 +177,11 @@ class _Loop:
                     for callback in self.callbacks:
                         stack.callback(callback.on_end, training)
                         callback.on_begin(training)
-                    while training.epoch <= training.epochs and not (training.stopped or training.history.diverged):
+                    if saver is not None:
+                        saver.at_begin()
+                    while training.epoch <= training.epochs and not (
+                        training.history.stopped or training.history.diverged
+                    ):
                         self.epoch()
                     if saver is not None:
                         saver.at_end()
@@ -203,7 +209,7 @@ class _Loop:
                 training.seconds = time.perf_counter() - start
                 if self.saver is not None:
                     self.saver.after_step()
-            if training.history.diverged or training.stopped:
+            if training.history.ended:
                 return
         with self.step():  # also the validation, which may draw random numbers
             val = Score(math.nan, math.nan)

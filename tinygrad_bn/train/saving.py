@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
 
+from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown, warn_caller
 from tinygrad_bn.backend import Array
 from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, apply, read, save
@@ -22,7 +24,9 @@ from tinygrad_bn.train.callback import Callback, Training
 from tinygrad_bn.train.history import Epoch, sign_of
 from tinygrad_bn.train.steps import Steps
 
-POSITION = ("epoch", "batch", "step", "loss", "order", "seconds", "stopped")
+POSITION = ("epoch", "batch", "step", "loss", "order", "seconds")
+TRAINED: set[Path] = set()  # folders of the trainings under way in this process
+LOCK = Lock()
 EPOCH = "epoch-start.safetensors"  # what nonfinite="restore" would restore
 
 
@@ -57,6 +61,8 @@ class ModelCheckpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str | Path):
             raise TypeError(f"a folder for checkpoints is a path; got {shown(self.folder)}")
+        if not str(self.folder):
+            raise ValueError('the folder for checkpoints has no name; "." is the present one')
         if self.every is not None:
             expect_integer("every", self.every, 1)
         expect_number("min_seconds", self.min_seconds, 0)
@@ -81,6 +87,28 @@ class ModelCheckpoint:
         if every is not None:
             raise ValueError("every is given twice: it is an option of the ModelCheckpoint")
         return checkpoint
+
+
+def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What callbacks may change of modules, by path: numbers, texts and flags, and which parameters are trained."""
+    found = {}
+    for path, module in model.named_modules():
+        own = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "training"}
+        trained = {
+            f"{k}.requires_grad": v.requires_grad for k, v in vars(module).items() if isinstance(v, nn.Parameter)
+        }
+        found[path] = own | trained
+    return found
+
+
+def set_attributes(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set what differs from `attributes` of before."""
+    now = attributes(model)
+    for path, module in model.named_modules():
+        for name, value in saved.get(path, {}).items():
+            if name in now[path] and now[path][name] != value:
+                parameter, dot, attribute = name.partition(".")
+                setattr(getattr(module, parameter) if dot else module, attribute or name, value)
 
 
 def _digest(*arrays: Array) -> str:
@@ -115,7 +143,8 @@ class Saver:
         resumes: bool,
     ) -> None:
         self.settings, self.training, self.batches, self.steps = settings, training, batches, steps
-        self.callbacks, self.folder = callbacks, Folder(settings.folder, keep=settings.keep)
+        self.stateful = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
+        self.folder = Folder(settings.folder, keep=settings.keep)
         if not resumes and (newest := self.folder.newest()):
             raise ValueError(
                 f"{newest.parent} has checkpoints of a training: resume=True goes on from {newest.name}; or give "
@@ -131,9 +160,19 @@ class Saver:
         self.sign, self.best = sign_of(self.monitor), math.inf  # the value of the best checkpoint, the less the better
         self.saved: tuple[int, int] | None = None  # epoch and step of the newest checkpoint
         self.time = time.monotonic()  # of the newest checkpoint, or of the start
-        self._write(self.folder.lock)  # so that another training in this folder shows now
+        self._write(self.folder.lock)  # so that another process in this folder shows now
+        self.key = self.folder.path.resolve()
+        with LOCK:
+            if self.key in TRAINED:
+                raise BlockingIOError(f"{self.folder.path}: another training of this process writes checkpoints there")
+            TRAINED.add(self.key)
 
     # ---- writing ----------------------------------------------------------------------------------------
+
+    def at_begin(self) -> None:
+        """Write a first checkpoint, so that what cannot be saved shows now."""
+        if self.saved is None and self.is_time():
+            self.save()
 
     def before_epoch(self) -> None:
         """Keep what `nonfinite="restore"` may have to restore, until the next epoch."""
@@ -187,7 +226,8 @@ class Saver:
         extra = {
             "settings": self.fixed(), "position": {name: getattr(training, name) for name in POSITION},
             "mean": vars(training.mean), "history": asdict(training.history),
-            "callbacks": [callback.state_dict() for callback in self.callbacks], "best": value,
+            "callbacks": [callback.state_dict() for callback in self.stateful], "best": value,
+            "attributes": attributes(training.model),
         }  # fmt: skip
         state = {**self.state, "extra": extra}
         if self._write(lambda: self.folder.save(training.step, training.model, best=is_best, **state)):
@@ -207,6 +247,8 @@ class Saver:
     def close(self) -> None:
         """Let other processes write into the folder."""
         self.folder.close()
+        with LOCK:
+            TRAINED.discard(self.key)
 
     # ---- going on ---------------------------------------------------------------------------------------
 
@@ -223,18 +265,24 @@ class Saver:
             "clip_norm": self.steps.clip_norm,
             "nonfinite": self.steps.nonfinite,
             "validation": self.training.validates,
-            "callbacks": [type(callback).__qualname__ for callback in self.callbacks],
+            "callbacks": [type(callback).__qualname__ for callback in self.stateful],
         }
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
+        try:
+            if self.folder.newest() is not None:
+                self._resume()
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume(self) -> None:
         training = self.training
-        if self.folder.newest() is None:
-            return
         contents = self.folder.read_newest()
         self.check(contents)
         extra = contents.extra
-        for callback, own in zip(self.callbacks, extra["callbacks"], strict=True):
+        for callback, own in zip(self.stateful, extra["callbacks"], strict=True):
             try:
                 callback.load_state_dict(own)
             except Exception as error:
@@ -243,6 +291,7 @@ class Saver:
                     contents.path, f"the state of the callback {name} does not fit: {error}"
                 ) from error
         apply(contents, training.model, **self.state)
+        set_attributes(training.model, extra["attributes"])
         if len(extra["position"]["order"]):
             self._remember(contents)
         for name in POSITION:
@@ -253,6 +302,8 @@ class Saver:
         self.batches.epoch = training.epoch - (not len(training.order))
         self.best = extra["best"]
         self.saved = training.epoch, training.step
+        if training.history.stopped:
+            warn_caller(f"the training in {self.folder.path} has ended, and does not go on: {training.history.stopped}")
 
     def _remember(self, contents: Contents) -> None:
         """Note what the epoch that `contents` are from the middle of may have to restore."""

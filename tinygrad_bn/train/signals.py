@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,15 @@ from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any
 
+WAITING = b"\ninterrupted: waiting for the end of the step; again to stop at once\n"
+
 
 class Signals:
     """In this block SIGINT and SIGTERM raise KeyboardInterrupt: at once, or at the end of a block that is `held`.
 
-    A second signal does not wait. At the end of the block the handlers are those of before, and a SIGTERM that came is
-    sent again, to them. Signals that are ignored, and handlers of SIGINT that are not Python's own, stay. In other
-    threads than the main one nothing changes, since signals do not come there.
+    A second signal does not wait. At the end the handlers are those of before, and a signal that came is sent again, to
+    them; but not SIGINT to Python's own handler, since `fit` says that it was interrupted. Signals that are ignored
+    stay ignored. In other threads than the main one nothing changes, since signals do not come there.
     """
 
     def __init__(self) -> None:
@@ -27,8 +30,7 @@ class Signals:
         if current_thread() is main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 former = signal.getsignal(number)
-                replaced = former is signal.default_int_handler if number == signal.SIGINT else former is not None
-                if replaced and former != signal.SIG_IGN:
+                if former not in (None, signal.SIG_IGN):
                     self._former[number] = former
                     signal.signal(number, self._handle)
         return self
@@ -36,13 +38,15 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
-        if signal.SIGTERM in self.came:
-            signal.raise_signal(signal.SIGTERM)
+        for number in sorted({*self.came}):
+            if self._former[number] is not signal.default_int_handler:
+                signal.raise_signal(number)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.came.append(number)
         if len(self.came) > 1 or not self._held:
             raise KeyboardInterrupt
+        os.write(2, WAITING)  # print() may not be called again while it runs
 
     @contextmanager
     def held(self) -> Iterator[None]:
