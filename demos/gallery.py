@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -99,8 +100,11 @@ def finished(folder: Path) -> str | None:
         return None
 
 
-def run_demo(name: str, args: argparse.Namespace) -> tuple[int, str, float]:
-    """The status of a demo, what it printed, and its seconds: those of before, if it has finished and may be kept."""
+def run_demo(name: str, args: argparse.Namespace, children: list[Any]) -> tuple[int, str, float]:
+    """The status of a demo, what it printed, and its seconds: those of before, if it has finished and may be kept.
+
+    Its process joins `children`. It is in a session of its own, so that a Ctrl-C comes to this process alone.
+    """
     folder: Path = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume and (before := finished(folder)) is not None:
@@ -113,14 +117,29 @@ def run_demo(name: str, args: argparse.Namespace) -> tuple[int, str, float]:
     (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
     environment = {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"} | (ONE_THREAD if WORKERS > 1 else {})
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", str(__package__), name, *options],
-        capture_output=True, encoding="utf-8", errors="replace", env=os.environ | environment,
+    child = subprocess.Popen(
+        [sys.executable, "-m", str(__package__), name, *options], start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        env=os.environ | environment,
     )  # fmt: skip
-    printed = done.stdout + done.stderr
+    children.append(child)
+    printed, _ = child.communicate()
     with replacing(folder / PRINTED) as beside:
         beside.write_text(printed, encoding="utf-8")
-    return done.returncode, printed, time.perf_counter() - start
+    return child.returncode, printed, time.perf_counter() - start
+
+
+def expect_same(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Note the options in the output folder; or exit, if `--resume` is given with others than those of before."""
+    options, path = {"seed": args.seed, "check": args.check}, args.out / "all.json"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.resume and path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != options:
+            parser.error(f"{args.out} was begun with the options {before}: give the same ones, or another --out")
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(options), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot use {args.out}: {error}")
 
 
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
@@ -133,8 +152,17 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     page, command = args.out / "index.html", html.escape(" ".join([f"python -m {__package__} all", *argv]))
     console, sections, code = Console(), dict[str, str](), 0
+    terminated: list[int] = []
+
+    def terminate(number: int, _: Any) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    expect_same(parser, args)
+    former = signal.signal(signal.SIGTERM, terminate)
     with ThreadPoolExecutor(WORKERS) as pool:
-        runs = {name: pool.submit(run_demo, name, args) for name in names}
+        children: list[Any] = []
+        runs = {name: pool.submit(run_demo, name, args, children) for name in names}
         try:
             for name, run in runs.items():
                 with console.status(name):
@@ -148,10 +176,14 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
         except OSError as error:
             pool.shutdown(cancel_futures=True)
             parser.error(f"cannot write to {args.out}: {error.strerror}")
-        except KeyboardInterrupt:  # which the running demos get too
+        except KeyboardInterrupt:
+            for child in children:
+                child.send_signal(signal.SIGINT)  # it writes a checkpoint
             pool.shutdown(cancel_futures=True)
-            code = 130
+            code = 143 if terminated else 130
             console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")
+            console.print(f"to go on: python -m {__package__} all --resume --out {args.out}", soft_wrap=True)
+    signal.signal(signal.SIGTERM, former)
     contents = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in sections)
     try:
         with replacing(page) as beside:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .options import rate
+
 UNWRITTEN = ("config", "resume", "out", "help")  # a repeated run has a folder of its own
 
 
@@ -15,7 +17,7 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str], dem
 
     Exits with an error for a file that cannot be read, an unknown option, or a value that does not fit.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
     named = first.parse_known_args([text for text in arguments if text not in ("-h", "--help")])[0]
@@ -75,6 +77,8 @@ def _one(action: argparse.Action, value: Any) -> Any:
         raise ValueError(f"has to be a {'text' if convert in (str, Path) else 'number'}; got {value!r}")
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"has to be one of {', '.join(action.choices)}; got {value!r}")
+    if isinstance(value, float) and convert not in (float, rate):
+        raise ValueError(f"has to be an integer; got {value!r}")
     return convert(value if isinstance(value, str) else repr(value))
 
 

@@ -288,14 +288,14 @@ def test_ctrl_c_reports_the_finished_seeds_and_claims_nothing(tmp_path, monkeypa
 
 
 def test_ctrl_c_during_all_writes_the_page_of_the_finished(tmp_path, monkeypatch, capsys):
-    run = subprocess.run
+    run = gallery.run_demo
 
-    def interrupted(command, **options):
-        if "deep_mlp" in command:
+    def interrupted(name, *args):
+        if name == "deep_mlp":
             raise KeyboardInterrupt
-        return run(command, **options)
+        return run(name, *args)
 
-    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(gallery, "run_demo", interrupted)
     code = gallery.main(["normalize_numbers", "deep_mlp", "iris_mlp"], ["--out", str(tmp_path)])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert code == 130

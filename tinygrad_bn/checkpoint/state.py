@@ -89,6 +89,9 @@ def load(
     The states go into the generators that are there, so those that are shared stay shared. Only states are restored,
     not the seeds that `Generator.spawn` counts from.
 
+    Also restored is the state of the default generator, that of `manual_seed`; `Module.load` and `load_model` take the
+    parameters and buffers alone.
+
     Args:
         strict: without it, keys of the model may be missing or unexpected, and options of normalisations may differ,
             with a warning.
@@ -155,6 +158,8 @@ def _expect(
     model: Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None, strict: bool = True
 ) -> None:
     expect_flags(strict=strict)
+    if isinstance(model, str | os.PathLike):
+        raise TypeError("the path comes first, then the model: save(path, model)")
     for name, value, kind in (
         ("model", model, Module),
         ("optimizer", optimizer, Optimizer),
