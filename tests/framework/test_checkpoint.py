@@ -243,6 +243,18 @@ def test_an_error_can_be_pickled_and_shows_control_characters(tmp_path):
     assert str(pickle.loads(pickle.dumps(caught.value))) == text
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1, 2)])
+def test_bfloat16_becomes_float32(shape, tmp_path):
+    body = bytes.fromhex("c03f80ff")[: 2 * math.prod(shape)]  # 1.5 and -inf
+    header = b'{"a": {"dtype": "BF16", "shape": %a, "data_offsets": [0, %d]}}' % (list(shape), len(body))
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
+    contents = read(tmp_path / "a.safetensors")
+    got = contents.model["a"]
+    assert type(got) is np.ndarray
+    assert (got.dtype, got.shape, got.ravel().tolist()) == (np.float32, shape, [1.5, -math.inf][: got.size])
+    assert "note: bfloat16 became float32, exactly: a" in str(contents)
+
+
 def test_an_error_about_many_keys_is_short(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(other_bytes({f"key{i}": np.ones(2) for i in range(999)}))
     with pytest.raises(CheckpointError, match=r"missing keys.* … .*'key998'") as caught:
