@@ -262,18 +262,20 @@ def test_an_error_about_many_keys_is_short(tmp_path):
     assert len(caught.value.problem) < 1000
 
 
-def test_memory_is_twice_the_size_of_the_file(tmp_path):
-    path = save(tmp_path / "a.safetensors", nn.Linear(1000, 1000))
+@pytest.mark.parametrize(
+    ("size", "extra", "times"), [(1000, None, 2.1), (1, [[[[]]]] * 50_000, 100), (1, [{"": {}}] * 50_000, 100)]
+)
+def test_memory_follows_the_size_of_the_file(size, extra, times, tmp_path):
+    path = save(tmp_path / "a.safetensors", nn.Linear(size, size), extra=extra)
     read(path)  # imports
-    files_size = path.stat().st_size
     tracemalloc.start()
     try:
         contents = read(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert contents.model["weight"].shape == (1000, 1000)
-    assert peak < 2.1 * files_size
+    assert contents.model["weight"].shape == (size, size)
+    assert peak < times * path.stat().st_size
 
 
 # ---- generators ------------------------------------------------------------------------------------------
