@@ -357,7 +357,8 @@ def test_ctrl_c_at_any_line_of_a_load_leaves_the_old_state_or_the_new_one(tmp_pa
     steps(*own)
     rng = {"batches": np.random.default_rng(0)}
     contents = read(save(tmp_path / "a", own[0], optimizer=own[1], schedule=own[2], generators=rng))
-    steps(*other)
+    for _ in range(2):  # so that the schedules differ too
+        steps(*other)
     rng = {"batches": np.random.default_rng(1)}
     old = read(save(tmp_path / "b", other[0], optimizer=other[1], schedule=other[2], generators=rng))
 
