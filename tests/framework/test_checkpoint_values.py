@@ -68,6 +68,7 @@ A = np.arange(2)
 @given(value=VALUES, named=st.dictionaries(st.text(max_size=3), arrays(), max_size=2))
 @example(value={1: A, "1": A + 1, "a": {"b": A + 2}, "a/b": A + 3}, named={"a": A + 4, "a/b": A + 5})  # names alike
 @example(value=[-0.0, math.nan, math.inf, -math.inf, 5e-324, "\ud800", "\0", 10**4300, -(1 << 10_000)], named={})
+@example(value=[{"$int": "0x1"}, {"$tuple": [1]}, {"a": 1, "$dict": 2}, {2: 3, "2": (4,)}, (), {}, []], named={})
 def test_values_come_back_the_same(value, named, path):
     save(path, nn.ReLU(), extra=value, arrays=named)
     got = read(path)

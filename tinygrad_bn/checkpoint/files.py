@@ -116,7 +116,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
     """The contents of a safetensors file, checked: header, sizes, dtypes, and in own files version and SHA-256.
 
     bfloat16 arrays become float32, exactly. The hash finds damage; it is no signature. Memory is reserved for what the
-    file holds, not for what its header claims: at most 32 times its size, and usually about twice.
+    file holds, not for what its header claims: about twice the size of the file for arrays, and up to 100 times the
+    text of `extra` and other JSON, if that is nothing but nested empty lists.
 
     Raises CheckpointError for a damaged or foreign file, OSError if it cannot be read.
     """
