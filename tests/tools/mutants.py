@@ -67,7 +67,7 @@ def untested(tree: ast.AST, compiled: bool) -> Iterator[Span]:
     def name(node: ast.expr) -> str:
         return ast.unparse(node).partition("(")[0]
 
-    quiet = ("overload", *(() if compiled else ONLY_COMPILED))
+    quiet = () if compiled else ONLY_COMPILED
     for node in ast.walk(tree):
         parts: list[Any] = []
         match node:
@@ -77,6 +77,8 @@ def untested(tree: ast.AST, compiled: bool) -> Iterator[Span]:
                 parts = [node]
             case ast.arg(annotation=annotation) | ast.AnnAssign(annotation=annotation):
                 parts = [annotation]
+            case ast.FunctionDef() if "overload" in map(name, node.decorator_list):
+                parts = [node, *node.decorator_list]
             case ast.FunctionDef():
                 parts = [node.returns, *(d for d in node.decorator_list if name(d) in quiet)]
             case ast.keyword(arg="formula" | "sample" | "exact"):
@@ -170,7 +172,7 @@ def try_group(name: str, each: int, seed: int, compiled: bool) -> bool:
         raise SystemExit(f"the tests of {name} fail without a mutant: {wrong}")
     limit = 3 * (time.perf_counter() - begin) + 10
     every = mutants(group.modules, compiled)
-    sample = every if each >= len(every) else sorted(random.Random(f"{name} {seed}").sample(every, each))
+    sample = random.Random(f"{name} {seed}").sample(every, min(each, len(every)))
     print(f"{name}: {len(sample)} of {len(every)} mutants, at most {limit:.0f} s each", flush=True)
     killed = 0
     for mutant in sample:
