@@ -15,7 +15,7 @@ from tinygrad_bn.modes import call_recording, recording
 from tinygrad_bn.tensor import OPS, Node, Tensor, apply
 
 
-def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, create_graph: bool = False) -> None:
+def backward(y: Tensor, g: object, *, retain_graph: bool | None, create_graph: bool) -> None:
     """See `Tensor.backward`."""
     keep = create_graph if retain_graph is None else flag("retain_graph", retain_graph)
     call_recording(create_graph, _accumulate, y, _cotangent(y, g), create_graph, not keep)
