@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.keywords import unknown
+
 REAL = "?bhilqBHILQefd"  # NumPy's characters of the dtypes to compute with: not of long doubles
 LARGEST_FLOAT = np.finfo(np.float64).max.item()
 INT64 = np.iinfo(np.int64)
@@ -51,10 +53,10 @@ def bind(
         if all(n in params or n in given for n in missing):
             operands = (*operands, *(params[n] if n in params else given[n] for n in missing))
             params = {k: v for k, v in params.items() if k not in missing}
-    unknown = [p for p in params if p not in options and p not in names]
+    wrong = [unknown(p, (*names, *options)) for p in params if p not in options and p not in names]
     absent = [n for n in (*names[len(operands) :], *options) if n not in params and n not in given]
-    if (names and len(operands) != len(names)) or twice or unknown or absent:
-        faults = {"given twice": twice, "unknown": unknown, "missing": absent}
+    if (names and len(operands) != len(names)) or twice or wrong or absent:
+        faults = {"given twice": twice, "unknown": wrong, "missing": absent}
         words = [f"{fault}: {', '.join(which)}" for fault, which in faults.items() if which]
         declared = [f"{n}={given[n]!r}" if n in given else n for n in (*names, *options)]
         raise TypeError(f"{name}({', '.join(declared)}): {'; '.join(words) or 'too many operands'}")
@@ -175,7 +177,7 @@ def expect_shape(value: Any) -> None:
     if not all(type(n) is int for n in numbers):
         raise TypeError(f"shape is an integer, or a tuple of integers; got {shown(value)}")
     if min(numbers, default=0) < -1 or numbers.count(-1) > 1:
-        raise ValueError(f"a shape has no numbers below 0, but for one -1 at most; got {shown(value)}")
+        raise ValueError(f"a shape has no number below 0, except one -1 for what is left; got {shown(value)}")
 
 
 def reshaped(y: Any, shape: Any) -> Any:
@@ -341,14 +343,19 @@ def expect_text(name: str, value: Any) -> None:
         raise TypeError(f"{name} has to be a text; got {shown(value)}")
 
 
+def as_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+    """NumPy's dtype of what may name one, such as "float32". Raises TypeError for what does not."""
+    try:
+        if dtype is not None and not hasattr(dtype, "_data"):
+            return np.dtype(dtype)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{name} has to be a dtype, such as numpy.float32 or 'float32'; got {shown(dtype)}")
+
+
 def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     """The dtype. Raises TypeError unless it is one of floating-point numbers of at most 64 bits."""
-    if dtype is None or hasattr(dtype, "_data"):
-        raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}")
-    try:
-        found = np.dtype(dtype)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}") from error
+    found = as_dtype(name, dtype)
     if found.kind != "f" or not is_real(found):
         raise TypeError(f"{name} has to be floating-point, of at most 64 bits; got {found}")
     return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinygrad_bn.arguments import shown
 from tinygrad_bn.tensor import Array
 from tinygrad_bn.train import History
 
@@ -62,7 +63,14 @@ def legend_below(axes: Axes) -> None:
 
 
 def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed."""
+    """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed.
+
+    Raises TypeError unless `histories` holds histories by name, ValueError if it is empty.
+    """
+    if not (isinstance(histories, Mapping) and all(isinstance(h, History) for h in histories.values())):
+        raise TypeError(f"histories are a dictionary of names and what fit returned; got {shown(histories)}")
+    if not histories:
+        raise ValueError("histories is empty: there is nothing to plot")
     figure, grid = subplots(1, 2, 11, 4.4)
     for axes, measure in zip(grid[0], ("loss", "accuracy"), strict=True):
         for position, (name, history) in enumerate(histories.items()):

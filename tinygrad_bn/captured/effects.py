@@ -22,7 +22,8 @@ OWN = {"tinygrad_bn", "tinygrad_bn_kernels"}
 STDLIB = sysconfig.get_path("stdlib"), "<frozen "
 # Parts of this package whose functions do nothing that lasts, or are recorded with what they do.
 RECORDED = {
-    "arguments", "autograd", "captured", "functional", "hooks", "modes", "more_ops", "nn", "ops", "optim", "tensor",
+    "arguments", "autograd", "captured", "functional", "hooks", "keywords", "modes", "more_ops", "nn", "ops", "optim",
+    "tensor",
 }  # fmt: skip
 LASTING = {
     "STORE_ATTR": "assigns an attribute",

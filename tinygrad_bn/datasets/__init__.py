@@ -15,6 +15,7 @@ from tinygrad_bn.arguments import expect_flags, expect_integer, expect_text, sho
 from tinygrad_bn.datasets.catalogue import KNOWN, OWN
 from tinygrad_bn.datasets.fetch import find
 from tinygrad_bn.datasets.files import DataError, read_csv, read_idx
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Array
 
@@ -159,7 +160,7 @@ def _is_folder(path: str | Path) -> bool:
         return False
 
 
-class Batches:
+class Batches(Named):
     """Mini-batches `(x, y)`; each iteration is one epoch.
 
     Args:

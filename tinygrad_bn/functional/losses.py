@@ -22,6 +22,7 @@ from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.basics import largest, log_of_sum
 from tinygrad_bn.functional.reductions import note
 from tinygrad_bn.functional.statistics import mean, values
+from tinygrad_bn.keywords import named
 from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
 from tinygrad_bn.ops import astype, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
@@ -249,6 +250,7 @@ def softmax_cross_entropy(
     return loss, concatenate(top, log_sum, axis=1), total
 
 
+@named
 def cross_entropy(
     x: Operand,
     target: Operand,

@@ -13,6 +13,7 @@ import numpy as np
 
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown
 from tinygrad_bn.backend import Array, join, move, to_numpy
+from tinygrad_bn.keywords import Named, unknown
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
 from tinygrad_bn.optim.gradients import expect_tensors, gradient_of, listed
 from tinygrad_bn.tensor import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tinygrad_bn.nn.module import Module
 
 
-class Optimizer:
+class Optimizer(Named):
     """Base of the optimisers: parameter groups, their options, and the state kept for each parameter.
 
     A subclass defines `_initial_state` and `_update`, the new parameters as an elementwise function of parameters,
@@ -64,7 +65,8 @@ class Optimizer:
         for group in self.param_groups:
             for option in group:
                 if option not in defaults and option not in ("params", "initial_lr"):
-                    raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
+                    wrong = unknown(option, defaults)
+                    raise ValueError(f"{type(self).__name__} has no option {wrong}; it has {', '.join(defaults)}")
             _check_options(group)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -222,8 +224,8 @@ def _loaded_array(p: Tensor, name: str, value: Any) -> Array:
 
 
 RANGES = dict.fromkeys(
-    ("lr", "initial_lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"), (0, math.inf)
-) | {"alpha": (0, 1), "dampening": (-math.inf, math.inf)}  # fmt: skip
+    ("lr", "initial_lr", "weight_decay", "eps", "lr_decay", "initial_accumulator_value"), (0, math.inf)
+) | {"alpha": (0, 1), "momentum": (0, 1), "dampening": (-math.inf, math.inf)}  # fmt: skip
 
 
 def _check_options(group: Group) -> None:

@@ -16,6 +16,7 @@ from tinygrad_bn import nn, random
 from tinygrad_bn.arguments import expect_integer, expect_number
 from tinygrad_bn.backend import Array
 from tinygrad_bn.datasets import Batches, Seed
+from tinygrad_bn.keywords import named
 from tinygrad_bn.modes import Block, attributes_as_before
 from tinygrad_bn.optim import Adam, Optimizer
 from tinygrad_bn.train.scores import Data, Loss, MeanScore, arrays_of, expect_model
@@ -60,6 +61,7 @@ class RateSearch:
         return figure
 
 
+@named
 def find_learning_rate(
     model: nn.Module,
     data: Data,

@@ -14,6 +14,7 @@ import numpy as np
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown, warn_caller
 from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, apply, read, save
 from tinygrad_bn.datasets import Batches
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.train.callback import Callback, Training
 from tinygrad_bn.train.history import Epoch
 from tinygrad_bn.train.steps import Steps
@@ -23,7 +24,7 @@ EPOCH = "epoch-start.safetensors"  # what nonfinite="restore" would restore
 
 
 @dataclass(frozen=True)
-class ModelCheckpoint:
+class ModelCheckpoint(Named):
     """Where `fit` writes checkpoints, and which are kept.
 
     Attributes:
