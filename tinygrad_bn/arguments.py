@@ -279,7 +279,8 @@ def expect_array(x: Any, caller: str) -> None:
     """Raise TypeError unless x is a tensor or an array of real numbers or booleans."""
     dtype = getattr(x, "dtype", None)
     if not isinstance(dtype, np.dtype):
-        raise TypeError(f"{caller} takes a tensor or an array; got {full_name(x)}: make a Tensor of it")
+        cure = ": make a Tensor of it" if isinstance(x, list | tuple | int | float) else ""
+        raise TypeError(f"{caller} takes a tensor or an array; got {full_name(x)}{cure}")
     if dtype.char not in REAL:
         raise TypeError(f"{caller} takes real numbers; got an array of dtype {dtype}")
 
@@ -391,13 +392,15 @@ def expect_channels(x: Any, **vectors: Any) -> None:
 def expect_vectors(x: Any, **vectors: Any) -> None:
     """Raise ValueError unless x is (N, C, ...), and each vector (C,) or None."""
     if x.ndim < 2:
-        raise ValueError(f"x has to be of shape (N, C, ...); got {x.shape}")
+        raise ValueError(f"x to normalise has to be of shape (N, C, ...); got {x.shape}")
     for name, v in vectors.items():
         if hasattr(v, "dtype"):
             expect_array(v, name)
         shape = v.shape if hasattr(v, "shape") else np.shape(v)
         if v is not None and shape != x.shape[1:2]:
-            raise ValueError(f"{name} has shape {shape}, for {x.shape[1]} channels of x {x.shape}")
+            raise ValueError(
+                f"{name} has to be one number for each of {x.shape[1]} channels of x {x.shape}; got shape {shape}"
+            )
 
 
 def expect_eps(eps: float, zero: bool = True) -> float:

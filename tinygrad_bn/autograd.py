@@ -65,7 +65,7 @@ def grad(y: Tensor, xs: Any, g: object = None, create_graph: bool = False) -> Te
         raise ValueError("grad() got no tensor to differentiate by: xs is empty")
     for i, x in enumerate(wanted):
         if not x.requires_grad:
-            raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")
+            raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient: set its requires_grad")
     cotangent = _cotangent(y, g)
     walk = y, cotangent, _topological(y), wanted, create_graph
     grads = call_recording(create_graph, lambda: _separate(_backprop(*walk), cotangent))

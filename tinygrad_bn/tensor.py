@@ -425,7 +425,7 @@ class Tensor(TensorInNotebook):
     def retain_grad(self) -> Tensor:
         """Ask `backward` to leave the gradient in `grad` although this is no leaf; returns the tensor."""
         if not self.requires_grad:
-            raise RuntimeError(f"this tensor of shape {self.shape} gets no gradient that could be retained")
+            raise RuntimeError(errors.NO_GRAPH.format(self.shape))
         self._retains_grad = True
         return self
 
@@ -450,7 +450,7 @@ class Tensor(TensorInNotebook):
     def item(self) -> float | int | bool:
         """The one element, as a Python number. Raises ValueError if there are several."""
         if self.size != 1:
-            raise ValueError(f"item() needs exactly one element; the shape is {self.shape}")
+            raise ValueError(f"item() needs exactly one element; the shape is {self.shape}: reduce it, or use numpy()")
         return self._data.item()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:

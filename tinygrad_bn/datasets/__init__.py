@@ -32,7 +32,7 @@ def expect_arrays(*arrays: Any) -> None:
         if not getattr(a, "shape", ()):
             raise TypeError(f"samples and targets are arrays of shape (N, ...); got {type(a).__name__} {a!r:.60}")
     if len({len(a) for a in arrays}) > 1:
-        raise ValueError("{} samples, but {} targets".format(*map(len, arrays)))
+        raise ValueError("x has {} samples, but {} targets are in y; each sample has one".format(*map(len, arrays)))
 
 
 @dataclass(frozen=True)

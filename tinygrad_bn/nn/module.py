@@ -133,7 +133,7 @@ class Module(ModuleInNotebook):
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Compute the output; `module(x)` calls this."""
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        raise TypeError(f"{type(self).__name__} defines no forward; a subclass has to: def forward(self, x)")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Run `forward`. Positional arrays and lists become tensors on the module's device.

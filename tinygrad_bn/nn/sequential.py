@@ -23,7 +23,9 @@ class Sequential(Module):
         for i, layer in enumerate(layers):
             if not isinstance(layer, Module):
                 cure = "; unpack it with *" if isinstance(layer, Iterable) and not isinstance(layer, str) else ""
-                raise TypeError(f"layer {i} is {full_name(layer)}, not a module{cure}")
+                if isinstance(layer, type) and issubclass(layer, Module):
+                    cure = f"; make an object of it: {layer.__name__}(…)"
+                raise TypeError(f"Sequential takes modules; layer {i} is {full_name(layer)}, not a module{cure}")
             setattr(self, str(i), layer)
 
     def forward(self, x: Tensor) -> Tensor:
