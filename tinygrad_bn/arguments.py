@@ -77,7 +77,7 @@ def fast(
 
     An op outside this package may mean something else by an option's name: there names have no ranges.
     """
-    own = function.__module__.split(".")[0] == __name__.split(".")[0]
+    own = (function.__module__ or "").split(".")[0] == __name__.split(".")[0]
     last = dict.fromkeys(RANGED.keys() & options if own else (), object())  # no value is that object
     return {option: () if option in last else _types(p) for option, p in options.items()}, last
 

@@ -309,7 +309,10 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
     if array.dtype.kind not in "fiub" and not (large and dtype is not None):
         raise TypeError(_no_numbers(data, array))
     dtype = None if dtype is None else as_dtype("dtype", dtype)
-    array = np.array(array if typed else data, dtype)  # not `astype`, which would wrap integers that do not fit
+    try:
+        array = np.array(array if typed else data, dtype)  # not `astype`, which would wrap integers that do not fit
+    except (OverflowError, ValueError) as error:
+        raise type(error)(f"the dtype {dtype} of a Tensor cannot hold all of {shown(data)}") from error
     if array.dtype.char not in REAL:
         raise TypeError(_no_numbers(data, array))
     if not typed and dtype is None and array.dtype == np.float64:

@@ -68,6 +68,8 @@ def in_words(
             expect_shape(params["shape"])
         except (TypeError, ValueError) as plainer:
             return type(plainer), plainer
+    if name == "matmul" and any(o is None for o in operands):  # NumPy takes it for a number
+        return TypeError, "an operand is None"
     if kind is AttributeError and not all(hasattr(o, "dtype") for o in operands):  # a number has no shape
         return TypeError, "takes tensors or arrays"
     if kind is OverflowError:

@@ -160,7 +160,7 @@ def primitive(
         ValueError: the name is another op's or no identifier; or the rules are not one for each operand.
     """
     if bool(rules) == bool(each):
-        raise ValueError("an op needs exactly one of: a rule for each operand, or `each`")
+        raise ValueError(f"an op needs a rule for each operand, or `each`; got {'both' if each else 'neither'}")
 
     def declare(forward: Callable[P, Any]) -> Function[P]:
         return _declare(forward, forward, rules, each, False, saves, updates, formula, sample, exact)

@@ -130,7 +130,7 @@ def _losses(model: nn.Module, optimizer: Optimizer, loss: Loss, batches: Batches
                 group["lr"] = float(rates[len(found)])
             fault = runner.take(x, y, MeanScore())
             if fault and not found:
-                raise ValueError(f"no learning rate can be found: at the first step {fault}")
+                raise ValueError(f"find_learning_rate: no learning rate can be found: at the first step {fault}")
             if not fault:
                 found.append(runner.value)
             smooth = _smoothed(np.array(found))
