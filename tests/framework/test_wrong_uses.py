@@ -113,8 +113,9 @@ def vacuous(code: str, made: dict[str, Any], text: str) -> bool:
 
 def parameters() -> set[str]:
     """The names of the arguments of public functions and classes, but for single letters."""
-    public = [f for module in (F, nn, nn.init, optim, train, datasets, viz) for f in vars(module).values()]
-    public = [f for f in public if inspect.isfunction(f) or (inspect.isclass(f) and not issubclass(f, Exception))]
+    every = [f for module in (F, nn, nn.init, optim, train, datasets, viz) for f in vars(module).values()]
+    own = [f for f in every if inspect.isroutine(f) or (inspect.isclass(f) and not issubclass(f, Exception))]
+    public = [f for f in own if f.__module__.startswith("tinygrad_bn")]
     found = {name for f in public for name in inspect.signature(f).parameters}
     return {name for name in found - {"shape"} if len(name) > 1}
 
@@ -124,18 +125,17 @@ GOT = (
     r"\bgot\b|unknown: |missing|\bempty\b|\bNone\b|no samples|no parameters|has no\b|needs a|another|not finite|freed|"
     r"0-d|this one is|is (a|an|the) |is \w+, not|list of tensors|returned|cannot hold|assignment"
 )
-PARAMETERS = {
-    *parameters(),
+PARAMETERS = parameters() | {
     *OPS,
+    "assignment",
+    "cotangent",
+    "cross",
+    "item",
+    "op",
+    "state",
+    "targets",
     "tensor",
     "tensors",
-    "targets",
-    "cotangent",
-    "assignment",
-    "cross",
-    "state",
-    "op",
-    "item",
 }
 
 
