@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
-from inspect import Parameter, signature
+from inspect import CO_VARKEYWORDS, Parameter, signature
 from typing import Any, ParamSpec, Self, TypeVar
 
 P = ParamSpec("P")
@@ -39,21 +39,19 @@ def unknown(name: str, known: Iterable[str]) -> str:
     return f"{name} ({advice})" if advice else name
 
 
-def _signature(cls: type) -> tuple[dict[str, Parameter], bool]:
-    """The parameters of a class, and whether it takes others by name too."""
-    parameters = list(signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def expect_keywords(cls: type, options: Iterable[str]) -> None:
+def expect_keywords(cls: Any, options: Mapping[str, Any]) -> None:
     """Raise TypeError unless objects of `cls` are made with options of these names."""
-    known, others = _signature(cls)
-    if not (others or known.keys() >= set(options)):
+    code = getattr(cls.__init__, "__code__", None)  # faster than a signature
+    if code is None or code.co_flags & CO_VARKEYWORDS:
+        return
+    if not options.keys() <= set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
+        _, *parameters = signature(cls.__init__).parameters.values()
+        known = {p.name: p for p in parameters if p.kind is not p.VAR_POSITIONAL}
         raise wrong_keywords(cls.__name__, known, options)
 
 
 def wrong_keywords(name: str, known: Mapping[str, Parameter], options: Iterable[str]) -> TypeError:
+    """The error of a call of `name` with such options, where the `known` ones are declared."""
     wrong = ", ".join(unknown(option, known) for option in options if option not in known)
     return TypeError(f"{name}({', '.join(map(_declared, known.values()))}): unknown: {wrong}")
 
