@@ -177,7 +177,7 @@ def expect_shape(value: Any) -> None:
     if not all(type(n) is int for n in numbers):
         raise TypeError(f"shape is an integer, or a tuple of integers; got {shown(value)}")
     if min(numbers, default=0) < -1 or numbers.count(-1) > 1:
-        raise ValueError(f"a shape has no number below 0, except one -1 for what is left; got {shown(value)}")
+        raise ValueError(f"a shape has no numbers below 0, but for one -1 at most; got {shown(value)}")
 
 
 def reshaped(y: Any, shape: Any) -> Any:

@@ -75,10 +75,11 @@ class Named:
 def named(function: Callable[P, R]) -> Callable[P, R]:
     """The function, whose error for an argument that does not exist says what there is."""
     known = signature(function).parameters
+    names = frozenset(known)
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
-        if options and not known.keys() >= options.keys():
+        if options and not names.issuperset(options):
             raise wrong_keywords(function.__name__, known, options)
         return function(*args, **options)
 
