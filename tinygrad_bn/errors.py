@@ -132,19 +132,21 @@ def _of_shapes(name: str, text: str, operands: Sequence[Any], params: Mapping[st
     if name in ("concatenate", "stack") and re.search("at least one|zero-dimensional|same|match", text):
         return _of_joining(name, shapes, params["axis"])
     if name == "reshape" and "cannot reshape" in text:
-        return f"the {math.prod(shapes[0])} elements of shape {shapes[0]} do not fill the shape {params['shape']}"
+        return (
+            f"the {math.prod(shapes[0])} elements of shape {shapes[0]} do not fill the shape {shown(params['shape'])}"
+        )
     if name == "broadcast_to" and re.search("broadcast|remapping", text):
         if -1 in np.atleast_1d(params["shape"]):
-            return f"-1 stands for no number here; write the number in shape={params['shape']}"
-        return f"the shape {shapes[0]} cannot be repeated to {params['shape']}; {BROADCASTING}"
+            return f"-1 stands for no number here; write the number in shape={shown(params['shape'])}"
+        return f"the shape {shapes[0]} cannot be repeated to {shown(params['shape'])}; {BROADCASTING}"
     if "could not be broadcast" in text or "shape mismatch" in text:
         return f"the shapes {' and '.join(map(str, filter(None, shapes)))} do not fit together; {BROADCASTING}"
     if name == "transpose" and "ax" in text:
-        return f"axes has to name each of the {len(shapes[0])} axes once; got {params['axes']}"
+        return f"axes has to name each of the {len(shapes[0])} axes once; got {shown(params['axes'])}"
     if "duplicate value in 'axis'" in text:
-        return f"axis names an axis twice: {params['axis']}"
+        return f"axis names an axis twice: {shown(params['axis'])}"
     if "zero-size array" in text or "empty sequence" in text:
-        which = "the tensor" if params.get("axis") is None else f"axis {params['axis']}"
+        which = "the tensor" if params.get("axis") is None else f"axis {shown(params['axis'])}"
         return f"there is no element to choose: {which} of shape {shapes[0]} is empty"
     return ""
 
