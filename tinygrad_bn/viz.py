@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinygrad_bn.arguments import shown
 from tinygrad_bn.tensor import Array
 from tinygrad_bn.train import History
 from tinygrad_bn.train.interval import Interval, interval
@@ -66,7 +67,13 @@ def plot_histories(histories: Mapping[str, History | Sequence[History]], title: 
     """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed.
 
     Several histories of a model, one per seed, become their mean and its 95 % interval, up to the shortest.
+
+    Raises TypeError unless `histories` holds histories by name, ValueError if there are none.
     """
+    if not isinstance(histories, Mapping) or not all(map(_are_histories, histories.values())):
+        raise TypeError(f"histories are a dictionary of names and what fit returned; got {shown(histories)}")
+    if not histories:
+        raise ValueError("histories is empty: there is nothing to plot")
     figure, grid = subplots(1, 2, 11, 4.4)
     for axes, measure in zip(grid[0], ("loss", "accuracy"), strict=True):
         for position, (name, given) in enumerate(histories.items()):
@@ -127,6 +134,11 @@ def plot_confusion(matrix: Any, names: Sequence[str] | None = None, title: str =
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     return figure
+
+
+def _are_histories(given: Any) -> bool:
+    several = isinstance(given, list | tuple) and bool(given) and all(isinstance(h, History) for h in given)
+    return several or isinstance(given, History)
 
 
 def plot_seeds(axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-") -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_text, shown
 from tinygrad_bn.backend import Array
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.optim import Optimizer, Schedule
 from tinygrad_bn.train.history import History
 from tinygrad_bn.train.scores import MeanScore
@@ -58,7 +59,7 @@ class Training:
         self.history.stopped = self.history.stopped or reason or "stopped"
 
 
-class Callback:
+class Callback(Named):
     """Base of callbacks of `fit` that are more than a function. Each method may be left as it is: it does nothing.
 
     Those that keep something from epoch to epoch return it as `state_dict`, so that a training goes on from a

@@ -15,6 +15,7 @@ from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown, warn_caller
 from tinygrad_bn.backend import Array
 from tinygrad_bn.datasets import Batches, Seed
+from tinygrad_bn.keywords import named
 from tinygrad_bn.optim import Adam, Optimizer, Schedule
 from tinygrad_bn.train.callback import Callback, Called, Function, Training
 from tinygrad_bn.train.history import Epoch, History
@@ -26,6 +27,7 @@ from tinygrad_bn.train.steps import NonFinite, Steps
 Callbacks: TypeAlias = Function | Callback | Iterable[Function | Callback]
 
 
+@named
 def fit(
     model: nn.Module,
     data: Data,

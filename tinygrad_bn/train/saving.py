@@ -20,6 +20,7 @@ from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, e
 from tinygrad_bn.backend import Array
 from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, apply, read, save
 from tinygrad_bn.datasets import Batches
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.train.callback import Callback, Training
 from tinygrad_bn.train.history import Epoch, sign_of
 from tinygrad_bn.train.steps import Steps
@@ -31,7 +32,7 @@ EPOCH = "epoch-start.safetensors"  # what nonfinite="restore" would restore
 
 
 @dataclass(frozen=True)
-class ModelCheckpoint:
+class ModelCheckpoint(Named):
     """Where `fit` writes checkpoints, and which are kept.
 
     Attributes:
