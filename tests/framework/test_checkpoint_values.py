@@ -84,7 +84,6 @@ def test_values_come_back_the_same(value, named, path):
         np.array([1.0], np.longdouble), np.array(["2020-01-01"], "M8[D]"), np.array([(1, 2)], "i4,i4"),
         {1.5: 2}, {True: 1}, {(1,): 2}, [[{"a": print}]],
     ],
-    ids=repr,
 )  # fmt: skip
 def test_what_cannot_be_saved_is_named_and_nothing_is_written(value, tmp_path):
     with pytest.raises(TypeError, match=r"extra/inner"):
