@@ -160,7 +160,7 @@ def test_history_columns_and_files(tmp_path):
         history["acc"]
     history.save(tmp_path / "h.json")
     read = json.loads((tmp_path / "h.json").read_text())
-    assert read == {"interrupted": True, "skipped": 0, "diverged": "", "epochs": history.rows()}
+    assert read == {"interrupted": True, "skipped": 0, "diverged": "", "stopped": "", "epochs": history.rows()}
     assert read["epochs"][0]["val_loss"] is None
     assert read["epochs"][1]["loss"] == 1 / 3
     history.save(str(tmp_path / "h.csv"))
