@@ -21,6 +21,7 @@ from tinygrad_bn.captured.nests import mapped
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.ops import mul, reshape, sum
+from tinygrad_bn.recompute import checkpoint as checkpoint
 from tinygrad_bn.tensor import Tensor
 
 Function = Callable[..., Any]
@@ -52,7 +53,7 @@ def value_and_grad(function: Function, argnums: int | Sequence[int] = 0) -> Func
             result = function(*opened, **options)
             y = _value(result[0] if isinstance(result, tuple) and result else result)
             if y.size != 1:
-                raise ValueError(f"a gradient is that of one number; the function gave the shape {y.shape}: see jacobian")
+                raise ValueError(f"a gradient is that of one number; the function gave shape {y.shape}: see jacobian")
             g = Tensor._of(backend.full(y._data, 1))
             pulled = _closed(chosen, _pull([y], chosen, [g]))
         value = _kept(y, chosen)
@@ -206,7 +207,8 @@ def functional_call(model: Module, state: Mapping[str, Any], *args: Any, **optio
         KeyError: there is no parameter or buffer of a name.
         ValueError: one has another shape than the model's.
 
-    >>> layer = Module.__subclasses__ and __import__("tinygrad_bn").nn.Linear(2, 1, bias=False)
+    >>> from tinygrad_bn import nn
+    >>> layer = nn.Linear(2, 1, bias=False)
     >>> loss = lambda weight: functional_call(layer, {"weight": weight}, np.ones((1, 2))).sum()
     >>> grad(loss)(np.array([[3.0, 4.0]])).numpy().tolist()
     [[1.0, 1.0]]
@@ -264,7 +266,7 @@ Chosen = list[tuple[Any, list[Tensor]]]  # of each chosen argument, its form wit
 def _open(args: Sequence[Any], argnums: int | Sequence[int]) -> tuple[list[Any], Chosen]:
     """The arguments with handles in place of what to differentiate by."""
     single = isinstance(argnums, int | np.integer)
-    positions = [argnums] if single else list(argnums)
+    positions: list[Any] = [argnums] if single else list(argnums)  # type: ignore[arg-type]
     opened, chosen = list(args), _One() if single else []
     for i in positions:
         i = expect_integer("argnums", i, 0)
@@ -312,7 +314,10 @@ def _matching(given: Any, form: Any, like: list[Tensor]) -> list[Tensor]:
     """The tensors of a nest that has the form of another, and the shapes of `like`."""
     if _form(given) != _form(form):
         raise ValueError(f"expected the form {_form(form)}; got {_form(given)}")
-    out = [v if isinstance(v, Tensor) else Tensor(v, dtype=t.dtype).to(t.device) for v, t in zip(_leaves(given), like, strict=True)]
+    out = [
+        v if isinstance(v, Tensor) else Tensor(v, dtype=t.dtype).to(t.device)
+        for v, t in zip(_leaves(given), like, strict=True)
+    ]
     for v, t in zip(out, like, strict=True):
         if v.shape != t.shape:
             raise ValueError(f"a direction or cotangent of shape {t.shape} is needed; got {v.shape}")
