@@ -40,7 +40,8 @@ def checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """`function(*args)`, of whose graph only the arguments are kept: the backward pass computes the rest again.
 
     So a backward pass takes one more forward pass, and the memory of one such part at a time. Values and first
-    gradients have the same bits; those of higher order differ in the order of sums. Running statistics move once, and dropout drops the same elements again.
+    gradients have the same bits; those of higher order differ in the order of sums. Running statistics move once, and
+    dropout drops the same elements again.
 
     Args:
         function: it takes `args` and returns one tensor, and gives the same again. A module may be one. Tensors that it
