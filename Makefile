@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos lessons test test-browser test-lessons test-oldest test-peers test-cuda gpu-report bench bench-quick exactness lint format clean
+.PHONY: help demo demos lessons dist test fuzz test-browser test-lessons test-install test-oldest test-peers test-cuda gpu-report soak bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,8 +23,21 @@ lessons: $(VENV)/.lessons  ## open six lessons in a browser, in English and Kore
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
 
+fuzz: $(VENV)/.test  ## read 100,000 damaged files of each format
+	$(BIN)/python -m tests.fuzz
+
 test-lessons: $(VENV)/.lessons $(VENV)/.browser  ## run the lessons as scripts, and use them in a browser (needs chromium)
 	$(BIN)/python -m pytest -rs -n auto tests/framework/test_lessons.py tests/framework/test_notebook.py tests/lessons
+
+# The same sources and setuptools give the same wheel, byte for byte: times are the first that a zip can hold, and modes
+# are those of umask 022.
+dist: $(VENV)/.oldest  ## build the sdist and the wheel
+	rm -rf dist
+	umask 022 && SOURCE_DATE_EPOCH=315532800 $(BIN)/uv build --quiet --out-dir dist
+
+PYTHONS ?= 3.11 3.12 3.13 3.14
+test-install: dist  ## install wheel and sdist into empty environments of PYTHONS, versions or paths, and use them there
+	$(BIN)/python -m tests.tools.install $(PYTHONS)
 
 # From the sdist, on one core, in a folder with a space, without a home or a place for compiled loops: HOME is not a
 # folder, and a file stands where __pycache__ would be made, which binds root too.
@@ -50,6 +63,9 @@ test-cuda: $(VENV)/.cuda-test  ## execute every CUDA kernel without a GPU (insta
 gpu-report: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: check every op there, and print the bandwidth of each kernel
 	$(BIN)/python -m pytest -q -m gpu tests/cuda/test_gpu.py
 	$(BIN)/python -m tests.cuda.gpu_report
+
+soak: $(VENV)/.test  ## 20,000 steps of each article's network: memory, files, threads and caches must not grow (an hour; Linux)
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.bench  ## time this package against NumPy, PyTorch and JAX (installs them; 10 minutes, a quiet machine)
 	$(BIN)/python -m tests.benchmarks.bench

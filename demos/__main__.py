@@ -11,7 +11,10 @@ ORDER = (  # of learning
     "mnist_cnn", "init_scale", "learning_rates", "gradient_flow", "iris_mlp", "titanic_mlp", "batch_size",
     "paper_figure1", "loss_landscape", "new_op",
 )  # fmt: skip
-HIDDEN = ("__init__", "__main__", "bn_figures", "common", "gallery", "interval", "options", "output", "quiz")
+HIDDEN = (
+    "__init__", "__main__", "bn_figures", "common", "environment", "gallery", "interval", "options", "output", "quiz",
+    "settings",
+)  # fmt: skip
 
 
 def names() -> list[str]:

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -19,14 +21,18 @@ from rich.progress import track
 from tinygrad_bn import cuda, datasets, nn, train, viz
 from tinygrad_bn.files import replacing
 
+from .environment import environment
 from .interval import interval
 from .options import OPTIMIZERS, parser, spelled
 from .output import finite, table
+from .settings import as_toml, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODELS = {"without BatchNorm": False, "with BatchNorm": True}
+
+CHECKPOINTS = "checkpoints"  # a folder of a run that is not finished
 
 LEARNED = 0.6  # an accuracy that shows that a network learned something
 
@@ -61,10 +67,15 @@ class Run:
         self.parser = parser(name, doc, defaults)
         for flag, keywords in (own or {}).items():
             self.parser.add_argument(flag, **keywords)
-        argv = sys.argv[1:] if argv is None else argv
-        if "--check" in argv:
+        argv = spelled(sys.argv[1:] if argv is None else argv)
+        given = read_settings(self.parser, argv)
+        if "--check" in argv or given.get("check"):
             self.parser.set_defaults(**(check or {}))
-        self.args = self.parser.parse_args(spelled(argv))
+        self.parser.set_defaults(**given)
+        self.args = self.parser.parse_args(argv)
+        if self.args.resume is not None:
+            self.args.out = self._interrupted_run(self.args.resume)
+        self._command = shlex.join(["python", "-m", str(__package__), name, *map(str.strip, argv)])
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
         if self.args.check and getattr(self.args, "seeds", 2) < 2:
@@ -80,6 +91,17 @@ class Run:
         self._bar = False  # whether a progress bar of `each` is shown
         self._started = time.perf_counter()
         self._folder: Path | None = None
+        self._trainings = 0  # begun so far
+
+    def _interrupted_run(self, folder: Path) -> Path:
+        """The folder, or exit: of a run that is finished."""
+        try:
+            finished = not json.loads((folder / "results.json").read_text(encoding="utf-8"))["interrupted"]
+        except OSError:
+            finished = False
+        if finished:
+            self.parser.error(f"the run in {folder} is finished")
+        return folder
 
     @property
     def code(self) -> int:
@@ -140,7 +162,7 @@ class Run:
                         history.save(path := self.path(re.sub(r"\W+", "_", name) + ".csv"))
                         self.console.print(f"wrote {path}", soft_wrap=True)
                 raise
-            self.print(f"interrupted: results of {len(results)} of {len(items)} trainings")
+            self.print(f"interrupted: results of {len(results)} of {len(items)} trainings", self._advice)
         self._bar = False
         return results
 
@@ -162,7 +184,9 @@ class Run:
     ) -> train.History:
         """Run `train.fit` with the command-line options, store `histories[name]`, move the model back to the CPU.
 
-        `options` replace those of the command line. Raises KeyboardInterrupt after Ctrl-C, with the history stored.
+        `options` replace those of the command line. There is a checkpoint every ten seconds or less often, and at the
+        end; after `--resume` a training goes on from there. Raises KeyboardInterrupt after Ctrl-C, with the history
+        stored.
         """
         args = self.args
         settings = {
@@ -175,15 +199,40 @@ class Run:
         settings |= options
         samples = len(training if isinstance(training, datasets.Dataset) else training[0])
         self.expect_batches(samples, settings["batch_size"], settings.get("drop_last", False))
-        history = self.histories[name] = train.fit(model, training, **settings)
+        checkpoint = train.ModelCheckpoint(
+            self._next_checkpoint(), every=1, min_seconds=10, keep=1, advice=self._advice
+        )  # fmt: skip
+        history = self.histories[name] = train.fit(model, training, **settings, checkpoint=checkpoint, resume=True)
         model.to("cpu")
         if history.interrupted:
             raise KeyboardInterrupt
         return history
 
+    def once(self, work: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+        """The array that `work(*args)` gives; after `--resume`, the one that it gave before."""
+        path = self._next_checkpoint().with_suffix(".npy")
+        if not path.exists():
+            array = work(*args)
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as beside, beside.open("wb") as file:
+                np.save(file, array)
+        return np.asarray(np.load(path))
+
+    def _next_checkpoint(self) -> Path:
+        """Where the next training has its checkpoints. The order of trainings depends on the options alone."""
+        self._trainings += 1
+        return self.folder / CHECKPOINTS / f"{self._trainings:03}"
+
+    @property
+    def _advice(self) -> str:
+        return f"to go on: python -m {__package__} {self.name} --resume {shlex.quote(str(self.folder))}"
+
     @property
     def folder(self) -> Path:
-        """`--out`, or a new folder runs/NAME/DATE-TIME, so that no run overwrites another."""
+        """`--out`, or a new folder runs/NAME/DATE-TIME, so that no run overwrites another.
+
+        It begins with config.toml and environment.json.
+        """
         if self._folder is None:
             date = datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
             folder = self.args.out or Path("runs") / self.name / date
@@ -193,6 +242,11 @@ class Run:
             except OSError as error:
                 sys.exit(f"cannot write to {folder}: {error.strerror}")
             self._folder = folder
+            if self.args.resume is None:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of an earlier run
+            about = environment(self._command, getattr(self.args, "device", "cpu") == "cuda")
+            self._write_text("config.toml", as_toml(vars(self.args)))
+            self._write_text("environment.json", json.dumps(about, indent=1))
         return self._folder
 
     def path(self, filename: str) -> Path:
@@ -208,6 +262,9 @@ class Run:
             self.files.append(path)
         except OSError as error:
             self._failures.append(f"cannot write {path}: {error.strerror or error}")
+
+    def _write_text(self, filename: str, text: str) -> None:
+        self.write(filename, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save(self, figure: "Figure", name: str) -> None:
         """Write a figure as PNG, unless `--no-plot`."""
@@ -264,7 +321,9 @@ class Run:
         content |= {"figures": figures, "results": results}
         text = json.dumps(finite(content), indent=1, allow_nan=False)
         if self._folder or self.args.out:
-            self.write("results.json", lambda path: path.write_text(text, encoding="utf-8"))
+            self._write_text("results.json", text)
+        if self._folder and not self.interrupted:
+            shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
         for part in self._report:
             self.console.print(part, highlight=False, markup=False)
         verdict = Console(highlight=False)

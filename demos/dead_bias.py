@@ -8,11 +8,10 @@ same without decay (Li and Arora 2020, An exponential learning rate schedule for
 """
 
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 
-from tinygrad_bn import datasets, functional, manual_seed, nn, optim, viz
+from tinygrad_bn import datasets, functional, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
 
 from .common import Run, recalibrate
@@ -55,18 +54,17 @@ def trained(run: Run, data: datasets.Dataset, method: str, seed: int) -> tuple[n
     weights = [named.pop(name) for name in ("1.weight", "4.weight")]
     decay = DECAY if method == "weight decay" else 0.0
     optimizer = optim.SGD([{"params": weights, "weight_decay": decay}, {"params": named.values()}], lr=lr)
-    batches, step, seen = datasets.Batches(data.x, data.y, run.args.batch_size, seed=seed, drop_last=True), count(), []
-    for _ in range(run.args.epochs):
-        for x, y in batches:
-            loss = functional.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            growth = (1 - lr * DECAY) ** -(2 * next(step) + 1) if method == METHODS[2] else 1
-            optimizer.param_groups[0]["lr"] = lr * growth
-            norm = np.linalg.norm(weights[0].numpy())
-            seen.append([loss.item(), norm, lr * growth / norm**2])
-            optimizer.step()
-    return model, np.array(seen)
+
+    def next_rate(training: train.Training) -> list[float]:
+        growth = (1 - lr * DECAY) ** -(2 * training.step + 1) if method == METHODS[2] else 1
+        optimizer.param_groups[0]["lr"] = lr * growth
+        norm = float(np.linalg.norm(weights[0].numpy()))
+        return [training.loss, norm, lr * growth / norm**2]
+
+    seen = train.Measure(next_rate, "step")
+    run.fit(model, data, None, f"{method}, seed {seed}", optimizer=optimizer, seed=seed, callbacks=seen, drop_last=True)
+    values = np.array(seen.values)
+    return model, np.column_stack([values[1:, 0], values[:-1, 1:]])
 
 
 def main(argv: list[str] | None = None) -> Run:

@@ -51,6 +51,7 @@ SECTION = Template("""<h2 id="$name">$title</h2>
 $figures
 <details$open><summary>output of <code>$name</code>, $seconds s</summary><pre>$printed</pre></details>
 """)
+PRINTED = "output.txt"
 READ = ("bn_backward", "normalize_numbers")  # their output is what they show, so it is not folded
 
 
@@ -85,12 +86,22 @@ def section(name: str, folder: Path, printed: str) -> str:
     )  # fmt: skip
 
 
+def finished(folder: Path) -> str | None:
+    """What the demo printed that has finished in this folder; None if none has."""
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return None if results["interrupted"] else (folder / PRINTED).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
     """Run the demos one after the other. Return 0; 1 if one failed; 130 after Ctrl-C, with a page of the finished."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__} all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/all"), help="output folder (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0, help="first seed of every demo (default: 0)")
     parser.add_argument("--check", action="store_true", help="quick runs that fail if a claim does not hold")
+    parser.add_argument("--resume", action="store_true", help="keep what is finished in the output folder, and go on")
     args = parser.parse_args(argv)
     page, command = args.out / "index.html", html.escape(" ".join([f"python -m {__package__} all", *argv]))
     console, sections, code = Console(), dict[str, str](), 0
@@ -99,8 +110,13 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
         for name in names:
             folder = args.out / name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
+            if args.resume and (printed := finished(folder)) is not None:
+                sections[name] = section(name, folder, printed)
+                continue
             options = ["--out", str(folder), "--seed", str(args.seed)] + ["--check"] * args.check
+            if args.resume and (folder / "config.toml").exists():
+                options = ["--resume", str(folder)]
+            (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
             start = time.perf_counter()
             with console.status(name):
                 done = subprocess.run(
@@ -113,6 +129,8 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
             if done.returncode:
                 code = 1
                 console.print(printed, markup=False, highlight=False)
+            with replacing(folder / PRINTED) as beside:
+                beside.write_text(printed, encoding="utf-8")
             sections[name] = section(name, folder, printed)
     except OSError as error:
         parser.error(f"cannot write to {args.out}: {error.strerror}")

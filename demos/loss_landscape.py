@@ -10,8 +10,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, viz
-from tinygrad_bn.random import generator
+from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, random, viz
 from tinygrad_bn.tensor import Array
 
 from . import learning_rates
@@ -33,7 +32,8 @@ class Noise(nn.Module):
     """A random shift and scale for each of 100 units, the same for all images, until the next `draw`."""
 
     def draw(self) -> None:
-        self.shift, self.scale = generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)).astype(np.float32)
+        drawn = random.generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100))
+        self.shift, self.scale = drawn.astype(np.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> Run:
     run.expect_batches(len(training), run.args.batch_size)
 
     def networks(seed: int) -> list[Array]:
-        return [descend(run, name, seed, training, validation) for name in MODELS]
+        return [run.once(descend, run, name, seed, training, validation) for name in MODELS]
 
     measured = np.array(run.each(networks, run.seeds, "seeds"))  # by seed, network, measure, step
     figure, grid = viz.subplots(2, 2, 11, 8.4)

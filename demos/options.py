@@ -68,6 +68,8 @@ def parser(name: str, doc: str | None, defaults: Mapping[str, Any]) -> argparse.
         text = f"(default: {defaults['optimizer']})"
         out.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults["optimizer"], help=text)
     out.add_argument("--seed", type=natural, default=0, help="the first seed; it fixes all numbers (default: 0)")
+    out.add_argument("--config", type=Path, help="file of options, such as config.toml of another run")
+    out.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with an interrupted run: its output folder")
     out.add_argument("--out", type=Path, help="output folder (default: runs/NAME/DATE-TIME)")
     out.add_argument("--no-plot", action="store_true", help="write no figures")
     out.add_argument("--quiet", action="store_true", help="print only which claims hold")

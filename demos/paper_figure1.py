@@ -6,6 +6,7 @@ hidden layer, over the validation images, for the first seed.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def build(batch_norm: bool, seed: int) -> nn.Sequential:
     return model
 
 
-def sigmoid_input(model: nn.Sequential, images: Array) -> Array:
+def sigmoid_input(model: Any, images: Array) -> Array:
     """The input of one sigmoid in the last hidden layer for each image (N,), in evaluation mode."""
     with nn.evaluating(model), no_grad():
         return np.asarray(model[:-2](Tensor(images)).numpy()[:, UNIT])
@@ -50,16 +51,14 @@ def main(argv: list[str] | None = None) -> Run:
     steps = np.arange(run.args.epochs + 1) * -(-len(training) // run.args.batch_size)
 
     def measure(seed: int) -> tuple[list[list[float]], list[list[Array]]]:
-        accuracy, inputs = [], []
+        accuracy: list[list[float]] = []
+        inputs: list[list[Array]] = []
         for name, batch_norm in MODELS.items():
             model = build(batch_norm, seed)
             untrained = train.evaluate(model, validation).accuracy
-            inputs.append([sigmoid_input(model, validation.x)])
-            save = inputs[-1].append
-            history = run.fit(
-                model, training, validation, f"{name}, seed {seed}", seed=seed,
-                callbacks=lambda _, m, save=save: save(sigmoid_input(m, validation.x)),
-            )  # fmt: skip
+            measured = train.Measure(lambda training: sigmoid_input(training.model, validation.x))
+            history = run.fit(model, training, validation, f"{name}, seed {seed}", seed=seed, callbacks=measured)
+            inputs.append(measured.values)
             accuracy.append([untrained, *history["val_accuracy"]])
         return accuracy, inputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -74,6 +74,51 @@ def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
     legend_below(axes)
     figure.suptitle(title)
+    return figure
+
+
+def plot_confusion(matrix: Any, names: Sequence[str] | None = None, title: str = "") -> Figure:
+    """Draw how often each class was taken for each.
+
+    Each row is shaded by its shares: dark blue is all of a class. Counts are written for up to 20 classes, percentages
+    of the row for up to 12; a count of 0 is left out.
+
+    Args:
+        matrix: counts (C, C), rows by true class, as `train.confusion` gives them.
+        names: of the C classes; the default is their numbers.
+        title: of the figure.
+
+    Raises ValueError unless the counts are a square of numbers of at least 0, with a name for each class.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    counts = np.asarray(matrix)
+    if counts.ndim != 2 or len(counts) != counts.shape[-1] or not counts.size or counts.dtype.kind not in "iuf":
+        raise ValueError(f"a confusion matrix has shape (C, C) and counts; got {counts.dtype} of shape {counts.shape}")
+    if not (np.isfinite(counts) & (counts >= 0)).all():
+        raise ValueError("the counts of a confusion matrix are at least 0, and finite")
+    classes = len(counts)
+    labels = [str(i) for i in range(classes)] if names is None else [str(name) for name in names]
+    if len(labels) != classes:
+        raise ValueError(f"{len(labels)} names for {classes} classes")
+    total = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    size = float(np.clip(2.5 + 0.55 * classes, 4.5, 11))
+    figure = new_figure(size + 0.9, size)
+    axes = figure.subplots()
+    shades = LinearSegmentedColormap.from_list("confusion", ["white", COLOURS[1]])
+    image = axes.imshow(shares, cmap=shades, vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts if classes <= 20 else counts[:0]):
+        if count:
+            share = f"\n{shares[row, column]:.1%}" if classes <= 12 else ""
+            dark = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:,g}{share}", color=dark, ha="center", va="center", fontsize=8)
+    shown = range(0, classes, -(-classes // 40))  # more labels than 40 would overlap
+    tilt = 90 if max(map(len, labels)) > 3 else 0
+    axes.set_xticks(shown, [labels[i] for i in shown], rotation=tilt, fontsize=8)
+    axes.set_yticks(shown, [labels[i] for i in shown], fontsize=8)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
     return figure
 
 

@@ -202,6 +202,52 @@ def test_a_table_is_limited(tmp_path, monkeypatch):
         read_csv(path)
 
 
+def test_an_archive_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "GZIP_LIMIT", 1 << 20)
+    content = header(1 << 21) + bytes(1 << 21)
+    (tmp_path / "zeros").write_bytes(content)
+    assert read_idx(tmp_path / "zeros").shape == (1 << 21,), "what is there without gzip is no surprise"
+    (tmp_path / "zeros.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(DataError, match=r"zeros\.gz has more than 1048576 bytes in gzip; if you trust it, decompress"):
+        read_idx(tmp_path / "zeros.gz")
+
+
+@pytest.mark.parametrize("read", [read_idx, read_csv])
+def test_nothing_is_allocated_for_what_may_come(tmp_path, read):
+    path = tmp_path / "small.gz"
+    path.write_bytes(gzip.compress(header(1 << 30) + os.urandom(100_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"small\.gz"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("unit", [b",", b"\n", b"\r", b"1,"])
+def test_cells_of_a_table_are_limited(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(files, "CSV_CELLS", 100)
+    (tmp_path / "wide.csv").write_bytes(b"a,b\n" + unit * 101)
+    with pytest.raises(DataError, match=r"wide\.csv is too large a table: it has more than 100 commas and line breaks"):
+        read_csv(tmp_path / "wide.csv")
+
+
+@pytest.mark.parametrize("read", [read_idx, read_csv])
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_names_that_no_file_can_have(tmp_path, read, name):
+    with pytest.raises(DataError, match="cannot read '") as raised:
+        read(tmp_path / name)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("axes", [9, 64, 65, 255])
+def test_a_header_of_many_axes_is_not_printed(tmp_path, axes):
+    (tmp_path / "axes").write_bytes(header(*[(1 << 32) - 1] * axes))
+    with pytest.raises(DataError, match=rf"an array of {axes} axes needs more than any memory has$"):
+        read_idx(tmp_path / "axes")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX's")
 def test_endless_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -233,7 +279,9 @@ def test_csv(tmp_path):
         (b"a,b\n1,2\n3\n", "line 3: 1 fields, but the header has 2"),
         (b"a,b\n1,2,3\n", "line 2: 3 fields, but the header has 2"),
         (b"a,b\n1,2\n\n3,4\n", "line 3: 0 fields"),
-        (b"", "not a CSV file with a header"),
+        (b"", "not a CSV file with a header: it is empty"),
+        (b"\n\n\n", "not a CSV file with a header: its first line is empty"),
+        (b"a,b\n1,2\n" + b"x" * 200_000 + b",2\n", "not a CSV file in UTF-8, after line 3: field larger"),
         (b'a,b\n"1,2\n', "not a CSV file"),
         (b"a,b\n\xff,2\n", "not a CSV file"),
     ],

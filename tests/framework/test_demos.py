@@ -240,7 +240,9 @@ def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
     for name, history in again.histories.items():
         assert numbers(history) == numbers(run.histories[name])[:1], "same seed, same numbers"
     files = [f"{name.replace(' ', '_')}_seed_{seed}.csv" for name in MODELS[::-1] for seed in (5, 6)]
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["results.json", *files]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "config.toml", "environment.json", "results.json", *files,
+    ]  # fmt: skip
     mean = np.mean([again.histories[f"{MODELS[1]}, seed {seed}"]["loss"][0] for seed in (5, 6)])
     assert number(mean) in capsys.readouterr().out, "not quiet: the table"
 
@@ -263,8 +265,10 @@ def test_ctrl_c_in_the_first_seed_keeps_the_epochs_so_far(tmp_path, monkeypatch,
     interrupt(monkeypatch, 30)  # of 24 in the first network of 3 epochs
     with pytest.raises(SystemExit) as end:
         output.start(lambda: main(["deep_mlp", "--epochs", "3", "--quiet", "--out", str(tmp_path)]))
-    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["without_BatchNorm_seed_0.csv"], "nothing to compare"
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted after step 5: there is no checkpoint yet\ninterrupted\n"
+    files = ["checkpoints", "config.toml", "environment.json", "without_BatchNorm_seed_0.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files, "nothing to compare"
 
 
 @pytest.mark.compiled

@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_text(tmp_path, monkeypatch, cap
     run = bn_backward.main(["--out", str(tmp_path)])
     printed = capsys.readouterr()
     assert run.code == 1
-    assert printed.err.count("cannot write") == 3, "two figures and the results"
+    assert printed.err.count("cannot write") == 5, "settings, environment, two figures and the results"
     assert "results.json: No space left on device" in printed.err
     assert "largest difference" in printed.out
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "nothing half-written"

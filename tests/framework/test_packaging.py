@@ -1,12 +1,17 @@
 """Imports are lazy, data are installed, and everything public is documented."""
 
+import gzip
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,6 +32,7 @@ PARTS = (
     "backend",
     "kernels",
     "cuda",
+    "checkpoint",
 )
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -34,7 +40,7 @@ MODULES = ["tinygrad_bn", *(f"tinygrad_bn.{part}" for part in PARTS)]
 
 LAZY = """
 import sys
-HEAVY = ("numba", "matplotlib", "rich", "pooch")
+HEAVY = ("numba", "matplotlib", "rich", "pooch", "safetensors")
 def loaded():
     return [name for name in HEAVY if name in sys.modules]
 import tinygrad_bn
@@ -81,8 +87,73 @@ def test_data_and_licenses_are_with_the_package():
     assert "MNIST" in files("tinygrad_bn.datasets").joinpath("data", "LICENSES.md").read_text()
     metadata = importlib.metadata.metadata("tinygrad-bn")
     assert metadata["Requires-Python"] == ">=3.11"
-    required = {r.split(">")[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
-    assert required == {"numpy", "numba", "matplotlib", "rich", "pooch[progress]"}
+    required = {re.split("[<>=]", r)[0] for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
+    assert required == {"numpy", "numba", "matplotlib", "rich", "pooch[progress]", "safetensors"}
+
+
+def test_dependencies_are_bounded_on_both_sides():
+    for requirement in PROJECT["project"]["dependencies"]:
+        assert re.fullmatch(r"[a-z]+(\[[a-z]+\])?>=[\d.]+,<\d+", requirement), requirement
+
+
+def test_every_data_file_has_its_origin_licence_and_hash():
+    data = ROOT / "tinygrad_bn" / "datasets" / "data"
+    told = (data / "LICENSES.md").read_text(encoding="utf-8")
+    for path in sorted(data.iterdir()):
+        if path.name != "LICENSES.md":
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            assert path.name in told
+            assert hashlib.sha256(content).hexdigest() in told, path.name
+
+
+WHEEL = """
+import os, sys
+from setuptools.build_meta import build_wheel
+os.umask(0o022)
+print(build_wheel(sys.argv[1]))
+"""
+
+
+def test_a_wheel_is_the_same_bytes_wherever_and_whenever_it_is_built(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="builds a wheel: pip install 'tinygrad-bn[test]'")
+    wheels = []
+    for place, when in (("a", 1_000_000_000), ("another place/b", 1_700_000_000)):
+        source = tmp_path / place
+        for part in ("tinygrad_bn", "kernels", "demos"):
+            shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "figures"))
+        for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+            shutil.copyfile(ROOT / name, source / name)
+        for path in source.rglob("*"):
+            os.utime(path, (when, when))
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "315532800", "TZ": f"UTC-{when % 7}"}
+        command = [sys.executable, "-c", WHEEL, str(tmp_path)]
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        built = tmp_path / done.stdout.split()[-1]
+        wheels.append((built.name, built.read_bytes()))
+    assert wheels[0][0] == f"tinygrad_bn-{PROJECT['project']['version']}-py3-none-any.whl"
+    assert wheels[0] == wheels[1]
+    with zipfile.ZipFile(built) as wheel:
+        names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {
+        "tinygrad_bn",
+        "tinygrad_bn_kernels",
+        "tinygrad_bn_demos",
+        built.name.rsplit("-", 3)[0] + ".dist-info",
+    }
+    assert sum(name.endswith(("LICENSE", "LICENSES.md")) and ".dist-info/" in name for name in names) == 2
+
+
+def test_the_changelog_and_the_security_page_are_of_this_version():
+    version = PROJECT["project"]["version"]
+    newest = re.search(
+        r"^## (\S+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert newest is not None
+    assert newest[1] == version
+    latest = f"latest minor version, now {version.rpartition('.')[0]}."
+    assert latest in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
 
 def test_all_packages_are_installed_under_names_of_our_own():

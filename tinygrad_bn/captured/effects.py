@@ -59,15 +59,14 @@ CODE, ENGINE, LIBRARY, REFUSED = "the step's own code", "this package", "what th
 
 
 class Effects:
-    """Runs a step, and looks at the Python code in it that is not this package's. `refuse` gets what would last.
+    """Runs a step, and looks at the Python code in it that is not this package's. `refusal` says what would last.
 
     Args:
-        refuse: a function of the reason.
         modules: those that the step calls; more are added while it runs.
     """
 
-    def __init__(self, refuse: Callable[[str], None], modules: list[Module]) -> None:
-        self.refuse, self.modules = refuse, modules
+    def __init__(self, modules: list[Module]) -> None:
+        self.modules, self.refusal = modules, ""
         self.ran: dict[CodeType, dict[str, Any]] = {}  # the code that ran, with its global variables
         self._replaced = hooks.replaced_code()
         self._kinds = [ENGINE]  # of the frames, the innermost last
@@ -86,6 +85,10 @@ class Effects:
         finally:
             if collects:
                 gc.enable()
+
+    def refuse(self, reason: str) -> None:
+        """Note why the step cannot be captured; the first reason stays."""
+        self.refusal = self.refusal or reason
 
     def aside(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The result of a call that a program repeats. Not looked at: loops would compile in four times the time."""

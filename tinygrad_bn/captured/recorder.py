@@ -18,15 +18,14 @@ from tinygrad_bn.tensor import Op, Tensor
 
 
 class Recorder:
-    """Looks on while a step runs (see `hooks`), and writes its lines. `refusal` says why that is not possible."""
+    """Looks on while a step runs (see `hooks`), and writes its lines."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         self.lines: list[Any] = []
         self.values: list[Any] = []  # of each slot, which keep their identities; the inputs are the first
         self.constants: set[int] = set()  # slots
         self.modules: list[Module] = []
-        self.refusal = ""
-        self.effects = Effects(self.refuse, self.modules)
+        self.effects = Effects(self.modules)
         self.fresh: list[Tensor] = []  # had no gradient, and were not cleared, when a backward pass gave them one
         self._cleared: set[Tensor] = set()
         self._handed_out: list[Any] = []  # arguments and numbers that tell when they are read
@@ -131,9 +130,14 @@ class Recorder:
     def _hold(self) -> None:
         self._held = {t: (t._data, t.grad) for t in self._held}
 
+    @property
+    def refusal(self) -> str:
+        """Why the step cannot be captured; "" if it can."""
+        return self.effects.refusal
+
     def refuse(self, reason: str) -> None:
         """Note why the step cannot be captured; the first reason stays."""
-        self.refusal = self.refusal or reason
+        self.effects.refuse(reason)  # which has no way back to this record: in a cycle its arrays would stay
 
     # What `hooks` calls, each around the function of the engine.
 

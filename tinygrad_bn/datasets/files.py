@@ -21,8 +21,10 @@ IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 
 
 HEADER = 4 + 4 * 255  # bytes, the longest header of IDX
+CHUNK = 1 << 18  # bytes; a read allocates what it is asked for, whatever is there
+GZIP_LIMIT = 1 << 30  # bytes: 1 MiB of gzip can be 1 GiB of zeros
 CSV_LIMIT = 1 << 28  # bytes
-RATIO = 1032  # gzip compresses to no less
+CSV_CELLS = 1 << 24  # a row of one cell takes 200 bytes more than its text
 
 
 class DataError(ValueError):
@@ -54,30 +56,37 @@ def locate(folder: Path, name: str) -> Path:
     raise MissingError(f"neither {name}.gz nor {name} exists in {folder}")
 
 
-def read_bytes(path: Path, sha256: str | None, limit: int | Callable[[bytes], int]) -> bytes:
+def read_bytes(path: Path, sha256: str | None, limit: int | Callable[[bytes], int]) -> bytearray:
     """The contents of a file, decompressed if it is gzip.
 
     No more is read than `limit` bytes, as a small archive may decompress to any size: a number, or a function of the
-    first HEADER bytes (-1: no more than these). Raises DataError if there is more, or the file cannot be read, is
-    damaged, or has another hash.
+    first HEADER bytes (-1: no more than these). Raises DataError if there is more, if an archive has more than
+    GZIP_LIMIT bytes, or the file cannot be read, is damaged, or has another hash.
     """
     try:
-        size = path.stat().st_size
+        path.stat()
         if not path.is_file():
             raise DataError(f"{path} is not a regular file")
         with path.open("rb") as raw:
             zipped = raw.peek(2)[:2] == b"\x1f\x8b"
             file = gzip.GzipFile(fileobj=raw) if zipped else raw
-            content = file.read(HEADER)
-            most = limit(content) if callable(limit) else limit
-            there = size * RATIO if zipped else size
-            content += file.read(min(most, there) + 1 - len(content)) if most >= len(content) else b""
+            content = bytearray(file.read(HEADER))
+            expected = limit(bytes(content)) if callable(limit) else limit
+            most = min(expected, GZIP_LIMIT) if zipped else expected
+            while len(content) <= most and (chunk := file.read(min(CHUNK, most + 1 - len(content)))):
+                content += chunk
+    except DataError:
+        raise
     except (OSError, MemoryError) as error:  # also gzip.BadGzipFile
         raise DataError(f"cannot read {path}: {error or 'it is larger than the memory'}") from error
     except (EOFError, zlib.error) as error:
         raise DataError(f"{path} is a damaged or truncated gzip file: {error}") from error
+    except ValueError as error:  # as of a name with "\\0" in it
+        raise DataError(f"cannot read {str(path)!r}: {error}") from error
+    if 0 <= expected < len(content):
+        raise DataError(f"{path} is damaged: it has more than the {expected} bytes that are expected")
     if 0 <= most < len(content):
-        raise DataError(f"{path} is damaged: it has more than the {most} bytes that are expected")
+        raise DataError(f"{path} has more than {most} bytes in gzip; if you trust it, decompress it first")
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise DataError(f"{path} is not the expected file: its contents have SHA-256 {found}, not {sha256}")
     return content
@@ -108,34 +117,41 @@ def read_idx(path: str | Path, sha256: str | None = None) -> Array:
         raise DataError(f"{path} is truncated: it has {len(content)} bytes, its header alone has {start}")
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", ndim, 4))
     expected = start + math.prod(shape) * dtype.itemsize
+    text = f"an array of shape {shape}" if ndim <= 8 else f"an array of {ndim} axes"
     if len(content) != expected:
-        raise DataError(f"{path} is damaged: it has {len(content)} bytes, an array of shape {shape} needs {expected}")
+        needed = expected if expected < 1 << 63 else "more than any memory has"
+        raise DataError(f"{path} is damaged: it has {len(content)} bytes, {text} needs {needed}")
     try:
         array = np.frombuffer(content, dtype, offset=start).reshape(shape)
     except ValueError as error:  # more axes or elements than NumPy supports
-        raise DataError(f"{path} is damaged: an array of {ndim} axes {shape}: {error}") from error
+        raise DataError(f"{path} is damaged: {text}: {error}") from error
     return array.astype(dtype.newbyteorder("="))
 
 
 def read_csv(path: str | Path, sha256: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a CSV file (UTF-8, plain or gzip) of at most 256 MiB.
+    """The header and the rows of a CSV file (UTF-8, plain or gzip).
+
+    The file has at most 256 MiB, and 2²⁴ commas and line breaks.
 
     Raises:
-        DataError: the file is missing, damaged or empty, or a row and the header differ in their number of fields.
+        DataError: the file is missing, damaged, too large or empty, or a row and the header differ in their number of
+            fields.
     """
     path = Path(path)
     content = read_bytes(path, sha256, CSV_LIMIT)
+    if sum(map(content.count, (b",", b"\n", b"\r"))) > CSV_CELLS:  # before a row is made of them
+        raise DataError(f"{path} is too large a table: it has more than {CSV_CELLS} commas and line breaks")
     rows: list[list[str]] = []
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline=""), strict=True)
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         for row in reader:
             rows.append(row)
             if len(row) != len(rows[0]):
                 raise DataError(f"{path}, line {reader.line_num}: {len(row)} fields, but the header has {len(rows[0])}")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    if not rows:
-        raise DataError(f"{path} is not a CSV file with a header: it is empty")
+        raise DataError(f"{path} is not a CSV file in UTF-8, after line {reader.line_num}: {error}") from error
+    if not rows or not rows[0]:
+        raise DataError(f"{path} is not a CSV file with a header: {'its first line' if rows else 'it'} is empty")
     return rows[0], rows[1:]
 
 

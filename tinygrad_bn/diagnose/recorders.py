@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -46,6 +47,14 @@ class Recorder(Callback):
         with hooks.unseen():
             self._take(model)
         self.epochs.append(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured."""
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        self.epochs = list(state["epochs"])
 
     def _take(self, model: Module) -> None:
         raise TypeError(f"{type(self).__name__} defines no _take")
@@ -98,6 +107,26 @@ class LayerHistograms(Recorder):
         self.activations: dict[str, list[Histogram]] = {}
         self.gradients: dict[str, list[Histogram]] = {}
         self._titles: dict[str, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The histograms so far."""
+        return (
+            super().state_dict()
+            | {
+                kind: {name: [(h.counts.tolist(), *h[1:]) for h in histograms] for name, histograms in layers.items()}
+                for kind, layers in (("activations", self.activations), ("gradients", self.gradients))
+            }
+            | {"titles": self._titles}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        super().load_state_dict(state)
+        self._titles = dict(state["titles"])
+        self.activations, self.gradients = (
+            {name: [Histogram(np.array(counts), *rest) for counts, *rest in rows] for name, rows in state[kind].items()}
+            for kind in ("activations", "gradients")
+        )
 
     def _take(self, model: Module) -> None:
         names = {module: name for name, module in model.named_modules() if not any(module.named_children())}
@@ -180,6 +209,21 @@ class UpdateRatios(Recorder):
         """Measure `model` after a step of a loop of your own."""
         self._before_step = _note_ratios(self.steps, self._before_step, model)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The ratios so far, and the parameters before the next step and epoch."""
+        before = {f"step/{name}": w for name, w in self._before_step.items()}
+        before |= {f"epoch/{name}": w for name, w in self._before.items()}
+        return super().state_dict() | {"steps": self.steps, "ratios": self.ratios} | before
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        super().load_state_dict(state)
+        self.steps, self.ratios = ({k: list(v) for k, v in state[kind].items()} for kind in ("steps", "ratios"))
+        self._before_step, self._before = (
+            {name.removeprefix(kind): w for name, w in state.items() if name.startswith(kind)}
+            for kind in ("step/", "epoch/")
+        )
+
     def _take(self, model: Module) -> None:
         self._before = _note_ratios(self.ratios, self._before, model)
         self._before_step = self._before_step or self._before  # measured before the first step
@@ -240,6 +284,15 @@ class StatisticsGaps(Recorder):
         self.x = x
         self.shift: dict[str, list[float]] = {}
         self.ratio: dict[str, list[float]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gaps so far."""
+        return super().state_dict() | {"shift": self.shift, "ratio": self.ratio}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        super().load_state_dict(state)
+        self.shift, self.ratio = ({k: list(v) for k, v in state[kind].items()} for kind in ("shift", "ratio"))
 
     def _take(self, model: Module) -> None:
         traced, _ = trace(model, self.x, by_batch=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
+from os import PathLike
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -333,6 +334,24 @@ class Module(ModuleInNotebook):
                 raise ValueError(f"{k} is negative")
         for k, a in arrays.items():
             own[k].data = a.reshape(own[k].shape)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the parameters and buffers to a safetensors file, whole or not at all; PyTorch loads it too.
+
+        Raises OSError if it cannot be written.
+        """
+        from tinygrad_bn.checkpoint import save_model
+
+        save_model(path, self)
+
+    def load(self, path: str | PathLike[str], strict: bool = True) -> None:
+        """Load parameters and buffers from a safetensors file, also of PyTorch. On an error nothing changes.
+
+        Raises checkpoint.CheckpointError if the file is damaged or does not fit, OSError if it cannot be read.
+        """
+        from tinygrad_bn.checkpoint import load_model
+
+        load_model(path, self, strict=strict)
 
     # ---- printing ---------------------------------------------------------------------------------------
 

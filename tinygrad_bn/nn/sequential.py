@@ -46,7 +46,10 @@ class Sequential(Module):
         layers = list(self)
         if isinstance(index, slice):
             return Sequential(*layers[index])
-        return layers[expect_integer("the index of a layer", index)]
+        position = expect_integer("the index of a layer", index)
+        if not -len(layers) <= position < len(layers):
+            raise IndexError(f"there is no layer {position}; this Sequential has {len(layers)} layers, counted from 0")
+        return layers[position]
 
 
 def fused_layers(layers: Iterable[Module]) -> Iterator[Module]:

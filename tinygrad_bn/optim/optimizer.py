@@ -51,9 +51,9 @@ class Optimizer:
         everything = [p for group in self.param_groups for p in group["params"]]
         expect_tensors(everything)
         if not everything:
-            raise ValueError("there are no parameters to optimise")
+            raise ValueError(f"{type(self).__name__} got params without a tensor: there are no parameters to optimise")
         if len(set(everything)) < len(everything):
-            raise ValueError("a parameter is given more than once")
+            raise ValueError("a parameter is given more than once; name each once, in one group")
         if not all(p.is_leaf for p in everything):
             raise ValueError("a parameter is the result of an op, so an update would not last; give leaves")
         for p in everything:

@@ -162,7 +162,7 @@ class WarmupLR(Schedule):
         if not (self.after is None or isinstance(self.after, Schedule)):
             raise TypeError(f"after has to be a Schedule or None; got {shown(self.after)}")
         if self.after is not None and self.after.optimizer is not self.optimizer:
-            raise ValueError("after is a schedule of another optimizer")
+            raise ValueError("after is a schedule of another optimizer; make it for the optimizer of this WarmupLR")
 
     def next_lr(self, lr: float, initial: float) -> float:
         return lr * (self.t + 1) / self.t if self.t <= self.warmup_steps else lr

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from tinygrad_bn import nn
-from tinygrad_bn.arguments import expect_text
+from tinygrad_bn.arguments import expect_text, shown
 from tinygrad_bn.backend import Array
 from tinygrad_bn.optim import Optimizer, Schedule
 from tinygrad_bn.train.history import History
@@ -25,6 +25,7 @@ class Training:
         history: the completed epochs.
         epochs: how many epochs are to be completed.
         batches: batches per epoch.
+        validates: whether there are validation data.
         epoch: the number of the epoch under way, from 1.
         batch: batches of it that are done.
         step: batches that are done in all epochs.
@@ -40,6 +41,7 @@ class Training:
     history: History
     epochs: int
     batches: int
+    validates: bool = False
     epoch: int = 1
     batch: int = 0
     step: int = 0
@@ -82,7 +84,7 @@ class Callback:
         """At the end, also after an interrupt or an error: `training.completed` tells."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept: numbers, text, None, lists and dictionaries of these; and arrays, as values of the whole."""
+        """What is kept: numbers, text, None, arrays, and lists, tuples and dictionaries of these."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,3 +104,43 @@ class Called(Callback):
         """Call it. The training ends if it returns True."""
         if self.function(training.history, training.model):
             training.stop(f"{getattr(self.function, '__qualname__', 'a callback')} returned True")
+
+
+class Measure(Callback):
+    """Keeps what `function(training)` gives, in `values`: before the first step, and after each epoch or step.
+
+    Args:
+        function: it gives numbers, arrays, or lists and tuples of them.
+        each: "epoch" or "step".
+
+    >>> rates = Measure(lambda training: training.optimizer.param_groups[0]["lr"])
+    """
+
+    def __init__(self, function: Callable[[Training], Any], each: Literal["epoch", "step"] = "epoch") -> None:
+        if each not in ("epoch", "step"):
+            raise ValueError(f"each is 'epoch' or 'step'; got {shown(each)}")
+        self.function, self.each = function, each
+        self.values: list[Any] = []
+
+    def on_begin(self, training: Training) -> None:
+        """Measure before the first step."""
+        if not self.values:
+            self.values.append(self.function(training))
+
+    def on_step(self, training: Training) -> None:
+        """Measure after a step, if so asked."""
+        if self.each == "step":
+            self.values.append(self.function(training))
+
+    def on_epoch(self, training: Training) -> None:
+        """Measure after an epoch, if so asked."""
+        if self.each == "epoch":
+            self.values.append(self.function(training))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        self.values = list(state["values"])

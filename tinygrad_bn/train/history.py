@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tinygrad_bn.arguments import shown
 from tinygrad_bn.files import replacing
 
 
@@ -26,6 +27,14 @@ class Epoch:
     val_loss: float
     val_accuracy: float
     seconds: float
+
+
+def sign_of(monitor: Any) -> int:
+    """1 for a column that is best at its least, a loss; −1 for an accuracy. Raises ValueError for any other."""
+    metrics = [f.name for f in fields(Epoch) if f.name.endswith(("loss", "accuracy"))]
+    if monitor not in metrics:
+        raise ValueError(f"monitor is one of {', '.join(metrics)}; got {shown(monitor)}")
+    return -1 if monitor.endswith("accuracy") else 1
 
 
 @dataclass

@@ -131,10 +131,10 @@ def fit(
     if own and own.isdisjoint(optimizer._params()):
         raise ValueError("optimizer has no parameter of the model: make it with model.parameters()")
     steps = Steps(model, optimizer, loss, clip_norm, nonfinite, capture)
-    training = Training(model, optimizer, schedule, History(), epochs, len(batches))
+    training = Training(model, optimizer, schedule, History(), epochs, len(batches), validation is not None)
     saver = None
     if checkpoint is not None:
-        saver = Saver(checkpoint, training, batches, steps, callbacks, validation is not None)
+        saver = Saver(checkpoint, training, batches, steps, callbacks, resume)
         if resume:
             saver.resume()
     loop = _Loop(training, steps, batches, callbacks, saver, validation, loss)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, shown, warn_caller
-from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, load, save
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown, warn_caller
+from tinygrad_bn.checkpoint import CheckpointError, Contents, Folder, apply, read, save
 from tinygrad_bn.datasets import Batches
 from tinygrad_bn.train.callback import Callback, Training
-from tinygrad_bn.train.history import Epoch
+from tinygrad_bn.train.history import Epoch, sign_of
 from tinygrad_bn.train.steps import Steps
 
-POSITION = ("epoch", "batch", "step", "loss", "seconds", "stopped")
+POSITION = ("epoch", "batch", "step", "loss", "order", "seconds", "stopped")
 EPOCH = "epoch-start.safetensors"  # what nonfinite="restore" would restore
 
 
@@ -28,6 +29,7 @@ class ModelCheckpoint:
     Attributes:
         folder: made if it is missing. One training has a folder of its own.
         every: steps between checkpoints; None for one after each epoch only. There is always one after each epoch.
+        min_seconds: a checkpoint is left out if the last one is not so old. The one at the end is always written.
         keep: how many of the newest are kept, beside `best.safetensors`, that of the best epoch.
         monitor: the column of the history that says which epoch is best; the default is "val_loss", or "loss" without
             validation. Accuracies are best at the top, losses at the bottom.
@@ -39,6 +41,7 @@ class ModelCheckpoint:
 
     folder: str | Path
     every: int | None = None
+    min_seconds: float = 0.0
     keep: int = 3
     monitor: str | None = None
     on_error: Literal["raise", "warn"] = "raise"
@@ -49,10 +52,10 @@ class ModelCheckpoint:
             raise TypeError(f"a folder for checkpoints is a path; got {shown(self.folder)}")
         if self.every is not None:
             expect_integer("every", self.every, 1)
+        expect_number("min_seconds", self.min_seconds, 0)
         expect_integer("keep", self.keep, 1)
-        metrics = [f.name for f in fields(Epoch) if f.name.endswith(("loss", "accuracy"))]
-        if self.monitor not in (None, *metrics):
-            raise ValueError(f"monitor is one of {', '.join(metrics)}; got {shown(self.monitor)}")
+        if self.monitor is not None:
+            sign_of(self.monitor)
         if self.on_error not in ("raise", "warn"):
             raise ValueError(f"on_error is 'raise' or 'warn'; got {shown(self.on_error)}")
 
@@ -84,16 +87,22 @@ class Saver:
         batches: Batches,
         steps: Steps,
         callbacks: list[Callback],
-        validates: bool,
+        resumes: bool,
     ) -> None:
         self.settings, self.training, self.batches, self.steps = settings, training, batches, steps
         self.callbacks, self.folder = callbacks, Folder(settings.folder, keep=settings.keep)
-        self.monitor = settings.monitor or ("val_loss" if validates else "loss")
-        self.state = {"optimizer": training.optimizer, "schedule": training.schedule}
+        if not resumes and (newest := self.folder.newest()):
+            raise ValueError(
+                f"{newest.parent} has checkpoints of a training: resume=True goes on from {newest.name}; or give "
+                "another folder"
+            )
+        self.monitor = settings.monitor or ("val_loss" if training.validates else "loss")
+        self.state: dict[str, Any] = {"optimizer": training.optimizer, "schedule": training.schedule}
         if isinstance(batches.seed, np.random.Generator):
             self.state["generators"] = {"batches": batches.seed}
-        self.sign = -1 if self.monitor.endswith("accuracy") else 1  # the best is the least
+        self.sign = sign_of(self.monitor)
         self.saved: tuple[int, int] | None = None  # epoch and step of the newest checkpoint
+        self.time = time.monotonic()  # of the newest checkpoint, or of the start
 
     # ---- writing ----------------------------------------------------------------------------------------
 
@@ -106,13 +115,18 @@ class Saver:
     def after_step(self) -> None:
         """Write a checkpoint, if it is time for one."""
         every, training = self.settings.every, self.training
-        if every is not None and training.step % every == 0 and training.batch < training.batches:
+        if every is not None and training.step % every == 0 and training.batch < training.batches and self.is_time():
             self.save()
 
     def after_epoch(self) -> None:
         """Write a checkpoint, also as the best one if it is."""
-        *before, last = np.array(self.training.history[self.monitor]) * self.sign
-        self.save(best=bool(last < np.nanmin([*before, np.inf])))
+        if self.is_time():
+            *before, last = np.array(self.training.history[self.monitor]) * self.sign
+            self.save(best=bool(last < np.nanmin([*before, np.inf])))
+
+    def is_time(self) -> bool:
+        """Whether the last checkpoint is old enough for another one."""
+        return time.monotonic() >= self.time + self.settings.min_seconds
 
     def at_end(self) -> None:
         """Write a checkpoint, unless the newest is of this moment."""
@@ -130,19 +144,13 @@ class Saver:
     def save(self, best: bool = False) -> None:
         """Write a checkpoint."""
         training = self.training
-        callbacks, arrays = [], {"order": training.order} if len(training.order) else {}
-        for i, callback in enumerate(self.callbacks):
-            own = callback.state_dict()
-            arrays |= {f"{i}/{name}": value for name, value in own.items() if isinstance(value, np.ndarray)}
-            callbacks.append({name: value for name, value in own.items() if not isinstance(value, np.ndarray)})
         extra = {
             "settings": self.fixed(), "position": {name: getattr(training, name) for name in POSITION},
-            "mean": vars(training.mean), "history": asdict(training.history), "callbacks": callbacks,
+            "mean": vars(training.mean), "history": asdict(training.history),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
         }  # fmt: skip
-        if self._write(
-            lambda: self.folder.save(training.step, training.model, **self.state, extra=extra, arrays=arrays, best=best)
-        ):
-            self.saved = training.epoch, training.step
+        if self._write(lambda: self.folder.save(training.step, training.model, **self.state, extra=extra, best=best)):
+            self.saved, self.time = (training.epoch, training.step), time.monotonic()
 
     def _write(self, write: Callable[[], object]) -> bool:
         """Whether it was written; else there is a warning, or the error."""
@@ -173,41 +181,42 @@ class Saver:
         training = self.training
         if self.folder.newest() is None:
             return
-        contents = self.folder.load_newest(training.model, **self.state, check=self.check)
+        contents = self.folder.read_newest()
+        self.check(contents)
+        apply(contents, training.model, **self.state)
         extra = contents.extra
-        if "order" in contents.arrays:
+        if len(extra["position"]["order"]):
             self._remember(contents)
         for name in POSITION:
             setattr(training, name, extra["position"][name])
         vars(training.mean).update(extra["mean"])
         vars(training.history).update(extra["history"], interrupted=False)
         training.history.epochs = [Epoch(**epoch) for epoch in extra["history"]["epochs"]]
-        training.order = contents.arrays.get("order", training.order)
         self.batches.epoch = training.epoch - (not len(training.order))
-        for i, (callback, own) in enumerate(zip(self.callbacks, extra["callbacks"], strict=True)):
-            prefix = f"{i}/"
-            arrays = {k.removeprefix(prefix): a for k, a in contents.arrays.items() if k.startswith(prefix)}
-            if own or arrays:
-                callback.load_state_dict({**own, **arrays})
+        for callback, own in zip(self.callbacks, extra["callbacks"], strict=True):
+            callback.load_state_dict(own)
         self.saved = training.epoch, training.step
 
     def _remember(self, contents: Contents) -> None:
         """Note what the epoch that `contents` are from the middle of may have to restore."""
-        start = self.folder.path / EPOCH
-        if self.steps.nonfinite == "restore" and start.exists():
-            epoch = load(start, self.training.model, **self.state).extra["epoch"]
-            if epoch == contents.extra["position"]["epoch"]:
-                self.steps.remember()
-            load(contents.path, self.training.model, **self.state)
+        path = self.folder.path / EPOCH
+        start = read(path) if self.steps.nonfinite == "restore" and path.exists() else None
+        if start is not None and start.extra["epoch"] == contents.extra["position"]["epoch"]:
+            apply(start, self.training.model, **self.state)
+            self.steps.remember()
+            apply(contents, self.training.model, **self.state)
+        else:
+            self.steps.remember()
 
     def check(self, contents: Contents) -> None:
         """Raise CheckpointError if a file is not one of this training."""
         was = contents.extra.get("settings") if isinstance(contents.extra, Mapping) else None
         if not isinstance(was, Mapping):
-            raise CheckpointError(f"{contents.path} was not written by fit; checkpoint.load takes it")
+            raise CheckpointError(contents.path, "it was not written by fit; load it with checkpoint.load")
         for name, value in self.fixed().items():
             if was.get(name) != value:
                 raise CheckpointError(
-                    f"{contents.path} belongs to a training with {name}={shown(was.get(name))}, and this one has "
-                    f"{name}={shown(value)}: give the arguments of the training that was interrupted"
+                    contents.path,
+                    f"it belongs to a training with {name}={shown(was.get(name))}, and this one has "
+                    f"{name}={shown(value)}; give the arguments of the training that was interrupted",
                 )

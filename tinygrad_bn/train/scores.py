@@ -81,6 +81,42 @@ def evaluate(model: nn.Module, data: Data, *, loss: Loss = F.cross_entropy, batc
         return score(model, Batches(*arrays_of(data), batch_size, shuffle=False), loss)
 
 
+def confusion(model: nn.Module, data: Data, *, batch_size: int = 1000) -> Array:
+    """How often each class was taken for each: counts (C, C), int64, rows by true class, columns by predicted class.
+
+    In evaluation mode; afterwards each module is back in its mode. The model's outputs have C classes along axis 1, and
+    the class with the largest output is predicted. Negative targets do not count. `viz.plot_confusion` draws it.
+
+    Raises:
+        ValueError: no samples; targets that are no classes of the outputs; outputs that are NaN.
+        TypeError: an argument of the wrong type.
+    """
+    expect_model(model)
+    counts: Array | None = None
+    with nn.evaluating(model), no_grad():
+        for x, y in Batches(*arrays_of(data), batch_size, shuffle=False):
+            outputs = model(x)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(f"{type(model).__name__} has to return a Tensor; got a {type(outputs).__name__}")
+            scores = outputs.numpy()
+            if y.dtype.kind not in "iu" or scores.ndim < 2 or scores.shape[:1] + scores.shape[2:] != y.shape:
+                raise ValueError(
+                    f"targets have to be integers, a class for each output; got {y.dtype} of shape {y.shape} for "
+                    f"outputs of shape {scores.shape}"
+                )
+            if np.isnan(scores).any():
+                raise ValueError("outputs of the model are NaN, so they predict no class")
+            classes = scores.shape[1]
+            if y.size and y.max() >= classes:
+                raise ValueError(f"there is a target {y.max()}, and the outputs have the classes 0 to {classes - 1}")
+            true, predicted = y[y >= 0].astype(np.int64), scores.argmax(axis=1)[y >= 0]
+            found = np.bincount(classes * true + predicted, minlength=classes**2).reshape(classes, classes)
+            counts = found if counts is None else counts + found
+    if counts is None:
+        raise ValueError("no samples to evaluate on")
+    return counts
+
+
 def score(model: nn.Module, batches: Iterable[tuple[Array, Array]], loss: Loss) -> Score:
     """Mean loss and accuracy in the model's present mode. Raises ValueError without samples."""
     mean, samples = MeanScore(), 0

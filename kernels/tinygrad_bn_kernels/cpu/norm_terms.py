@@ -12,16 +12,18 @@ PROBES = 8
 @inlined()
 def is_ordinary_channel(w, mean, ivar, itemsize):
     """`is_ordinary` for one channel. All terms are computed, as a branch would keep LLVM from vectorising."""
-    low, high = (1e-18, 1e18) if itemsize == 4 else (1e-150, 1e150)
-    return ((w == 0) | ((low < abs(w)) & (abs(w) < high))) & (~np.isfinite(mean) | ((low < ivar) & (ivar < high)))
+    low, high, far = (1e-18, 1e18, 1e30) if itemsize == 4 else (1e-150, 1e150, 1e290)
+    fits = (low < ivar) & (ivar < high) & (abs(mean) < far)
+    return ((w == 0) | ((low < abs(w)) & (abs(w) < high))) & (~np.isfinite(mean) | fits)
 
 
 @njit(allocates=False)
 def is_ordinary(weight, mean, var, eps):
     """Whether the loops are right for x, of weight's dtype. If not, as with numbers near 1e38, a kernel has to decline.
 
-    The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Infinite
-    or NaN elements of x make all results NaN, in the loops as in the composition.
+    The weights and 1/√(var + eps) have to lie between the limits of what the loops can multiply in the dtype. Means
+    have to be below 1e30 in float32 and 1e290 in float64, since x minus a larger one may overflow. Infinite or NaN
+    elements of x make all results NaN, in the loops as in the composition.
     """
     good = True
     for w in weight.flat:
