@@ -16,7 +16,8 @@ import numpy as np
 
 from tinygrad_bn import autograd, backend
 from tinygrad_bn.arguments import expect_integer, full_name, is_floating, shown
-from tinygrad_bn.autograd import grad as gradients
+from tinygrad_bn.batching import behind, gradients, leaf, spread
+from tinygrad_bn.batching import vmap as vmap
 from tinygrad_bn.captured.nests import mapped
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
@@ -123,8 +124,7 @@ def jvp(function: Function, primals: Sequence[Any], tangents: Sequence[Any]) -> 
         outputs = [_value(y) for y in _leaves(result)]
         handles = [h for _, hs in chosen for h in hs]
         directions = _matching(tuple(tangents), tuple(primals), handles)
-        cotangents = [Tensor(np.zeros(y.shape, y.dtype), requires_grad=True).to(y.device) for y in outputs]
-        cotangents = [u if u.requires_grad else _handle(u) for u in cotangents]
+        cotangents = [_handle(Tensor(np.zeros(y.shape, y.dtype)).to(y.device)) for y in outputs]
         pulled = _gradients_of(outputs, handles, cotangents, create_graph=True)
         create = _reaches_beyond([*pulled, *directions], [*handles, *cotangents])
         moved = _gradients_of(pulled, cotangents, directions, create)
@@ -293,9 +293,8 @@ def _handle(x: Any, what: str = "an argument") -> Tensor:
         x = Tensor(x)
     if not is_floating(x):
         raise TypeError(f"{what} has to be floating-point to be differentiated by; got {x.dtype}")
-    if x.requires_grad:
-        return reshape(x, shape=x.shape)
-    return Tensor(x, requires_grad=True)
+    x = spread(x)
+    return reshape(x, shape=x.shape) if x.requires_grad else leaf(x)
 
 
 def _value(y: Any) -> Tensor:
@@ -343,7 +342,7 @@ def _gradients_of(
     totals: list[Tensor | None] = [None] * len(xs)
     for y, g in zip(outputs, cotangents, strict=True):
         if y.requires_grad:
-            for i, part in enumerate(gradients(y, xs, g, create_graph)):
+            for i, part in enumerate(gradients(y, xs, g, create_graph) if xs else ()):
                 before = totals[i]
                 totals[i] = part if before is None else before + part
     return [Tensor._of(backend.full(x._data, 0)) if t is None else t for t, x in zip(totals, xs, strict=True)]
@@ -358,8 +357,8 @@ def _closed(chosen: Chosen, pulled: list[Tensor]) -> Any:
 
 def _reaches_beyond(results: list[Tensor], handles: list[Tensor]) -> bool:
     """Whether the graph of the results has a leaf that requires a gradient and is no handle."""
-    inside = set(handles)
-    leaves = (t for y in results for t in autograd._topological(y) if t.node is None)
+    inside = set(map(behind, handles))
+    leaves = (t for y in results for t in autograd._topological(behind(y)) if t.node is None)
     return any(t.requires_grad and t not in inside for t in leaves)
 
 
