@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tinygrad_bn import autograd, backend, tensor
+from tinygrad_bn import autograd, backend
 from tinygrad_bn.arguments import expect_integer, full_name, shown
 from tinygrad_bn.batching_rules import rule_of
 from tinygrad_bn.captured.nests import mapped
@@ -41,7 +41,7 @@ class Level:
         rule = None if op.fused and COMPOSED.get() else rule_of(op)
         if rule is None and not op.fused:
             raise NotImplementedError(
-                f"vmap has no rule for the op {op.name!r}: call the function with one sample at a time, or without it"
+                f"vmap has no rule for the op {op.name!r}: call the function once for each sample"
             )
         if rule is None:
             y, saved = op.split(op.forward(*operands, **params))
@@ -111,10 +111,6 @@ class Batched(Tensor):
     def detach(self) -> Tensor:
         return Batched(self.value.detach(), self.level)
 
-    def __getitem__(self, index: object) -> Tensor:
-        y: Tensor = tensor.OPS["getitem"].function(self, index=index)
-        return y
-
     def __len__(self) -> int:
         if not self.ndim:
             raise TypeError("a 0-d tensor has no length")
@@ -130,7 +126,7 @@ class Batched(Tensor):
         )
 
     item = numpy = __array__ = __bool__ = __float__ = __int__ = _unknown
-    data = property(_unknown)  # type: ignore[assignment]
+    data = property(_unknown)
 
 
 # ---- the transformation ---------------------------------------------------------------------------------
@@ -205,10 +201,12 @@ def _zipped(function: Callable[[Any, Any, str], Any], nest: Any, axes: Any, name
     """The nest with `function` of each leaf and its axis, where `axes` is one for all or has the form of the nest."""
     if not isinstance(axes, tuple | list | dict):
         return mapped(lambda x: function(x, axes, name), nest)
-    if type(axes) is not type(nest) or len(axes) != len(nest) or (isinstance(axes, dict) and axes.keys() != nest.keys()):
+    keys: Any = axes.keys() if isinstance(axes, dict) else range(len(axes))
+    own: Any = nest.keys() if isinstance(nest, dict) else range(len(nest)) if isinstance(nest, tuple | list) else None
+    if type(axes) is not type(nest) or keys != own:
         raise ValueError(f"axes {shown(axes)} do not have the form of {name}")
     if isinstance(axes, dict):
-        return {k: _zipped(function, v, axes[k], f"{name}[{k!r}]") for k, v in nest.items()}
+        return {k: _zipped(function, nest[k], axis, f"{name}[{k!r}]") for k, axis in axes.items()}
     pairs = zip(nest, axes, strict=True)
     return type(nest)([_zipped(function, x, axis, f"{name}[{i}]") for i, (x, axis) in enumerate(pairs)])
 

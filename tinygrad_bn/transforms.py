@@ -19,6 +19,7 @@ from tinygrad_bn.arguments import expect_integer, full_name, is_floating, shown
 from tinygrad_bn.batching import behind, gradients, leaf, spread
 from tinygrad_bn.batching import vmap as vmap
 from tinygrad_bn.captured.nests import mapped
+from tinygrad_bn.functional import concatenate, stack
 from tinygrad_bn.modes import recording
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.ops import mul, reshape, sum
@@ -26,6 +27,8 @@ from tinygrad_bn.recompute import checkpoint as checkpoint
 from tinygrad_bn.tensor import Tensor
 
 Function = Callable[..., Any]
+
+ROWS = 64  # of a Jacobian in one pass back: more take more memory, and are not faster
 
 
 def value_and_grad(function: Function, argnums: int | Sequence[int] = 0) -> Function:
@@ -155,14 +158,12 @@ def hvp(function: Function, primal: Any, tangent: Any) -> Any:
 def jacobian(function: Function, argnums: int = 0) -> Function:
     """A function that gives the derivative of each element of the result of `function`, a tensor.
 
-    For a result of shape R and an argument of shape S its shape is (*R, *S). It takes a pass back per element of the
-    result. Arguments and errors as of `value_and_grad`; the argument is no nest.
+    For a result of shape R and an argument of shape S its shape is (*R, *S). It takes a pass back
+    for every 64 elements of the result. Arguments and errors as of `value_and_grad`; the argument is no nest.
 
     >>> jacobian(lambda x: x * x)(np.array([1.0, 2.0])).numpy().tolist()
     [[2.0, 0.0], [0.0, 4.0]]
     """
-    from tinygrad_bn.functional import stack
-
     @wraps(function)
     def differentiated(*args: Any, **options: Any) -> Tensor:
         position = expect_integer("argnums", argnums, 0)
@@ -172,15 +173,25 @@ def jacobian(function: Function, argnums: int = 0) -> Function:
             [(_, handles)] = chosen
             if len(handles) != 1 or not isinstance(opened[position], Tensor):
                 raise TypeError(f"a jacobian is that by one tensor; argument {position} is {shown(args[position])}")
-            rows = []
-            for i in range(y.size):
-                one = np.zeros(y.size, y.dtype)
-                one[i] = 1
-                rows += _pull([y], chosen, [Tensor(one.reshape(y.shape)).to(y.device)])
+            every = np.eye(y.size, dtype=y.dtype).reshape(y.size, *y.shape)
+            parts = [_rows(y, chosen, Tensor(every[i : i + ROWS]).to(y.device)) for i in range(0, y.size, ROWS)]
             shape = (*y.shape, *handles[0].shape)
-            return reshape(stack(rows), shape=shape) if rows else Tensor(np.zeros(shape, y.dtype))
+            return reshape(concatenate(parts), shape=shape) if parts else Tensor(np.zeros(shape, y.dtype))
 
     return differentiated
+
+
+def _rows(y: Tensor, chosen: Chosen, cotangents: Tensor) -> Tensor:
+    """Rows of a Jacobian: all at once, or one by one if an op on the way has no rule for batches."""
+
+    def pull(g: Tensor) -> Tensor:
+        return _pull([y], chosen, [g])[0]
+
+    try:
+        rows: Tensor = vmap(pull)(cotangents)
+    except NotImplementedError:
+        return stack([pull(g) for g in cotangents])
+    return rows
 
 
 def hessian(function: Function, argnums: int = 0) -> Function:
