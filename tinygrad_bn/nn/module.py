@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tinygrad_bn import gradient_hooks
 from tinygrad_bn.arguments import expect_flags, expect_integer, fitting, flag, floating_dtype, full_name, shown
 from tinygrad_bn.backend import Array, move, to_numpy
+from tinygrad_bn.gradient_hooks import HOOKS, Handle, Hook
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.notebook import ModuleInNotebook
 from tinygrad_bn.tensor import Tensor
@@ -131,8 +133,13 @@ class Module(ModuleInNotebook):
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Run `forward`. Positional arrays and lists become tensors on the module's device."""
-        y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
+        """Run `forward` and the hooks. Positional arrays and lists become tensors on the module's device."""
+        args = tuple([self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args])
+        if HOOKS:
+            args = gradient_hooks.before_forward(self, args)
+        y = self.forward(*args, **options)
+        if HOOKS:
+            y = gradient_hooks.after_forward(self, args, y)
         observer = OBSERVER.get()
         if observer is not None:
             observer(self, y)
@@ -140,6 +147,27 @@ class Module(ModuleInNotebook):
 
     def _tensor(self, data: Array | list[Any]) -> Tensor:
         return Tensor(data).to(next((t.device for _, t in self.named_tensors()), "cpu"))
+
+    def register_forward_pre_hook(self, hook: Hook) -> Handle:
+        """Call `hook(module, args)` before each `forward`; it may return other arguments, a tuple or a single one.
+
+        Returns a handle: `handle.remove()` takes the hook away. A copy of the module has no hooks.
+        """
+        return gradient_hooks.register(self, "before", hook)
+
+    def register_forward_hook(self, hook: Hook) -> Handle:
+        """Call `hook(module, args, output)` after each `forward`; it may return another output.
+
+        For the gradient of an output, let the hook call `output.register_hook`. Returns a handle: `handle.remove()` takes
+        the hook away. A copy of the module has no hooks.
+
+        >>> from tinygrad_bn import nn
+        >>> layer = nn.Linear(2, 3)
+        >>> with layer.register_forward_hook(lambda module, args, y: print(args[0].shape, y.shape)):
+        ...     y = layer(np.ones((4, 2)))
+        (4, 2) (4, 3)
+        """
+        return gradient_hooks.register(self, "after", hook)
 
     # ---- contents ---------------------------------------------------------------------------------------
 
