@@ -116,12 +116,12 @@ def test_explain_shows_the_same_nodes():
         with explain() as e:
             (x * x).sum().backward()
         x.zero_grad()
-        return str(e)
+        return [str(step) for step in e.steps], len(e.passes)
 
     before = told()
     with x.register_hook(lambda g: g):
         assert told() == before
-    assert "mul" in before
+    assert len(before[0]) == 3
 
 
 def test_hooks_of_modules():
