@@ -149,9 +149,7 @@ def _index(level: Level, xs: Sequence[Any], index: Any) -> tuple[Any, int, Any]:
     if not any(map(level.holds, parts)):
         return (slice(None), *parts), _place(parts), x.value
     if not all(_is_array(p) or isinstance(p, int | np.integer) or level.holds(p) for p in parts):
-        raise NotImplementedError(
-            "under vmap, an index of each sample has integers and arrays only"
-        )
+        raise NotImplementedError("under vmap, an index of each sample has integers and arrays only")
     if any(p.dtype == bool for p in parts if level.holds(p)):
         raise NotImplementedError("under vmap, a mask would give each sample a shape of its own: use functional.where")
     aligned = [p if not isinstance(p, tensor.Tensor) else p._data for p in _aligned(level, parts)]

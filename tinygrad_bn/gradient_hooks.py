@@ -93,7 +93,7 @@ def call(t: Any, grads: dict[Any, Any], tensor_of: Callable[[Any], Any]) -> None
         if after is None:
             continue
         if not hasattr(after, "requires_grad"):
-            raise TypeError(f"a hook has to return a tensor, the gradient to go on with, or None; got {full_name(after)}")
+            raise TypeError(f"a hook has to return a gradient, which is a tensor, or None; got {full_name(after)}")
         if (after.shape, after.dtype, after.device) != (g.shape, g.dtype, g.device):
             raise ValueError(
                 f"a hook was given a gradient of {g.dtype} {g.shape} and returned {after.dtype} {after.shape}; they "

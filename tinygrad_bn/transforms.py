@@ -164,6 +164,7 @@ def jacobian(function: Function, argnums: int = 0) -> Function:
     >>> jacobian(lambda x: x * x)(np.array([1.0, 2.0])).numpy().tolist()
     [[2.0, 0.0], [0.0, 4.0]]
     """
+
     @wraps(function)
     def differentiated(*args: Any, **options: Any) -> Tensor:
         position = expect_integer("argnums", argnums, 0)

@@ -158,8 +158,8 @@ class Module(ModuleInNotebook):
     def register_forward_hook(self, hook: Hook) -> Handle:
         """Call `hook(module, args, output)` after each `forward`; it may return another output.
 
-        For the gradient of an output, let the hook call `output.register_hook`. Returns a handle: `handle.remove()` takes
-        the hook away. A copy of the module has no hooks.
+        For the gradient of an output, let the hook call `output.register_hook`. Returns a handle: `handle.remove()`
+        takes the hook away. A copy of the module has no hooks.
 
         >>> from tinygrad_bn import nn
         >>> layer = nn.Linear(2, 3)

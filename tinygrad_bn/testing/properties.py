@@ -16,7 +16,15 @@ from tinygrad_bn.backend import device_of, kernels_disabled
 from tinygrad_bn.sample import Array
 from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
 from tinygrad_bn.testing.diagnosis import names_of
-from tinygrad_bn.testing.gradients import Function, GradcheckError, away_from_zero, compare, compare_second, compare_third, ridders
+from tinygrad_bn.testing.gradients import (
+    Function,
+    GradcheckError,
+    away_from_zero,
+    compare,
+    compare_second,
+    compare_third,
+    ridders,
+)
 
 Operands = tuple[Array | None, ...]
 Params = dict[str, Any]

@@ -1,6 +1,6 @@
 """Derivatives of BatchNorm with as many digits as wanted, without this package's engine: power series in decimals.
 
-A series is the list of its coefficients: of t⁰, t¹, … up to an order. Only sums, products and one recurrence are needed.
+A series is the list of its coefficients: of t⁰, t¹, … up to an order. Sums, products and one recurrence are enough.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def scaled(a: Series, by: Decimal) -> Series:
 
 
 def power(a: Series, r: Decimal) -> Series:
-    """aʳ, for a positive first coefficient: from a · (aʳ)' = r · a' · aʳ (Knuth, The Art of Computer Programming, 4.7)."""
+    """aʳ, for a positive first coefficient, from a · (aʳ)' = r · a' · aʳ (Knuth, Seminumerical Algorithms, 4.7)."""
     out = [a[0] ** r]
     for k in range(1, len(a)):
         terms = ((r * j - (k - j)) * a[j] * out[k - j] for j in range(1, k + 1))
