@@ -17,7 +17,7 @@ from typing import Any
 
 from tinygrad_bn_kernels import HELD_AT_FORKS, RENEWED_IN_CHILDREN
 
-from tinygrad_bn import autograd, backend, gradient_hooks, random, tensor
+from tinygrad_bn import autograd, backend, random, tensor
 from tinygrad_bn.functional import losses
 from tinygrad_bn.nn.batch_norm import _BatchNorm
 from tinygrad_bn.nn.module import Module
@@ -28,7 +28,6 @@ from tinygrad_bn.optim.schedules import Schedule
 # Owner, its function, and the method of a listener that is called instead.
 PLACES = (
     (tensor, "apply", "apply"),
-    (gradient_hooks, "register", "hook"),
     (autograd, "apply", "apply"),
     (autograd, "_cotangent", "cotangent"),
     (autograd, "_accumulate", "accumulate"),

@@ -188,6 +188,20 @@ def test_axes_and_nests():
     assert vmap(lambda x: x.sum())(np.zeros((0, 3))).shape == (0,)
 
 
+@pytest.mark.parametrize("index", [
+    ([0, 1], slice(None), [1, 0]), ([0, 1], None, 1), (0, slice(None), np.array([[0, 1], [1, 1]])),
+    (slice(None), [1, 0], [0, 1]), (Ellipsis, [1, 1]), (np.array([True, False]), slice(None), [1]),
+])  # fmt: skip
+def test_arrays_in_an_index_with_something_between_them(index):
+    """NumPy puts their axes first. The gradient goes the way back."""
+    x = RNG.normal(size=(4, 2, 3, 2))
+    want = np.stack([part[index] for part in x])
+    expect_same(vmap(lambda x: x[index])(x), want)
+    g = RNG.normal(size=want.shape)
+    got = vmap(lambda x, g: vjp(lambda x: x[index], x)[1](g)[0])(x, g)
+    expect_same(got, np.stack([vjp(lambda x: x[index], a)[1](b)[0] for a, b in zip(x, g, strict=True)]))
+
+
 def test_an_index_of_each_sample():
     at = np.array([2, 0, 1, 1, 0])
     expect_same(vmap(lambda x, i: x[i])(X, at), X[np.arange(5), at])

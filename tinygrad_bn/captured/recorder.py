@@ -210,10 +210,6 @@ class Recorder:
             self._add_host(run.__name__, run, args, result, options=options)
         return result
 
-    def hook(self, run: Callable[..., Any], *args: Any) -> Any:
-        self.refuse("the step registers a hook, which a program would not call")
-        return run(*args)
-
     def host(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Work of the host, which a program does by calling the same function."""
         self.expect_unassigned()
