@@ -8,9 +8,9 @@ import numpy as np
 
 from tinygrad_bn import functional, manual_seed, nn, primitive, testing
 from tinygrad_bn.sample import REAL, elementwise
+from tinygrad_bn.train.interval import interval
 
 from .common import Run
-from .interval import interval
 from .output import start
 
 
@@ -33,7 +33,7 @@ class Squareplus(nn.Module):
 
 def main(argv: list[str] | None = None) -> Run:
     """Check the op, then train with it."""
-    run = Run("new_op", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=1e-3, optimizer="adam", seeds=3)
+    run = Run("new_op", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=1e-3, optimizer="adam", seeds=10)
     result = testing.gradcheck(squareplus, np.linspace(-3, 3, 7))
     testing.gradgradcheck(squareplus, np.linspace(-3, 3, 7))
     testing.check_op(squareplus)  # raises AssertionError if a property does not hold
