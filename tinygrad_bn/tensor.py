@@ -563,9 +563,7 @@ class Tensor(TensorWithHooks, TensorInNotebook):
     def astype(self, dtype: DTypeLike) -> Tensor:
         return OPS["astype"].function(self, dtype=dtype)
 
-    @property
-    def T(self) -> Tensor:
-        return self.transpose()
+    T = property(transpose)
 
 
 def _tensors_in(data: object) -> list[Tensor]:

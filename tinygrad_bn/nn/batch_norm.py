@@ -101,7 +101,8 @@ class _BatchNorm(Module):
         number of values in each channel.
         """
         if self.training and self._collect is not None:
-            return self._collect(mean, var, count)
+            self._collect(mean, var, count)
+            return
         buffers = [b for b in (self.running_mean, self.running_var, self.num_batches_tracked) if b is not None]
         if not (self.training and buffers) or REPEATING.get():
             return
