@@ -113,7 +113,7 @@ def checked(name: str, parameter: Parameter, value: Any, last: dict[str, Any], o
         if default is None or kind.endswith("| None"):
             return None
         raise TypeError(f"{name}(): {option} may not be None")
-    if hasattr(value, "requires_grad"):
+    if hasattr(value, "requires_grad") and not hasattr(value, "level"):  # an index may differ from sample to sample
         raise TypeError(f"{name}(): {option} is an option and gets no gradient; pass a number (.item())")
     if option == "axis":
         axis = checked_axis(name, value)

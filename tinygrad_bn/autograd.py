@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from tinygrad_bn import backend, errors
+from tinygrad_bn import backend, errors, gradient_hooks
 from tinygrad_bn.arguments import flag, full_name
 from tinygrad_bn.modes import call_recording, recording
 from tinygrad_bn.tensor import OPS, Node, Tensor, apply
@@ -123,8 +123,7 @@ def _backprop(
     To be called by `call_recording(create_graph, …)`.
     """
     run = apply if create_graph else backend.forward  # on tensors, or on arrays
-    wanted = set(wanted)
-    leads = set(wanted)  # the tensors on a way from y to a wanted one
+    leads = set(wanted := set(wanted))  # the tensors on a way from y to a wanted one
     for t in order:
         if (node := t.node) is not None:
             for x, need in zip(node.inputs, node.needs, strict=True):
@@ -135,6 +134,8 @@ def _backprop(
     grads: dict[Tensor, Any] = {y: g if create_graph else g._data}
     while order:
         t = order.pop()
+        if gradient_hooks.HOOKS:
+            gradient_hooks.call(t, grads, Tensor._of)
         if (node := t.node) is None or t not in leads or t not in grads:
             continue
         gt = grads[t] if t in wanted else grads.pop(t)
@@ -188,8 +189,7 @@ def _pull_composition(node: Node, g: Any, needs: list[bool], create_graph: bool)
 
 def _fit(gx: Any, x: Tensor, run: Any) -> Any:
     """Undo broadcasting and promotion of the operand `x`: its gradient gets its shape and dtype."""
-    if not isinstance(gx, Tensor):
-        gx = backend.as_array(gx)
+    gx = gx if isinstance(gx, Tensor) else backend.as_array(gx)
     if gx.shape != x._data.shape:
         backend.expect_broadcast(x.shape, gx.shape)
         gx = run(OPS["sum_to"], (gx,), {"shape": x.shape})[0]

@@ -78,7 +78,7 @@ def _cases(op: str) -> list[Case]:
         if op == "conv_input":
             return [((y, weight), {"size": (12, 12), **how})]
         return [((x, y), {"kernel": (3, 3), **how})]
-    if op == "max_pool":
+    if op in ("max_pool", "max_pool_places"):
         window: dict[str, Any] = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
         return [((images,), {"out": (6, 6), **window})]
     p, g, m, v = (*rng.normal(size=(3, 5000)), rng.uniform(0.1, 1, 5000))

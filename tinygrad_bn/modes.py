@@ -33,6 +33,7 @@ T = TypeVar("T")
 RECORDING: ContextVar[bool] = ContextVar("recording", default=True)
 COMPOSED: ContextVar[bool] = ContextVar("composed", default=False)
 DEBUGGING: ContextVar[bool] = ContextVar("debugging", default=False)
+REPEATING: ContextVar[bool] = ContextVar("repeating", default=False)
 
 
 class Block(io.IOBase, ContextDecorator, Generic[T]):
@@ -250,6 +251,11 @@ def composed() -> Mode:
 def debug() -> Mode:
     """Inside `with debug():` an error in the backward pass of an op says where the op was called."""
     return Mode(DEBUGGING, True)
+
+
+def repeating() -> Mode:
+    """Inside `with repeating():` a module computes again what it has computed: running statistics do not move."""
+    return Mode(REPEATING, True)
 
 
 def calling_lines() -> str:

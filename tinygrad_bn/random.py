@@ -1,11 +1,15 @@
 """The default generator of initialisers, dropout and the order of batches; and Philox, a counter-based generator."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinygrad_bn.arguments import expect_integer, shown
+from tinygrad_bn.modes import Mode
 
 _generator = np.random.default_rng()
 
@@ -28,9 +32,36 @@ def generator(rng: np.random.Generator | None = None) -> np.random.Generator:
     return _generator if rng is None else rng
 
 
+def _draw(rng: np.random.Generator | None) -> int:
+    return int(generator(rng).integers(2**63))
+
+
+_drawing: ContextVar[Callable[[np.random.Generator | None], int]] = ContextVar("drawing", default=_draw)
+
+
 def draw_key(rng: np.random.Generator | None = None) -> int:
     """A key for `philox`, from 0 to 2**63 − 1, drawn from `rng` or else from the default generator."""
-    return int(generator(rng).integers(2**63))
+    return _drawing.get()(rng)
+
+
+@contextmanager
+def drawing() -> Iterator[list[int]]:
+    """The keys that are drawn in this block."""
+    keys: list[int] = []
+    draw = _drawing.get()
+
+    def noted(rng: np.random.Generator | None) -> int:
+        keys.append(draw(rng))
+        return keys[-1]
+
+    with Mode(_drawing, noted):
+        yield keys
+
+
+def drawn_again(keys: Iterable[int]) -> Mode:
+    """In this block these keys are drawn, in their order, and no generator moves."""
+    left = iter(keys)
+    return Mode(_drawing, lambda _: next(left))
 
 
 def philox(key: int, count: int) -> NDArray[Any]:

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 from tinygrad_bn import arguments, backend, errors
 from tinygrad_bn.arguments import bind, checked, expect_declaration, expect_leaf, fast, flag, holds_numbers, is_floating
 from tinygrad_bn.backend import Array as Array
+from tinygrad_bn.gradient_hooks import TensorWithHooks
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
 from tinygrad_bn.notebook import TensorInNotebook
 from tinygrad_bn.sample import Sample, completed
@@ -296,7 +297,7 @@ def _in_place(symbol: str, compute: Callable[[Any, Any], Any]) -> Callable[[Any,
     return update
 
 
-class Tensor(TensorInNotebook):
+class Tensor(TensorWithHooks, TensorInNotebook):
     """A multi-dimensional array that records the operations on it.
 
     The data are copied in and never change under a recorded graph: the array that `data`, `numpy()` and
@@ -545,8 +546,7 @@ class Tensor(TensorInNotebook):
     def std(self, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Tensor:
         return OPS["std"].function(self, axis=axis, keepdims=keepdims, correction=correction)
 
-    exp, log, sqrt = _method("exp"), _method("log"), _method("sqrt")
-    tanh, sigmoid, relu = _method("tanh"), _method("sigmoid"), _method("relu")
+    exp, log, sqrt, tanh, sigmoid, relu = map(_method, ("exp", "log", "sqrt", "tanh", "sigmoid", "relu"))
 
     def clip(self, min: float | None = None, max: float | None = None) -> Tensor:
         return OPS["clip"].function(self, min=min, max=max)
@@ -563,9 +563,7 @@ class Tensor(TensorInNotebook):
     def astype(self, dtype: DTypeLike) -> Tensor:
         return OPS["astype"].function(self, dtype=dtype)
 
-    @property
-    def T(self) -> Tensor:
-        return self.transpose()
+    T = property(transpose)
 
 
 def _tensors_in(data: object) -> list[Tensor]:

@@ -41,7 +41,7 @@ MODULES = _table(
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp logsumexp.vjp",
         "elementwise": "relu.vjp erf erfc silu silu.vjp gelu gelu.vjp sigmoid.vjp tanh.vjp dropout_by_key",
         "conv": "conv conv_input conv_weight conv_with_bias conv_with_bias.vjp",
-        "pool": "max_pool max_pool.vjp",
+        "pool": "max_pool max_pool.vjp max_pool_places",
         "linear": "matmul linear linear.vjp",
         "optim": "sgd adam",
     },

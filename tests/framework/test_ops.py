@@ -107,6 +107,9 @@ MUTANT_RULES = {
     "wrong only in order 2": lambda: with_rules(
         "log", lambda g, y, x: g / (x.detach() if isinstance(x, Tensor) else x)
     ),
+    "wrong only in order 3": lambda: with_rules(
+        "log", lambda g, y, x: g / x + g * (x - (x.detach() if isinstance(x, Tensor) else x)) ** 2
+    ),
     "lengths assumed equal": lambda: dataclasses.replace(
         OPS["concatenate"],
         name="mutant",

@@ -201,3 +201,20 @@ def test_numpy_integers_as_options_and_empty_sizes():
         functional.max_pool2d(np.ones((1, 1, 0, 4)), 2, padding=1)
     with pytest.raises(ValueError, match="groups has to be"):
         functional.conv_transpose2d(np.ones((1, 2, 4, 4)), np.ones((2, 1, 2, 2)), groups=0)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding", "dilation"), [
+    ((7, 9), (3, 2), (2, 1), (1, 1), (1, 2)), ((8, 8), (2, 2), (2, 2), (0, 0), (1, 1)), ((9,), (3,), (2,), (1,), (2,)),
+])  # fmt: skip
+def test_the_places_of_maxima_equal_the_reference(size, kernel, stride, padding, dilation, dtype):
+    """With ties, NaN, and windows that reach into the padding."""
+    x = np.random.default_rng(0).integers(-2, 3, (3, 2, *size)).astype(dtype)
+    x[x == 2] = np.nan
+    out = functional.pooling.pooled_size(size, kernel, stride, padding, dilation, ceil_mode=False)
+    options = {"kernel": kernel, "out": out, "stride": stride, "padding": padding, "dilation": dilation}
+    places = pool.max_pool_places(x, **options)
+    with kernels_disabled():
+        np.testing.assert_array_equal(places, functional.pooling.max_pool_places(x, **options))
+    assert places.dtype == np.int64

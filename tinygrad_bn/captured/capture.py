@@ -17,6 +17,7 @@ from tinygrad_bn.captured.program import Program, array_of
 from tinygrad_bn.captured.reads import Reads
 from tinygrad_bn.captured.recorder import Recorder
 from tinygrad_bn.captured.watched import is_array, plain
+from tinygrad_bn.gradient_hooks import HOOKS
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING
 from tinygrad_bn.nn.module import OBSERVER
 from tinygrad_bn.tensor import Tensor
@@ -108,7 +109,8 @@ class capture:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Take a step."""
-        watched = any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER)) or hooks.has_listeners() or sys.getprofile()
+        modes = any(v.get() for v in (COMPOSED, DEBUGGING, OBSERVER))
+        watched = modes or HOOKS or hooks.has_listeners() or sys.getprofile()
         case = None if watched else self._case
         if case is None or not (found := case([*args, *options.values()], tuple(options))).lock.acquire(blocking=False):
             return _detached(self.function(*args, **options))

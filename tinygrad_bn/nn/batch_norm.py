@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike
 from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import BATCH_NORM, all_or_none, expect_flags, expect_floats, expect_number, warn_caller
 from tinygrad_bn.backend import atomic
+from tinygrad_bn.modes import REPEATING
 from tinygrad_bn.nn.module import AFFINE, Buffer, Module, Parameter
 from tinygrad_bn.tensor import Tensor
 
@@ -103,7 +104,7 @@ class _BatchNorm(Module):
             self._collect(mean, var, count)
             return
         buffers = [b for b in (self.running_mean, self.running_var, self.num_batches_tracked) if b is not None]
-        if not (self.training and buffers):
+        if not (self.training and buffers) or REPEATING.get():
             return
         arrays = [b._data for b in buffers]
         momentum = 1 / (float(arrays[2]) + 1) if self.momentum is None else float(self.momentum)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tinygrad_bn import gradient_hooks
 from tinygrad_bn.arguments import (
     expect_flags,
     expect_integer,
@@ -22,6 +23,7 @@ from tinygrad_bn.arguments import (
     warn_caller,
 )
 from tinygrad_bn.backend import Array, move, to_numpy
+from tinygrad_bn.gradient_hooks import HOOKS, Handle, Hook
 from tinygrad_bn.keywords import expect_keywords, unknown
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
 from tinygrad_bn.nn.paths import add_path
@@ -145,12 +147,17 @@ class Module(ModuleInNotebook):
         raise TypeError(f"{type(self).__name__} defines no forward; a subclass has to: def forward(self, x)")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Run `forward`. Positional arrays and lists become tensors on the module's device.
+        """Run `forward` and the hooks. Positional arrays and lists become tensors on the module's device.
 
         An error gets a note that says in which module it was raised.
         """
         try:
-            y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
+            args = tuple([self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args])
+            if HOOKS:
+                args = gradient_hooks.before_forward(self, args)
+            y = self.forward(*args, **options)
+            if HOOKS:
+                y = gradient_hooks.after_forward(self, args, y)
         except Exception as error:
             add_path(error)
             raise
@@ -161,6 +168,27 @@ class Module(ModuleInNotebook):
 
     def _tensor(self, data: Array | list[Any]) -> Tensor:
         return Tensor(data).to(next((t.device for _, t in self.named_tensors()), "cpu"))
+
+    def register_forward_pre_hook(self, hook: Hook) -> Handle:
+        """Call `hook(module, args)` before each `forward`; it may return other arguments, a tuple or a single one.
+
+        Returns a handle: `handle.remove()` takes the hook away. A copy of the module has no hooks.
+        """
+        return gradient_hooks.register(self, "before", hook)
+
+    def register_forward_hook(self, hook: Hook) -> Handle:
+        """Call `hook(module, args, output)` after each `forward`; it may return another output.
+
+        For the gradient of an output, let the hook call `output.register_hook`. Returns a handle: `handle.remove()`
+        takes the hook away. A copy of the module has no hooks.
+
+        >>> from tinygrad_bn import nn
+        >>> layer = nn.Linear(2, 3)
+        >>> with layer.register_forward_hook(lambda module, args, y: print(args[0].shape, y.shape)):
+        ...     y = layer(np.ones((4, 2)))
+        (4, 2) (4, 3)
+        """
+        return gradient_hooks.register(self, "after", hook)
 
     # ---- contents ---------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A gradient against a numerical derivative, to first and second order."""
+"""A gradient against a numerical derivative, to third order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GradcheckReport:
     error: float  # estimate of the error of `numeric`
     tolerance: float
     name: str  # of the operand, in quotes; its number if the function does not name it
-    order: int  # 2 for the gradient of the gradient
+    order: int  # 2 for the gradient of the gradient, 3 for that of its directional derivative
 
     @property
     def ok(self) -> bool:
@@ -48,8 +48,11 @@ class GradcheckReport:
         )
 
 
+ORDERS = {1: "", 2: "second derivative, ", 3: "third derivative, "}
+
+
 def _place(name: str, order: int) -> str:
-    return f"second derivative, operand {name}" if order == 2 else f"operand {name}"
+    return f"{ORDERS[order]}operand {name}"
 
 
 def ridders(phi: Callable[[float], float], h: float = 0.02) -> tuple[float, float]:
@@ -199,8 +202,33 @@ def compare_second(
         compare(pulled, everything, named, order=2, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
 
 
+def compare_third(
+    f: Function, xs: Sequence[object], names: Sequence[str], *, seed: int = 0, rtol: float = 1e-5
+) -> None:
+    """The gradient of vᵀ H v by each operand, for the Hessian H of ⟨f, cotangent⟩ and a random v."""
+    ts = [Tensor(x, requires_grad=True) for x in xs]
+    rng = np.random.default_rng([seed, 3])
+    vs = [rng.normal(size=t.shape) for t in ts]
+    cotangent = rng.normal(size=_with_graph(f(*ts), order=1).shape)
+
+    def along(g: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        slopes = grad(g, operands, create_graph=True) if g.requires_grad else []
+        return sum(((slope * v).sum() for slope, v in zip(slopes, vs, strict=False)), start=_nothing(operands))
+
+    def curvature(*operands: Tensor) -> Tensor:
+        return along(along((f(*operands) * cotangent).sum(), operands), operands)
+
+    if any(t.size for t in ts):
+        compare(curvature, ts, names, order=3, seed=seed + 2, rtol=rtol, allow_zero=True)
+
+
+def _nothing(operands: Sequence[Tensor]) -> Tensor:
+    """0, as a function of the operands."""
+    return sum(((t * 0).sum() for t in operands), start=Tensor(np.float64(0)))
+
+
 def _with_graph(y: Tensor, order: int) -> Tensor:
-    what = "gradient" if order == 2 else "result"
+    what = "gradient" if order > 1 else "result"
     if not isinstance(y, Tensor) or not y.requires_grad:
         raise GradcheckError(f"the {what} has no graph: somewhere on the way it was made from arrays, or detached")
     if y.dtype != np.float64:

@@ -16,7 +16,15 @@ from tinygrad_bn.backend import device_of, kernels_disabled
 from tinygrad_bn.sample import Array
 from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
 from tinygrad_bn.testing.diagnosis import names_of
-from tinygrad_bn.testing.gradients import Function, GradcheckError, away_from_zero, compare, compare_second, ridders
+from tinygrad_bn.testing.gradients import (
+    Function,
+    GradcheckError,
+    away_from_zero,
+    compare,
+    compare_second,
+    compare_third,
+    ridders,
+)
 
 Operands = tuple[Array | None, ...]
 Params = dict[str, Any]
@@ -87,6 +95,13 @@ def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) 
         compare(f, real, names, seed=seed)
         compare_second(f, real, names, seed=seed)
         _expect_constant_where_there_is_no_rule(op, xs, params, seed)
+
+
+def third_derivatives(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """The gradient of a directional derivative of the gradient, against a numerical derivative."""
+    f, real = split_differentiable(op, xs, params)
+    if op.differentiable and real:
+        compare_third(f, real, _real_names(op, xs), seed=seed)
 
 
 def _real_names(op: Op, xs: Operands) -> list[str]:
@@ -218,6 +233,7 @@ def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> 
 PROPERTIES: tuple[Callable[[Op, Operands, Params, int], None], ...] = (
     forward_matches_reference,
     first_and_second_gradients,
+    third_derivatives,
     one_tensor_in_every_slot,
     operands_that_depend_on_each_other,
     nothing_is_mutated_or_shared,

@@ -140,6 +140,28 @@ def _max_pool_2x2_vjp(g, y, x, gx, start, stop):
             gx[n, h] = 0
 
 
+@njit(allocates=False)
+def _max_pool_places(x, kernel, stride, padding, dilation, out, start, stop):
+    """The place of the first maximum, or of the first NaN, of each window in its plane; −1 for one in the padding."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, padding, dilation
+    _, height, width = x.shape
+    for n in range(start, stop):
+        for p in range(out.shape[1]):
+            for q in range(out.shape[2]):
+                found, best = -1, x.dtype.type(0)
+                for i in range(kh):
+                    h = p * sh + i * dh - ph
+                    if h < 0 or h >= height:
+                        continue
+                    for j in range(kw):
+                        w = q * sw + j * dw - pw
+                        if 0 <= w < width:
+                            met = x[n, h, w]
+                            if found < 0 or met > best or (met != met and best == best):
+                                found, best = h * width + w, met
+                out[n, p, q] = found
+
+
 def _planes(x: Array) -> Array:
     """(N, C, *size) as (N · C, H, W)."""
     return x.reshape(x.shape[0] * x.shape[1], *(1,) * (4 - x.ndim), *x.shape[2:])
@@ -168,6 +190,17 @@ def max_pool(x: Array, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, 
         options = _pairs(x, (kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
         split(_max_pool, len(_planes(x)), x.size, _planes(source), *options, _planes(y))
     return y.astype(x.dtype, copy=False)
+
+
+@kernel("max_pool_places", "cpu")
+def max_pool_places(x: Array, *, kernel: Ints, out: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Any:
+    """Flat index of the largest element of each window in its plane."""
+    if x.ndim not in (3, 4) or not x.size or x.dtype.kind != "f" or config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return NotImplemented
+    source, places = compiled(x), empty((*x.shape[:2], *out), np.int64)
+    options = _pairs(x, (kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+    split(_max_pool_places, len(_planes(x)), x.size, _planes(source), *options, _planes(places))
+    return places
 
 
 @kernel("max_pool.vjp", "cpu")

@@ -1,0 +1,130 @@
+"""Parts whose results are computed again: the same bits, statistics that move once, less memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from tinygrad_bn import Tensor, capture, grad, manual_seed, nn, no_grad, optim, random
+from tinygrad_bn import functional as F
+from tinygrad_bn.transforms import checkpoint
+
+RNG = np.random.default_rng(0)
+
+
+def blocks(width: int = 6) -> nn.Sequential:
+    manual_seed(0)
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Tanh()) for _ in range(3))
+    )
+
+
+def outcome(model: nn.Module, run, x: np.ndarray, order: int) -> tuple[list[np.ndarray], str]:
+    """The value, gradients up to an order, the statistics; and the state of the generator."""
+    manual_seed(3)
+    t = Tensor(x, requires_grad=True)
+    y = (run(t) ** 2).sum()
+    leaves = [t, *model.parameters()]
+    out = [y]
+    if order == 1:
+        y.backward()
+        out += [p.grad for p in leaves]
+    else:
+        slopes = grad(y, leaves, create_graph=True)
+        out += [*slopes, *grad((slopes[0] ** 2).sum(), leaves)]
+    return [np.array(a) for a in (*out, *model.buffers())], repr(random.generator().bit_generator.state)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_same_at_each_order(order):
+    """The same bits at the first; at the second, sums of several terms are in another order."""
+    x = RNG.normal(size=(5, 6))
+    plain, again, nested = (blocks().astype(np.float64) for _ in range(3))
+
+    def in_parts(t):
+        for block in again:
+            t = checkpoint(block, t)
+        return t
+
+    def one_in_another(t):
+        return checkpoint(lambda t: nested[2](checkpoint(nested[1], nested[0](t))), t)
+
+    want, generator = outcome(plain, plain, x, order)
+    for model, run in ((again, in_parts), (nested, one_in_another)):
+        got, after = outcome(model, run, x, order)
+        assert after == generator
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0 if order == 1 else 1e-9, atol=0 if order == 1 else 1e-9)
+
+
+def test_several_arguments_and_tensors_from_elsewhere():
+    p = Tensor([2.0, 3.0], requires_grad=True)
+    made = p * 2  # a result that the function reads
+    a, b = Tensor([1.0, 4.0], requires_grad=True), Tensor([5.0, 6.0])
+    y = checkpoint(lambda a, b, c, flag: (a * b * c * made).sum() if flag else None, a, b, np.float32([1, 2]), True)
+    y.backward()
+    assert a.grad.numpy().tolist() == [20, 72]
+    assert p.grad.numpy().tolist() == [10, 96]
+    assert b.grad is None
+
+
+def test_nothing_is_kept_where_nothing_is_differentiated():
+    model, x = blocks(), RNG.normal(size=(5, 6)).astype(np.float32)
+    with no_grad():
+        assert checkpoint(model, Tensor(x)).is_leaf
+    y = checkpoint(lambda t: t * 2, Tensor(x))
+    assert y.is_leaf
+    assert not y.requires_grad
+
+
+def test_a_parameter_that_changed_is_an_error():
+    model = blocks()
+    y = checkpoint(model, Tensor(np.ones((3, 6), np.float32))).sum()
+    model[0][0].weight.data = model[0][0].weight.numpy() * 2
+    with pytest.raises(RuntimeError, match=r"checkpoint of Sequential.*was changed"):
+        y.backward()
+    with pytest.raises(TypeError, match=r"has to return one tensor; it returned .*tuple"):
+        checkpoint(lambda t: (t, t), Tensor([1.0], requires_grad=True))
+
+
+def test_less_memory():
+    """Twenty blocks of eight elementwise ops: kept are the borders, and one block at a time."""
+
+    def block(t):
+        for _ in range(8):
+            t = F.tanh(t)
+        return t
+
+    def peak(run) -> int:
+        x = Tensor(np.ones(100_000, np.float32), requires_grad=True)
+        tracemalloc.start()
+        t = x
+        for _ in range(20):
+            t = run(t)
+        t.sum().backward()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak(lambda t: checkpoint(block, t)) < 0.4 * peak(block)
+
+
+def test_a_captured_step_has_the_same_bits_or_is_refused():
+    x = RNG.normal(size=(5, 6)).astype(np.float32)
+    ends = []
+    for captures in (False, True):
+        model = blocks()
+        optimizer = optim.Adam(model.parameters())
+
+        def step(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (checkpoint(model, Tensor(x)) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        run = capture(step, quiet=True) if captures else step
+        manual_seed(1)
+        losses = [run(x).item() for _ in range(8)]
+        ends.append((losses, {k: v.tobytes() for k, v in model.state_dict().items()}))
+    assert ends[0] == ends[1]

@@ -1,0 +1,89 @@
+"""Results that are computed again in the backward pass instead of being kept (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinygrad_bn import autograd
+from tinygrad_bn.arguments import full_name
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.modes import is_recording, recording, repeating
+from tinygrad_bn.ops import reshape
+from tinygrad_bn.random import drawing, drawn_again
+from tinygrad_bn.tensor import Node, Op, Tensor
+
+
+@dataclass(eq=False)
+class _Recomputed(Op):
+    """An op whose gradients are those of a function that runs again."""
+
+    part: Callable[..., Tensor] = lambda *_: Tensor(0)
+    given: Sequence[bool] = ()  # whether each operand that the function is given was a tensor
+    read: Sequence[Tensor] = ()  # the other operands, which it reads from elsewhere
+    keys: Sequence[int] = ()
+
+    def pull(self, g: Any, y: Any, xs: Sequence[Any], needs: Sequence[bool], params: dict[str, Any]) -> list[Any]:
+        """The gradients of all operands by one run of the function."""
+        with recording(True), repeating(), drawn_again(self.keys):
+            handles = [_handle(x, need) if t else x for x, need, t in zip(xs, needs, self.given, strict=False)]
+            again = self.part(*handles)
+            wanted = [t for t, need in zip([*handles, *self.read], needs, strict=True) if need]
+            cotangent = g if isinstance(g, Tensor) else Tensor._of(g)
+            pulled = iter(grad(again, wanted, cotangent, create_graph=isinstance(g, Tensor)))
+        pairs = [next(pulled) if need else None for need in needs]
+        return pairs if isinstance(g, Tensor) else [None if t is None else t._data for t in pairs]
+
+
+def checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, of whose graph only the arguments are kept: the backward pass computes the rest again.
+
+    So a backward pass takes one more forward pass, and the memory of one such part at a time. Values and first
+    gradients have the same bits; those of higher order differ in the order of sums. Running statistics move once, and
+    dropout drops the same elements again.
+
+    Args:
+        function: it takes `args` and returns one tensor, and gives the same again. A module may be one. Tensors that it
+            reads from elsewhere, such as parameters, get their gradients too.
+        args: tensors, or anything else.
+
+    Raises:
+        TypeError: it returns something else.
+
+    >>> x = Tensor([1.0, 2.0], requires_grad=True)
+    >>> checkpoint(lambda x: (x * x).exp().sum(), x).backward()
+    >>> x.grad.numpy().astype(int).tolist()
+    [5, 218]
+    """
+    if not is_recording():
+        return function(*args)
+    with drawing() as keys:
+        handles = [_handle(a, a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+        y = function(*handles)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"a function to compute again has to return one tensor; it returned {full_name(y)}")
+    if not y.requires_grad:
+        return y
+    inside = {h for h in handles if isinstance(h, Tensor)}
+    read = [t for t in autograd._topological(y, stop=inside) if t.node is None and t.requires_grad]
+    name = getattr(function, "__name__", type(function).__name__)
+    op = _Recomputed(
+        f"checkpoint of {name}", function, (lambda *_: None,), None, False, (), (), "y = f(x)", lambda _: ((), {}),
+        exact=True, part=function, given=[isinstance(a, Tensor) for a in args], read=read, keys=keys,
+    )  # fmt: skip
+    inputs = [*args, *read]
+    needs = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
+    arrays = [t._data if isinstance(t, Tensor) else t for t in inputs]
+    result = Tensor._of(y._data)
+    result._requires_grad, result.node = True, Node(op, inputs, needs, arrays, y._data, (), {}, None)
+    return result
+
+
+def _handle(x: Any, need: bool) -> Tensor:
+    """A tensor that stands for an operand, a tensor or its array: the graph that is walked ends there."""
+    if isinstance(x, Tensor):
+        return reshape(x, shape=x.shape) if need else x.detach()
+    handle = Tensor._of(x)
+    handle._requires_grad = need
+    return handle
