@@ -117,22 +117,47 @@ def load(module: str) -> ModuleType:
 # ---- the table -------------------------------------------------------------------------------------------
 
 
+_replaced: set[tuple[str, str]] = set()  # kernels that were registered again since their op was declared
+_declared: set[str] = set()  # names of ops
+
+
 def kernel(name: str, device: str) -> Callable[[F], F]:
     """Register the decorated function as the kernel `name` ("mul", "mul.vjp") of `device`.
 
-    Raises ValueError if there is one already.
+    A module or a notebook cell that runs again replaces its kernels.
+
+    Raises ValueError if there is one already, from another file.
     """
 
     def register(function: F) -> F:
         key = name, device
         present = _kernels.get(key)
         owner = present.__module__ if present else _module(key) or function.__module__
-        if owner != function.__module__:  # the same module may register again, after an interrupted import
-            raise ValueError(f"{name!r} has a kernel for {device!r} already")
+        if owner != function.__module__ and not (present and _file(present) == _file(function)):
+            raise ValueError(f"{name!r} has a kernel for {device!r} already, in {owner}; name your op otherwise")
+        if present:
+            _replaced.add(key)
         _kernels[key] = function
         return function
 
     return register
+
+
+def _file(function: Any) -> Any:
+    """The file that a kernel was read from, whatever name its module has; the function itself if it has none."""
+    return getattr(getattr(function, "__code__", None), "co_filename", function)
+
+
+def declared(op: str) -> None:
+    """Note that an op was declared. If that happens again, its kernels go, but for those that were registered again.
+
+    They may compute what the op was before. The kernels of this package stay.
+    """
+    for key in list(_kernels) if op in _declared else ():
+        if key[0].removesuffix(".vjp") == op and not _module(key) and key not in _replaced:
+            del _kernels[key]
+    _replaced.difference_update([key for key in _replaced if key[0].removesuffix(".vjp") == op])
+    _declared.add(op)
 
 
 def _module(key: tuple[str, str]) -> str | None:

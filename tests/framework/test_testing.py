@@ -176,7 +176,7 @@ FAULTS = {
     "wrong second derivative": (
         (lambda x: x * x, lambda g, y, x: g * 2 * (x.detach() if isinstance(x, Tensor) else x)),
         {},
-        "second derivative, operand 'x': gradient .*its path is dropped",
+        "rule of operand .x. of .planted. detaches a tensor: higher derivatives lose the path",
     ),
     "transposed gradient": (
         (

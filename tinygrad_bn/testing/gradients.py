@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.sample import Array, Shape
 from tinygrad_bn.tensor import Tensor
-from tinygrad_bn.testing.diagnosis import names_of, of_ratio
+from tinygrad_bn.testing.diagnosis import names_of, of_elements, of_ratio
 
 Function = Callable[..., Tensor]
 
@@ -34,7 +34,7 @@ class GradcheckReport:
     error: float  # estimate of the error of `numeric`
     tolerance: float
     name: str  # of the operand, in quotes; its number if the function does not name it
-    order: int  # 2 for the gradient of the gradient
+    order: int  # 2 for the gradient of the gradient, 3 for the next
 
     @property
     def ok(self) -> bool:
@@ -48,8 +48,11 @@ class GradcheckReport:
         )
 
 
+ORDERS = {1: "", 2: "second derivative, ", 3: "third derivative, "}
+
+
 def _place(name: str, order: int) -> str:
-    return f"second derivative, operand {name}" if order == 2 else f"operand {name}"
+    return f"{ORDERS[order]}operand {name}"
 
 
 def ridders(phi: Callable[[float], float], h: float = 0.02) -> tuple[float, float]:
@@ -166,10 +169,29 @@ def compare(
                 "any formula. A normalisation needs a random cotangent and more than one value per channel."
             )
         if not report.ok:
-            why = of_ratio(derivative, numeric, t.shape, y.shape) or "or the function has a kink here"
+            why = of_ratio(derivative, numeric, t.shape, y.shape)
+            why = why or _by_element(f, ts, i, v, gradient.numpy()) or "or the function has a kink here"
             raise GradcheckError(f"{report}; {why}")
         reports.append(report)
     return reports
+
+
+MOST_ELEMENTS = 64  # of an operand whose gradient is looked at element by element
+
+
+def _by_element(f: Function, ts: Sequence[Tensor], i: int, v: Array, gradient: Array) -> str:
+    """What is wrong with the gradient of operand `i`, from a numerical derivative by each of its elements."""
+    x = ts[i].numpy()
+    if x.size > MOST_ELEMENTS:
+        return ""
+
+    def along(place: int, h: float) -> float:
+        moved = x.copy()
+        moved.flat[place] += h
+        return float(np.sum(v * f(*[Tensor(moved) if j == i else t for j, t in enumerate(ts)]).numpy()))
+
+    numeric = [ridders(lambda h, place=place: along(place, h))[0] for place in range(x.size)]  # type: ignore[misc]
+    return of_elements(gradient, np.reshape(numeric, x.shape), x.shape, v.shape)
 
 
 def compare_second(
@@ -182,6 +204,24 @@ def compare_second(
     allow_zero: bool = True,
 ) -> None:
     """`gradgradcheck` under names that are given."""
+    pulled, everything, named = _pulled(f, xs, names, seed)
+    if any(np.size(x) for x in xs):
+        compare(pulled, everything, named, order=2, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
+
+
+def compare_third(f: Function, xs: Sequence[object], names: Sequence[str], *, seed: int = 0) -> None:
+    """The third derivatives: the gradient of a slope of the gradient, against a numerical one."""
+    pulled, everything, named = _pulled(f, xs, names, seed)
+    if any(np.size(x) for x in xs) and pulled(*[Tensor(x, requires_grad=True) for x in everything]).requires_grad:
+        slope = _slope(pulled, [np.random.default_rng(seed + 2).normal(size=np.shape(x)) for x in everything])
+        if slope(*[Tensor(x, requires_grad=True) for x in everything]).requires_grad:  # else it is linear
+            compare(slope, everything, named, order=3, seed=seed + 3, rtol=1e-4)
+
+
+def _pulled(
+    f: Function, xs: Sequence[object], names: Sequence[str], seed: int
+) -> tuple[Function, list[object], list[str]]:
+    """The gradient of `f` along random weights as a function of `xs` and of a cotangent; these, and their names."""
     ts = [Tensor(x, requires_grad=True) for x in xs]
     rng = np.random.default_rng(seed)
     weights = [rng.normal(size=t.shape) for t in ts]
@@ -189,18 +229,25 @@ def compare_second(
 
     def pulled(*args: Tensor) -> Tensor:
         *operands, g = args
+        return _slope(f, weights, g)(*operands)
+
+    return pulled, [*ts, cotangent], [*names, "g (the cotangent)"]
+
+
+def _slope(f: Function, weights: Sequence[Array], g: Tensor | None = None) -> Function:
+    """The sum of the gradients of `f` under the cotangent `g`, times weights, as a function of its operands."""
+
+    def slope(*operands: Tensor) -> Tensor:
         total = Tensor(np.float64(0))
         for gx, w in zip(grad(f(*operands), operands, g, create_graph=True), weights, strict=True):
             total = total + (gx * w).sum()
         return total
 
-    if any(t.size for t in ts):
-        everything, named = [*ts, cotangent], [*names, "g (the cotangent)"]
-        compare(pulled, everything, named, order=2, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
+    return slope
 
 
 def _with_graph(y: Tensor, order: int) -> Tensor:
-    what = "gradient" if order == 2 else "result"
+    what = "gradient" if order > 1 else "result"
     if not isinstance(y, Tensor) or not y.requires_grad:
         raise GradcheckError(f"the {what} has no graph: somewhere on the way it was made from arrays, or detached")
     if y.dtype != np.float64:
@@ -228,4 +275,5 @@ def _expect_same(
             if gradient.shape != t.shape or gradient.dtype != t.dtype:
                 raise GradcheckError(f"{place} is {t.dtype} {t.shape}, its gradient {gradient.dtype} {gradient.shape}")
         if not np.allclose(a.numpy(), b.numpy(), rtol=1e-8, atol=1e-9, equal_nan=True):
-            raise GradcheckError(f"{place}: the plain and the differentiable route differ:\n{a}\n{b}")
+            why = of_elements(a.numpy(), b.numpy(), t.shape)
+            raise GradcheckError(f"{place}: the plain and the differentiable route differ: {why}\n{a}\n{b}")

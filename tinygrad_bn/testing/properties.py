@@ -16,7 +16,15 @@ from tinygrad_bn.backend import device_of, kernels_disabled
 from tinygrad_bn.sample import Array
 from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
 from tinygrad_bn.testing.diagnosis import names_of
-from tinygrad_bn.testing.gradients import Function, GradcheckError, away_from_zero, compare, compare_second, ridders
+from tinygrad_bn.testing.gradients import (
+    Function,
+    GradcheckError,
+    away_from_zero,
+    compare,
+    compare_second,
+    compare_third,
+    ridders,
+)
 
 Operands = tuple[Array | None, ...]
 Params = dict[str, Any]
@@ -89,6 +97,13 @@ def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) 
         _expect_constant_where_there_is_no_rule(op, xs, params, seed)
 
 
+def third_gradients(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """The gradient of the gradient of the gradient, against a numerical derivative."""
+    f, real = split_differentiable(op, xs, params)
+    if op.differentiable and real:
+        compare_third(f, real, _real_names(op, xs), seed=seed)
+
+
 def _real_names(op: Op, xs: Operands) -> list[str]:
     names = names_of(op.forward, len(xs))
     return [names[i] for i in positions(op, xs)]
@@ -148,25 +163,32 @@ def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int
     y = apply(op, [t if t is None else t._data for t in cast] if op.updates else cast, params)[0]
     overwritten = _overwritten(op)
     fixed = [
-        (t, np.array(x))
-        for i, (t, x) in enumerate(zip(cast, cast_real(xs, "f4"), strict=True))
+        (t, np.array(x), name)
+        for i, (t, x, name) in enumerate(zip(cast, cast_real(xs, "f4"), names_of(op.forward, len(xs)), strict=True))
         if t is not None and i not in overwritten
     ]
-    for t, x in fixed:
-        np.testing.assert_array_equal(t.numpy(), x, "the forward pass changed an operand")
+    for t, x, name in fixed:
+        expect_unchanged(t.numpy(), x, f"the forward pass of {op.name!r} changed operand {name}")
     if not op.differentiable or not y.requires_grad:
         return
     g = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype)
-    before = g.numpy().copy()
+    before = g.numpy().copy(), y.numpy().copy()
     y.backward(g)
-    np.testing.assert_array_equal(g.numpy(), before)
-    for t, x in fixed:
-        np.testing.assert_array_equal(t.numpy(), x, "the backward pass changed an operand")
-    gradients = [(t, t.grad) for t, _ in fixed if t.grad is not None]
+    expect_unchanged(g.numpy(), before[0], f"the backward pass of {op.name!r} changed the gradient of the result")
+    expect_unchanged(y.numpy(), before[1], f"the backward pass of {op.name!r} changed the result")
+    for t, x, name in fixed:
+        expect_unchanged(t.numpy(), x, f"the backward pass of {op.name!r} changed operand {name}")
+    gradients = [(t, t.grad) for t, _, _ in fixed if t.grad is not None]
     for a, b in itertools.combinations([g, *(gradient for _, gradient in gradients)], 2):
-        assert not np.shares_memory(a.numpy(), b.numpy()), "two gradients share memory"
+        assert not np.shares_memory(a.numpy(), b.numpy()), f"two gradients of {op.name!r} share memory"
     for t, gradient in gradients:
         assert (gradient.dtype, gradient.shape) == (t.dtype, t.shape)
+
+
+def expect_unchanged(got: Array, before: Array, what: str) -> None:
+    """Raise GradcheckError, which starts with `what`, unless the arrays are equal."""
+    if not np.array_equal(got, before, equal_nan=got.dtype.kind == "f"):
+        raise GradcheckError(f"{what}: it writes into its memory; make a new array")
 
 
 def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> None:
