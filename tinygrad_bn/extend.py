@@ -16,7 +16,16 @@ from tinygrad_bn_kernels import kernel
 from tinygrad_bn.backend import expect_broadcast
 from tinygrad_bn.ops import broadcast_to, kept, sum_to
 from tinygrad_bn.sample import (
-    NONZERO, POSITIVE, REAL, Domain, Draw, Drawn, Sample, broadcasting, elementwise, reducing,
+    NONZERO,
+    POSITIVE,
+    REAL,
+    Domain,
+    Draw,
+    Drawn,
+    Sample,
+    broadcasting,
+    elementwise,
+    reducing,
 )  # fmt: skip
 from tinygrad_bn.tensor import Axis, Operand, fused, held_constant, primitive
 from tinygrad_bn.testing import OpReport, check_op

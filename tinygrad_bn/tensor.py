@@ -210,7 +210,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     name, count = function.__name__, len(names)
     expect_declaration(function, count, len(rules), OPS[name].forward if name in OPS else None)
     op = OPS[name] = Op(name, forward, rules, *fields)
-    backend.note_declaration(name)
+    backend.note_declaration(name, function)
 
     def bound(operands: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         every = {**defaults, **params}

@@ -118,7 +118,7 @@ def load(module: str) -> ModuleType:
 
 
 _replaced: set[tuple[str, str]] = set()  # kernels that were registered again since their op was declared
-_declared: set[str] = set()  # names of ops
+_declared: dict[str, Any] = {}  # the code of the function that declares each op
 
 
 def kernel(name: str, device: str) -> Callable[[F], F]:
@@ -148,16 +148,20 @@ def _file(function: Any) -> Any:
     return getattr(getattr(function, "__code__", None), "co_filename", function)
 
 
-def declared(op: str) -> None:
-    """Note that an op was declared. If that happens again, its kernels go, but for those that were registered again.
+def declared(op: str, function: Kernel) -> None:
+    """Note that `function` declares an op. If another one did before, the op's kernels go: they may compute that.
 
-    They may compute what the op was before. The kernels of this package stay.
+    Those stay that were registered again since, or stand above the function in its file; and those of this package.
     """
-    for key in list(_kernels) if op in _declared else ():
-        if key[0].removesuffix(".vjp") == op and not _module(key) and key not in _replaced:
+    code, before = getattr(function, "__code__", None), _declared.get(op)
+    own = [key for key in _kernels if key[0].removesuffix(".vjp") == op and _kernels[key] and not _module(key)]
+    for key in own if before not in (None, code) else ():
+        kernel = getattr(_kernels[key], "__code__", None)
+        above = kernel and code and kernel.co_filename == code.co_filename
+        if key not in _replaced and not (above and kernel.co_firstlineno < code.co_firstlineno):
             del _kernels[key]
-    _replaced.difference_update([key for key in _replaced if key[0].removesuffix(".vjp") == op])
-    _declared.add(op)
+    _replaced.difference_update(own)
+    _declared[op] = code
 
 
 def _module(key: tuple[str, str]) -> str | None:

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels import _kernels, kernel
+from tinygrad_bn_kernels import _declared, _kernels, kernel
 
 from tinygrad_bn import Tensor, functional, fused, held_constant, nn, primitive, testing
 from tinygrad_bn.sample import NONZERO, REAL, Domain, broadcasting, elementwise
@@ -88,6 +88,7 @@ def registries():
     yield
     for name in OPS.keys() - before:
         del OPS[name]
+        _declared.pop(name, None)
     for key in [key for key, function in _kernels.items() if function and function.__module__ == __name__]:
         del _kernels[key]
 
@@ -371,14 +372,20 @@ def test_check_op_names_a_fault_of_a_kernel(fault):
 def test_the_report_names_the_kernels_that_were_tested():
     op = planted(product, sample=fixed((3,), (3,), (3,)))
     kernel("planted", "cpu")(product)
-    kernel("planted.vjp", "cpu")(lambda g, y, a, b, c, *, needs: NotImplemented)
+    kernel("planted.vjp", "cpu")(lambda g, y, a, b, c, *, needs: [g * b * c, g * a * c, g * a * b])
+    kernel("planted.vjp", "cuda")(product)
     kernel("plank", "cpu")(product)  # of no op, and no near name
     report = testing.check_op(op, examples=5)
-    assert report.kernels == {"planted": 5, "planted.vjp": 0}
-    assert str(report) == "planted: 5 samples; kernels: planted (took 5 of 5), planted.vjp (took 0 of 5)"
-    assert "softmax_cross_entropy.vjp (took 5 of 5); only with ignore_index=-100" in str(
-        testing.check_op("softmax_cross_entropy", examples=5)
+    assert report.kernels == {"planted": 5, "planted.vjp": 5}
+    assert report.orders == (1, 2, 3)
+    assert "half_precision" in report.checks
+    assert "many_elements" not in report.checks  # all samples have three elements
+    assert {name: error < 1e-6 for name, error in report.errors.items()} == {"planted": True, "planted.vjp": True}
+    assert str(report) == (
+        "planted: 5 samples; derivatives of order 1, 2, 3; kernels: planted (took 5 of 5), planted.vjp (took 5 of 5); "
+        "not run: planted.vjp (cuda)"
     )
+    assert "; only with ignore_index=-100" in str(testing.check_op("softmax_cross_entropy", examples=5))
 
 
 # ---- declaring an op twice -------------------------------------------------------------------------------
@@ -431,3 +438,68 @@ def test_one_function_that_declares_two_ops_of_one_name_is_an_error():
     declare(2.0)
     with pytest.raises(ValueError, match="'twice' already exists"):
         declare(3.0)
+
+
+# ---- kernels of an op that is declared again --------------------------------------------------------------
+
+OP = """
+@fused(formula="y", sample=elementwise(REAL))
+def twice(x):
+    return x * FACTOR
+"""
+KERNEL = """
+@kernel("twice", "cpu")
+def twice_on_cpu(x):
+    return x * FACTOR
+"""
+
+
+def cell(text, factor, module="__main__"):
+    """Run a cell of a notebook, whose file is named by its contents."""
+    text = f"from tinygrad_bn.extend import *\n{text}".replace("FACTOR", str(float(factor)))
+    space = {"__name__": module}
+    exec(compile(text, f"<cell {hash(text)}>", "exec"), space)
+    return space.get("twice")
+
+
+@pytest.fixture
+def clean():
+    yield
+    for key in [key for key in _kernels if key[0].startswith("twice")]:
+        del _kernels[key]
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("text", [OP + KERNEL, KERNEL + OP], ids=["below", "above"])
+def test_a_cell_with_a_kernel_that_runs_again_replaces_both(text):
+    for factor in (2, 2, 3, 4):
+        op = cell(text, factor)
+        assert testing.check_op(op, examples=3).kernels == {"twice": 3}
+        assert op(np.ones(2)).tolist() == [factor, factor]
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_kernel_of_an_op_that_was_another_goes():
+    cell(OP + KERNEL, 2)
+    op = cell(OP, 3)
+    assert op(np.ones(1)) == [3]
+    assert testing.check_op(op, examples=3).kernels == {}
+    op = cell(KERNEL + OP, 3)  # a kernel is added above
+    assert testing.check_op(op, examples=3).kernels == {"twice": 3}
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_kernel_in_a_cell_of_its_own_stays_while_the_op_is_the_same():
+    cell(OP, 2)
+    cell(KERNEL, 2)
+    assert testing.check_op(cell(OP, 2), examples=3).kernels == {"twice": 3}
+    assert testing.check_op(cell(OP, 3), examples=3).kernels == {}
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_kernel_of_another_file_is_not_replaced():
+    cell(OP + KERNEL, 2, "here")
+    with pytest.raises(ValueError, match="'twice' has a kernel for 'cpu' already, in here; name your op otherwise"):
+        cell(KERNEL.replace("x *", "x + 0 *"), 2, "there")
+    with pytest.raises(ValueError, match=r"'mean' has a kernel for 'cpu' already, in tinygrad_bn_kernels.cpu.reduce"):
+        kernel("mean", "cpu")(product)

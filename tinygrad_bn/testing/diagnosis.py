@@ -46,28 +46,35 @@ def of_ratio(analytic: float, numeric: float, operand: Shape, result: Shape) -> 
     return ""
 
 
-def of_elements(got: Array, want: Array, operand: Shape = (), result: Shape = ()) -> str:
-    """What is wrong with a whole gradient, element by element; "" if nothing stands out."""
+def of_elements(
+    got: Array, want: Array, operand: Shape = (), result: Shape = (), tolerance: float = 1e-5, what: str = "gradient"
+) -> str:
+    """What is wrong with a whole gradient, or another array, element by element; "" if nothing stands out.
+
+    `tolerance` is relative to the largest number that is wanted.
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    size = float(np.abs(want).max(initial=0))
-    if got.shape != want.shape or not size or not np.isfinite(got).all():
-        return of_ratio(float("nan"), 1.0, operand, result) if not np.isfinite(got).all() else ""
+    if not np.isfinite(got).all():
+        return of_ratio(math.nan, 1.0, operand, result) if what == "gradient" else "it is not finite: it overflows"
+    close = tolerance * float(np.abs(want).max(initial=0))
+    if got.shape != want.shape or not close:
+        return ""
     error = got - want
-    if np.abs(error).max() < 1e-5 * size:
+    if tolerance < 1e-3 and np.abs(error).max() < close:
         return "the error is that of float32: it is computed in less than float64"
     ratio = float(np.vdot(want, got) / np.vdot(want, want))
-    if np.abs(got - ratio * want).max() < 1e-5 * size:
-        return of_ratio(ratio, 1.0, operand, result) or f"the gradient is {ratio:.4g} times the right one: a factor"
-    if got.size > 1 and np.ptp(error) < 1e-5 * size:
+    if np.abs(got - ratio * want).max() < close:
+        words = of_ratio(ratio, 1.0, operand, result) or f"the gradient is {ratio:.4g} times the right one: a factor"
+        return words.replace("gradient", what)
+    if got.size > 1 and np.ptp(error) < close:
         return f"every element is off by {error.flat[0]:+.4g}: a path through a sum or a mean is lost"
-    if np.allclose(np.sort(got, axis=None), np.sort(want, axis=None), rtol=1e-5, atol=1e-9):
-        return "the numbers are right, in another order: the gradient is transposed or permuted"
-    wrong = np.abs(error) > 1e-5 * size
+    if np.abs(np.sort(got, axis=None) - np.sort(want, axis=None)).max() < close:
+        return f"the numbers are right, in another order: the {what} is transposed or permuted"
+    wrong = np.abs(error) > close
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
-    where = (
-        f"{wrong.sum()} of {wrong.size} elements are wrong, first at {first}: {got[first]:.6g} for {want[first]:.6g}"
-    )
-    return f"{where}: a term or a path is lost or wrong"
+    where = f"{wrong.sum():,} of {wrong.size:,} elements are wrong, first at {first}"
+    lost = ": a term or a path is lost or wrong" if what == "gradient" else ""
+    return f"{where}, {got[first]:.6g} for {want[first]:.6g}{lost}"
 
 
 def _sizes(operand: Shape, result: Shape) -> dict[int, str]:

@@ -16,10 +16,16 @@ from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, Array, Domain, RandomDraw, Shape
 from tinygrad_bn.tensor import Op, Tensor, apply
 from tinygrad_bn.testing.diagnosis import names_of, of_elements
-from tinygrad_bn.testing.gradients import GradcheckError, compare
+from tinygrad_bn.testing.gradients import GradcheckError, KinkError, compare
 from tinygrad_bn.testing.properties import (
-    Operands, Params, _real_names, _results, cast_real, positions, split_differentiable,
-)  # fmt: skip
+    Operands,
+    Params,
+    cast_real,
+    positions,
+    real_names,
+    results_of,
+    split_differentiable,
+)
 
 LARGE = 200.0  # numbers up to this size are drawn as large ones
 MANY = 10_000  # elements
@@ -151,7 +157,7 @@ def _agrees(op: Op, xs: Operands, params: Params, seed: int, dtype: Any, toleran
 def results(op: Op, xs: Operands, params: Params, seed: int, dtype: Any, exact: bool = False) -> Results:
     """The result of an op, and the gradient of each operand under a random cotangent that `dtype` holds."""
     if op.updates or not op.differentiable:
-        return [(by_kernel("the result", op.name), r) for r in _results(op, xs, params)]
+        return [(by_kernel("the result", op.name), r) for r in results_of(op, xs, params)]
     ts = {i: Tensor(xs[i], requires_grad=True) for i in positions(op, xs)}
     y = apply(op, [ts.get(i, x) for i, x in enumerate(xs)], params)[0]
     found = [(by_kernel("the result", op.name), np.asarray(y))]
@@ -176,11 +182,8 @@ def expect_close(got: Array, want: Array, tolerance: float, whose: str) -> None:
     scale = 1 + float(np.abs(want).max(initial=0))
     wrong = ~(np.abs(got - want) <= tolerance * scale) & ~(got == want)
     if wrong.any():
-        first = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise GradcheckError(
-            f"{whose} is wrong in {wrong.sum():,} of {wrong.size:,} elements, first at {first}: "
-            f"{got[first]:.6g}, expected {want[first]:.6g}; {of_elements(got, want)}".rstrip("; ")
-        )
+        what = "gradient" if whose.startswith("the gradient") else "result"
+        raise GradcheckError(f"{whose} is wrong: {of_elements(got, want, tolerance=tolerance, what=what)}")
 
 
 def _derivative(op: Op, xs: Sequence[Any], params: Params, seed: int, when: str) -> None:
@@ -188,6 +191,8 @@ def _derivative(op: Op, xs: Sequence[Any], params: Params, seed: int, when: str)
     f, real = split_differentiable(op, xs, params)
     if op.differentiable and real and takes(op, tuple(xs), params):
         try:
-            compare(f, real, _real_names(op, tuple(xs)), seed=seed)
+            compare(f, real, real_names(op, tuple(xs)), seed=seed)
+        except KinkError:
+            return  # as of a maximum, where rows are repeated
         except GradcheckError as error:
             raise GradcheckError(f"{when}: {error}") from error

@@ -20,6 +20,10 @@ class GradcheckError(AssertionError):
     """A gradient and its numerical estimate disagree."""
 
 
+class KinkError(GradcheckError):
+    """The function has no derivative here, so there is nothing to compare with."""
+
+
 class VacuousCheckError(GradcheckError):
     """A check that would pass whatever the gradient's formula is."""
 
@@ -170,8 +174,10 @@ def compare(
             )
         if not report.ok:
             why = of_ratio(derivative, numeric, t.shape, y.shape)
-            why = why or _by_element(f, ts, i, v, gradient.numpy()) or "or the function has a kink here"
-            raise GradcheckError(f"{report}; {why}")
+            if _has_kink(phi, size):
+                raise KinkError(f"{report}; the function has a kink here: draw operands away from it")
+            why = why or _by_element(f, ts, i, v, gradient.numpy())
+            raise GradcheckError(f"{report}; {why}".rstrip("; "))
         reports.append(report)
     return reports
 
@@ -188,7 +194,9 @@ def _by_element(f: Function, ts: Sequence[Tensor], i: int, v: Array, gradient: A
     def along(place: int, h: float) -> float:
         moved = x.copy()
         moved.flat[place] += h
-        return float(np.sum(v * f(*[Tensor(moved) if j == i else t for j, t in enumerate(ts)]).numpy()))
+        return float(
+            np.sum(v * f(*[Tensor(moved, requires_grad=True) if j == i else t for j, t in enumerate(ts)]).numpy())
+        )
 
     numeric = [ridders(lambda h, place=place: along(place, h))[0] for place in range(x.size)]  # type: ignore[misc]
     return of_elements(gradient, np.reshape(numeric, x.shape), x.shape, v.shape)
@@ -205,27 +213,27 @@ def compare_second(
 ) -> None:
     """`gradgradcheck` under names that are given."""
     pulled, everything, named = _pulled(f, xs, names, seed)
-    if any(np.size(x) for x in xs):
+    if any(t.size for t in everything[:-1]):
         compare(pulled, everything, named, order=2, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
 
 
 def compare_third(f: Function, xs: Sequence[object], names: Sequence[str], *, seed: int = 0) -> None:
     """The third derivatives: the gradient of a slope of the gradient, against a numerical one."""
     pulled, everything, named = _pulled(f, xs, names, seed)
-    if any(np.size(x) for x in xs) and pulled(*[Tensor(x, requires_grad=True) for x in everything]).requires_grad:
-        slope = _slope(pulled, [np.random.default_rng(seed + 2).normal(size=np.shape(x)) for x in everything])
-        if slope(*[Tensor(x, requires_grad=True) for x in everything]).requires_grad:  # else it is linear
+    if any(t.size for t in everything[:-1]) and pulled(*everything).requires_grad:
+        slope = _slope(pulled, [np.random.default_rng(seed + 2).normal(size=t.shape) for t in everything])
+        if slope(*everything).requires_grad:  # else it is linear
             compare(slope, everything, named, order=3, seed=seed + 3, rtol=1e-4)
 
 
 def _pulled(
     f: Function, xs: Sequence[object], names: Sequence[str], seed: int
-) -> tuple[Function, list[object], list[str]]:
+) -> tuple[Function, list[Tensor], list[str]]:
     """The gradient of `f` along random weights as a function of `xs` and of a cotangent; these, and their names."""
     ts = [Tensor(x, requires_grad=True) for x in xs]
     rng = np.random.default_rng(seed)
     weights = [rng.normal(size=t.shape) for t in ts]
-    cotangent = rng.normal(size=_with_graph(f(*ts), order=1).shape)
+    cotangent = Tensor(rng.normal(size=_with_graph(f(*ts), order=1).shape), requires_grad=True)
 
     def pulled(*args: Tensor) -> Tensor:
         *operands, g = args
@@ -260,6 +268,12 @@ def _moves_in_steps(phi: Callable[[float], float], numeric: float, size: float) 
     h = 1e-8
     step = phi(h) - phi(-h)
     return abs(step / (2 * h) - numeric) > 1e-2 * size and abs(step) < 1e-4 * size
+
+
+def _has_kink(phi: Callable[[float], float], size: float) -> bool:
+    """Whether the slopes of `phi` on the two sides of 0 differ."""
+    h = 1e-5
+    return abs(phi(h) - 2 * phi(0.0) + phi(-h)) / h > 1e-2 * size
 
 
 def away_from_zero(rng: np.random.Generator, shape: Shape) -> Array:

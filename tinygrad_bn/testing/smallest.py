@@ -65,7 +65,7 @@ def _simpler(xs: Operands) -> Iterator[Operands]:
                 )
     for digits in (0, 1):
         rounded = tuple(_rounded(x, digits) if is_floating(x) else x for x in xs)
-        if any(x is not None and not np.array_equal(x, r) for x, r in zip(xs, rounded, strict=True)):
+        if any(x is not None and bool((x != r).any()) for x, r in zip(xs, rounded, strict=True)):
             yield rounded
 
 
