@@ -153,12 +153,13 @@ def declared(op: str, function: Kernel) -> None:
 
     Those stay that were registered again since, or stand above the function in its file; and those of this package.
     """
-    code, before = getattr(function, "__code__", None), _declared.get(op)
+    code: Any = getattr(function, "__code__", None)
+    before = _declared.get(op)
     own = [key for key in _kernels if key[0].removesuffix(".vjp") == op and _kernels[key] and not _module(key)]
-    for key in own if before not in (None, code) else ():
-        kernel = getattr(_kernels[key], "__code__", None)
-        above = kernel and code and kernel.co_filename == code.co_filename
-        if key not in _replaced and not (above and kernel.co_firstlineno < code.co_firstlineno):
+    for key in own if code and before not in (None, code) else ():
+        theirs: Any = getattr(_kernels[key], "__code__", None)
+        above = theirs and theirs.co_filename == code.co_filename and theirs.co_firstlineno < code.co_firstlineno
+        if key not in _replaced and not above:
             del _kernels[key]
     _replaced.difference_update(own)
     _declared[op] = code

@@ -274,6 +274,11 @@ KERNELS = {
     ),
     "writes into y": (None, overwriting("y"), "the backward pass of 'planted' changed the result: it writes into"),
     "writes into an operand": (None, overwriting("a"), "the (plain and the differentiable route|backward pass)"),
+    "integers": (
+        lambda a, b: np.asarray(a * b * 1.5 if a.dtype.kind == "i" else a * b),
+        None,
+        "the result, by the kernel 'planted', of 'planted' for integers is float32, that of the definition int64",
+    ),
     "never runs": (
         None,
         lambda g, y, a, b, *, needs: NotImplemented,

@@ -70,12 +70,33 @@ def large_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
         _derivative(op, xs, params, seed, "for numbers beyond 100")
 
 
+def whole_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Of integers: what the reference gives, values and dtype."""
+    whole = tuple(x if x is None else np.trunc(x * 2).astype(np.int64) if x.dtype.kind == "f" else x for x in xs)
+    if not takes(op, whole, params):
+        return
+    with np.errstate(all="ignore"):
+        with kernels_disabled():
+            wanted = results_of(op, _copies(whole), params)
+        given = results_of(op, _copies(whole), params)
+    for got, want in zip(given, wanted, strict=True):
+        whose = by_kernel("the result", op.name) + f" of {op.name!r} for integers"
+        if got.dtype != want.dtype:
+            raise GradcheckError(f"{whose} is {got.dtype}, that of the definition {want.dtype}")
+        expect_close(got, want.astype(np.float64), 1e-5, whose)
+
+
+def _copies(xs: Operands) -> Operands:
+    return tuple(x if x is None else x.copy() for x in xs)
+
+
 # Each with what draws its operands.
 EXTREMES: tuple[tuple[Callable[[Op, Operands, Params, int], None], Callable[[int], RandomDraw]], ...] = (
     (half_precision, RandomDraw),
     (no_elements, RandomDraw),
     (many_elements, RandomDraw),
     (large_numbers, LargeNumbers),
+    (whole_numbers, RandomDraw),
 )
 BY_ROWS = no_elements, many_elements  # only of ops that take any number of rows
 
