@@ -39,6 +39,7 @@ def show_checkpoint(path: str) -> None:
 
 def show_ops(what: list[str], checks: bool) -> None:
     """Print all ops, the ops of files, or those that are named at length. Exits with 1 if a check fails."""
+    import os
     import sys
 
     from tinygrad_bn.op_table import entry
@@ -58,7 +59,11 @@ def show_ops(what: list[str], checks: bool) -> None:
     for i, name in enumerate([*of_files, *named] or sorted(OPS)):
         examples = (25 if what else 2) if checks else 0
         shown = entry(name, examples)
-        print("\n" * (i > 0) + "\n".join(shown.lines(at_length=name in named)), flush=True)
+        try:
+            print("\n" * (i > 0) + "\n".join(shown.lines(at_length=name in named)), flush=True)
+        except BrokenPipeError:  # as of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
         failed += bool(shown.failure)
     if failed:
         raise SystemExit(1)
