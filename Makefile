@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_CORE := $(shell command -v taskset >/dev/null && echo taskset -c $$(taskset -pc $$$$ | sed -E 's/.*: ([0-9]+).*/\1/'))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demos lessons dist test fuzz test-browser test-lessons test-install test-oldest test-peers test-cuda gpu-report soak bench bench-quick exactness lint format clean
+.PHONY: help demo demos lessons dist test fuzz test-browser test-lessons test-install test-oldest test-peers test-cuda mutants coverage gpu-report soak bench bench-quick exactness lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,15 @@ test-oldest: $(VENV)/.oldest  ## run the test-suite with the oldest versions tha
 test-peers: $(VENV)/.peers  ## compare with PyTorch (installs it: the CPU build is about 200 MB)
 	$(BIN)/python -m pytest -n auto tests/peers
 
+mutants: $(VENV)/.mutants  ## plant mistakes in the core, and see whether its tests find them (half an hour)
+	$(BIN)/python -m tests.tools.mutants
+
+coverage: $(VENV)/.coverage  ## which lines and branches the tests run, with uncompiled loops (half an hour)
+	rm -f .coverage .coverage.*
+	NUMBA_DISABLE_JIT=1 $(BIN)/coverage run -m pytest -q -n auto --ignore=tests/peers
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=95
+
 test-browser: $(VENV)/.browser  ## use the pages of explanations in Chromium (needs it: apt install chromium)
 	TINYGRAD_BN_BROWSER=required $(BIN)/python -m pytest tests/browser
 
@@ -86,7 +95,7 @@ format: $(VENV)/.lint  ## put the source into the project's style
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and everything that tools leave behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
@@ -100,6 +109,6 @@ $(VENV)/.gpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lessons $(VENV)/.browser $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.lessons $(VENV)/.browser $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.mutants $(VENV)/.coverage $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@

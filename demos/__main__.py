@@ -12,7 +12,7 @@ ORDER = (  # of learning
     "paper_figure1", "loss_landscape", "new_op", "batch_renorm",
 )  # fmt: skip
 HIDDEN = (
-    "__init__", "__main__", "bn_figures", "common", "environment", "gallery", "interval", "options", "output", "quiz",
+    "__init__", "__main__", "bn_figures", "common", "environment", "gallery", "options", "output", "quiz",
     "settings",
 )  # fmt: skip
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from tinygrad_bn import Tensor, backend, functional, manual_seed, nn, no_grad, train
 from tinygrad_bn.extend import POSITIVE, REAL, Draw, Drawn, Operand, check_op, fused, kernel
+from tinygrad_bn.train.interval import interval
 
 from .common import Run
-from .interval import interval
 from .output import start
 
 

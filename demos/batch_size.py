@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import datasets, manual_seed, nn, optim, train, viz
+from tinygrad_bn.train.interval import number
 
 from .common import Run, recalibrate
-from .interval import number
 from .output import start
 
 Parts = tuple[datasets.Dataset, datasets.Dataset]  # training and validation
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train with each batch size, each ghost batch size, and each case of wrong running statistics."""
     run = Run(
         "batch_size", __doc__, argv,
-        data="mnist5k", epochs=2, batch_size=32, lr=1e-3, seeds=3, check={"epochs": 1, "seeds": 4},
+        data="mnist5k", epochs=2, batch_size=32, lr=1e-3, seeds=10, check={"epochs": 1},
     )  # fmt: skip
     data = run.images(check=1200)
     sizes = [2, 16, 256] if run.args.check else [2, 4, 8, 16, 32, 64, 128, 256]

@@ -20,9 +20,9 @@ from rich.progress import track
 
 from tinygrad_bn import cuda, datasets, nn, train, viz
 from tinygrad_bn.files import replacing
+from tinygrad_bn.train.interval import interval
 
 from .environment import environment
-from .interval import interval
 from .options import OPTIMIZERS, parser, spelled
 from .output import finite, table
 from .settings import as_toml, read_settings
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MODELS = {"without BatchNorm": False, "with BatchNorm": True}
 
 CHECKPOINTS = "checkpoints"  # a folder of a run that is not finished
+
+SEEDS = 10  # at least so many that something is claimed about them
 
 LEARNED = 0.6  # an accuracy that shows that a network learned something
 
@@ -68,7 +70,7 @@ class Run:
         for flag, keywords in (own or {}).items():
             self.parser.add_argument(flag, **keywords)
         argv = spelled(sys.argv[1:] if argv is None else argv)
-        given = read_settings(self.parser, argv)
+        given = read_settings(self.parser, argv, name)
         if "--check" in argv or given.get("check"):
             self.parser.set_defaults(**(check or {}))
         self.parser.set_defaults(**given)
@@ -78,8 +80,8 @@ class Run:
         self._command = shlex.join(["python", "-m", str(__package__), name, *map(str.strip, argv)])
         if getattr(self.args, "device", "cpu") == "cuda" and not cuda.is_available():
             self.parser.error(cuda.info()["reason"])
-        if self.args.check and getattr(self.args, "seeds", 2) < 2:
-            self.parser.error("--check needs at least 2 seeds: a claim is a statement about several")
+        if self.args.check and getattr(self.args, "seeds", SEEDS) < SEEDS:
+            self.parser.error(f"--check needs at least {SEEDS} seeds: a claim is a statement about so many")
         self.console = Console(quiet=self.args.quiet)
         self.histories: dict[str, train.History] = {}
         self.results: dict[str, Any] = {}
@@ -97,7 +99,7 @@ class Run:
         """The folder, or exit: of a run that is finished."""
         try:
             finished = not json.loads((folder / "results.json").read_text(encoding="utf-8"))["interrupted"]
-        except OSError:
+        except (OSError, ValueError, KeyError, TypeError):  # also half a file
             finished = False
         if finished:
             self.parser.error(f"the run in {folder} is finished")
@@ -200,7 +202,7 @@ class Run:
         samples = len(training if isinstance(training, datasets.Dataset) else training[0])
         self.expect_batches(samples, settings["batch_size"], settings.get("drop_last", False))
         checkpoint = train.ModelCheckpoint(
-            self._next_checkpoint(), every=1, min_seconds=10, keep=1, advice=self._advice
+            self._next_checkpoint(), every=1, min_seconds=10, best=False, keep=1, advice=self._advice
         )  # fmt: skip
         history = self.histories[name] = train.fit(model, training, **settings, checkpoint=checkpoint, resume=True)
         model.to("cpu")
@@ -242,10 +244,10 @@ class Run:
             except OSError as error:
                 sys.exit(f"cannot write to {folder}: {error.strerror}")
             self._folder = folder
-            if self.args.resume is None:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of an earlier run
+            if self.args.resume is None and (folder / CHECKPOINTS).exists():
+                sys.exit(f"{folder} has a run that was interrupted: --resume {folder} goes on; or give another --out")
             about = environment(self._command, getattr(self.args, "device", "cpu") == "cuda")
-            self._write_text("config.toml", as_toml(vars(self.args)))
+            self._write_text("config.toml", as_toml({"demo": self.name, **vars(self.args)}))
             self._write_text("environment.json", json.dumps(about, indent=1))
         return self._folder
 
@@ -288,9 +290,9 @@ class Run:
         A claim that networks are equal needs their accuracies as `learned`: two that learn nothing are equal too. It
         does not hold unless the mean of each is above `LEARNED`.
 
-        One seed has no interval and an interrupted run has not all seeds, so nothing is claimed there.
+        Of fewer than `SEEDS` seeds, and of an interrupted run, nothing is claimed.
         """
-        if len(values) > 1 and not self.interrupted:
+        if len(values) >= SEEDS and not self.interrupted:
             mean = interval(values)
             within = above < mean.low and mean.high < below
             lowest = min((float(np.mean(accuracy)) for accuracy in learned), default=1.0)
@@ -323,20 +325,31 @@ class Run:
         if self._folder or self.args.out:
             self._write_text("results.json", text)
         if self._folder and not self.interrupted:
-            shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
+            remove_checkpoints(self._folder)
         for part in self._report:
             self.console.print(part, highlight=False, markup=False)
         verdict = Console(highlight=False)
         for statement, holds in self.claims.items():
             verdict.print("[green]✓[/]" if holds else "[red]✗[/]", statement)
-        if getattr(self.args, "seeds", 2) == 1:
-            self.console.print("One seed has no interval, so nothing is claimed about trainings: use --seeds.")
+        if getattr(self.args, "seeds", SEEDS) < SEEDS:
+            self.console.print(f"Fewer than {SEEDS} seeds: nothing is claimed about trainings.")
         for path in self.files:
             self.console.print(f"wrote {path}", soft_wrap=True)
         self.console.print(f"total time: {seconds:.1f} s")
         for failure in self._failures:
             print(failure, file=sys.stderr)
         return self
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove what `Run.fit` and `Run.once` wrote into the folder of a run, and nothing else."""
+    for path in (folder / CHECKPOINTS).glob("[0-9][0-9][0-9]*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is there, or nothing
+        (folder / CHECKPOINTS).rmdir()
 
 
 def recalibrate(model: nn.Module, data: train.Data) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 
 from tinygrad_bn import datasets, functional, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval, number
 
 from .common import Run, recalibrate
-from .interval import interval, number
 from .output import start
 
 METHODS = ("no decay", "weight decay", "no decay, growing rate")
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Show the three facts before training, then train without decay, with it, and with the growing rate."""
     run = Run(
         "dead_bias", __doc__, argv,
-        data="mnist5k", epochs=5, batch_size=100, lr=0.5, seeds=3, check={"epochs": 2},
+        data="mnist5k", epochs=5, batch_size=100, lr=0.5, seeds=10, check={"epochs": 2},
     )  # fmt: skip
     training, validation = (replace(part, x=part.x.astype(np.float64)) for part in run.images(check=2000))
     run.expect_batches(len(training), run.args.batch_size, drop_last=True)

@@ -12,9 +12,9 @@ import numpy as np
 from rich.columns import Columns
 
 from tinygrad_bn import manual_seed, nn, train, viz
+from tinygrad_bn.train.interval import interval, number
 
 from .common import MODELS, Run
-from .interval import interval, number
 from .output import start
 
 SIZES = (784, 256, 128, 512, 64, 128, 256, 10)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks for each seed, print the table, write the figure and the histories."""
     run = Run(
         "deep_mlp", __doc__, argv,
-        epochs=20, batch_size=500, lr=1e-3, optimizer="adam", data="mnist5k", seeds=3, check={"epochs": 6},
+        epochs=20, batch_size=500, lr=1e-3, optimizer="adam", data="mnist5k", seeds=10, check={"epochs": 6},
     )  # fmt: skip
     training, validation = run.images()
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> Run:
         for name, history in of.items():
             run.write(f"{name.replace(' ', '_')}_seed_{seed}.csv", history.save)
     title = f"784-256-128-512-64-128-256-10 on {run.args.data}, {run.args.optimizer}, mean of {len(trained)} seeds"
-    run.save(viz.plot_histories(means, title), "history")
+    run.save(viz.plot_histories(histories, title), "history")
 
     head = ("epoch", "train loss", "train acc", "valid loss", "valid acc")
     tables = [

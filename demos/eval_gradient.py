@@ -14,9 +14,9 @@ import numpy as np
 
 from tinygrad_bn import Tensor, functional, grad, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval
 
 from .common import Run
-from .interval import interval
 from .output import start
 
 WAYS = ("statistics of each batch", "frozen statistics")
@@ -62,7 +62,7 @@ def build(seed: int) -> nn.Sequential:
 
 def main(argv: list[str] | None = None) -> Run:
     """Compare the gradients of one layer, then trainings by the statistics of each batch and by frozen ones."""
-    run = Run("eval_gradient", __doc__, argv, data="mnist5k", epochs=3, batch_size=100, seeds=3, check={"epochs": 1})
+    run = Run("eval_gradient", __doc__, argv, data="mnist5k", epochs=3, batch_size=100, seeds=10, check={"epochs": 1})
     training, validation = run.images(check=1500)
 
     def trained(seed: int, lr: float, way: str) -> float:

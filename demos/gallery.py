@@ -6,10 +6,12 @@ import html
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,6 +20,7 @@ from rich.console import Console
 
 from tinygrad_bn.files import replacing
 
+from .common import remove_checkpoints
 from .options import natural
 
 # A figure is a checkbox: ticked by a click or the space bar, it is shown in full size, in a box that scrolls.
@@ -52,6 +55,8 @@ $figures
 <details$open><summary>output of <code>$name</code>, $seconds s</summary><pre>$printed</pre></details>
 """)
 PRINTED = "output.txt"
+WORKERS = os.cpu_count() or 1
+ONE_THREAD = {"TINYGRAD_BN_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of each demo, as others run beside it
 READ = ("bn_backward", "normalize_numbers")  # their output is what they show, so it is not folded
 
 
@@ -95,8 +100,50 @@ def finished(folder: Path) -> str | None:
         return None
 
 
+def run_demo(name: str, args: argparse.Namespace, children: list[Any]) -> tuple[int, str, float]:
+    """The status of a demo, what it printed, and its seconds: those of before, if it has finished and may be kept.
+
+    Its process joins `children`. It is in a session of its own, so that a Ctrl-C comes to this process alone.
+    """
+    folder: Path = args.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.resume and (before := finished(folder)) is not None:
+        return 0, before, 0.0
+    options = ["--out", str(folder), "--seed", str(args.seed)] + ["--check"] * args.check
+    if args.resume and (folder / "config.toml").exists():
+        options = ["--resume", str(folder)]
+    else:
+        remove_checkpoints(folder)
+    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
+    environment = {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"} | (ONE_THREAD if WORKERS > 1 else {})
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-m", str(__package__), name, *options], start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        env=os.environ | environment,
+    )  # fmt: skip
+    children.append(child)
+    printed, _ = child.communicate()
+    with replacing(folder / PRINTED) as beside:
+        beside.write_text(printed, encoding="utf-8")
+    return child.returncode, printed, time.perf_counter() - start
+
+
+def expect_same(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Note the options in the output folder; or exit, if `--resume` is given with others than those of before."""
+    options, path = {"seed": args.seed, "check": args.check}, args.out / "all.json"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.resume and path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != options:
+            parser.error(f"{args.out} was begun with the options {before}: give the same ones, or another --out")
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(options), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot use {args.out}: {error}")
+
+
 def main(names: Sequence[str], argv: Sequence[str]) -> int:
-    """Run the demos one after the other. Return 0; 1 if one failed; 130 after Ctrl-C, with a page of the finished."""
+    """Run the demos, one per core. Return 0; 1 if one failed; 130 after Ctrl-C, with a page of the finished."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__} all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/all"), help="output folder (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0, help="first seed of every demo (default: 0)")
@@ -105,38 +152,38 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     page, command = args.out / "index.html", html.escape(" ".join([f"python -m {__package__} all", *argv]))
     console, sections, code = Console(), dict[str, str](), 0
-    environment = os.environ | {"COLUMNS": "110", "PYTHONIOENCODING": "utf-8"}
-    try:
-        for name in names:
-            folder = args.out / name
-            folder.mkdir(parents=True, exist_ok=True)
-            if args.resume and (printed := finished(folder)) is not None:
-                sections[name] = section(name, folder, printed)
-                continue
-            options = ["--out", str(folder), "--seed", str(args.seed)] + ["--check"] * args.check
-            if args.resume and (folder / "config.toml").exists():
-                options = ["--resume", str(folder)]
-            (folder / "results.json").unlink(missing_ok=True)  # of an earlier run
-            start = time.perf_counter()
-            with console.status(name):
-                done = subprocess.run(
-                    [sys.executable, "-m", str(__package__), name, *options],
-                    capture_output=True, encoding="utf-8", errors="replace", env=environment,
-                )  # fmt: skip
-            verdict = "FAILED" if done.returncode else "ok    "
-            console.print(f"{name:18} {verdict} {time.perf_counter() - start:6.1f} s", highlight=False)
-            printed = done.stdout + done.stderr
-            if done.returncode:
-                code = 1
-                console.print(printed, markup=False, highlight=False)
-            with replacing(folder / PRINTED) as beside:
-                beside.write_text(printed, encoding="utf-8")
-            sections[name] = section(name, folder, printed)
-    except OSError as error:
-        parser.error(f"cannot write to {args.out}: {error.strerror}")
-    except KeyboardInterrupt:
-        code = 130
-        console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")
+    terminated: list[int] = []
+
+    def terminate(number: int, _: Any) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    expect_same(parser, args)
+    former = signal.signal(signal.SIGTERM, terminate)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        children: list[Any] = []
+        runs = {name: pool.submit(run_demo, name, args, children) for name in names}
+        try:
+            for name, run in runs.items():
+                with console.status(name):
+                    status, printed, seconds = run.result()
+                verdict = "FAILED" if status else "ok    "
+                console.print(f"{name:18} {verdict} {seconds:6.1f} s", highlight=False)
+                if status:
+                    code = 1
+                    console.print(printed, markup=False, highlight=False)
+                sections[name] = section(name, args.out / name, printed)
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            parser.error(f"cannot write to {args.out}: {error.strerror}")
+        except KeyboardInterrupt:
+            for child in children:
+                child.send_signal(signal.SIGINT)  # it writes a checkpoint
+            pool.shutdown(cancel_futures=True)
+            code = 143 if terminated else 130
+            console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")
+            console.print(f"to go on: python -m {__package__} all --resume --out {args.out}", soft_wrap=True)
+    signal.signal(signal.SIGTERM, former)
     contents = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in sections)
     try:
         with replacing(page) as beside:

@@ -13,9 +13,9 @@ import numpy as np
 
 from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval, number
 
 from .common import MODELS, Run, recalibrate
-from .interval import interval, number
 from .output import start
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "ReLU": nn.ReLU}
@@ -72,7 +72,7 @@ def draw(run: Run, layers: Array, deep: Array, accuracy: Array) -> None:
 def main(argv: list[str] | None = None) -> Run:
     """Measure the gradients before training, then train without BatchNorm, with clipping and with BatchNorm."""
     check = {"epochs": 1, "batch_size": 50}
-    run = Run("gradient_flow", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=0.03, seeds=3, check=check)
+    run = Run("gradient_flow", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=0.03, seeds=10, check=check)
     training, validation = run.images(check=1000)
     sample = training.take(np.arange(min(200, len(training))))
 

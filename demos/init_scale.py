@@ -10,9 +10,9 @@ from itertools import pairwise
 import numpy as np
 
 from tinygrad_bn import manual_seed, nn, viz
+from tinygrad_bn.train.interval import interval
 
 from .common import MODELS, Run
-from .interval import interval
 from .output import start
 
 SCALES = np.logspace(0, -4, num=16)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks from each scale, and plot their accuracy on the training images."""
     run = Run(
         "init_scale", __doc__, argv,
-        data="mnist5k", epochs=20, batch_size=100, lr=0.01, optimizer="sgd", seeds=3, check={"epochs": 8},
+        data="mnist5k", epochs=20, batch_size=100, lr=0.01, optimizer="sgd", seeds=10, check={"epochs": 8},
     )  # fmt: skip
     images, _ = run.images()
     training = images.take(np.arange(min(1000, len(images))))

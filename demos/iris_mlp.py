@@ -7,9 +7,9 @@ epochs, 120 flowers to train on and 30 to test on. Each seed gives another split
 import numpy as np
 
 from tinygrad_bn import manual_seed, nn, train, viz
+from tinygrad_bn.train.interval import interval, number
 
 from .common import MODELS, Run
-from .interval import interval, number
 from .output import start
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from tinygrad_bn import Tensor, functional, grad, manual_seed, nn, optim, train, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval
 
 from .common import Run, recalibrate
-from .interval import interval
 from .output import start
 
 NORMS = {"BatchNorm": nn.BatchNorm1d, "LayerNorm": nn.LayerNorm, "none": None}
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Draw what depends on what, then train with each normalisation in batches of each size."""
     run = Run(
         "layer_norm", __doc__, argv,
-        data="mnist5k", epochs=1, batch_size=128, lr=1e-3, seeds=4,
+        data="mnist5k", epochs=1, batch_size=128, lr=1e-3, seeds=10,
     )  # fmt: skip
     training, validation = run.images(check=1200)
     sizes = (2, 8, 32, run.args.batch_size)

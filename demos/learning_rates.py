@@ -13,9 +13,9 @@ import numpy as np
 
 from tinygrad_bn import datasets, manual_seed, nn, optim, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval, number
 
 from .common import MODELS, Run
-from .interval import interval, number
 from .output import start
 
 SIZES = (784, 100, 100, 100, 100, 100)
@@ -69,7 +69,7 @@ def draw(run: Run, rates: Array, loss: Array, accuracy: Array, failed: Array) ->
 
 def main(argv: list[str] | None = None) -> Run:
     """Train both networks at every rate, and plot where each diverges."""
-    run = Run("learning_rates", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, seeds=4, check={"epochs": 2})
+    run = Run("learning_rates", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, seeds=10, check={"epochs": 2})
     training, validation = run.images()
     rates = np.logspace(-2, 1, 7) if run.args.check else np.logspace(-3, 1, 13)
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from tinygrad_bn import Tensor, datasets, functional, grad, nn, no_grad, random, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import number
 
 from . import learning_rates
 from .common import Run
-from .interval import number
 from .output import start
 
 MODELS = ("without BatchNorm", "with BatchNorm", "with noisy BatchNorm")
@@ -32,8 +32,7 @@ class Noise(nn.Module):
     """A random shift and scale for each of 100 units, the same for all images, until the next `draw`."""
 
     def draw(self) -> None:
-        drawn = random.generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100))
-        self.shift, self.scale = drawn.astype(np.float32)
+        self.shift, self.scale = random.generator().uniform([[-0.9], [0.8]], [[0.9], [1.25]], (2, 100)).astype("f")
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -86,7 +85,8 @@ def descend(run: Run, name: str, seed: int, training: datasets.Dataset, validati
 
 def main(argv: list[str] | None = None) -> Run:
     """Train the three networks, and plot the measurements."""
-    run = Run("loss_landscape", __doc__, argv, {"epochs": 3}, data="mnist5k", epochs=5, batch_size=100, lr=0.3, seeds=4)
+    check, data = {"epochs": 3}, "mnist5k"
+    run = Run("loss_landscape", __doc__, argv, check, data=data, epochs=5, batch_size=100, lr=0.3, seeds=10)
     training, validation = run.images()
     run.expect_batches(len(training), run.args.batch_size)
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from tinygrad_bn import functional, manual_seed, nn
 from tinygrad_bn.extend import REAL, check_op, elementwise, fused, kernel
+from tinygrad_bn.train.interval import interval
 
 from .common import Run
-from .interval import interval
 from .output import start
 
 LOOPS = np.float32, np.float64  # other dtypes are left to the definition
@@ -39,7 +39,7 @@ class Swish(nn.Module):
 
 def main(argv: list[str] | None = None) -> Run:
     """Check the op, then train with it."""
-    run = Run("new_op", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=1e-3, optimizer="adam", seeds=3)
+    run = Run("new_op", __doc__, argv, data="mnist5k", epochs=5, batch_size=100, lr=1e-3, optimizer="adam", seeds=10)
     run.print(f"{swish.__doc__}\n\n{check_op(swish)}\nevery property of the test-suite: ok\n")  # else AssertionError
     training, validation = run.images()
 

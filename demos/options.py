@@ -35,7 +35,7 @@ SHARED: dict[str, tuple[Callable[[str], Any], str]] = {
     "epochs": (positive, "passes over the training data"),
     "batch_size": (positive, "samples per batch"),
     "lr": (rate, "learning rate"),
-    "seeds": (positive, "number of runs, each with a seed of its own; claims need at least 2"),
+    "seeds": (positive, "number of runs, each with a seed of its own; claims need at least 10"),
     "data": (str, "name of a data set, or a folder of IDX files"),
 }
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from tinygrad_bn import Tensor, manual_seed, nn, no_grad, train, viz
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval
 
 from .common import MODELS, Run
-from .interval import interval
 from .output import start
 
 SIZES = (784, 100, 100, 100)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> Run:
     """Train both networks for each seed, measure after every epoch, and plot the figure."""
     run = Run(
         "paper_figure1", __doc__, argv,
-        data="mnist5k", epochs=45, batch_size=60, lr=0.1, optimizer="sgd", seeds=3, check={"epochs": 10},
+        data="mnist5k", epochs=45, batch_size=60, lr=0.1, optimizer="sgd", seeds=10, check={"epochs": 10},
     )  # fmt: skip
     training, validation = run.images()
     steps = np.arange(run.args.epochs + 1) * -(-len(training) // run.args.batch_size)

@@ -7,29 +7,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .options import rate
+
 UNWRITTEN = ("config", "resume", "out", "help")  # a repeated run has a folder of its own
 
 
-def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str], demo: str) -> dict[str, Any]:
     """The options in the file that `--config` names, or of the run that `--resume` names, checked as any others.
 
     Exits with an error for a file that cannot be read, an unknown option, or a value that does not fit.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(prog=parser.prog, add_help=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
     named = first.parse_known_args([text for text in arguments if text not in ("-h", "--help")])[0]
     path = named.config if named.resume is None else named.resume / "config.toml"
     if path is None:
         return {}
-    if named.config is not None and named.resume is not None:
-        parser.error("--resume takes the options of the interrupted run: leave out --config")
+    if named.resume is not None:
+        _expect_no_others(parser, arguments)
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"cannot read {path}: {error.strerror}")
     except ValueError as error:  # also of the encoding
         parser.error(f"{path} is no TOML file: {error}")
+    if given.pop("demo", demo) != demo:
+        parser.error(f"{path} is of another demo")
     options = {action.dest: action for action in parser._actions if action.dest not in UNWRITTEN}
     found = {}
     for key, value in given.items():
@@ -41,6 +45,15 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
         except (ValueError, argparse.ArgumentTypeError) as error:
             parser.error(f"{path}: {key}: {error or 'got a wrong value'}")
     return found
+
+
+def _expect_no_others(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Exit if there are other options beside `--resume` than those of the output."""
+    unset = object()
+    given = vars(parser.parse_args(arguments, argparse.Namespace(**{a.dest: unset for a in parser._actions})))
+    others = [key for key, value in given.items() if value is not unset and key not in ("resume", "quiet", "no_plot")]
+    if others:
+        parser.error(f"--resume takes the options of the interrupted run: leave out --{others[0].replace('_', '-')}")
 
 
 def _converted(action: argparse.Action, value: Any) -> Any:
@@ -64,6 +77,8 @@ def _one(action: argparse.Action, value: Any) -> Any:
         raise ValueError(f"has to be a {'text' if convert in (str, Path) else 'number'}; got {value!r}")
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"has to be one of {', '.join(action.choices)}; got {value!r}")
+    if isinstance(value, float) and convert not in (float, rate):
+        raise ValueError(f"has to be an integer; got {value!r}")
     return convert(value if isinstance(value, str) else repr(value))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from tinygrad_bn import manual_seed, nn, optim, train, viz
 from tinygrad_bn.datasets import Dataset
 from tinygrad_bn.tensor import Array
+from tinygrad_bn.train.interval import interval
 
 from .common import MODELS, Run
-from .interval import interval
 from .output import start
 
 # Whether inputs are standardised, the optimiser, and its learning rate.

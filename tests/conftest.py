@@ -1,6 +1,7 @@
 """Hypothesis profiles, and what the suite needs on machines where others are missing it.
 
-HYPOTHESIS_PROFILE is dev (default), ci or intense; all but intense take the same examples on every run.
+HYPOTHESIS_PROFILE is dev (default), ci, intense or mutants; all but intense take the same examples on every run.
+`mutants` is `dev` without looking for the simplest counterexample: any will do.
 """
 
 import os
@@ -8,13 +9,14 @@ import tempfile
 
 import numba
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from tinygrad_bn_kernels.cpu import jit
 
 collect_ignore = ["benchmarks"]  # a program, and it needs the peers
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=15, derandomize=True, **COMMON)
+settings.register_profile("mutants", settings.get_profile("dev"), phases=(Phase.explicit, Phase.generate))
 settings.register_profile("ci", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("intense", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.keywords import unknown
+
 REAL = "?bhilqBHILQefd"  # NumPy's characters of the dtypes to compute with: not of long doubles
 LARGEST_FLOAT = np.finfo(np.float64).max.item()
 INT64 = np.iinfo(np.int64)
@@ -51,10 +53,10 @@ def bind(
         if all(n in params or n in given for n in missing):
             operands = (*operands, *(params[n] if n in params else given[n] for n in missing))
             params = {k: v for k, v in params.items() if k not in missing}
-    unknown = [p for p in params if p not in options and p not in names]
+    wrong = [unknown(p, (*names, *options)) for p in params if p not in options and p not in names]
     absent = [n for n in (*names[len(operands) :], *options) if n not in params and n not in given]
-    if (names and len(operands) != len(names)) or twice or unknown or absent:
-        faults = {"given twice": twice, "unknown": unknown, "missing": absent}
+    if (names and len(operands) != len(names)) or twice or wrong or absent:
+        faults = {"given twice": twice, "unknown": wrong, "missing": absent}
         words = [f"{fault}: {', '.join(which)}" for fault, which in faults.items() if which]
         declared = [f"{n}={given[n]!r}" if n in given else n for n in (*names, *options)]
         raise TypeError(f"{name}({', '.join(declared)}): {'; '.join(words) or 'too many operands'}")
@@ -75,7 +77,7 @@ def fast(
 
     An op outside this package may mean something else by an option's name: there names have no ranges.
     """
-    own = function.__module__.split(".")[0] == __name__.split(".")[0]
+    own = (function.__module__ or "").split(".")[0] == __name__.split(".")[0]
     last = dict.fromkeys(RANGED.keys() & options if own else (), object())  # no value is that object
     return {option: () if option in last else _types(p) for option, p in options.items()}, last
 
@@ -278,7 +280,8 @@ def expect_array(x: Any, caller: str) -> None:
     """Raise TypeError unless x is a tensor or an array of real numbers or booleans."""
     dtype = getattr(x, "dtype", None)
     if not isinstance(dtype, np.dtype):
-        raise TypeError(f"{caller} takes a tensor or an array; got {full_name(x)}: make a Tensor of it")
+        cure = ": make a Tensor of it" if isinstance(x, list | tuple | int | float) else ""
+        raise TypeError(f"{caller} takes a tensor or an array; got {full_name(x)}{cure}")
     if dtype.char not in REAL:
         raise TypeError(f"{caller} takes real numbers; got an array of dtype {dtype}")
 
@@ -342,14 +345,19 @@ def expect_text(name: str, value: Any) -> None:
         raise TypeError(f"{name} has to be a text; got {shown(value)}")
 
 
+def as_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+    """NumPy's dtype of what may name one, such as "float32". Raises TypeError for what does not."""
+    try:
+        if dtype is not None and not hasattr(dtype, "_data"):
+            return np.dtype(dtype)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{name} has to be a dtype, such as numpy.float32 or 'float32'; got {shown(dtype)}")
+
+
 def floating_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     """The dtype. Raises TypeError unless it is one of floating-point numbers of at most 64 bits."""
-    if dtype is None or hasattr(dtype, "_data"):
-        raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}")
-    try:
-        found = np.dtype(dtype)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} has to be a dtype, such as numpy.float32; got {shown(dtype)}") from error
+    found = as_dtype(name, dtype)
     if found.kind != "f" or not is_real(found):
         raise TypeError(f"{name} has to be floating-point, of at most 64 bits; got {found}")
     return found
@@ -385,13 +393,15 @@ def expect_channels(x: Any, **vectors: Any) -> None:
 def expect_vectors(x: Any, **vectors: Any) -> None:
     """Raise ValueError unless x is (N, C, ...), and each vector (C,) or None."""
     if x.ndim < 2:
-        raise ValueError(f"x has to be of shape (N, C, ...); got {x.shape}")
+        raise ValueError(f"x to normalise has to be of shape (N, C, ...); got {x.shape}")
     for name, v in vectors.items():
         if hasattr(v, "dtype"):
             expect_array(v, name)
         shape = v.shape if hasattr(v, "shape") else np.shape(v)
         if v is not None and shape != x.shape[1:2]:
-            raise ValueError(f"{name} has shape {shape}, for {x.shape[1]} channels of x {x.shape}")
+            raise ValueError(
+                f"{name} has to be one number for each of {x.shape[1]} channels of x {x.shape}; got shape {shape}"
+            )
 
 
 def expect_eps(eps: float, zero: bool = True) -> float:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from tinygrad_bn import backend
+from tinygrad_bn import backend, errors
 from tinygrad_bn.arguments import flag, full_name
 from tinygrad_bn.modes import call_recording, recording
 from tinygrad_bn.tensor import OPS, Node, Tensor, apply
 
 
-def backward(y: Tensor, g: object = None, *, retain_graph: bool | None = None, create_graph: bool = False) -> None:
+def backward(y: Tensor, g: object, *, retain_graph: bool | None, create_graph: bool) -> None:
     """See `Tensor.backward`."""
     keep = create_graph if retain_graph is None else flag("retain_graph", retain_graph)
     call_recording(create_graph, _accumulate, y, _cotangent(y, g), create_graph, not keep)
@@ -27,7 +27,7 @@ def _accumulate(y: Tensor, g: Tensor, create_graph: bool, free: bool) -> None:
     grads = _backprop(y, g, order, wanted, create_graph, free)
     for t, gt in _separate({t: grads[t] for t in wanted if t in grads}, g).items():
         with backend.updating:
-            t.grad = gt if t.grad is None else t.grad + gt
+            t._grad = gt if t._grad is None else t._grad + gt
 
 
 @overload
@@ -51,7 +51,7 @@ def grad(y: Tensor, xs: Any, g: object = None, create_graph: bool = False) -> Te
     Raises:
         RuntimeError: `y`, or one of `xs`, does not require a gradient; or see `Tensor.backward`.
         TypeError: `y` or one of `xs` is not a tensor.
-        ValueError: `g` is missing or has the wrong shape.
+        ValueError: `xs` is empty; or `g` is missing or has the wrong shape.
 
     >>> x = Tensor(3.0, requires_grad=True)
     >>> dx = grad(x**4, x, create_graph=True)
@@ -61,9 +61,11 @@ def grad(y: Tensor, xs: Any, g: object = None, create_graph: bool = False) -> Te
     wanted = list(xs) if isinstance(xs, Iterable) and not isinstance(xs, Tensor) else [xs]
     if wrong := [t for t in (y, *wanted) if not isinstance(t, Tensor)]:
         raise TypeError(f"grad() differentiates a tensor by tensors; got {full_name(wrong[0])}")
+    if not wanted:
+        raise ValueError("grad() got no tensor to differentiate by: xs is empty")
     for i, x in enumerate(wanted):
         if not x.requires_grad:
-            raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient")
+            raise RuntimeError(f"xs[{i}], of shape {x.shape}, does not require a gradient: set its requires_grad")
     cotangent = _cotangent(y, g)
     walk = y, cotangent, _topological(y), wanted, create_graph
     grads = call_recording(create_graph, lambda: _separate(_backprop(*walk), cotangent))
@@ -74,13 +76,10 @@ def grad(y: Tensor, xs: Any, g: object = None, create_graph: bool = False) -> Te
 def _cotangent(y: Tensor, g: object) -> Tensor:
     """`g` as a tensor of the shape and dtype of `y`; 1 if it is None and `y` has one element."""
     if not y.requires_grad:
-        raise RuntimeError(
-            f"this tensor of shape {y.shape} has no gradient to give: nothing it was computed from has "
-            "requires_grad=True, or it was computed under no_grad()"
-        )
+        raise RuntimeError(errors.NO_GRAPH.format(y.shape))
     if g is None:
         if y.size != 1:
-            raise ValueError(f"a tensor of shape {y.shape} needs a cotangent g of that shape; only a scalar has one")
+            raise ValueError(errors.COTANGENT.format(y.shape))
         return Tensor._of(backend.full(y._data, 1))
     g = g if isinstance(g, Tensor) else Tensor(g)
     if g.shape != y.shape:
@@ -108,10 +107,7 @@ def _topological(y: Tensor, stop: Iterable[Tensor] = ()) -> list[Tensor]:
                 order.append(t)
                 continue
             if not t.node.inputs:
-                raise RuntimeError(
-                    f"the graph behind this result of {t.node.op.name!r} was freed by an earlier backward(); "
-                    "call that one with retain_graph=True to walk it again"
-                )
+                raise RuntimeError(errors.FREED.format(t.node.op.name))
             todo.append((t, True))
             for x, need in zip(t.node.inputs, t.node.needs, strict=True):
                 if need and x not in seen:
@@ -217,10 +213,7 @@ def _expect_unchanged(t: Tensor, node: Node) -> None:
     """Raise unless the operands and the result are the arrays of the forward pass."""
     for x, seen in ((t, node.output), *zip(node.inputs, node.arrays, strict=True)):
         if x is not seen and x._data is not seen:  # a number is its own array
-            error = RuntimeError(
-                f"{node.op.name!r} needs a tensor of shape {x.shape} for its backward pass, and that was changed "
-                "(by an update, +=, or an assignment to data) since the forward pass; call backward() first"
-            )
+            error = RuntimeError(errors.CHANGED.format(node.op.name, x.shape))
             _add_notes(error, node)
             raise error
 

@@ -22,7 +22,17 @@ from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import empty, is_owner
 
-from tinygrad_bn.arguments import LARGEST, LARGEST_FLOAT, REAL, full_name, is_array, is_real, python_scalar, shown
+from tinygrad_bn.arguments import (
+    LARGEST,
+    LARGEST_FLOAT,
+    REAL,
+    as_dtype,
+    full_name,
+    is_array,
+    is_real,
+    python_scalar,
+    shown,
+)
 from tinygrad_bn.errors import in_words, misfit
 from tinygrad_bn.modes import Mode
 
@@ -267,8 +277,15 @@ def _kernel(name: str, arrays: Sequence[Any]) -> Any:
 
 def describe(op: Op, operands: Sequence[Any], params: dict[str, Any]) -> str:
     """A call in words: `sum(float32 (3, 4), axis=5)`."""
-    words = [f"{place(o)} {o.dtype} {o.shape}".lstrip() if hasattr(o, "dtype") else shown(o) for o in operands]
-    return f"{op.name}({', '.join(words + [f'{k}={shown(v)}' for k, v in params.items()])})"
+    words = [*map(described, operands), *(f"{k}={shown(v)}" for k, v in params.items())]
+    return f"{op.name}({', '.join(words)})"
+
+
+def described(operand: Any) -> str:
+    """An operand in words: `float32 (3, 4)`."""
+    if not hasattr(operand, "dtype"):
+        return shown(operand)
+    return f"{place(operand)} {operand.dtype} {operand.shape}".lstrip()
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------
@@ -288,16 +305,25 @@ def new_array(data: Any, dtype: DTypeLike | None = None) -> Any:
     try:
         array = np.asarray(data)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"a Tensor holds real numbers, in lists of equal lengths: {error}") from error
+        raise type(error)(f"a Tensor is made of real numbers, in lists of equal lengths; got {shown(data)}") from error
     large = array.dtype == object and all(type(v) in (int, float) for v in array.flat)  # integers beyond 64 bits
-    if dtype is not None and array.dtype.kind not in "fiub" and not large:
-        raise TypeError(f"a Tensor holds real numbers; these data have dtype {array.dtype}")
-    array = np.array(array if typed else data, dtype)  # not `astype`, which would wrap integers that do not fit
+    if array.dtype.kind not in "fiub" and not (large and dtype is not None):
+        raise TypeError(_no_numbers(data, array))
+    dtype = None if dtype is None else as_dtype("dtype", dtype)
+    try:
+        array = np.array(array if typed else data, dtype)  # not `astype`, which would wrap integers that do not fit
+    except (OverflowError, ValueError) as error:
+        raise type(error)(f"the dtype {dtype} of a Tensor cannot hold all of {shown(data)}") from error
     if array.dtype.char not in REAL:
-        raise TypeError(f"a Tensor holds real numbers of at most 64 bits; these data have dtype {array.dtype}")
+        raise TypeError(_no_numbers(data, array))
     if not typed and dtype is None and array.dtype == np.float64:
         return array.astype(np.float32)
     return array
+
+
+def _no_numbers(data: Any, array: Array) -> str:
+    got = f"an array of dtype {array.dtype}" if hasattr(data, "dtype") else shown(data)
+    return f"a Tensor is made of real numbers of at most 64 bits; got {got}"
 
 
 @_again_with_freed_memory

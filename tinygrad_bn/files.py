@@ -10,7 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. At the end it replaces `path`; an error, as of a full disk, leaves `path`."""
+    """A path beside `path` to write to. At the end it replaces `path`; an error, as of a full disk, leaves `path`.
+
+    After a power failure there is the file of before, or the new one, whole.
+    """
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield beside

@@ -256,6 +256,7 @@ def transpose(x: Operand, *, axes: tuple[int, ...] | None = None) -> Operand:
 )
 def astype(x: Operand, *, dtype: Any) -> Operand:
     """Convert to another dtype, of real numbers or booleans. Raises TypeError for any other."""
-    if np.dtype(dtype).kind not in "fiub" or np.dtype(dtype).itemsize > 8:
+    found = arguments.as_dtype("dtype", dtype)
+    if not arguments.is_real(found):
         raise TypeError("a tensor holds real numbers of at most 64 bits, or booleans")
-    return np.asarray(x, dtype)
+    return np.asarray(x, found)

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn import arguments, backend
+from tinygrad_bn import arguments, backend, errors
 from tinygrad_bn.arguments import bind, checked, expect_declaration, expect_leaf, fast, flag, holds_numbers, is_floating
 from tinygrad_bn.backend import Array as Array
 from tinygrad_bn.modes import COMPOSED, DEBUGGING, RECORDING, calling_lines, is_recording
@@ -160,7 +160,7 @@ def primitive(
         ValueError: the name is another op's or no identifier; or the rules are not one for each operand.
     """
     if bool(rules) == bool(each):
-        raise ValueError("an op needs exactly one of: a rule for each operand, or `each`")
+        raise ValueError(f"an op needs a rule for each operand, or `each`; got {'both' if each else 'neither'}")
 
     def declare(forward: Callable[P, Any]) -> Function[P]:
         return _declare(forward, forward, rules, each, False, saves, updates, formula, sample, exact)
@@ -318,7 +318,7 @@ class Tensor(TensorInNotebook):
     Tensor([2., 4., 6.], shape=(3,), dtype=float32, leaf)
     """
 
-    __slots__ = ("__weakref__", "_data", "_requires_grad", "_retains_grad", "grad", "node")
+    __slots__ = ("__weakref__", "_data", "_grad", "_requires_grad", "_retains_grad", "node")
 
     _data: Array
     _requires_grad: bool
@@ -330,7 +330,7 @@ class Tensor(TensorInNotebook):
         if isinstance(data, list | tuple) and _tensors_in(data):
             raise TypeError("a tensor made from a list of tensors would lose their graph; use functional.stack")
         self._data = backend.new_array(data._data if isinstance(data, Tensor) else data, dtype)
-        self.grad: Tensor | None = None
+        self._grad: Tensor | None = None
         self.node: Node | None = None
         self._retains_grad = False
         self.requires_grad = requires_grad
@@ -339,7 +339,7 @@ class Tensor(TensorInNotebook):
     def _of(cls, array: Array) -> Tensor:
         """A tensor around `array` itself, without a copy: for results of ops."""
         self = object.__new__(Tensor)
-        self._data, self.grad, self.node = array, None, None
+        self._data, self._grad, self.node = array, None, None
         self._requires_grad = self._retains_grad = False
         return self
 
@@ -358,14 +358,25 @@ class Tensor(TensorInNotebook):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient is computed for this tensor. Raises TypeError when set on integers or booleans."""
+        """Whether a gradient is computed for it. Not for integers (TypeError); for results always (RuntimeError)."""
         return self._requires_grad
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        if value and self._data.dtype.kind != "f":
-            raise TypeError(f"only floating-point tensors can require a gradient; this one is {self.dtype}")
+        if value or self.node is not None:
+            errors.expect_requirable(self, value)
         self._requires_grad = value if type(value) is bool else flag("requires_grad", value)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient, or None. Assigning another type raises TypeError, and another shape ValueError."""
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            errors.expect_gradient(self, value)
+        self._grad = value
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -414,7 +425,7 @@ class Tensor(TensorInNotebook):
     def retain_grad(self) -> Tensor:
         """Ask `backward` to leave the gradient in `grad` although this is no leaf; returns the tensor."""
         if not self.requires_grad:
-            raise RuntimeError(f"this tensor of shape {self.shape} gets no gradient that could be retained")
+            raise RuntimeError(errors.NO_GRAPH.format(self.shape))
         self._retains_grad = True
         return self
 
@@ -439,7 +450,7 @@ class Tensor(TensorInNotebook):
     def item(self) -> float | int | bool:
         """The one element, as a Python number. Raises ValueError if there are several."""
         if self.size != 1:
-            raise ValueError(f"item() needs exactly one element; the shape is {self.shape}")
+            raise ValueError(f"item() needs exactly one element; the shape is {self.shape}: reduce it, or use numpy()")
         return self._data.item()
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
@@ -511,10 +522,7 @@ class Tensor(TensorInNotebook):
         return backend.index_copy(part._data if isinstance(part, Tensor) else part, self._data)
 
     def __setitem__(self, index: object, value: object) -> None:
-        raise TypeError(
-            "item assignment would change a tensor that a backward pass may need; write "
-            "functional.where(mask, value, t) for a new tensor, or assign a whole array to t.data"
-        )
+        raise TypeError(errors.ASSIGNED)
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         return OPS["sum"].function(self, axis=axis, keepdims=keepdims)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinygrad_bn.arguments import shown
 from tinygrad_bn.tensor import Array
 from tinygrad_bn.train import History
+from tinygrad_bn.train.interval import Interval, interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,14 +63,26 @@ def legend_below(axes: Axes) -> None:
     axes.figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
 
 
-def plot_histories(histories: Mapping[str, History], title: str = "") -> Figure:
-    """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed."""
+def plot_histories(histories: Mapping[str, History | Sequence[History]], title: str = "") -> Figure:
+    """Plot loss and accuracy over the epochs, one colour per model: validation solid, training dashed.
+
+    Several histories of a model, one per seed, become their mean and its 95 % interval, up to the shortest.
+
+    Raises TypeError unless `histories` holds histories by name, ValueError if there are none.
+    """
+    if not isinstance(histories, Mapping) or not all(map(_are_histories, histories.values())):
+        raise TypeError(f"histories are a dictionary of names and what fit returned; got {shown(histories)}")
+    if not histories:
+        raise ValueError("histories is empty: there is nothing to plot")
     figure, grid = subplots(1, 2, 11, 4.4)
     for axes, measure in zip(grid[0], ("loss", "accuracy"), strict=True):
-        for position, (name, history) in enumerate(histories.items()):
-            marker, hue = "o" if len(history) == 1 else "", colour(name, position)
-            for column, style, of in ((f"val_{measure}", "-", "validation"), (measure, "--", "training")):
-                axes.plot(history["epoch"], history[column], style, color=hue, label=f"{name}, {of}", marker=marker)
+        for position, (name, given) in enumerate(histories.items()):
+            seeds = [given] if isinstance(given, History) else list(given)
+            epochs = min(map(len, seeds))
+            style = "o" if epochs == 1 else ""
+            for column, line, of in ((f"val_{measure}", "-", "validation"), (measure, "--", "training")):
+                values = [history[column][:epochs] for history in seeds]
+                plot_mean(axes, range(1, epochs + 1), values, colour(name, position), f"{name}, {of}", line + style)
         axes.set(xlabel="epoch", ylabel=measure)
         axes.set_ylim(bottom=0, top=1.02 if measure == "accuracy" else None)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -122,8 +136,13 @@ def plot_confusion(matrix: Any, names: Sequence[str] | None = None, title: str =
     return figure
 
 
+def _are_histories(given: Any) -> bool:
+    several = isinstance(given, list | tuple) and bool(given) and all(isinstance(h, History) for h in given)
+    return several or isinstance(given, History)
+
+
 def plot_seeds(axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-") -> None:
-    """Plot one thin line per seed and their mean, in the colour of the model `name`.
+    """Plot one thin line per seed, their mean and its 95 % interval, in the colour of the model `name`.
 
     Args:
         axes: the axes to draw on.
@@ -134,12 +153,17 @@ def plot_seeds(axes: Axes, x: Any, values: Any, name: str, label: str | None = N
         style: matplotlib's line style and marker.
     """
     values = np.asarray(values, float)
-    known = ~np.isnan(values)
-    total, count = np.where(known, values, 0).sum(axis=0), known.sum(axis=0)
-    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     if len(values) > 1:
-        axes.plot(x, values.T, style, color=colour(name), alpha=0.25, linewidth=1, markersize=3)
-    axes.plot(x, mean, style, color=colour(name), label=label or name)
+        axes.plot(x, values.T, style, color=colour(name), alpha=0.2, linewidth=0.8, markersize=3)
+    plot_mean(axes, x, values, colour(name), label or name, style)
+
+
+def plot_mean(axes: Axes, x: Any, values: Any, hue: str, label: str, style: str = "-") -> None:
+    """Plot the mean over the seeds, values (S, T), and its 95 % interval as a band; NaN does not count."""
+    of_each = [column[~np.isnan(column)] for column in np.asarray(values, float).T]
+    known = [interval(column) if len(column) else Interval(np.nan, np.nan) for column in of_each]
+    axes.plot(x, [i.mean for i in known], style, color=hue, label=label)
+    axes.fill_between(x, [i.low for i in known], [i.high for i in known], color=hue, alpha=0.2, linewidth=0)
 
 
 def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))  # a lesson started as a script finds the demos
 
-from demos.interval import Interval
 from demos.output import replace_unknown_letters
 from tinygrad_bn import Tensor
+from tinygrad_bn.train.interval import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

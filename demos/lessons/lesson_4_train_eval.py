@@ -12,8 +12,8 @@ with app.setup:
     import numpy as np
     from common import Say, editor, expects, language_switch, picture, table, written
 
-    from demos.interval import interval
     from tinygrad_bn import Tensor, datasets, manual_seed, nn, optim, train, viz
+    from tinygrad_bn.train.interval import interval
 
 
 @app.cell

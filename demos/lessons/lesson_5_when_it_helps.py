@@ -14,9 +14,9 @@ with app.setup:
     from common import Say, editor, expects, language_switch, picture, table, written
 
     from demos import init_scale, loss_landscape
-    from demos.interval import interval
     from tinygrad_bn import Tensor, datasets, viz
     from tinygrad_bn import functional as F
+    from tinygrad_bn.train.interval import interval
 
     SEEDS = range(3)
     DIGITS, HELD_OUT = datasets.load("mnist5k").scaled().split(1000, seed=0)

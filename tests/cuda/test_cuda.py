@@ -1,6 +1,7 @@
 """Ops, training and devices on cuda, executed from PTX by the interpreter of `tests/cuda/ptx`."""
 
 import copy
+import dataclasses
 import pickle
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from tests.cuda.ptx.compile import require_compiler
 from tests.cuda.ptx.programs import interpreted
 from tests.cuda.training import BUILT_IN, OPTIMISERS, cuda_matches_cpu, images_network, network, three_steps
-from tinygrad_bn import Tensor, cuda, functional, nn, optim, sample, train
+from tinygrad_bn import Tensor, checkpoint, cuda, functional, nn, optim, sample, train
 from tinygrad_bn.tensor import OPS
 
 
@@ -93,6 +94,41 @@ def test_fit_and_evaluate_on_cuda_and_load_the_checkpoint_on_the_cpu():
     results[0][2].load_state_dict(results[1][2].to("cuda").state_dict())
     with pytest.raises(TypeError, match=r"data has to be on the CPU.* got arrays on cuda: copy them with \.numpy"):
         train.fit(copy, (Tensor(x).to("cuda"), data[1]), device="cuda", progress=False)
+
+
+@pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_a_checkpoint_file_of_another_device(here, there, tmp_path):
+    def trained(where, seed):
+        rng = np.random.default_rng(seed)
+        model = network().to(where)
+        optimizer = OPTIMISERS["adam"](model.parameters())
+        loss = functional.cross_entropy(
+            model(Tensor(rng.normal(size=(16, 6)).astype(np.float32)).to(where)),
+            Tensor(rng.integers(0, 3, 16)).to(where),
+        )
+        loss.backward()
+        optimizer.step()
+        return model, optimizer
+
+    def whole(model, optimizer):
+        return repr(({k: a.tobytes() for k, a in model.state_dict().items()}, optimizer.state_dict()))
+
+    own, other = trained(here, 0), trained(there, 1)
+    path = checkpoint.save(tmp_path / "a.safetensors", own[0], optimizer=own[1], arrays={"x": own[0][0].weight})
+    assert whole(*own) != (before := whole(*other))
+    state = own[1].state_dict()
+    unfit = dataclasses.replace(checkpoint.read(path), optimizer={**state, "state": {**state["state"], 9: {}}})
+    with pytest.raises(checkpoint.CheckpointError, match="nothing was loaded"):
+        checkpoint.apply(unfit, other[0], optimizer=other[1])
+    assert whole(*other) == before
+    contents = checkpoint.load(path, other[0], optimizer=other[1])
+    assert whole(*other) == whole(*own)
+    assert {t.device for _, t in other[0].named_tensors()} == {there}
+    assert contents.arrays["x"].tobytes() == own[0].state_dict()["0.weight"].tobytes()
+    functional.cross_entropy(
+        other[0](Tensor(np.ones((4, 6), np.float32)).to(there)), Tensor([0, 1, 2, 0]).to(there)
+    ).backward()
+    other[1].step()
 
 
 def test_an_optimiser_resumes_from_a_checkpoint_of_another_device():

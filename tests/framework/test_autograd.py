@@ -192,6 +192,15 @@ def test_the_gradients_of_a_sum_do_not_share_memory_with_each_other_or_the_cotan
     assert not np.shares_memory(a.grad.numpy(), b.grad.numpy())
 
 
+def test_a_cotangent_takes_the_dtype_of_its_tensor():
+    x = Tensor(np.array([1.0, 2.0], np.float32), requires_grad=True)
+    y = (x * 3).retain_grad()
+    g = Tensor(np.array([0.5, 0.1]))
+    assert grad(y, y, g).dtype == np.float32
+    y.backward(g)
+    assert y.grad.dtype == np.float32
+
+
 def test_rules_of_operands_that_need_no_gradient_are_not_evaluated(monkeypatch):
     from tinygrad_bn.tensor import OPS
 
@@ -268,6 +277,13 @@ def test_the_backward_pass_frees_arrays_as_it_goes(monkeypatch):
     last.backward()
     assert counts == [10, *range(10, 0, -1)]
     assert x.grad is not None
+
+
+def test_a_missing_gradient_of_an_operand_is_an_error(monkeypatch):
+    vjp = backend.vjp
+    monkeypatch.setattr(backend, "vjp", lambda *args: vjp(*args)[:1])
+    with pytest.raises(ValueError, match="shorter"):
+        (leaf(2.0) * leaf(3.0)).backward()
 
 
 def test_after_a_refused_backward_the_graph_is_whole():

@@ -44,7 +44,7 @@ def drive(stopping, values, split=None):
         metrics = {"loss": 0.5, "accuracy": 0.5, "val_loss": 0.5, "val_accuracy": 0.5} | {stopping.monitor: value}
         training.history.epochs.append(Epoch(epoch=training.epoch, seconds=0.0, **metrics))
         stopping.on_epoch(training)
-        if training.stopped:
+        if training.history.stopped:
             break
         if training.epoch == split:
             saved = stopping.state_dict()
@@ -72,13 +72,16 @@ def test_early_stopping_is_the_reference(values, monitor, patience, min_delta, n
     best, last = reference(values, patience, min_delta, upwards)
     assert (stopping.epoch, training.epoch) == (best, last)
     assert training.model.bias.item() == (best or last), "without a best epoch, the model stays"
-    assert bool(training.stopped) == (last - best == patience)
+    assert bool(training.history.stopped) == (last - best == patience)
     assert stopping.best == (values[best - 1] if best else None)
 
 
 def test_the_reason_names_the_epoch():
-    assert drive(EarlyStopping(patience=2), [0.5, 0.4, 0.4, 0.6])[0].stopped == "val_loss did not improve since epoch 2"
-    assert drive(EarlyStopping(patience=1), [math.nan])[0].stopped == "val_loss did not improve at all"
+    assert (
+        drive(EarlyStopping(patience=2), [0.5, 0.4, 0.4, 0.6])[0].history.stopped
+        == "val_loss did not improve since epoch 2"
+    )
+    assert drive(EarlyStopping(patience=1), [math.nan])[0].history.stopped == "val_loss did not improve at all"
 
 
 def train(stopping, model=None, **options):

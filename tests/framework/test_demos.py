@@ -30,8 +30,8 @@ from demos import (
     titanic_mlp,
 )
 from demos.__main__ import ORDER, main, names
-from demos.interval import Interval, interval, number, quantile
 from tinygrad_bn import Tensor, datasets, functional, nn, optim, train
+from tinygrad_bn.train.interval import Interval, interval, number, quantile
 
 ROOT = Path(deep_mlp.__file__).parents[1]
 MODELS = ("without BatchNorm", "with BatchNorm")
@@ -186,7 +186,11 @@ def example(*arguments: str, **options: object) -> common.Run:
     return common.Run("none", "Title\n\nText.", arguments, **options)
 
 
-def test_a_claim_is_about_several_seeds(tmp_path, capsys):
+def test_a_claim_is_about_ten_seeds(tmp_path, monkeypatch, capsys):
+    few = example("--out", str(tmp_path), seeds=10)
+    few.claim_mean("nine seeds", [1.0] * 9, above=0)
+    assert not few.claims
+    monkeypatch.setattr(common, "SEEDS", 4)
     run = example("--out", str(tmp_path), seeds=4)
     run.claim_mean("far above", [1.0, 1.1, 0.9, 1.0], above=0.5)
     run.claim_mean("not surely above", [1.0, 1.1, 0.0, 1.0], above=0.5)
@@ -201,7 +205,7 @@ def test_a_claim_is_about_several_seeds(tmp_path, capsys):
     assert "nothing is claimed" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(SystemExit):
         example("--seeds", "1", "--check", seeds=4)
-    assert "--check needs at least 2 seeds" in capsys.readouterr().err
+    assert "--check needs at least 4 seeds" in capsys.readouterr().err
 
 
 def test_titanic_with_one_seed_has_no_interval(tmp_path, capsys):
@@ -212,7 +216,8 @@ def test_titanic_with_one_seed_has_no_interval(tmp_path, capsys):
 
 
 @pytest.mark.compiled
-def test_deep_mlp_writes_what_it_returns(tmp_path, capsys):
+def test_deep_mlp_writes_what_it_returns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "SEEDS", 2)
     options = ["--seed", "5", "--seeds", "2"]
     run = deep_mlp.main(["--epochs", "2", "--quiet", *options, "--out", str(tmp_path / "a")])
     printed = capsys.readouterr()
@@ -283,14 +288,14 @@ def test_ctrl_c_reports_the_finished_seeds_and_claims_nothing(tmp_path, monkeypa
 
 
 def test_ctrl_c_during_all_writes_the_page_of_the_finished(tmp_path, monkeypatch, capsys):
-    run = subprocess.run
+    run = gallery.run_demo
 
-    def interrupted(command, **options):
-        if "deep_mlp" in command:
+    def interrupted(name, *args):
+        if name == "deep_mlp":
             raise KeyboardInterrupt
-        return run(command, **options)
+        return run(name, *args)
 
-    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(gallery, "run_demo", interrupted)
     code = gallery.main(["normalize_numbers", "deep_mlp", "iris_mlp"], ["--out", str(tmp_path)])
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert code == 130
@@ -315,7 +320,8 @@ def test_check_sets_the_options_left_out_and_fails_with_a_claim(tmp_path):
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:BatchNorm1d.*not finite")
-def test_a_network_that_overflows_is_shown_as_such(tmp_path, capsys):
+def test_a_network_that_overflows_is_shown_as_such(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "SEEDS", 2)
     run = deep_mlp.main(["--epochs", "1", "--seeds", "2", "--optimizer", "sgd", "--lr", "1e9", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("wrote"))

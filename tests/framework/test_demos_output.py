@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demos import bn_backward, deep_mlp, gallery, iris_mlp, learning_rates, mnist_mlp, titanic_mlp
+from demos import bn_backward, common, deep_mlp, gallery, iris_mlp, learning_rates, mnist_mlp, titanic_mlp
 from demos.common import Run
 
 ROOT = Path(deep_mlp.__file__).parents[1]
@@ -79,6 +79,7 @@ def test_half_a_file_of_results_fails_alone(tmp_path, monkeypatch):
 @pytest.mark.compiled
 def test_a_narrow_terminal_cuts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(common, "SEEDS", 2)
     options = ["--epochs", "1", "--seeds", "2", "--no-plot", "--out", str(tmp_path)]
     for demo in (titanic_mlp, deep_mlp, iris_mlp, learning_rates):
         demo.main([*options, "--check"] if demo is learning_rates else options)
@@ -129,14 +130,16 @@ def test_data_that_do_not_fit_a_demo(data, capsys):
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:BatchNorm1d")
-def test_networks_that_learn_nothing_are_not_equal(tmp_path):
+def test_networks_that_learn_nothing_are_not_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SEEDS", 2)
     options = ["--epochs", "1", "--seeds", "2", "--no-plot", "--quiet", "--out", str(tmp_path)]
     run = iris_mlp.main([*options, "--lr", "1e300"])
     assert not any(run.claims.values())
     assert any("but one learned to an accuracy of 0." in claim for claim in run.claims)
 
 
-def test_a_claim_of_equality(tmp_path):
+def test_a_claim_of_equality(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "SEEDS", 2)
     run = Run("iris_mlp", "Title", ["--out", str(tmp_path)], seeds=2)
     good, bad = np.array([0.9, 0.8]), np.array([0.5, 0.6])
     for learned, holds in (((good, good), True), ((good, bad), False), ((), True), ((np.full(2, np.nan),), False)):

@@ -2,8 +2,12 @@
 
 import importlib
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -143,14 +147,20 @@ def test_all_demos_go_on(tmp_path, monkeypatch, capsys):
     """What is finished is kept, what was interrupted goes on, and the rest is run."""
     commands = []
 
-    def run(command: list[str], **options: Any) -> Any:
-        commands.append(command[3:])
-        folder = Path(command[command.index("--out") + 1] if "--out" in command else command[-1])
-        content = {"title": "t", "text": "", "seconds": 1, "claims": {}, "figures": [], "interrupted": False}
-        (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
-        return gallery.subprocess.CompletedProcess(command, 0, f"printed by {command[3]}", "")
+    class Child:
+        returncode = 0
 
-    monkeypatch.setattr(gallery.subprocess, "run", run)
+        def __init__(self, command: list[str], **options: Any) -> None:
+            commands.append(command[3:])
+            folder = Path(command[command.index("--out") + 1] if "--out" in command else command[-1])
+            content = {"title": "t", "text": "", "seconds": 1, "claims": {}, "figures": [], "interrupted": False}
+            (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
+
+        def communicate(self) -> tuple[str, None]:
+            return f"printed by {commands[-1][0]}", None
+
+    monkeypatch.setattr(gallery, "WORKERS", 1)
+    monkeypatch.setattr(gallery.subprocess, "Popen", Child)
     assert gallery.main(["one", "two", "three"], ["--out", str(tmp_path)]) == 0
     (tmp_path / "two" / "results.json").unlink()
     (tmp_path / "two" / "config.toml").write_text("", encoding="utf-8")
@@ -161,5 +171,35 @@ def test_all_demos_go_on(tmp_path, monkeypatch, capsys):
         ["two", "--resume", str(tmp_path / "two")],
         ["three", "--out", str(tmp_path / "three"), "--seed", "0"],
     ]
+    with pytest.raises(SystemExit):
+        gallery.main(["one"], ["--out", str(tmp_path), "--resume", "--seed", "5"])
+    assert "was begun with the options" in capsys.readouterr().err
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert all(f"printed by {name}" in page for name in ("one", "two", "three"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_demos_goes_to_the_running_ones(number, tmp_path):
+    """Each writes a checkpoint, and there is a page of those that are finished."""
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import demos.gallery as g; g.WORKERS = 1\n{STARTED}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OUT": str(tmp_path)},
+    ) as child:  # fmt: skip
+        end = time.monotonic() + 100
+        while not list(tmp_path.glob("deep_mlp/checkpoints/001/step-*")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        child.send_signal(number)
+        printed, _ = child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert "1 of 2 demos are finished" in printed
+    assert f"to go on: python -m demos all --resume --out {tmp_path}" in printed
+    assert "normalize_numbers" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "interrupted" in (tmp_path / "deep_mlp" / "output.txt").read_text(encoding="utf-8")
+
+
+ROOT = Path(__file__).parents[2]
+STARTED = """
+import demos.output
+demos.output.start(lambda: g.main(['normalize_numbers', 'deep_mlp'], ['--out', g.os.environ['OUT']]))
+"""

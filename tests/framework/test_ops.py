@@ -265,9 +265,9 @@ def test_a_wrong_batch_norm_is_caught(mistake):
 
 def test_a_declaration_needs_one_kind_of_rule_and_a_new_name():
     sample = OPS["exp"].sample
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(ValueError, match="`each`; got neither"):
         primitive(formula="y = x", sample=sample)
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(ValueError, match="`each`; got both"):
         primitive(lambda g, y, x: g, formula="y = x", sample=sample, each=lambda i, g, y, x: g)
     with pytest.raises(ValueError, match="already"):
         primitive(lambda g, y, x: g, formula="y = x", sample=sample)(ops.exp.__wrapped__)

@@ -125,30 +125,19 @@ def test_a_state_with_other_parameter_groups_does_not_fit():
         two.load_state_dict(optim.SGD([parameter()]).state_dict())
 
 
-def test_errors():
+def test_options_of_a_group_are_checked():
     p = parameter()
-    with pytest.raises(ValueError, match="no parameters"):
-        optim.SGD([])
-    for twice in ([p, p], [{"params": [p]}, {"params": [p]}]):
-        with pytest.raises(ValueError, match="more than once"):
-            optim.SGD(twice)
-    with pytest.raises(ValueError, match="Adam has no option 'momentum'; it has lr, betas"):
+    with pytest.raises(ValueError, match="Adam has no option momentum; it has lr, betas"):
         optim.Adam([{"params": [p], "momentum": 0.9}])
     for option in ("lr", "weight_decay", "eps"):
         with pytest.raises(ValueError, match=rf"{option} has to be 0 or more; got -1\.0"):
             optim.RMSprop([{"params": [p], option: -1.0}])
-    with pytest.raises(ValueError, match=r"betas have to be two numbers in \[0, 1\)"):
-        optim.AdamW([p], betas=(0.9, 1.0))
-    with pytest.raises(ValueError, match="betas have to be two numbers"):
-        optim.AdamW([p], betas=(0.9,))
-    for betas in (0.9, None, ("a", "b")):
+    for betas in (None, ("a", "b")):
         with pytest.raises(ValueError, match="betas have to be two numbers"):
             optim.AdamW([p], betas=betas)
-    for lr in ("1", Tensor(0.1), np.array([0.1])):
+    for lr in (Tensor(0.1), np.array([0.1])):
         with pytest.raises(TypeError, match="lr has to be a number; got"):
             optim.Adam([p], lr=lr)
-    with pytest.raises(ValueError, match="Nesterov"):
-        optim.SGD([p], nesterov=True)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +146,10 @@ def test_errors():
 def test_a_gradient_of_another_shape_is_an_error_and_changes_nothing(wrong, error):
     params = parameter(), parameter()
     optimizer = optim.Adam([{"params": p} for p in params])
-    params[0].grad, params[1].grad = Tensor(G), wrong
-    for refuse in (optimizer.step, lambda: optim.clip_grad_norm_(params, 0.1)):
-        with pytest.raises(error, match=r"a parameter of shape \(3,\) has a gradient of"):
-            refuse()
-    with pytest.raises(error, match="has a"):
-        optim.clip_grad_value_(params, 0.1)
-    assert params[0].grad.numpy().tolist() == G.tolist()
-    assert not optimizer.state
+    params[0].grad = Tensor(G)
+    with pytest.raises(error, match="the grad of a tensor"):
+        params[1].grad = wrong
+    assert params[1].grad is None
     params[1].grad, optimizer.param_groups[1]["lr"] = Tensor(G), -1.0
     with pytest.raises(ValueError, match="lr has to be 0 or more"):
         optimizer.step()
@@ -452,7 +437,7 @@ def test_options_that_would_train_nothing_or_wrongly_are_refused():
     for group in ({"betas": (2.0, 0.9)}, {"nesterov": True}):
         with pytest.raises(ValueError, match=r"betas|Nesterov"):
             (optim.Adam if "betas" in group else optim.SGD)([{"params": p, **group}])
-    for wrong in ({"lr": float("nan")}, {"momentum": -1.0}):
+    for wrong in ({"lr": float("nan")}, {"weight_decay": -1.0}):
         with pytest.raises(ValueError, match="0 or more"):
             optim.SGD([p], **wrong)
     with pytest.raises(ValueError, match="not those of Adam"):

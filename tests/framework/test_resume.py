@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from tests.tools.training import QUIET, samples, state, timeless
 from tinygrad_bn import manual_seed, nn, optim, random
-from tinygrad_bn.checkpoint import CheckpointError, Folder
+from tinygrad_bn.checkpoint import CheckpointError, Folder, read
+from tinygrad_bn.checkpoint import folder as folder_module
 from tinygrad_bn.train import Callback, History, ModelCheckpoint, Training, fit
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
@@ -197,8 +198,6 @@ def test_which_checkpoints_are_kept(tmp_path):
             checkpoint=ModelCheckpoint(folder, every=3, keep=2, monitor=monitor), **QUIET,
         )  # fmt: skip
 
-    from tinygrad_bn.checkpoint import read
-
     for monitor, best in (("val_loss", np.argmin), ("val_accuracy", np.argmax)):
         history = run(monitor, folder := tmp_path / monitor)
         names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -245,9 +244,9 @@ def test_a_full_disk(on_error, tmp_path, monkeypatch):
     if on_error == "raise":
         with pytest.raises(OSError, match="No space left"):
             run()
-        assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{i:08}.safetensors" for i in (2, 4)]
+        assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{i:08}.safetensors" for i in (0, 2)]
     else:
-        with pytest.warns(RuntimeWarning, match="no checkpoint of step 6, training goes on:.*No space left"):
+        with pytest.warns(RuntimeWarning, match="no checkpoint of step 4, training goes on:.*No space left"):
             assert len(run()) == 1
         assert Folder(tmp_path).newest() == tmp_path / "step-00000008.safetensors"
 
@@ -284,14 +283,13 @@ def test_signals_write_a_checkpoint_and_say_how_to_go_on(number, tmp_path):
     whole = started(tmp_path / "whole", 0)
     child = started(tmp_path / "cut", 0.2)
     assert child.stdout is not None
-    for line in child.stdout:
-        if line == "step 4\n":
-            break
+    while child.stdout.readline() != "step 4\n":
+        assert child.poll() is None
     child.send_signal(number)
     out, err = child.communicate(timeout=60)
     assert child.returncode == (0 if number == signal.SIGINT else -signal.SIGTERM)
     last = int(re.findall(r"step (\d+)", out)[-1]) if "step" in out else 4
-    assert f"interrupted after step {last}: wrote {tmp_path / 'cut'}" in err
+    assert f"interrupted after step {last}: the newest checkpoint is {tmp_path / 'cut'}" in err
     assert "give resume=True to go on" in err
     assert ("interrupted" in out) == (number == signal.SIGINT), "SIGTERM ends the process"
     again = started(tmp_path / "cut", 0)
@@ -315,14 +313,163 @@ def test_kills_at_random_moments(tmp_path):
         while killed < KILLS:
             child = os.fork()
             if child == 0:
-                training(folder, epochs=4, every=1)
-                os._exit(0)
+                try:
+                    training(folder, epochs=4, every=1)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
             time.sleep(rng.uniform(0, 0.25))
             os.kill(child, signal.SIGKILL)
-            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            if (status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == 0:
                 break
+            assert status == -signal.SIGKILL
             killed += 1
         assert training(folder, epochs=4, every=1) == want
         if killed >= KILLS:
             return
     pytest.fail("the children were too fast")
+
+
+def test_a_folder_that_does_not_exist_yet(tmp_path):
+    run = {"nonfinite": "restore", "checkpoint": tmp_path / "new" / "run", **QUIET}
+    fit(nn.Linear(4, 3), samples(8), epochs=1, **run)
+    assert (tmp_path / "new" / "run" / "epoch-start.safetensors").is_file()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_second_training_in_the_same_folder_shows_before_its_first_step(on_error, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    model, counting = nn.Linear(4, 3), Counting()
+    other = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os.write(other, b"process 7 on a machine\n")
+    try:
+        settings = ModelCheckpoint(tmp_path, on_error=on_error)
+        options = {"epochs": 1, "nonfinite": "restore", "callbacks": counting, "checkpoint": settings, **QUIET}
+        with pytest.raises(BlockingIOError, match=r"another process.*process 7 on a machine"):
+            fit(model, samples(8), **options)
+        assert not counting.losses
+        assert os.listdir(tmp_path) == [".lock"], "nothing of the other training is overwritten"
+    finally:
+        os.close(other)
+
+
+def test_a_second_training_of_this_process_in_the_same_folder(tmp_path):
+    class Second(Callback):
+        def on_step(self, training: Training) -> None:
+            with pytest.raises(BlockingIOError, match="another training of this process"):
+                fit(nn.Linear(4, 3), samples(8), checkpoint=tmp_path, resume=True, **QUIET)
+
+    fit(nn.Linear(4, 3), samples(8), epochs=1, callbacks=Second(), checkpoint=tmp_path, **QUIET)
+    fit(nn.Linear(4, 3), samples(8), epochs=1, callbacks=Second(), checkpoint=tmp_path, resume=True, **QUIET)
+
+
+def test_what_cannot_be_saved_shows_before_the_first_step(tmp_path):
+    class Odd(Counting):
+        def state_dict(self) -> dict[str, Any]:
+            return {"odd": {1, 2}}
+
+    odd = Odd()
+    with pytest.raises(TypeError, match=r"callbacks/0/odd is .*set"):
+        fit(nn.Linear(4, 3), samples(8), callbacks=odd, checkpoint=tmp_path / "a", **QUIET)
+    assert not odd.losses
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        fit(nn.Linear(4, 3), samples(8), callbacks=odd, checkpoint=tmp_path / "file", **QUIET)
+
+
+def test_what_a_callback_changes_in_modules_is_restored(tmp_path):
+    """Gradual unfreezing, and a probability of dropout that falls."""
+
+    class Unfreezing(Callback):
+        def on_step(self, training: Training) -> None:
+            if training.step == 3:
+                training.model[0].weight.requires_grad = True
+                training.model[2].p = 0.1
+
+    def run(folder: Path | None, crash: int = -1) -> Any:
+        manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+        model[0].weight.requires_grad = False
+        options = {"checkpoint": folder, "every": 1, "resume": True} if folder else {}
+        fit(model, samples(20), epochs=2, batch_size=5, callbacks=[Unfreezing(), Crashing(crash)], **options, **QUIET)
+        return state(model)
+
+    with pytest.raises(Crash):
+        run(tmp_path, 5)
+    assert run(tmp_path) == run(None)
+
+
+def test_a_training_that_a_callback_ended_says_so(tmp_path):
+    def stop(history: History, model: nn.Module) -> bool:
+        return len(history) == 2
+
+    options = {"callbacks": stop, "checkpoint": tmp_path, "resume": True, "epochs": 5, **QUIET}
+    assert len(history := fit(nn.Linear(4, 3), samples(8), **options)) == 2
+    assert "stop returned True" in history.stopped
+    with pytest.warns(UserWarning, match=r"has ended, and does not go on: .*stop returned True"):
+        assert len(fit(nn.Linear(4, 3), samples(8), **options)) == 2
+
+
+def test_a_callback_whose_state_does_not_fit_changes_nothing(tmp_path):
+    class Old(Counting):
+        pass
+
+    model = nn.Linear(4, 3)
+    fit(model, samples(8), epochs=1, callbacks=Old(), checkpoint=tmp_path, **QUIET)
+    Old.load_state_dict = lambda self, state: state["missing"]
+    other = nn.Linear(4, 3)
+    before = state(other)
+    with pytest.raises(CheckpointError, match=r"state of the callback .*Old does not fit: 'missing'"):
+        fit(other, samples(8), epochs=1, callbacks=Old(), checkpoint=tmp_path, resume=True, **QUIET)
+    assert state(other) == before
+
+
+def test_the_best_is_kept_whatever_the_time_and_the_kill(tmp_path, monkeypatch):
+    def run(folder: Path) -> None:
+        manual_seed(2)
+        model = nn.Linear(4, 3)
+        settings = ModelCheckpoint(folder, min_seconds=1000)
+        optimizer = optim.Adam(model.parameters(), lr=0.05)
+        fit(model, samples(40), epochs=6, seed=0, optimizer=optimizer, checkpoint=settings, resume=True, **QUIET)
+
+    run(tmp_path / "whole")
+    assert (tmp_path / "whole" / "best.safetensors").exists(), "although the time has not come"
+    names: list[str] = []
+    save = folder_module.state.save
+
+    def killed(path: Path, *args: Any, **options: Any) -> Any:
+        names.append(path.name)
+        if len(names) == 4:
+            raise Crash
+        return save(path, *args, **options)
+
+    monkeypatch.setattr(folder_module.state, "save", killed)
+    with pytest.raises(Crash):
+        run(tmp_path / "cut")
+    monkeypatch.undo()
+    run(tmp_path / "cut")
+    best = [read(tmp_path / name / "best.safetensors") for name in ("whole", "cut")]
+    assert len({len(b.extra["history"]["epochs"]) for b in best}) == 1
+
+
+@pytest.mark.parametrize("handler", ["ignored", "own"])
+def test_handlers_of_signals_stay(handler, tmp_path):
+    """An ignored signal is ignored; a handler of the program's own is called at the end."""
+    seen: list[int] = []
+    former = signal.signal(signal.SIGTERM, signal.SIG_IGN if handler == "ignored" else lambda n, _: seen.append(n))
+
+    class Sent(Callback):
+        def on_step(self, training: Training) -> None:
+            if training.step == 2:
+                signal.raise_signal(signal.SIGTERM)
+                assert not seen
+
+    try:
+        history = fit(
+            nn.Linear(4, 3), samples(8), epochs=2, batch_size=4, callbacks=Sent(), checkpoint=tmp_path, **QUIET
+        )
+        assert history.interrupted == (handler == "own")
+        assert seen == ([signal.SIGTERM] if handler == "own" else [])
+    finally:
+        signal.signal(signal.SIGTERM, former)

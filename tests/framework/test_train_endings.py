@@ -2,15 +2,12 @@
 
 import math
 import re
-import sys
-from collections.abc import Callable
 from functools import partial
-from linecache import getline
-from types import FrameType
 
 import numpy as np
 import pytest
 
+from tests.tools.interrupts import interrupted_at
 from tests.tools.training import QUIET, network, samples, state, timeless
 from tinygrad_bn import Tensor, datasets, nn, optim, train
 from tinygrad_bn import functional as F
@@ -75,40 +72,16 @@ def test_ctrl_c_in_a_callback_that_evaluates_leaves_training_mode():
     assert all(module.training for module in model.modules())
 
 
-def interrupted_at(moment: int, function: Callable[[], object]) -> tuple[object, int]:
-    """The result of `function`, or None after KeyboardInterrupt; and how many lines it ran.
-
-    Ctrl-C comes before a line of the training loop or of a context that it enters; not before a `with`, whose end would
-    be left out.
-    """
-    files, lines = (*train.__path__, nn.module.__file__, reductions.__file__), 0
-
-    def trace(frame: FrameType, event: str, arg: object) -> object:
-        nonlocal lines
-        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
-            lines += 1
-            if lines == moment:
-                raise KeyboardInterrupt
-        return trace
-
-    former = sys.gettrace()
-    sys.settrace(lambda frame, *_: trace if frame.f_code.co_filename.startswith(files) else None)
-    try:
-        return function(), lines
-    except KeyboardInterrupt:
-        return None, lines
-    finally:
-        sys.settrace(former)
-
-
 def test_ctrl_c_at_any_moment_leaves_everything_in_order():
+    files = (*train.__path__, nn.module.__file__, reductions.__file__)
+
     def training(model: nn.Module) -> History:
         return fit(model, samples(4), validation=samples(4), epochs=1, batch_size=4, **QUIET)
 
-    lines = [interrupted_at(0, partial(training, network()))[1] for _ in range(2)][1]  # the first call imports
+    lines = [interrupted_at(0, partial(training, network()), files)[1] for _ in range(2)][1]  # the first call imports
     for moment in np.random.default_rng(0).integers(1, lines, 150, endpoint=True).tolist():
         model = network()
-        result, ran = interrupted_at(moment, partial(training, model))
+        result, ran = interrupted_at(moment, partial(training, model), files)
         assert ran >= moment
         assert reductions._listener.get() is None
         assert is_recording()

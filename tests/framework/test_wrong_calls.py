@@ -108,8 +108,6 @@ REFUSED = [
         for f in (F.softmax, F.log_softmax)
         for a, words in ((5, r"x \(2, 3, 4\) has no axis 5"), (1.5, "axis is an integer"), (True, "axis is an integer"))
     ],
-    (lambda: Tensor(ONE, dtype=np.int8) + 200, OverflowError, r"add\(int8 \(1,\), 200\): int8 cannot hold 200"),
-    (lambda: F.add(X, None), TypeError, r"add\(float32 \(2, 3, 4\), None\): an operand is None"),
     (lambda: F.mul(ONE, None), TypeError, "an operand is None"),
     (lambda: F.exp(None), TypeError, r"exp\(None\): an operand is None"),
     *[

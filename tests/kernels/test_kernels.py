@@ -397,10 +397,12 @@ def test_a_few_large_gradients_do_not_change_the_others(shape, relu, driver):
         assert np.abs(a - b).max() <= 1e-6 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_first_element_that_is_infinite_leaves_the_mean_infinite(shape, driver):
+def test_an_infinite_element_leaves_the_mean_infinite(shape, place, driver):
     x, g, weight, bias = batch_norm_operands(shape)
-    x[0, 0], x[:, 1] = np.inf, x[:, 1] + 1e5
+    x[(0, 0, *[place] * (x.ndim - 2))] = np.inf
+    x[:, 1] += 1e5
     x[0, 1] = 0  # so that its channel is summed again
     with np.errstate(invalid="ignore"):
         mean = batch_norm_step(x, g, weight, bias)[1]

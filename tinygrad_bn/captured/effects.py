@@ -22,7 +22,8 @@ OWN = {"tinygrad_bn", "tinygrad_bn_kernels"}
 STDLIB = sysconfig.get_path("stdlib"), "<frozen "
 # Parts of this package whose functions do nothing that lasts, or are recorded with what they do.
 RECORDED = {
-    "arguments", "autograd", "captured", "functional", "hooks", "modes", "more_ops", "nn", "ops", "optim", "tensor",
+    "arguments", "autograd", "captured", "functional", "hooks", "modes", "more_ops", "nn", "ops", "optim",
+    "tensor",
 }  # fmt: skip
 LASTING = {
     "STORE_ATTR": "assigns an attribute",
@@ -126,6 +127,8 @@ class Effects:
         if above is REFUSED:
             return REFUSED
         if package in OWN:
+            if rest == "keywords":  # what it wraps is what the step calls
+                return above
             if above is CODE and rest.partition(".")[0] not in RECORDED:
                 self.refuse(f"the step calls {code.co_qualname}(), which a program would not call again")
                 return REFUSED

@@ -102,7 +102,7 @@ array_of = attrgetter("_data")
 
 def set_grad(t: Tensor, gradient: Any) -> None:
     """Leave a gradient, an array, in a tensor."""
-    t.grad = Tensor._of(gradient)
+    t._grad = Tensor._of(gradient)
 
 
 class Program:

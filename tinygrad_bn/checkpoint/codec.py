@@ -23,8 +23,8 @@ def pack(value: Any, name: str, arrays: dict[str, Array]) -> Any:
     if isinstance(value, np.ndarray):
         if not (value.dtype.kind in "biuf" and value.dtype.itemsize <= 8):
             raise TypeError(f"{name} is an array of {value.dtype}; only numbers and booleans can be saved")
-        if name in arrays:
-            raise TypeError(f"two values would be saved as {name}; rename one")
+        while name in arrays:  # as of the keys 1 and "1"
+            name += "'"
         arrays[name] = value
         return {"$array": name}
     if isinstance(value, int) and value.bit_length() > DIGITS:

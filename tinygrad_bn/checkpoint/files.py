@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1",
 }  # fmt: skip
+SHOWN = 700  # characters of a problem
 TORCH = (
     "this is a file of torch.save, which may run any program when it is read; convert it where torch is installed: "
     'safetensors.torch.save_file(torch.load(FILE, weights_only=True), "model.safetensors")'
@@ -37,6 +39,9 @@ class CheckpointError(ValueError):
     """A file that cannot be loaded: which one, what is wrong, and what to do. Nothing was changed."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
+        problem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem)  # names are those of the file
+        if len(problem) > SHOWN:
+            problem = f"{problem[: SHOWN - 203]} … {problem[-200:]}"
         super().__init__(f"{os.fspath(path)}: {problem}")
         self.path, self.problem = Path(path), problem
 
@@ -88,7 +93,7 @@ def to_bytes(arrays: Mapping[str, Array], content: Mapping[str, Any]) -> bytes:
     """The bytes of a file with these arrays and this content, which is JSON."""
     from safetensors.numpy import save
 
-    arrays = {name: np.asarray(a, order="C") for name, a in arrays.items()}
+    arrays = {name: _little(a) for name, a in arrays.items()}
     metadata = {FORMAT: str(VERSION), CONTENT: json.dumps(content)}
     return save(arrays, {**metadata, HASH: _digest(arrays, metadata)})
 
@@ -98,15 +103,23 @@ def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, a in sorted(arrays.items()):
         digest.update(json.dumps([name, a.dtype.str.lstrip("<>|="), list(a.shape)]).encode())
-        digest.update(a.astype(a.dtype.newbyteorder("<"), order="C", copy=False).tobytes())
+        digest.update(_little(a).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _little(a: Array) -> Array:
+    """The array in the order of its axes and little-endian, as in the file."""
+    return np.asarray(a, a.dtype.newbyteorder("<"), order="C")
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
     """The contents of a safetensors file, checked: header, sizes, dtypes, and in own files version and SHA-256.
 
-    bfloat16 arrays become float32, exactly. Raises CheckpointError for a damaged or foreign file, OSError if it cannot
-    be read.
+    bfloat16 arrays become float32, exactly. The hash finds damage; it is no signature. Memory is reserved for what the
+    file holds, not for what its header claims: about twice the size of the file for arrays, and up to 100 times the
+    text of `extra` and other JSON, if that is nothing but nested empty lists.
+
+    Raises CheckpointError for a damaged or foreign file, OSError if it cannot be read.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -114,11 +127,13 @@ def read(path: str | os.PathLike[str]) -> Contents:
         arrays, metadata, notes = _parse(path, data)
         if not OURS & metadata.keys():
             if slashed := [name for name in arrays if "/" in name]:
-                raise CheckpointError(path, f"{slashed[0]!r} is not a name of a parameter or buffer")
+                raise CheckpointError(path, f"{shown(slashed[0])} is not a name of a parameter or buffer")
             return Contents(path, arrays, notes=notes)
         return _contents(path, arrays, metadata, notes)
     except CheckpointError:
         raise
+    except MemoryError as error:
+        raise CheckpointError(path, f"its {len(data):,} bytes need more memory than there is") from error
     except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError) as error:
         raise CheckpointError(path, f"its contents have a wrong form: {error!r:.300}; take another file") from error
 
@@ -126,45 +141,50 @@ def read(path: str | os.PathLike[str]) -> Contents:
 def _read_bytes(path: Path) -> bytes:
     if stat.S_ISFIFO(mode := os.stat(path).st_mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode):
         raise CheckpointError(path, "this is not a regular file")
-    data = path.read_bytes()
-    if data[:4] == b"PK\x03\x04" or data[:2] == b"\x80\x02":
-        raise CheckpointError(path, TORCH)
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8:
-        claims = f"its header claims {size:,} bytes" if len(data) >= 8 else "it has no header"
-        raise CheckpointError(path, f"it is incomplete or no safetensors file: {claims}, of {len(data):,} in the file")
-    return data
+    with path.open("rb") as file:
+        start, there = file.read(9), os.fstat(file.fileno()).st_size
+        size = int.from_bytes(start[:8], "little")
+        if size > there - 8 or start[8:] != b"{":
+            if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+                raise CheckpointError(path, TORCH)
+            claims = f"its header claims {size:,} bytes" if there >= 8 else "it has no header"
+            raise CheckpointError(path, f"it is incomplete or no safetensors file: {claims}, of {there:,} in the file")
+        try:
+            return start + file.read()
+        except MemoryError as error:
+            raise CheckpointError(path, f"its {there:,} bytes need more memory than there is") from error
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Array], dict[str, str], tuple[str, ...]]:
     """Arrays, metadata and notes of a safetensors file."""
     from safetensors import SafetensorError, deserialize
 
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")], object_pairs_hook=_no_duplicates)
-    if not isinstance(header, dict):
-        raise CheckpointError(path, "its header is no dictionary")
     try:
-        tensors = deserialize(data)  # type: ignore[no-untyped-call]
+        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise CheckpointError(path, f"it is damaged or no safetensors file: {error}") from error
-    arrays, wide = {}, []
-    for name, tensor in tensors:
-        dtype = tensor["dtype"]
-        if dtype not in DTYPES:
-            raise CheckpointError(path, f"{name} has the dtype {dtype}; convert it to float32 before")
-        kind = np.dtype(DTYPES[dtype])
-        array = np.frombuffer(tensor["data"], kind).reshape(tensor["shape"]).astype(kind.newbyteorder("="))
-        if dtype == "BOOL":
-            if (array > 1).any():
-                raise CheckpointError(path, f"{name} has booleans that are neither 0 nor 1")
-            array = array.astype(bool)
-        elif dtype == "BF16":
-            array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(array.shape)
-            wide.append(name)
-        arrays[name] = array
-    notes = (f"bfloat16 became float32, exactly: {', '.join(wide)}",) if wide else ()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")].decode(), object_pairs_hook=_no_duplicates)
+    metadata = header.pop("__metadata__", None) or {}
     # In the order of the header, which in torch's files is not that of the offsets
-    return {n: arrays[n] for n in header if n != "__metadata__"}, dict(header.get("__metadata__") or {}), notes
+    arrays = {name: _array(path, name, **tensors.pop(name)) for name in header}
+    wide = [name for name, entry in header.items() if entry["dtype"] == "BF16"]
+    return arrays, metadata, (f"bfloat16 became float32, exactly: {', '.join(wide)}",) if wide else ()
+
+
+def _array(path: Path, name: str, dtype: str, shape: list[int], data: bytearray) -> Array:
+    if dtype not in DTYPES:
+        raise CheckpointError(path, f"{shown(name)} has the dtype {dtype}; convert it to float32 before")
+    stored = np.dtype(DTYPES[dtype])
+    array = np.frombuffer(data, stored).reshape(shape).astype(stored.newbyteorder("="), copy=False)
+    if dtype == "BOOL":
+        if (array > 1).any():
+            raise CheckpointError(path, f"{shown(name)} has booleans that are neither 0 nor 1")
+        return array.view(bool)
+    if dtype == "BF16":
+        wide = array.astype(np.uint32)
+        wide <<= 16  # in place, since `wide << 16` would be no array without axes
+        return wide.view(np.float32)
+    return array
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,26 +207,39 @@ def _contents(path: Path, arrays: dict[str, Array], metadata: dict[str, str], no
         raise CheckpointError(path, "it is damaged: its SHA-256 differs; take a checkpoint before it")
     content = json.loads(metadata[CONTENT])
     parts = {part: unpack(content[part], arrays) for part in PARTS}
-    if unknown := [n for n in arrays if "/" in n and n.partition("/")[0] not in PARTS]:
-        raise CheckpointError(path, f"{unknown[0]!r} belongs to no part of a checkpoint")
-    return Contents(
-        path,
-        {n: arrays[n] for n in content["keys"]},
-        parts["optimizer"],
-        parts["schedule"],
-        parts["generators"] or {},
-        parts["extra"],
-        parts["arrays"] or {},
-        {"format_version": VERSION, **content["metadata"]},
-        notes,
-    )
+    parts |= {part: parts[part] or {} for part in ("generators", "arrays")}
+    model = {name: arrays[name] for name in content["keys"]}
+    found = Contents(path, model, **parts, metadata={**content["metadata"], "format_version": VERSION}, notes=notes)
+    _expect_form(found)
+    if unknown := [n for n in arrays if n not in model and n.partition("/")[0] not in PARTS]:
+        raise ValueError(f"{shown(unknown[0])} belongs to no part of a checkpoint")
+    return found
+
+
+def _expect_form(found: Contents) -> None:
+    """Raise ValueError unless each part is of the type that it should have."""
+    meta = found.metadata
+    conventions = meta["conventions"]
+    dictionaries = [found.generators, found.arrays, conventions, *found.generators.values(), *conventions.values()]
+    dictionaries += [state for state in (found.optimizer, found.schedule) if state is not None]
+    texts = [meta["package_version"], *(meta[part] for part in ("optimizer", "schedule") if part in meta)]
+    texts += [key for part in (found.generators, found.arrays, conventions) for key in part]
+    numbers = [value for own in conventions.values() for value in own.values()]
+    for kind, values in (
+        (dict, dictionaries), (str, texts), (np.ndarray, found.arrays.values()), (int | float | None, numbers),
+    ):  # fmt: skip
+        for value in values:
+            if not isinstance(value, kind):
+                raise ValueError(f"{shown(value)} stands in a wrong place")
 
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole: a temporary file beside it, fsync, rename, fsync of the folder.
 
     On an error the file that was there before stays. Only if the last fsync fails, the new one is there, complete, but
-    may be lost when the power fails. Raises OSError that names `path`.
+    may be lost when the power fails. After a power failure at any moment `path` is the file before or the new one, and
+    once `write` has returned it is the new one; on Windows, and where folders cannot be synced, it may still be the
+    file before. Raises OSError that names `path`.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -235,5 +268,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do this
+            raise
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -17,20 +18,22 @@ from tinygrad_bn.checkpoint.files import CheckpointError, Contents, read
 from tinygrad_bn.nn.module import Module
 
 GENERATION = re.compile(r"step-(\d{8,})\.safetensors")
-TEMPORARY = re.compile(r"\.(step-\d{8,}|best)\.safetensors\.\d+-[0-9a-f]{8}\.tmp")
+TEMPORARY = re.compile(r"\..+\.safetensors\.\d+-[0-9a-f]{8}\.tmp")
 BEST = "best.safetensors"
 
 
 class _Lock:
-    """The right to write into a folder, kept as long as this object lives; the system ends that of a dead process."""
+    """The lock of a folder, which this process has as long as this object lives; the system frees it when it dies."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            raise OSError(f"{folder}: this system has no file locks (fcntl); use checkpoint.save instead") from None
         self.process, self.writing = os.getpid(), threading.Lock()
         self.descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            self._lock(folder)
+
+    def _lock(self, folder: Path) -> None:
+        import fcntl
+
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -47,13 +50,18 @@ class _Lock:
 
 
 LOCKS: WeakValueDictionary[tuple[int, Path], _Lock] = WeakValueDictionary()  # of this process
+LOCKING = threading.Lock()
 
 
 class Folder:
     """Checkpoints `step-00001234.safetensors`, the last `keep` of them, and `best.safetensors`.
 
-    The first `save` locks the folder, until `close()` or the end of the object or process; a second process that saves
-    gets BlockingIOError. Other files in the folder are left alone.
+    `lock()` or the first `save` locks the folder, until `close()` or the end of the object or process, even if it is
+    killed; a second process that saves gets BlockingIOError. Windows has no such lock: there it is up to the user that
+    one process writes. Files of other names are left alone.
+
+    After a power failure each file is whole, or is not there. What `save` returned is there, unless the disk lost what
+    it had confirmed. With `keep` of 2 or more, older generations are there as well.
 
     >>> import tempfile
     >>> from tinygrad_bn import nn
@@ -77,14 +85,13 @@ class Folder:
         """
         step = expect_integer("step", step, 0)
         expect_flags(best=best)
-        self.path.mkdir(parents=True, exist_ok=True)
         with self._locked().writing:
             for name in os.listdir(self.path):
                 if TEMPORARY.fullmatch(name):  # its writer is dead, since this process has the lock
                     (self.path / name).unlink(missing_ok=True)
-            path = state.save(self.path / f"step-{step:08d}.safetensors", model, **others)
-            if best:
+            if best:  # first: who goes on from the generation relies on it
                 state.save(self.path / BEST, model, **others)
+            path = state.save(self.path / f"step-{step:08d}.safetensors", model, **others)
             others_there = [p for p in self.generations() if p != path]
             for old in others_there[: max(0, len(others_there) + 1 - self.keep)]:
                 old.unlink(missing_ok=True)
@@ -128,11 +135,17 @@ class Folder:
         """Let other processes write into the folder."""
         self._lock = None
 
+    def lock(self) -> None:
+        """Lock the folder, as `save` does, and make it if it is missing; errors as of `save`."""
+        self._locked()
+
     def _locked(self) -> _Lock:
+        self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None or self._lock.process != os.getpid():  # a forked child has to ask for itself
             key = os.getpid(), self.path.resolve()
-            lock = LOCKS.get(key)
-            self._lock = LOCKS[key] = _Lock(self.path) if lock is None else lock
+            with LOCKING:
+                lock = LOCKS.get(key)
+                self._lock = LOCKS[key] = _Lock(self.path) if lock is None else lock
         return self._lock
 
     def __enter__(self) -> Self:

@@ -12,7 +12,7 @@ import numpy as np
 
 import tinygrad_bn
 from tinygrad_bn import random
-from tinygrad_bn.arguments import expect_flags, full_name, warn_caller
+from tinygrad_bn.arguments import expect_flags, full_name, shown, warn_caller
 from tinygrad_bn.backend import Array, to_numpy
 from tinygrad_bn.checkpoint.codec import pack
 from tinygrad_bn.checkpoint.files import CheckpointError, Contents, read, to_bytes, write
@@ -89,6 +89,9 @@ def load(
     The states go into the generators that are there, so those that are shared stay shared. Only states are restored,
     not the seeds that `Generator.spawn` counts from.
 
+    Also restored is the state of the default generator, that of `manual_seed`; `Module.load` and `load_model` take the
+    parameters and buffers alone.
+
     Args:
         strict: without it, keys of the model may be missing or unexpected, and options of normalisations may differ,
             with a warning.
@@ -155,6 +158,8 @@ def _expect(
     model: Module, optimizer: Optimizer | None = None, schedule: Schedule | None = None, strict: bool = True
 ) -> None:
     expect_flags(strict=strict)
+    if isinstance(model, str | os.PathLike):
+        raise TypeError("the path comes first, then the model: save(path, model)")
     for name, value, kind in (
         ("model", model, Module),
         ("optimizer", optimizer, Optimizer),
@@ -187,6 +192,9 @@ def _fitting_states(contents: Contents, generators: Mapping[str, np.random.Gener
         raise CheckpointError(contents.path, f"it has no state of the generator {missing[0]!r}; it has {list(saved)}")
     first: dict[int, str] = {}
     for name, rng in generators.items() if saved else ():
+        kind, was = type(rng.bit_generator).__name__, saved[name].get("bit_generator")
+        if was != kind:
+            raise CheckpointError(contents.path, f"the generator {name!r} was a {shown(was)}, and is a {kind} here")
         try:
             type(rng.bit_generator)().state = saved[name]
         except (ValueError, TypeError, KeyError, OverflowError) as error:

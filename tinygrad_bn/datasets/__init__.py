@@ -15,6 +15,7 @@ from tinygrad_bn.arguments import expect_flags, expect_integer, expect_text, sho
 from tinygrad_bn.datasets.catalogue import KNOWN, OWN
 from tinygrad_bn.datasets.fetch import find
 from tinygrad_bn.datasets.files import DataError, read_csv, read_idx
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Array
 
@@ -31,7 +32,7 @@ def expect_arrays(*arrays: Any) -> None:
         if not getattr(a, "shape", ()):
             raise TypeError(f"samples and targets are arrays of shape (N, ...); got {type(a).__name__} {a!r:.60}")
     if len({len(a) for a in arrays}) > 1:
-        raise ValueError("{} samples, but {} targets".format(*map(len, arrays)))
+        raise ValueError("x has {} samples, but {} targets are in y; each sample has one".format(*map(len, arrays)))
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _is_folder(path: str | Path) -> bool:
         return False
 
 
-class Batches:
+class Batches(Named):
     """Mini-batches `(x, y)`; each iteration is one epoch.
 
     Args:

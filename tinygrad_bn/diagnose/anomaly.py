@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import device_of, to_numpy
-from tinygrad_bn.diagnose.seam import Call, Line, Place, Watcher, alone, path_of
+from tinygrad_bn.diagnose.seam import Call, Line, Place, Watcher, alone
 from tinygrad_bn.hooks import listening
 from tinygrad_bn.modes import recording
+from tinygrad_bn.nn.paths import path_of
 from tinygrad_bn.tensor import Op, Tensor
 from tinygrad_bn.testing.diagnosis import names_of
 

@@ -138,16 +138,3 @@ def alone(function: Any, *args: Any) -> Any:
 
 
 STOP = alone.__code__
-
-
-def path_of(modules: Sequence[Module]) -> str:
-    """The path of the innermost of the running modules, as in the outermost's state dict, and its type; "" for none."""
-    if not modules:
-        return ""
-    names = {module: name for name, module in modules[0].named_modules()}
-    for module in reversed(modules):
-        for candidate in (module, *module.children()):  # a module made for the occasion has the real one as child
-            if candidate in names:
-                name, kind = names[candidate], type(candidate).__name__
-                return f"{name} ({kind})" if name else kind
-    return ""

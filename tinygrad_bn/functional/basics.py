@@ -22,6 +22,7 @@ from tinygrad_bn.arguments import (
 )
 from tinygrad_bn.functional.half import rounded_once
 from tinygrad_bn.functional.statistics import values
+from tinygrad_bn.keywords import named
 from tinygrad_bn.more_ops import erfc, expm1, log1p, max, sigmoid
 from tinygrad_bn.ops import exp, mul, reshape, sub, sum, where
 from tinygrad_bn.random import philox
@@ -99,6 +100,7 @@ def _several(name: str, tensors: Any, axis: Any) -> list[Any]:
     return list(tensors)
 
 
+@named
 def flatten(x: Operand, start_axis: int = 1) -> Tensor:
     """Merge the axes from `start_axis` on into one: (N, C, H, W) to (N, C·H·W).
 
@@ -174,6 +176,7 @@ def expect_probability(p: float) -> None:
     expect_number("p", p, 0, 1)
 
 
+@named
 def dropout(x: Operand, p: float = 0.5, training: bool = True, rng: np.random.Generator | None = None) -> Operand:
     """In training, zero each element with probability `p` and scale the others by 1 / (1 − p).
 

@@ -290,7 +290,8 @@ def _conv(x: Operand, weight: Operand, bias: Operand | None, **options: Any) -> 
 
 def _check_bias(bias: Operand, channels: int) -> None:
     if np.shape(values(bias)) != (channels,):
-        raise ValueError(f"bias has shape {np.shape(values(bias))}, for {channels} output channels")
+        got = np.shape(values(bias))
+        raise ValueError(f"bias has to be one number for each of {channels} output channels; got shape {got}")
 
 
 def _of_rank(ndim: int) -> Callable[..., Tensor]:
@@ -332,7 +333,8 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
         groups = expect_size("groups", groups)
         if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
             raise ValueError(
-                f"channels of x {x.shape} and weight {weight.shape}, (O, C / groups, ...), do not fit {groups} groups"
+                f"conv{ndim}d: x {x.shape}, (N, C, ...), and weight {weight.shape}, (O, C / groups, ...), "
+                f"do not fit {groups} groups; C has to be the same, and groups to divide O"
             )
         kernel = weight.shape[2:]
         if min(weight.shape) < 1:
@@ -344,7 +346,8 @@ def _of_rank(ndim: int) -> Callable[..., Tensor]:
         out = output_size(x.shape[2:], kernel, stride, padded, dilation)
         if min(out, default=1) < 1:
             raise ValueError(
-                f"a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padded}"
+                f"conv{ndim}d: a kernel of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding "
+                f"{padded}; x has to be larger, or the kernel smaller"
             )
         if bias is not None:
             _check_bias(bias, weight.shape[0])

@@ -22,6 +22,7 @@ from tinygrad_bn.backend import device_of
 from tinygrad_bn.functional.basics import largest, log_of_sum
 from tinygrad_bn.functional.reductions import note
 from tinygrad_bn.functional.statistics import mean, values
+from tinygrad_bn.keywords import named
 from tinygrad_bn.more_ops import abs, clip, concatenate, getitem, softplus
 from tinygrad_bn.ops import astype, reshape, sum, transpose, where
 from tinygrad_bn.sample import REAL, Draw, Drawn
@@ -46,7 +47,7 @@ def _target(target: Operand) -> Any:
     return array
 
 
-def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any], Any]:
+def _working(name: str, x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any], Any]:
     """The operands of a loss in the dtype to compute in, and the dtype of the loss.
 
     That is the widest floating-point dtype of all operands; half precision is computed in float32.
@@ -54,7 +55,9 @@ def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any],
     """
     expect_floats(x, "a loss")
     if x.shape != (shape := _target(target).shape):
-        raise ValueError(f"prediction and target differ in shape: {x.shape} and {shape}")
+        raise ValueError(
+            f"{name}: x and target have to be of one shape; got {x.shape} and {shape}: reshape one of them"
+        )
     dtype = x.dtype
     if dtype.char in "fd" and not [o for o in (target, *weights) if o is not None and getattr(o, "dtype", 0) != dtype]:
         return [x, target, *weights], dtype  # the usual case
@@ -66,14 +69,14 @@ def _working(x: Operand, target: Operand, *weights: Operand) -> tuple[list[Any],
 
 def mse_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
     """Squared error (x − target)². Raises ValueError where the shapes differ."""
-    (x, target), dtype = _working(x, target)
+    (x, target), dtype = _working("mse_loss", x, target)
     difference = x - target
     return _reduced(difference * difference, reduction, dtype)
 
 
 def l1_loss(x: Operand, target: Operand, reduction: Reduction = "mean") -> Tensor:
     """Absolute error |x − target|. Raises ValueError where the shapes differ."""
-    (x, target), dtype = _working(x, target)
+    (x, target), dtype = _working("l1_loss", x, target)
     return _reduced(abs(x - target), reduction, dtype)
 
 
@@ -82,7 +85,7 @@ def huber_loss(x: Operand, target: Operand, delta: float = 1.0, reduction: Reduc
     delta = expect_number("delta", delta, finite=False)
     if not delta > 0:
         raise ValueError(f"delta has to be greater than 0; got {shown(delta)}")
-    (x, target), dtype = _working(x, target)
+    (x, target), dtype = _working("huber_loss", x, target)
     d = x - target
     inner = clip(d, min=-delta, max=delta)  # of d, not of |d|, which has a kink at 0
     return _reduced(inner * (d - inner * 0.5), reduction, dtype)
@@ -110,19 +113,22 @@ def binary_cross_entropy_with_logits(
     for name, scale in (("weight", weight), ("pos_weight", pos_weight)):
         if scale is not None:
             _expect_scale(name, scale)
-    (x, target, weight, pos_weight), dtype = _working(x, target, weight, pos_weight)
+    (x, target, weight, pos_weight), dtype = _working("binary_cross_entropy_with_logits", x, target, weight, pos_weight)
     positive = softplus(-x) * target if pos_weight is None else softplus(-x) * target * pos_weight
     loss = positive + softplus(x) * (1 - target)
     return _reduced(loss if weight is None else loss * weight, reduction, dtype)
 
 
-def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
+def _classes(name: str, x: Operand, target: Operand, ignore_index: int) -> Any:
     """The targets (N, ...) for class scores x (N, C, ...), checked as to shapes and dtypes."""
     expect_int64("ignore_index", ignore_index)
     expect_floats(x, "cross-entropy")
     classes = _target(target)
     if x.ndim < 2 or classes.shape != (x.shape[0], *x.shape[2:]):
-        raise ValueError(f"scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}")
+        one_hot = ": give class indices, as by target.argmax(1)" if x.shape == classes.shape and x.ndim > 1 else ""
+        raise ValueError(
+            f"{name}: scores have shape (N, C, ...) and targets (N, ...); got {x.shape} and {classes.shape}{one_hot}"
+        )
     _expect_classes(classes)
     return classes
 
@@ -130,7 +136,7 @@ def _classes(x: Operand, target: Operand, ignore_index: int) -> Any:
 def _expect_classes(target: Any) -> None:
     """Raise TypeError unless the targets are integers."""
     if target.dtype.kind not in "iu":
-        raise TypeError(f"targets are class indices, of an integer dtype; got {target.dtype}")
+        raise TypeError(f"targets are class indices, of an integer dtype; got {target.dtype}: convert them by astype")
 
 
 def _as_rows(x: Operand) -> Operand:
@@ -147,7 +153,9 @@ def _class_weight(weight: Operand | None, x: Operand) -> Any:
         raise ValueError("class weights are constants here; pass weight.detach()")
     expect_array(weight, "the weight of a loss")
     if values(weight).shape != (x.shape[1],):
-        raise ValueError(f"weight has shape {values(weight).shape}, for {x.shape[1]} classes")
+        raise ValueError(
+            f"weight has to be one number for each of {x.shape[1]} classes; got shape {values(weight).shape}"
+        )
     return values(weight)
 
 
@@ -162,7 +170,7 @@ def nll_loss(
 
     Arguments and errors are those of `cross_entropy`.
     """
-    classes, weight = _classes(x, target, ignore_index), _class_weight(weight, x)
+    classes, weight = _classes("nll_loss", x, target, ignore_index), _class_weight(weight, x)
     loss, total = _picked(_as_rows(x), classes.reshape(-1), weight, ignore_index, reduction)
     loss = astype(loss, dtype=x.dtype)
     note(loss, reduction, classes.size, ignore_index, float, total)
@@ -249,6 +257,7 @@ def softmax_cross_entropy(
     return loss, concatenate(top, log_sum, axis=1), total
 
 
+@named
 def cross_entropy(
     x: Operand,
     target: Operand,
@@ -276,7 +285,7 @@ def cross_entropy(
     0.6931471824645996
     """
     label_smoothing = expect_number("label_smoothing", label_smoothing, 0, 1)
-    classes = _classes(x, target, ignore_index)
+    classes = _classes("cross_entropy", x, target, ignore_index)
     weight = _class_weight(weight, x)
     loss = softmax_cross_entropy(
         _as_rows(x),

@@ -146,7 +146,7 @@ def _last_axes_norm(
     shape = last_axes(normalized_shape)
     samples = x.shape[: x.ndim - len(shape)]
     if (*samples, *shape) != x.shape:
-        raise ValueError(f"the last axes of {x.shape} are not the normalized_shape {shape}")
+        raise ValueError(f"the last axes of the input have to be the normalized_shape {shape}; got shape {x.shape}")
     eps = float(np.finfo(at_least_single(x.dtype)).eps) if eps is None and not centered else eps
     blocks = math.prod(samples), 1, math.prod(shape), 1
     return _block_norm(x, weight, bias, shape, blocks, eps, centered)

@@ -169,7 +169,10 @@ def _out(x: Operand, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, 
     """`pooled_size`, checked."""
     out = pooled_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
     if min(out) < 1:
-        raise ValueError(f"a window of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padding}")
+        raise ValueError(
+            f"pooling: a window of {kernel} (dilation {dilation}) does not fit x {x.shape} with padding {padding}; "
+            "x has to be larger, or kernel_size smaller"
+        )
     for n, m, k, s, p, d in zip(x.shape[2:], out, kernel, stride, padding, dilation, strict=True):
         if d > 1:
             start = np.arange(m) * s - p

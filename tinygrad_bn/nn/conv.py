@@ -43,7 +43,10 @@ class _Conv(Module):
         self.groups = expect_size("groups", groups)
         expect_flags(bias=bias)
         if self.in_channels % self.groups or self.out_channels % self.groups:
-            raise ValueError(f"{in_channels} and {out_channels} channels do not divide into {groups} groups")
+            raise ValueError(
+                "groups has to divide in_channels and out_channels: "
+                f"{in_channels} and {out_channels} channels do not divide into {groups} groups"
+            )
         self.kernel_size = each_axis(kernel_size, self._ndim, "kernel_size", 1)
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self._check_options()

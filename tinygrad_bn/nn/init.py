@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_number, shown
+from tinygrad_bn.arguments import expect_number, full_name, shown
 from tinygrad_bn.random import generator
 from tinygrad_bn.tensor import Tensor
 
@@ -18,7 +18,7 @@ Rng = np.random.Generator | None
 
 def _expect_weight(t: Tensor) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"an initialiser fills a Tensor; got a {type(t).__name__}")
+        raise TypeError(f"an initialiser fills a Tensor; got {full_name(t)}")
     if t.dtype.kind != "f":
         raise TypeError(f"an initialiser fills a floating-point tensor; this one is {t.dtype}")
 
@@ -54,7 +54,9 @@ def uniform_(t: Tensor, low: float = 0.0, high: float = 1.0, rng: Rng = None) ->
     """Uniform distribution on [low, high)."""
     _expect_weight(t)
     low = expect_number("low", low)
-    high = expect_number("high", high, low)
+    high = expect_number("high", high)
+    if low > high:
+        raise ValueError(f"low may not be above high; got low={low}, high={high}")
     t.data = generator(rng).uniform(low, high, t.shape)
     return t
 
@@ -66,7 +68,10 @@ def fans(t: Tensor) -> tuple[int, int]:
     """
     _expect_weight(t)
     if t.ndim < 2:
-        raise ValueError(f"fan-in and fan-out need a weight of two axes or more; got shape {t.shape}")
+        raise ValueError(
+            f"fan-in and fan-out need a weight of two axes or more; got shape {t.shape}: set a bias by "
+            "constant_ or zeros_"
+        )
     field = math.prod(t.shape[2:])
     return t.shape[1] * field, t.shape[0] * field
 

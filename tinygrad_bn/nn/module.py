@@ -11,9 +11,20 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, fitting, flag, floating_dtype, full_name, shown
+from tinygrad_bn.arguments import (
+    expect_flags,
+    expect_integer,
+    fitting,
+    flag,
+    floating_dtype,
+    full_name,
+    shown,
+    warn_caller,
+)
 from tinygrad_bn.backend import Array, move, to_numpy
+from tinygrad_bn.keywords import expect_keywords, unknown
 from tinygrad_bn.modes import Block, Mode, attributes_as_before, no_grad
+from tinygrad_bn.nn.paths import add_path
 from tinygrad_bn.notebook import ModuleInNotebook
 from tinygrad_bn.tensor import Tensor
 
@@ -75,6 +86,8 @@ class Module(ModuleInNotebook):
                 )
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
+        if options:
+            expect_keywords(cls, options)
         self = super().__new__(cls)
         object.__setattr__(self, "_kinds", dict(cls._optional))
         return self
@@ -82,7 +95,8 @@ class Module(ModuleInNotebook):
     def __init__(self, *args: Any, **options: Any) -> None:
         """Of a layer without options. Raises TypeError for any."""
         if args or options:
-            raise TypeError(f"{type(self).__name__} takes no options; got {shown(args or options)}")
+            got = ", ".join((*map(shown, args), *(unknown(name, ()) for name in options)))
+            raise TypeError(f"{type(self).__name__} takes no options; got {got}")
         super().__init__()  # of a class beside this one
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -128,11 +142,18 @@ class Module(ModuleInNotebook):
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Compute the output; `module(x)` calls this."""
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        raise TypeError(f"{type(self).__name__} defines no forward; a subclass has to: def forward(self, x)")
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Run `forward`. Positional arrays and lists become tensors on the module's device."""
-        y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
+        """Run `forward`. Positional arrays and lists become tensors on the module's device.
+
+        An error gets a note that says in which module it was raised.
+        """
+        try:
+            y = self.forward(*[self._tensor(a) if isinstance(a, (np.ndarray, list)) else a for a in args], **options)
+        except Exception as error:
+            add_path(error)
+            raise
         observer = OBSERVER.get()
         if observer is not None:
             observer(self, y)
@@ -313,12 +334,15 @@ class Module(ModuleInNotebook):
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
         unexpected = [k for k in state if k not in own]
         if strict and (missing or unexpected):
-            raise KeyError(f"missing keys: {missing or 'none'}; unexpected keys: {unexpected or 'none'}")
+            raise KeyError(
+                f"missing keys: {missing or 'none'}; unexpected keys: {unexpected or 'none'}: the state is of another "
+                "model; strict=False loads the keys that fit"
+            )
         arrays = {k: _array_of(k, state[k]) for k in own if k in state}
         wrong = [k for k, a in arrays.items() if not np.can_cast(a.dtype, own[k].dtype, "same_kind")]
         if wrong:
             raise TypeError(
-                "dtypes cannot be cast: " + "; ".join(f"{k}: {arrays[k].dtype} to {own[k].dtype}" for k in wrong)
+                "the state does not fit: " + "; ".join(f"{k} is {_kind(arrays[k])}, not {own[k].dtype}" for k in wrong)
             )
         wrong = [
             f"{k}: got {a.shape}, expected {own[k].shape}"
@@ -326,7 +350,7 @@ class Module(ModuleInNotebook):
             if a.shape != own[k].shape and (own[k].ndim or a.size != 1)
         ]
         if wrong:
-            raise ValueError(f"shapes differ: {'; '.join(wrong)}")
+            raise ValueError(f"shapes differ, as of another model: {'; '.join(wrong)}")
         for k, a in arrays.items():
             fitting(k, a, own[k].dtype)
             counts = isinstance(own[k], Buffer) and k.split(".")[-1] in ("running_var", "num_batches_tracked")
@@ -347,11 +371,14 @@ class Module(ModuleInNotebook):
     def load(self, path: str | PathLike[str], strict: bool = True) -> None:
         """Load parameters and buffers from a safetensors file, also of PyTorch. On an error nothing changes.
 
+        Warns of what was converted (bfloat16 becomes float32) or is missing and may be (`num_batches_tracked`).
+
         Raises checkpoint.CheckpointError if the file is damaged or does not fit, OSError if it cannot be read.
         """
         from tinygrad_bn.checkpoint import load_model
 
-        load_model(path, self, strict=strict)
+        for note in load_model(path, self, strict=strict).notes:
+            warn_caller(note)
 
     # ---- printing ---------------------------------------------------------------------------------------
 
@@ -405,6 +432,10 @@ def _array_of(name: str, value: Any) -> Array:
         return to_numpy(value)
     except ValueError as error:  # lists of different lengths
         raise ValueError(f"{name} is no array: {error}") from None
+
+
+def _kind(array: Array) -> str:
+    return "text" if array.dtype.kind in "US" else str(array.dtype)
 
 
 def _is_state(value: object) -> bool:

@@ -69,7 +69,9 @@ class GroupNorm(Module):
         expect_flags(affine=affine)
         num_channels, num_groups = expect_size("num_channels", num_channels), expect_size("num_groups", num_groups)
         if num_channels % num_groups:
-            raise ValueError(f"{num_channels} channels do not divide into {num_groups} groups")
+            raise ValueError(
+                f"num_groups has to divide num_channels: {num_channels} channels do not divide into {num_groups} groups"
+            )
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = Parameter(np.ones(num_channels, np.float32)) if affine else None
         self.bias = Parameter(np.zeros(num_channels, np.float32)) if affine else None

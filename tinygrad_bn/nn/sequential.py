@@ -23,7 +23,10 @@ class Sequential(Module):
         for i, layer in enumerate(layers):
             if not isinstance(layer, Module):
                 cure = "; unpack it with *" if isinstance(layer, Iterable) and not isinstance(layer, str) else ""
-                raise TypeError(f"layer {i} is {full_name(layer)}, not a module{cure}")
+                got = full_name(layer)
+                if isinstance(layer, type):
+                    got, cure = f"the class {layer.__name__}", f"; make an object of it: {layer.__name__}(…)"
+                raise TypeError(f"Sequential takes modules; layer {i} is {got}, not a module{cure}")
             setattr(self, str(i), layer)
 
     def forward(self, x: Tensor) -> Tensor:

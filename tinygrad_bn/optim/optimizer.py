@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, shown
+from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, full_name, shown
 from tinygrad_bn.backend import Array, join, move, to_numpy
+from tinygrad_bn.keywords import Named, unknown
 from tinygrad_bn.optim.flat import Group, Run, State, lay_out, state_array
 from tinygrad_bn.optim.gradients import expect_tensors, gradient_of, listed
 from tinygrad_bn.tensor import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tinygrad_bn.nn.module import Module
 
 
-class Optimizer:
+class Optimizer(Named):
     """Base of the optimisers: parameter groups, their options, and the state kept for each parameter.
 
     A subclass defines `_initial_state` and `_update`, the new parameters as an elementwise function of parameters,
@@ -44,7 +45,9 @@ class Optimizer:
         given = listed(params)
         groups = given if any(isinstance(g, Mapping) for g in given) else [{"params": given}]
         if not all(isinstance(g, Mapping) and "params" in g for g in groups):
-            raise ValueError('each group is a dictionary with "params", such as {"params": tensors, "lr": 0.1}')
+            wrong = next(g for g in groups if not (isinstance(g, Mapping) and "params" in g))
+            got = f"a group of {', '.join(map(str, wrong))}" if isinstance(wrong, Mapping) else full_name(wrong)
+            raise ValueError(f'each group is a dictionary with "params", such as {{"params": tensors}}; got {got}')
         self.param_groups: list[Group] = [{**defaults, **g, "params": listed(g["params"])} for g in groups]
         self.state: dict[Tensor, State] = {}
         self._runs: list[Run] = []
@@ -53,7 +56,10 @@ class Optimizer:
         if not everything:
             raise ValueError(f"{type(self).__name__} got params without a tensor: there are no parameters to optimise")
         if len(set(everything)) < len(everything):
-            raise ValueError("a parameter is given more than once; name each once, in one group")
+            twice = next(p for i, p in enumerate(everything) if p in set(everything[:i]))
+            raise ValueError(
+                f"a parameter of shape {twice.shape} is given more than once; name each once, in one group"
+            )
         if not all(p.is_leaf for p in everything):
             raise ValueError("a parameter is the result of an op, so an update would not last; give leaves")
         for p in everything:
@@ -64,7 +70,8 @@ class Optimizer:
         for group in self.param_groups:
             for option in group:
                 if option not in defaults and option not in ("params", "initial_lr"):
-                    raise ValueError(f"{type(self).__name__} has no option {option!r}; it has {', '.join(defaults)}")
+                    wrong = unknown(option, defaults)
+                    raise ValueError(f"{type(self).__name__} has no option {wrong}; it has {', '.join(defaults)}")
             _check_options(group)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -163,7 +170,10 @@ class Optimizer:
         Raises ValueError or TypeError, and changes nothing, if the groups, options, names or shapes do not fit.
         """
         if not _is_state(state):
-            raise ValueError("a state is what state_dict() gives: {'state': {position: {...}}, 'param_groups': [...]}")
+            raise ValueError(
+                "a state is what state_dict() gives: {'state': {position: {...}}, 'param_groups': [...]}; got "
+                + shown(state)
+            )
         if len(state["param_groups"]) != len(self.param_groups):
             raise ValueError(f"{len(state['param_groups'])} parameter groups for {len(self.param_groups)}")
         position = {p: i for i, p in enumerate(self._params())}
@@ -192,7 +202,8 @@ class Optimizer:
         """The group with the saved options, checked; `positions` are those of its parameters."""
         others = {"params", "initial_lr"}  # the second only under a schedule
         if saved.keys() - others != group.keys() - others:
-            raise ValueError(f"the saved options {', '.join(saved)} are not those of {type(self).__name__}")
+            own, got = (", ".join(k for k in g if k not in {*others, "params"}) for g in (group, saved))
+            raise ValueError(f"the saved options {got} are not those of {type(self).__name__}: {own}")
         if (params := saved.get("params", positions)) not in (positions, tuple(positions)):
             raise ValueError(f"a group has the parameters at {positions}; the saved one has params={params!r}")
         new = {**group, **saved, "params": group["params"]}
@@ -222,8 +233,8 @@ def _loaded_array(p: Tensor, name: str, value: Any) -> Array:
 
 
 RANGES = dict.fromkeys(
-    ("lr", "initial_lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"), (0, math.inf)
-) | {"alpha": (0, 1), "dampening": (-math.inf, math.inf)}  # fmt: skip
+    ("lr", "initial_lr", "weight_decay", "eps", "lr_decay", "initial_accumulator_value"), (0, math.inf)
+) | {"alpha": (0, 1), "momentum": (0, 1), "dampening": (-math.inf, math.inf)}  # fmt: skip
 
 
 def _check_options(group: Group) -> None:
@@ -239,7 +250,8 @@ def _check_options(group: Group) -> None:
                 group[option] = value  # a scalar of NumPy would round the arithmetic of the step
     expect_flags(nesterov=group.get("nesterov", False), centered=group.get("centered", False))
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum needs momentum > 0 and dampening = 0")
+        got = f"momentum={group['momentum']}, dampening={group['dampening']}"
+        raise ValueError(f"Nesterov momentum needs momentum > 0 and dampening = 0; got {got}")
     betas = group.get("betas", (0, 0))
     two = isinstance(betas, tuple | list) and len(betas) == 2
     if not two or not all(isinstance(b, Real) and not isinstance(b, bool) and 0 <= float(b) < 1 for b in betas):

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinygrad_bn.arguments import expect_integer, expect_number, expect_size, shown
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.optim.optimizer import Optimizer
 
 RATES = ("lr", "initial_lr")  # of each group
 
 
-class Schedule:
+class Schedule(Named):
     """Base of the schedules: `step()`, once an epoch (or a batch), sets the learning rate of each group.
 
     A subclass defines `next_lr`, usually from the rate before. So a rate that is set by hand is the one that goes on,

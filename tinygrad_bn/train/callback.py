@@ -11,6 +11,7 @@ import numpy as np
 from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_text, shown
 from tinygrad_bn.backend import Array
+from tinygrad_bn.keywords import Named
 from tinygrad_bn.optim import Optimizer, Schedule
 from tinygrad_bn.train.history import History
 from tinygrad_bn.train.scores import MeanScore
@@ -31,7 +32,8 @@ class Training:
         step: batches that are done in all epochs.
         loss: of the last batch; NaN before the first.
         mean: loss and accuracy of the batches of this epoch: `mean.score()`.
-        stopped: why a callback ended the training, or "".
+        order: positions of the samples in the order of this epoch; empty before it begins.
+        seconds: that this epoch took so far.
         completed: whether the training has come to its end, and was not interrupted.
     """
 
@@ -47,18 +49,17 @@ class Training:
     step: int = 0
     loss: float = float("nan")
     mean: MeanScore = field(default_factory=MeanScore)
-    order: Array = field(default_factory=lambda: np.arange(0))  # of the samples in the epoch under way
-    seconds: float = 0.0  # that the epoch under way took until it was interrupted
-    stopped: str = ""
+    order: Array = field(default_factory=lambda: np.arange(0))
+    seconds: float = 0.0
     completed: bool = False
 
     def stop(self, reason: str) -> None:
         """End the training after the callbacks of this step or epoch. Raises TypeError unless `reason` is text."""
         expect_text("reason", reason)
-        self.stopped = self.stopped or reason or "stopped"
+        self.history.stopped = self.history.stopped or reason or "stopped"
 
 
-class Callback:
+class Callback(Named):
     """Base of callbacks of `fit` that are more than a function. Each method may be left as it is: it does nothing.
 
     Those that keep something from epoch to epoch return it as `state_dict`, so that a training goes on from a
@@ -109,6 +110,8 @@ class Called(Callback):
 class Measure(Callback):
     """Keeps what `function(training)` gives, in `values`: before the first step, and after each epoch or step.
 
+    The values are part of every checkpoint, so do not keep much at each step.
+
     Args:
         function: it gives numbers, arrays, or lists and tuples of them.
         each: "epoch" or "step".
@@ -119,6 +122,8 @@ class Measure(Callback):
     def __init__(self, function: Callable[[Training], Any], each: Literal["epoch", "step"] = "epoch") -> None:
         if each not in ("epoch", "step"):
             raise ValueError(f"each is 'epoch' or 'step'; got {shown(each)}")
+        if not callable(function):
+            raise TypeError(f"a Measure takes a function of the training; got {shown(function)}")
         self.function, self.each = function, each
         self.values: list[Any] = []
 

@@ -43,13 +43,14 @@ class History:
 
     `epochs` are the completed ones. `interrupted`: whether Ctrl-C ended the training. `skipped`: batches that changed
     nothing, because their loss or gradients were not finite. `diverged`: the step at which `nonfinite="restore"` ended
-    the training, in words, or "".
+    the training, in words, or "". `stopped`: why a callback ended it, or "".
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     interrupted: bool = False
     skipped: int = 0
     diverged: str = ""
+    stopped: str = ""
 
     def __getitem__(self, column: str) -> list[float]:
         """One column, such as `history["val_accuracy"]`. Raises KeyError for an unknown name."""
@@ -59,6 +60,11 @@ class History:
 
     def __len__(self) -> int:
         return len(self.epochs)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the training ended before its last epoch, for good."""
+        return bool(self.stopped or self.diverged)
 
     @property
     def seconds(self) -> float:
@@ -73,7 +79,12 @@ class History:
         """Write the epochs to a `.json` or `.csv` file. Raises ValueError for another suffix."""
         path = Path(path)
         if path.suffix == ".json":
-            ending = {"interrupted": self.interrupted, "skipped": self.skipped, "diverged": self.diverged}
+            ending = {
+                "interrupted": self.interrupted,
+                "skipped": self.skipped,
+                "diverged": self.diverged,
+                "stopped": self.stopped,
+            }
             text = json.dumps({**ending, "epochs": self.rows()}, indent=1)
             with replacing(path) as beside:
                 beside.write_text(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from tinygrad_bn import nn
 from tinygrad_bn.arguments import expect_flags, expect_integer, expect_number, expect_text, shown, warn_caller
 from tinygrad_bn.backend import Array
 from tinygrad_bn.datasets import Batches, Seed
+from tinygrad_bn.keywords import named
 from tinygrad_bn.optim import Adam, Optimizer, Schedule
 from tinygrad_bn.train.callback import Callback, Called, Function, Training
 from tinygrad_bn.train.history import Epoch, History
@@ -27,6 +27,7 @@ from tinygrad_bn.train.steps import NonFinite, Steps
 Callbacks: TypeAlias = Function | Callback | Iterable[Function | Callback]
 
 
+@named
 def fit(
     model: nn.Module,
     data: Data,
@@ -90,7 +91,10 @@ def fit(
         every: steps between checkpoints. There is always one after each epoch.
         resume: go on from the newest checkpoint of the folder, if there is one, with the same bits as if there had been
             no interruption: parameters, statistics, optimizer, schedule, generators, order of the samples, history and
-            callbacks. The arguments have to be those of the training that was interrupted; `epochs` may be more.
+            callbacks. The arguments and data have to be those of the training that was interrupted; `epochs` may be
+            more. Options of the optimizer are those of the checkpoint. Of generators, the default one is restored, that
+            of `seed`, and those that modules hold as attributes; not Python's `random`, nor what callbacks keep without
+            a `state_dict`. An error that ends a training writes no checkpoint.
 
     Returns:
         The history. After Ctrl-C it holds the completed epochs, and the model keeps its updates. Without `checkpoint`
@@ -103,7 +107,8 @@ def fit(
         NonFiniteError: see `nonfinite`. Also with "skip", where a parameter is not finite: no batch can help then.
         RuntimeError: the device is not available; the message says why.
         CheckpointError: the checkpoint does not belong to this training, or no file of the folder is whole.
-        OSError: a checkpoint cannot be written; see `ModelCheckpoint` for going on then.
+        OSError: a checkpoint cannot be written; see `ModelCheckpoint` for going on then. BlockingIOError: another
+            training writes into the folder.
     """
     expect_model(model, loss)
     epochs = expect_integer("epochs", epochs, 0)
@@ -161,32 +166,33 @@ class _Loop:
 
     def run(self, bar: Any, description: str) -> History:
         """Train to the end, or until an interrupt."""
-        training = self.training
+        training, saver = self.training, self.saver
         training.model.train()
         total = training.epochs * training.batches
         self.show = partial(bar.update, bar.add_task(description, total=total, completed=training.step, status=""))
         with ExitStack() as stack:
-            if self.saver is not None:
+            if saver is not None:
                 stack.enter_context(self.signals)
+                stack.callback(saver.close)
             try:
                 with bar:
                     for callback in self.callbacks:
+                        stack.callback(callback.on_end, training)
                         callback.on_begin(training)
-                    while training.epoch <= training.epochs and not (training.stopped or training.history.diverged):
+                    if saver is not None:
+                        saver.at_begin()
+                    while training.epoch <= training.epochs and not (
+                        training.history.stopped or training.history.diverged
+                    ):
                         self.epoch()
-                    training.completed = True
-                    if self.saver is not None:
-                        self.saver.at_end()
+                    if saver is not None:
+                        saver.at_end()
+                training.completed = True
             except KeyboardInterrupt:
                 training.history.interrupted = True
                 training.model.train()  # a callback may not have come to leave evaluation mode
-                if self.saver is not None:
-                    self.saver.interrupted(self.whole)
-            finally:
-                for callback in self.callbacks:
-                    callback.on_end(training)
-        if self.signals.number == signal.SIGTERM:
-            signal.raise_signal(signal.SIGTERM)
+                if saver is not None:
+                    saver.interrupted(self.whole)
         return training.history
 
     def epoch(self) -> None:
@@ -205,12 +211,12 @@ class _Loop:
                 training.seconds = time.perf_counter() - start
                 if self.saver is not None:
                     self.saver.after_step()
-            if training.history.diverged or training.stopped:
+            if training.history.ended:
                 return
-        val = Score(math.nan, math.nan)
-        if self.validation is not None:
-            val = evaluate(training.model, self.validation, loss=self.loss)
-        with self.step():
+        with self.step():  # also the validation, which may draw random numbers
+            val = Score(math.nan, math.nan)
+            if self.validation is not None:
+                val = evaluate(training.model, self.validation, loss=self.loss)
             score, seconds = training.mean.score(), time.perf_counter() - start
             training.history.epochs.append(Epoch(training.epoch, *score, *val, seconds))
             self.show(status=_status(training, score, val))

@@ -15,6 +15,7 @@ from tinygrad_bn import nn, random
 from tinygrad_bn.arguments import expect_integer, expect_number
 from tinygrad_bn.backend import Array
 from tinygrad_bn.datasets import Batches, Seed
+from tinygrad_bn.keywords import named
 from tinygrad_bn.modes import Block, attributes_as_before
 from tinygrad_bn.optim import Adam, Optimizer
 from tinygrad_bn.train.scores import Data, Loss, MeanScore, arrays_of, expect_model
@@ -59,6 +60,7 @@ class RateSearch:
         return figure
 
 
+@named
 def find_learning_rate(
     model: nn.Module,
     data: Data,
@@ -127,7 +129,7 @@ def _losses(model: nn.Module, optimizer: Optimizer, loss: Loss, batches: Batches
                 group["lr"] = float(rates[len(found)])
             fault = runner.take(x, y, MeanScore())
             if fault and not found:
-                raise ValueError(f"no learning rate can be found: at the first step {fault}")
+                raise ValueError(f"find_learning_rate: no learning rate can be found: at the first step {fault}")
             if not fault:
                 found.append(runner.value)
             smooth = _smoothed(np.array(found))

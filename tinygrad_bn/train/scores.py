@@ -10,7 +10,7 @@ import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
-from tinygrad_bn.arguments import expect_number, shown, warn_caller
+from tinygrad_bn.arguments import expect_number, is_real, shown, warn_caller
 from tinygrad_bn.backend import Array, device_of
 from tinygrad_bn.datasets import Batches, Dataset, expect_arrays
 from tinygrad_bn.functional.reductions import Reduced, reductions
@@ -263,4 +263,7 @@ def arrays_of(data: Data) -> tuple[Array, Array]:
             )
     x, y = np.asarray(x), np.asarray(y)
     expect_arrays(x, y)
+    for name, a in (("x", x), ("y", y)):
+        if not is_real(a.dtype):
+            raise TypeError(f"data has to be arrays of real numbers; got {name} of dtype {a.dtype}")
     return x, y

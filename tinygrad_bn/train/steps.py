@@ -81,6 +81,7 @@ class Steps:
             undo()
         for t, array in zip(tensors, before, strict=True):
             t._data = array
+        self.optimizer.zero_grad()  # a later step by hand would take what is not finite
         return fault if np.isfinite(x).all() else f"{fault}, since the samples are not finite"
 
     def _clipped(self) -> str:
