@@ -9,7 +9,7 @@ from .output import start
 ORDER = (  # of learning
     "bn_backward", "normalize_numbers", "eval_gradient", "dead_bias", "layer_norm", "deep_mlp", "mnist_mlp",
     "mnist_cnn", "init_scale", "learning_rates", "gradient_flow", "iris_mlp", "titanic_mlp", "batch_size",
-    "paper_figure1", "loss_landscape", "high_order", "new_op",
+    "paper_figure1", "loss_landscape", "high_order", "new_op", "batch_renorm",
 )  # fmt: skip
 HIDDEN = (
     "__init__", "__main__", "bn_figures", "common", "environment", "gallery", "options", "output", "quiz",

@@ -1,4 +1,4 @@
-"""`python -m tinygrad_bn`: `kernels`, a table with their errors; `checkpoint FILE`, what is in a file."""
+"""`python -m tinygrad_bn`: `ops`, `kernels`, `checkpoint FILE` show what there is; `new-op NAME` starts a file."""
 
 import argparse
 
@@ -10,9 +10,19 @@ def main() -> None:
     commands.add_parser("kernels", help="list the kernels, and the largest error of each against float64")
     file = commands.add_parser("checkpoint", help="show what a checkpoint or a safetensors file holds")
     file.add_argument("file")
+    ops = commands.add_parser("ops", help="every op: formula, gradients, kernels, errors, and what was checked")
+    ops.add_argument("what", nargs="*", metavar="NAME or FILE", help="ops to show at length; files that declare ops")
+    ops.add_argument("--no-check", action="store_true", help="do not run the checks, which take a minute for all ops")
+    new = commands.add_parser("new-op", help="write a commented file that declares an op, and its test")
+    new.add_argument("name")
+    new.add_argument("--fused", action="store_true", help="a composition with kernels, in place of gradient rules")
     options = parser.parse_args()
     if options.command == "checkpoint":
         show_checkpoint(options.file)
+    elif options.command == "ops":
+        show_ops(options.what, not options.no_check)
+    elif options.command == "new-op":
+        write_new_op(options.name, options.fused)
     else:
         show_kernels()
 
@@ -25,6 +35,49 @@ def show_checkpoint(path: str) -> None:
         print(read(path))
     except (CheckpointError, OSError) as error:
         raise SystemExit(str(error)) from None
+
+
+def show_ops(what: list[str], checks: bool) -> None:
+    """Print all ops, the ops of files, or those that are named at length. Exits with 1 if a check fails."""
+    import os
+    import sys
+
+    from tinygrad_bn.op_table import entry
+    from tinygrad_bn.tensor import OPS
+    from tinygrad_bn.testing.files import ops_of
+
+    try:
+        of_files = [name for file in what if file.endswith(".py") for name in ops_of(file)]
+    except (ValueError, OSError, SyntaxError) as error:
+        raise SystemExit(str(error)) from None
+    named = [name for name in what if not name.endswith(".py")]
+    if unknown := [name for name in named if name not in OPS]:
+        raise SystemExit(f"there is no op {unknown[0]!r}; there are {', '.join(sorted(OPS))}")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # formulas, on a terminal without their letters
+    failed = 0
+    for i, name in enumerate([*of_files, *named] or sorted(OPS)):
+        examples = (25 if what else 2) if checks else 0
+        shown = entry(name, examples)
+        try:
+            print("\n" * (i > 0) + "\n".join(shown.lines(at_length=name in named)), flush=True)
+        except BrokenPipeError:  # as of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+        failed += bool(shown.failure)
+    if failed:
+        raise SystemExit(1)
+
+
+def write_new_op(name: str, fused: bool) -> None:
+    """Write the two files, and print what to do with them."""
+    from tinygrad_bn.new_op import write
+
+    try:
+        op, test = write(name, fused)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    print(f"wrote {op} and {test}; run: python -m pytest {test}, and python -m tinygrad_bn ops {op}")
 
 
 def show_kernels() -> None:

@@ -239,11 +239,12 @@ def _place(function: Any) -> tuple[str, int]:
 def _runs_again(function: Any, earlier: Any) -> bool:
     """Whether the code of `earlier` ran again and made `function`: an edited notebook cell, or a reloaded module."""
     name, module = function.__qualname__, function.__module__
-    if function is earlier or (name, module) != (earlier.__qualname__, earlier.__module__):
+    if function is earlier or name != earlier.__qualname__:
         return False
-    if module == "__main__" or _place(function)[0].startswith("<"):
+    if module == earlier.__module__ and (module == "__main__" or _place(function)[0].startswith("<")):
         return True
-    return _place(function) == _place(earlier) and "<locals>" not in name  # one function may make several ops
+    # The module may have two names, as a script that is imported too. One function may make several ops.
+    return _place(function) == _place(earlier) and "<locals>" not in name
 
 
 def holds_numbers(x: object) -> bool:

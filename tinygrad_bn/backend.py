@@ -17,6 +17,7 @@ from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from tinygrad_bn_kernels import ENABLED, RENEWED_IN_CHILDREN
+from tinygrad_bn_kernels import declared as note_declaration
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import empty, is_owner
@@ -37,8 +38,8 @@ from tinygrad_bn.modes import Mode
 
 __all__ = [
     "Array", "as_array", "atomic", "device_of", "empty_cache", "expect_broadcast", "expect_one_place",
-    "find_kernel", "forward", "full", "join", "kernels_disabled", "move", "python_scalar", "to_numpy", "updating",
-    "vjp",
+    "find_kernel", "forward", "full", "join", "kernels_disabled", "move", "note_declaration", "python_scalar",
+    "to_numpy", "updating", "vjp",
 ]  # fmt: skip
 
 Array: TypeAlias = NDArray[Any]

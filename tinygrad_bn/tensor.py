@@ -211,7 +211,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
     name, count = function.__name__, len(names)
     expect_declaration(function, count, len(rules), OPS[name].forward if name in OPS else None)
     op = OPS[name] = Op(name, forward, rules, *fields)
-    op.sample = completed(op.sample, defaults)
+    backend.note_declaration(name, function)
 
     def bound(operands: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         every = {**defaults, **params}
@@ -230,7 +230,7 @@ def _declare(function: Callable[P, Any], forward: Callable[..., Any], rules: Any
 
     call.__doc__ = f"{function.__doc__ or ''}\n\n{op.formula}".lstrip()
     declared: Any = call
-    declared.op, op.function = op, call
+    declared.op, op.function, op.sample = op, call, completed(op.sample, defaults)
     declared.run = lambda *operands, **params: apply(op, *bound(operands, params))
     return declared
 

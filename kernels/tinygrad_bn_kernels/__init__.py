@@ -117,22 +117,52 @@ def load(module: str) -> ModuleType:
 # ---- the table -------------------------------------------------------------------------------------------
 
 
+_replaced: set[tuple[str, str]] = set()  # kernels that were registered again since their op was declared
+_declared: dict[str, Any] = {}  # the code of the function that declares each op
+
+
 def kernel(name: str, device: str) -> Callable[[F], F]:
     """Register the decorated function as the kernel `name` ("mul", "mul.vjp") of `device`.
 
-    Raises ValueError if there is one already.
+    A module or a notebook cell that runs again replaces its kernels.
+
+    Raises ValueError if there is one already, from another file.
     """
 
     def register(function: F) -> F:
         key = name, device
         present = _kernels.get(key)
         owner = present.__module__ if present else _module(key) or function.__module__
-        if owner != function.__module__:  # the same module may register again, after an interrupted import
-            raise ValueError(f"{name!r} has a kernel for {device!r} already")
+        if owner != function.__module__ and not (present and _file(present) == _file(function)):
+            raise ValueError(f"{name!r} has a kernel for {device!r} already, in {owner}; name your op otherwise")
+        if present:
+            _replaced.add(key)
         _kernels[key] = function
         return function
 
     return register
+
+
+def _file(function: Any) -> Any:
+    """The file that a kernel was read from, whatever name its module has; the function itself if it has none."""
+    return getattr(getattr(function, "__code__", None), "co_filename", function)
+
+
+def declared(op: str, function: Kernel) -> None:
+    """Note that `function` declares an op. If another one did before, the op's kernels go: they may compute that.
+
+    Those stay that were registered again since, or stand above the function in its file; and those of this package.
+    """
+    code: Any = getattr(function, "__code__", None)
+    before = _declared.get(op)
+    own = [key for key in _kernels if key[0].removesuffix(".vjp") == op and _kernels[key] and not _module(key)]
+    for key in own if code and before not in (None, code) else ():
+        theirs: Any = getattr(_kernels[key], "__code__", None)
+        above = theirs and theirs.co_filename == code.co_filename and theirs.co_firstlineno < code.co_firstlineno
+        if key not in _replaced and not above:
+            del _kernels[key]
+    _replaced.difference_update(own)
+    _declared[op] = code
 
 
 def _module(key: tuple[str, str]) -> str | None:

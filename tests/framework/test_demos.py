@@ -418,11 +418,11 @@ def test_the_page_of_all_demos(tmp_path, capsys):
     assert not re.search(r"https?://|src=\"[^d]", page), "everything is inside"
     assert "does not hold" not in page
 
-    def fails(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "a word\n", "an error")
+    def fails(*_: object) -> tuple[int, str, float]:
+        return 1, "a word\nan error", 0.5
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", fails)
+        patch.setattr(gallery, "run_demo", fails)
         assert gallery.main(["bn_backward"], ["--out", str(tmp_path / "b")]) == 1
     assert "an error" in capsys.readouterr().out
     (tmp_path / "file").write_text("")

@@ -39,6 +39,7 @@ TRAINING = {
     "paper_figure1": ["--epochs", "3", "--batch-size", "20", "--seeds", "1"],
     "loss_landscape": ["--epochs", "2", "--batch-size", "8", "--seeds", "2"],
     "new_op": ["--epochs", "2", "--batch-size", "10", "--seeds", "2"],
+    "batch_renorm": ["--epochs", "1", "--batch-size", "10", "--seeds", "1"],
     "dead_bias": ["--epochs", "2", "--batch-size", "10", "--seeds", "2"],
     "layer_norm": ["--epochs", "1", "--seeds", "1"],
     "eval_gradient": ["--epochs", "2", "--batch-size", "10", "--seeds", "1"],

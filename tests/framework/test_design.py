@@ -29,7 +29,15 @@ ORDER = (
 )
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 CIRCLE = ("tensor", "autograd")  # the one circle: a tensor is differentiated by the engine that is built on it
-ABOUT_KERNELS = ("backend.py", "cuda.py", "hooks.py", "kernels.py", "testing/check.py")
+ABOUT_KERNELS = (
+    "backend.py",
+    "cuda.py",
+    "extend.py",
+    "hooks.py",
+    "kernels.py",
+    "testing/check.py",
+    "testing/extremes.py",
+)
 
 
 def imported(path: Path) -> set[str]:

@@ -249,7 +249,7 @@ def test_no_false_alarm_on_the_demos():
     models += [loss_landscape.build(name, 0) for name in common.MODELS]
     models += [init_scale.build(bn, 0.29, 0) for bn in both]
     models += [gradient_flow.build(a, "small", bn, 0) for a in gradient_flow.ACTIVATIONS for bn in both]
-    models.append(nn.Sequential(nn.Flatten(), nn.Linear(784, 32), new_op.Squareplus(), nn.Linear(32, 10)))
+    models.append(nn.Sequential(nn.Flatten(), nn.Linear(784, 32), new_op.Swish(), nn.Linear(32, 10)))
     cases = [(model, images) for model in models] + [(mnist_cnn.build(0), images[:, None])]
     iris, titanic = datasets.load("iris"), datasets.load("titanic").complete()
     cases += [(iris_mlp.build(bn, 4, 3), iris.x) for bn in both] + [

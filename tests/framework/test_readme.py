@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tinygrad_bn.tensor import OPS
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -12,11 +14,28 @@ PAGES = [*ROOT.glob("*.md"), *(page for part in ("demos", "kernels", "tests") fo
 PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
+@pytest.fixture(autouse=True)
+def registry():
+    """Ops that a page declares are forgotten after its test."""
+    before = set(OPS)
+    yield
+    for name in OPS.keys() - before:
+        del OPS[name]
+
+
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one writes a page
     assert len(BLOCKS) == 8
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.compiled
+def test_the_guides_of_contributing_work_as_they_stand():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 6
+    for block in blocks[1:]:
+        exec(compile(blocks[0] + block, "CONTRIBUTING.md", "exec"), {"__name__": "guide"})
 
 
 def test_the_program_that_is_listed_is_the_one_of_its_step(capsys):

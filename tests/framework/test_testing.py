@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels import _kernels, kernel
+from tinygrad_bn_kernels import _declared, _kernels, kernel
 
 from tinygrad_bn import Tensor, functional, fused, held_constant, nn, primitive, testing
 from tinygrad_bn.sample import NONZERO, REAL, Domain, broadcasting, elementwise
@@ -88,6 +88,7 @@ def registries():
     yield
     for name in OPS.keys() - before:
         del OPS[name]
+        _declared.pop(name, None)
     for key in [key for key, function in _kernels.items() if function and function.__module__ == __name__]:
         del _kernels[key]
 
@@ -176,7 +177,7 @@ FAULTS = {
     "wrong second derivative": (
         (lambda x: x * x, lambda g, y, x: g * 2 * (x.detach() if isinstance(x, Tensor) else x)),
         {},
-        "second derivative, operand 'x': gradient .*its path is dropped",
+        "rule of operand .x. of .planted. detaches a tensor: higher derivatives lose the path",
     ),
     "transposed gradient": (
         (
@@ -371,14 +372,20 @@ def test_check_op_names_a_fault_of_a_kernel(fault):
 def test_the_report_names_the_kernels_that_were_tested():
     op = planted(product, sample=fixed((3,), (3,), (3,)))
     kernel("planted", "cpu")(product)
-    kernel("planted.vjp", "cpu")(lambda g, y, a, b, c, *, needs: NotImplemented)
+    kernel("planted.vjp", "cpu")(lambda g, y, a, b, c, *, needs: [g * b * c, g * a * c, g * a * b])
+    kernel("planted.vjp", "cuda")(product)
     kernel("plank", "cpu")(product)  # of no op, and no near name
     report = testing.check_op(op, examples=5)
-    assert report.kernels == {"planted": 5, "planted.vjp": 0}
-    assert str(report) == "planted: 5 samples; kernels: planted (took 5 of 5), planted.vjp (took 0 of 5)"
-    assert "softmax_cross_entropy.vjp (took 5 of 5); only with ignore_index=-100" in str(
-        testing.check_op("softmax_cross_entropy", examples=5)
+    assert report.kernels == {"planted": 5, "planted.vjp": 5}
+    assert report.orders == (1, 2, 3)
+    assert "half_precision" in report.checks
+    assert "many_elements" not in report.checks  # all samples have three elements
+    assert {name: error < 1e-6 for name, error in report.errors.items()} == {"planted": True, "planted.vjp": True}
+    assert str(report) == (
+        "planted: 5 samples; derivatives of order 1, 2, 3; kernels: planted (took 5 of 5), planted.vjp (took 5 of 5); "
+        "not run: planted.vjp (cuda)"
     )
+    assert "; only with ignore_index=-100" in str(testing.check_op("softmax_cross_entropy", examples=5))
 
 
 # ---- declaring an op twice -------------------------------------------------------------------------------

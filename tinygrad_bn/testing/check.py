@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
+from tinygrad_bn_kernels import MODULES
 from tinygrad_bn_kernels import names as kernel_names
 
 from tinygrad_bn import backend
 from tinygrad_bn.autograd import grad
+from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.sample import Drawn, RandomDraw
 from tinygrad_bn.tensor import OPS, Op, Tensor, apply
 from tinygrad_bn.testing.diagnosis import names_of, of_rules
+from tinygrad_bn.testing.extremes import BY_ROWS, EXTREMES, many_elements, results
 from tinygrad_bn.testing.gradients import Function, GradcheckError, VacuousCheckError
-from tinygrad_bn.testing.properties import PROPERTIES, positions
+from tinygrad_bn.testing.properties import PROPERTIES, cast_real, positions
+from tinygrad_bn.testing.smallest import example, smallest
 
 ENOUGH = 25  # samples, to say that none of them has something
+FEW = 4  # samples for the checks that take longer
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,17 @@ class OpReport:
     samples: int
     kernels: dict[str, int]  # how many of the samples each kernel of the op took; it declined the others
     fixed: dict[str, Any]  # options that had the same value in every sample
+    orders: tuple[int, ...] = ()  # of the derivatives; none of an op without gradients
+    checks: tuple[str, ...] = ()  # by name; `testing/properties.py` and `testing/extremes.py` say what each does
+    errors: dict[str, float] = field(default_factory=dict)  # largest error of each kernel in float32, of its scale
+    not_run: tuple[str, ...] = ()  # kernels of devices that are not here
 
     def __str__(self) -> str:
         kernels = ", ".join(f"{name} (took {count} of {self.samples})" for name, count in self.kernels.items())
+        not_run = f"; not run: {', '.join(self.not_run)}" if self.not_run else ""
         fixed = "".join(f"; only with {option}={value!r}" for option, value in self.fixed.items())
-        return f"{self.op}: {self.samples} samples; kernels: {kernels or 'none'}{fixed}"
+        orders = f"derivatives of order {', '.join(map(str, self.orders))}" if self.orders else "no derivatives"
+        return f"{self.op}: {self.samples} samples; {orders}; kernels: {kernels or 'none'}{not_run}{fixed}"
 
 
 def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: bool = False) -> OpReport:
@@ -47,18 +58,18 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: 
         allow_zero: accept operands whose gradient is zero in every sample, as that of a step function is.
 
     Returns:
-        What was tested: look there whether your kernels were.
+        What was tested: which checks, orders of derivatives and kernels, and the largest error of each kernel.
 
     Raises:
-        AssertionError: the property that fails, for the sample that is named in a note; a rule that does not take an
-            option; a kernel with nearly the name of the op.
+        AssertionError: the property that fails, with a diagnosis, the sample and the smallest failing example; a rule
+            that does not take an option; a kernel with nearly the name of the op.
         VacuousCheckError: the samples could not show a mistake: they are all empty or zero, have no gradient, or never
-            change an option.
+            change an option; or a kernel of yours declined all of them.
         KeyError: there is no such op.
         TypeError: the function is not an op.
 
     >>> print(check_op("mul", examples=3))
-    mul: 3 samples; kernels: none
+    mul: 3 samples; derivatives of order 1, 2, 3; kernels: none; not run: mul (cuda)
     """
     if isinstance(op, str) and op not in OPS:
         raise KeyError(f"there is no op {op!r}; there are {', '.join(sorted(OPS))}")
@@ -70,23 +81,50 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: 
     samples = [declared.sample(RandomDraw(seed + i)) for i in range(max(examples, ENOUGH))]
     with np.errstate(divide="ignore", invalid="ignore"):  # a wrong rule is an error here, not a warning
         for i, (xs, params) in enumerate(samples[:examples]):
-            _check_sample(declared, xs, params, seed + i)
+            for check in PROPERTIES:
+                _run(check, declared, xs, params, seed + i)
     expect_telling(declared, samples, allow_zero)
+    extremes = [pair for pair in EXTREMES if pair[0] not in BY_ROWS or _has_rows(samples)]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        for check, draw in extremes:
+            for i in range(min(examples, 1 if check is many_elements else FEW)):
+                _run(check, declared, *declared.sample(draw(seed + i)), seed + i)
+    ran = _kernels_that_ran(declared, samples[:examples])
+    if idle := [name for name, count in ran.items() if not count and (name, "cpu") not in MODULES]:
+        raise VacuousCheckError(
+            f"the kernel {idle[0]!r} declined all of {examples} samples, so it never ran: draw operands that it takes"
+        )
     values = {option: [params[option] for _, params in samples] for option in samples[0][1]}
     fixed = {option: seen[0] for option, seen in values.items() if _is_one_value(seen)}
-    return OpReport(declared.name, examples, _kernels_that_ran(declared, samples[:examples]), fixed)
+    checks = (*(check.__name__ for check in PROPERTIES), *(check.__name__ for check, _ in extremes))
+    return OpReport(
+        declared.name, examples, ran, fixed, orders_of(declared), checks, kernel_errors(declared, samples[:FEW]),
+        tuple(f"{name} ({device})" for name, device in kernels_of(declared) if device != "cpu"),
+    )  # fmt: skip
 
 
-def _check_sample(op: Op, xs: Any, params: dict[str, Any], seed: int) -> None:
-    for check in PROPERTIES:
-        try:
-            check(op, xs, params, seed)
-        except Exception as error:
-            why = of_rules(op, xs, params)
-            told = GradcheckError(why) if why else error
-            shapes = [None if x is None else x.shape for x in xs]
-            told.add_note(f"in {check.__name__} of {op.name!r}, example {seed}: shapes {shapes}, {params}")
-            raise told from (error if why else None)
+def _has_rows(samples: Sequence[Drawn]) -> bool:
+    """Whether the first operand may have any number of rows: it has several in these samples."""
+    return len({len(xs[0]) for xs, _ in samples if np.ndim(xs[0])}) > 1
+
+
+def orders_of(op: Op) -> tuple[int, ...]:
+    """The orders of derivatives that `check_op` checks."""
+    return (1, 2, 3) if op.differentiable else ()
+
+
+def _run(check: Any, op: Op, xs: Any, params: dict[str, Any], seed: int) -> None:
+    """Run one check of one sample; an error gets the smallest example that it is found with, and a diagnosis."""
+    try:
+        check(op, xs, params, seed)
+    except Exception as error:
+        why = of_rules(op, xs, params)
+        told = GradcheckError(why) if why else error
+        shapes = [None if x is None else x.shape for x in xs]
+        told.add_note(f"in {check.__name__} of {op.name!r}, example {seed}: shapes {shapes}, {params}")
+        small = smallest(check, op, xs, params, seed, error)
+        told.add_note(f"smallest failing example: {example(op, small, params)}")
+        raise told from (error if why else None)
 
 
 # ---- declarations that a sample does not show ------------------------------------------------------------
@@ -176,6 +214,31 @@ def _gradients(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> Iterator[tu
     g = np.random.default_rng(0).normal(size=y.shape)
     for i, gradient in zip(ts, grad(y, list(ts.values()), g), strict=True):
         yield names[i], gradient.numpy()
+
+
+def kernels_of(op: Op) -> list[tuple[str, str]]:
+    """The kernels of an op, each with its device."""
+    return [(name, device) for name, device in kernel_names() if name in (op.name, op.vjp)]
+
+
+def kernel_errors(op: Op, samples: Sequence[Drawn]) -> dict[str, float]:
+    """The largest error of each kernel on the CPU in float32 against the reference in float64, of the largest number.
+
+    Raises what the op raises for these samples.
+    """
+    present = [name for name, device in kernels_of(op) if device == "cpu"]
+    errors = dict.fromkeys(present, 0.0)
+    for xs, params in samples if present else ():
+        single = cast_real(xs, np.float32)
+        with kernels_disabled():
+            wanted = results(op, cast_real(single, np.float64), params, 0, np.float32, exact=True)
+        given = results(op, single, params, 0, np.float32)
+        for i, ((_, got), (_, want)) in enumerate(zip(given, wanted, strict=True)):
+            name = op.vjp if i and op.differentiable else op.name
+            scale = float(np.abs(want).max(initial=0))
+            if name in errors and scale and np.isfinite(want).all():
+                errors[name] = max(errors[name], float(np.abs(got - want.astype(np.float64)).max()) / scale)
+    return errors
 
 
 def _kernels_that_ran(op: Op, samples: Sequence[Drawn]) -> dict[str, int]:

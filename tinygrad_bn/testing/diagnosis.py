@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.backend import expect_broadcast, kernels_disabled
 from tinygrad_bn.modes import recording
-from tinygrad_bn.sample import Shape
+from tinygrad_bn.sample import Array, Shape
 from tinygrad_bn.tensor import Op, Tensor, apply
 
 
@@ -41,7 +41,40 @@ def of_ratio(analytic: float, numeric: float, operand: Shape, result: Shape) -> 
                 return f"the gradient is {n} times {wrong}, and {n} is {what}: {why}"
     if math.isclose(ratio, 2, rel_tol=1e-4):
         return "the gradient is twice the right one: a path is counted twice"
+    if math.isclose(ratio, 0.5, rel_tol=1e-4):
+        return "the gradient is half the right one: one of two equal paths is lost, or a factor of 2"
     return ""
+
+
+def of_elements(
+    got: Array, want: Array, operand: Shape = (), result: Shape = (), tolerance: float = 1e-5, what: str = "gradient"
+) -> str:
+    """What is wrong with a whole gradient, or another array, element by element; "" if nothing stands out.
+
+    `tolerance` is relative to the largest number that is wanted.
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(got).all():
+        return of_ratio(math.nan, 1.0, operand, result) if what == "gradient" else "it is not finite: it overflows"
+    close = tolerance * float(np.abs(want).max(initial=0))
+    if got.shape != want.shape or not close:
+        return ""
+    error = got - want
+    if tolerance < 1e-3 and np.abs(error).max() < close:
+        return "the error is that of float32: it is computed in less than float64"
+    ratio = float(np.vdot(want, got) / np.vdot(want, want))
+    if np.abs(got - ratio * want).max() < close:
+        words = of_ratio(ratio, 1.0, operand, result) or f"the gradient is {ratio:.4g} times the right one: a factor"
+        return words.replace("gradient", what)
+    if got.size > 1 and np.ptp(error) < close:
+        return f"every element is off by {error.flat[0]:+.4g}: a path through a sum or a mean is lost"
+    if np.abs(np.sort(got, axis=None) - np.sort(want, axis=None)).max() < close:
+        return f"the numbers are right, in another order: the {what} is transposed or permuted"
+    wrong = np.abs(error) > close
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    where = f"{wrong.sum():,} of {wrong.size:,} elements are wrong, first at {first}"
+    lost = ": a term or a path is lost or wrong" if what == "gradient" else ""
+    return f"{where}, {got[first]:.6g} for {want[first]:.6g}{lost}"
 
 
 def _sizes(operand: Shape, result: Shape) -> dict[int, str]:
@@ -86,7 +119,7 @@ def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
         if op.each:
             whose = f"the rule of {op.name!r}, for operand {name},"
         results: list[Any] = []
-        with recording(True), _conversions() as converted:
+        with recording(True), _conversions() as converted, _detached() as cut:
             graph = Tensor(g, requires_grad=True), Tensor(y, requires_grad=True), tensors
             failed = _fails(lambda: results.append(op.pull(*graph, needs, params)[i]))  # noqa: B023
         if converted or "ufunc" in failed or (results and isinstance(results[0], np.ndarray)):
@@ -96,7 +129,12 @@ def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
             try:
                 expect_broadcast(xs[i].shape, shape)
             except ValueError:
-                return f"{whose} gives a gradient of shape {shape} for an operand of shape {xs[i].shape} (y {y.shape})"
+                return (
+                    f"{whose} gives a gradient of shape {shape} for an operand of shape {xs[i].shape} (y {y.shape}); "
+                    "if it has to be summed over axes that the operand was repeated along, use sum_to"
+                )
+        if cut and not failed:
+            return f"{whose} detaches a tensor: higher derivatives lose the path through it"
     return ""
 
 
@@ -131,4 +169,21 @@ def _conversions() -> Iterator[list[Shape]]:
         return convert(self, *args, **kwargs)
 
     with patch.object(Tensor, "__array__", noted):
+        yield seen
+
+
+@contextmanager
+def _detached() -> Iterator[list[Shape]]:
+    """Shapes of the tensors with a gradient that are detached in this block."""
+    from unittest.mock import patch
+
+    seen: list[Shape] = []
+    detach = Tensor.detach
+
+    def noted(self: Tensor) -> Tensor:
+        if self.requires_grad:
+            seen.append(self.shape)
+        return detach(self)
+
+    with patch.object(Tensor, "detach", noted):
         yield seen

@@ -11,13 +11,17 @@ import numpy as np
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.sample import Array, Shape
 from tinygrad_bn.tensor import Tensor
-from tinygrad_bn.testing.diagnosis import names_of, of_ratio
+from tinygrad_bn.testing.diagnosis import names_of, of_elements, of_ratio
 
 Function = Callable[..., Tensor]
 
 
 class GradcheckError(AssertionError):
     """A gradient and its numerical estimate disagree."""
+
+
+class KinkError(GradcheckError):
+    """The function has no derivative here, so there is nothing to compare with."""
 
 
 class VacuousCheckError(GradcheckError):
@@ -169,10 +173,33 @@ def compare(
                 "any formula. A normalisation needs a random cotangent and more than one value per channel."
             )
         if not report.ok:
-            why = of_ratio(derivative, numeric, t.shape, y.shape) or "or the function has a kink here"
-            raise GradcheckError(f"{report}; {why}")
+            why = of_ratio(derivative, numeric, t.shape, y.shape)
+            if _has_kink(phi, size):
+                raise KinkError(f"{report}; the function has a kink here: draw operands away from it")
+            why = why or _by_element(f, ts, i, v, gradient.numpy())
+            raise GradcheckError(f"{report}; {why}".rstrip("; "))
         reports.append(report)
     return reports
+
+
+MOST_ELEMENTS = 64  # of an operand whose gradient is looked at element by element
+
+
+def _by_element(f: Function, ts: Sequence[Tensor], i: int, v: Array, gradient: Array) -> str:
+    """What is wrong with the gradient of operand `i`, from a numerical derivative by each of its elements."""
+    x = ts[i].numpy()
+    if x.size > MOST_ELEMENTS:
+        return ""
+
+    def along(place: int, h: float) -> float:
+        moved = x.copy()
+        moved.flat[place] += h
+        return float(
+            np.sum(v * f(*[Tensor(moved, requires_grad=True) if j == i else t for j, t in enumerate(ts)]).numpy())
+        )
+
+    numeric = [ridders(lambda h, place=place: along(place, h))[0] for place in range(x.size)]  # type: ignore[misc]
+    return of_elements(gradient, np.reshape(numeric, x.shape), x.shape, v.shape)
 
 
 def compare_second(
@@ -185,21 +212,37 @@ def compare_second(
     allow_zero: bool = True,
 ) -> None:
     """`gradgradcheck` under names that are given."""
+    pulled, everything, named = _pulled(f, xs, names, seed)
+    if any(t.size for t in everything[:-1]):
+        compare(pulled, everything, named, order=2, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
+
+
+def _pulled(
+    f: Function, xs: Sequence[object], names: Sequence[str], seed: int
+) -> tuple[Function, list[Tensor], list[str]]:
+    """The gradient of `f` along random weights as a function of `xs` and of a cotangent; these, and their names."""
     ts = [Tensor(x, requires_grad=True) for x in xs]
     rng = np.random.default_rng(seed)
     weights = [rng.normal(size=t.shape) for t in ts]
-    cotangent = rng.normal(size=_with_graph(f(*ts), order=1).shape)
+    cotangent = Tensor(rng.normal(size=_with_graph(f(*ts), order=1).shape), requires_grad=True)
 
     def pulled(*args: Tensor) -> Tensor:
         *operands, g = args
+        return _slope(f, weights, g)(*operands)
+
+    return pulled, [*ts, cotangent], [*names, "g (the cotangent)"]
+
+
+def _slope(f: Function, weights: Sequence[Array], g: Tensor | None = None) -> Function:
+    """The sum of the gradients of `f` under the cotangent `g`, times weights, as a function of its operands."""
+
+    def slope(*operands: Tensor) -> Tensor:
         total = Tensor(np.float64(0))
         for gx, w in zip(grad(f(*operands), operands, g, create_graph=True), weights, strict=True):
             total = total + (gx * w).sum()
         return total
 
-    if any(t.size for t in ts):
-        everything, named = [*ts, cotangent], [*names, "g (the cotangent)"]
-        compare(pulled, everything, named, order=2, seed=seed + 1, rtol=rtol, allow_zero=allow_zero)
+    return slope
 
 
 def compare_third(
@@ -243,6 +286,12 @@ def _moves_in_steps(phi: Callable[[float], float], numeric: float, size: float) 
     return abs(step / (2 * h) - numeric) > 1e-2 * size and abs(step) < 1e-4 * size
 
 
+def _has_kink(phi: Callable[[float], float], size: float) -> bool:
+    """Whether the slopes of `phi` on the two sides of 0 differ."""
+    h = 1e-5
+    return abs(phi(h) - 2 * phi(0.0) + phi(-h)) / h > 1e-2 * size
+
+
 def away_from_zero(rng: np.random.Generator, shape: Shape) -> Array:
     """A random direction without small entries, so that an error in any of them shows."""
     return rng.uniform(0.3, 1.0, shape) * rng.choice([-1.0, 1.0], shape)
@@ -256,4 +305,5 @@ def _expect_same(
             if gradient.shape != t.shape or gradient.dtype != t.dtype:
                 raise GradcheckError(f"{place} is {t.dtype} {t.shape}, its gradient {gradient.dtype} {gradient.shape}")
         if not np.allclose(a.numpy(), b.numpy(), rtol=1e-8, atol=1e-9, equal_nan=True):
-            raise GradcheckError(f"{place}: the plain and the differentiable route differ:\n{a}\n{b}")
+            why = of_elements(a.numpy(), b.numpy(), t.shape)
+            raise GradcheckError(f"{place}: the plain and the differentiable route differ: {why}\n{a}\n{b}")

@@ -60,7 +60,7 @@ def _overwritten(op: Op) -> list[int]:
     return [names.index(name) for name in op.updates]
 
 
-def _results(op: Op, xs: Operands, params: Params) -> list[Array]:
+def results_of(op: Op, xs: Operands, params: Params) -> list[Array]:
     """All that a call changes or returns: the result and, without gradients, its by-products and updated operands."""
     y, saved = apply(op, xs, params)
     results = (y, *(xs[i] for i in _overwritten(op)), *(() if op.differentiable else saved))
@@ -70,8 +70,8 @@ def _results(op: Op, xs: Operands, params: Params) -> list[Array]:
 def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """In float64 and float32, through the kernel if there is one: the reference's values, and the dtype kept."""
     with kernels_disabled():
-        want = _results(op, cast_real(xs, np.float64), params)
-    for a, b in zip(_results(op, cast_real(xs, np.float64), params), want, strict=True):
+        want = results_of(op, cast_real(xs, np.float64), params)
+    for a, b in zip(results_of(op, cast_real(xs, np.float64), params), want, strict=True):
         assert a.dtype == b.dtype, f"float64 operands gave {a.dtype}, the reference {b.dtype}"
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12, err_msg=f"{op.name!r} by its kernel, in float64")
     reference = op.forward(*cast_real(xs, np.float64), **params)
@@ -91,7 +91,7 @@ def first_and_second_gradients(op: Op, xs: Operands, params: Params, seed: int) 
     """Both routes back, and the gradient of the gradient, against numerical derivatives."""
     f, real = split_differentiable(op, xs, params)
     if op.differentiable and real:
-        names = _real_names(op, xs)
+        names = real_names(op, xs)
         compare(f, real, names, seed=seed)
         compare_second(f, real, names, seed=seed)
         _expect_constant_where_there_is_no_rule(op, xs, params, seed)
@@ -101,10 +101,11 @@ def third_derivatives(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """The gradient of a directional derivative of the gradient, against a numerical derivative."""
     f, real = split_differentiable(op, xs, params)
     if op.differentiable and real:
-        compare_third(f, real, _real_names(op, xs), seed=seed)
+        compare_third(f, real, real_names(op, xs), seed=seed)
 
 
-def _real_names(op: Op, xs: Operands) -> list[str]:
+def real_names(op: Op, xs: Operands) -> list[str]:
+    """Names of the operands that the op is differentiable in."""
     names = names_of(op.forward, len(xs))
     return [names[i] for i in positions(op, xs)]
 
@@ -139,7 +140,7 @@ def one_tensor_in_every_slot(op: Op, xs: Operands, params: Params, seed: int) ->
         return f(*(by_shape[x.shape] for x in real))
 
     if len(real) > len(one):
-        names = _real_names(op, xs)
+        names = real_names(op, xs)
         named = [" = ".join(n for n, x in zip(names, real, strict=True) if x.shape == shape) for shape in one]
         compare(shared, list(one.values()), named, seed=seed)
 
@@ -152,7 +153,7 @@ def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, see
         return f(a, *(Tensor(x) + a.sum() * (0.03 / max(a.size, 1)) for x in real[1:]))
 
     if len(real) > 1:
-        compare(dependent, real[:1], [f"{_real_names(op, xs)[0]}, which the others depend on"], seed=seed)
+        compare(dependent, real[:1], [f"{real_names(op, xs)[0]}, which the others depend on"], seed=seed)
 
 
 def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int) -> None:
@@ -163,25 +164,32 @@ def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int
     y = apply(op, [t if t is None else t._data for t in cast] if op.updates else cast, params)[0]
     overwritten = _overwritten(op)
     fixed = [
-        (t, np.array(x))
-        for i, (t, x) in enumerate(zip(cast, cast_real(xs, "f4"), strict=True))
+        (t, np.array(x), name)
+        for i, (t, x, name) in enumerate(zip(cast, cast_real(xs, "f4"), names_of(op.forward, len(xs)), strict=True))
         if t is not None and i not in overwritten
     ]
-    for t, x in fixed:
-        np.testing.assert_array_equal(t.numpy(), x, "the forward pass changed an operand")
+    for t, x, name in fixed:
+        expect_unchanged(t.numpy(), x, f"the forward pass of {op.name!r} changed operand {name}")
     if not op.differentiable or not y.requires_grad:
         return
     g = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype)
-    before = g.numpy().copy()
+    before = g.numpy().copy(), y.numpy().copy()
     y.backward(g)
-    np.testing.assert_array_equal(g.numpy(), before)
-    for t, x in fixed:
-        np.testing.assert_array_equal(t.numpy(), x, "the backward pass changed an operand")
-    gradients = [(t, t.grad) for t, _ in fixed if t.grad is not None]
+    expect_unchanged(g.numpy(), before[0], f"the backward pass of {op.name!r} changed the gradient of the result")
+    expect_unchanged(y.numpy(), before[1], f"the backward pass of {op.name!r} changed the result")
+    for t, x, name in fixed:
+        expect_unchanged(t.numpy(), x, f"the backward pass of {op.name!r} changed operand {name}")
+    gradients = [(t, t.grad) for t, _, _ in fixed if t.grad is not None]
     for a, b in itertools.combinations([g, *(gradient for _, gradient in gradients)], 2):
-        assert not np.shares_memory(a.numpy(), b.numpy()), "two gradients share memory"
+        assert not np.shares_memory(a.numpy(), b.numpy()), f"two gradients of {op.name!r} share memory"
     for t, gradient in gradients:
         assert (gradient.dtype, gradient.shape) == (t.dtype, t.shape)
+
+
+def expect_unchanged(got: Array, before: Array, what: str) -> None:
+    """Raise GradcheckError, which starts with `what`, unless the arrays are equal."""
+    if not np.array_equal(got, before, equal_nan=got.dtype.kind == "f"):
+        raise GradcheckError(f"{what}: it writes into its memory; make a new array")
 
 
 def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> None:
@@ -216,12 +224,12 @@ def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> 
 
         if backend.find_kernel(op.name, device_of(cast[0])):
             with kernels_disabled():
-                want = _results(op, cast_real(xs, dtype), params)
-            for got, exact in zip(_results(op, cast, params), want, strict=True):
+                want = results_of(op, cast_real(xs, dtype), params)
+            for got, exact in zip(results_of(op, cast, params), want, strict=True):
                 expect_close(got, exact, f"the kernel {op.name!r}")
         if backend.find_kernel(op.vjp, device_of(cast[0])):
             ts = [Tensor(x, requires_grad=True) for x in real]
-            named = list(zip(ts, _real_names(op, xs), strict=True))
+            named = list(zip(ts, real_names(op, xs), strict=True))
             y = f(*ts)
             v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=dtype)
             for wanted in (named, *([t] for t in named)):  # a kernel may leave out gradients, or decline

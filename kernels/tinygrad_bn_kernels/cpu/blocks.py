@@ -143,6 +143,8 @@ def block_norm(
     x: Array, weight: Array | None, bias: Array | None, *, blocks: Blocks, eps: float, centered: bool
 ) -> Any:
     """The output, in x's shape, and mean and variance of each block in float64, (N · G,)."""
+    if x.dtype.kind != "f":
+        return NotImplemented
     source = compiled(x)
     rows, w = _as_blocks(source, weight, blocks)
     b = np.zeros(w.shape, source.dtype) if bias is None else compiled(bias, source.dtype).reshape(w.shape)

@@ -1,0 +1,306 @@
+"""Faults that hide: each is planted in an op or its kernels, and `check_op` has to say these words about it."""
+
+import re
+
+import numpy as np
+import pytest
+from tinygrad_bn_kernels import _declared, _kernels
+from tinygrad_bn_kernels.cpu.jit import njit
+from tinygrad_bn_kernels.cpu.threads import split
+
+from tinygrad_bn import Tensor, extend, functional
+from tinygrad_bn.extend import (
+    NONZERO,
+    REAL,
+    Domain,
+    broadcasting,
+    check_op,
+    elementwise,
+    fused,
+    kernel,
+    primitive,
+)
+from tinygrad_bn.tensor import OPS
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """Ops and kernels that a test declares are forgotten after it."""
+    before = set(OPS)
+    yield
+    for name in OPS.keys() - before:
+        del OPS[name]
+        _declared.pop(name, None)
+    for key in [key for key, function in _kernels.items() if function and function.__module__ == __name__]:
+        del _kernels[key]
+
+
+ANY, PAIR = elementwise(REAL), broadcasting(REAL, REAL)
+
+
+def rows(*shapes):
+    """A sample of operands of these shapes, some more rows in the first."""
+    return lambda d: ((d.array(REAL, (d.integer(2, 5), *shapes[0])), *(d.array(REAL, s) for s in shapes[1:])), {})
+
+
+def op_of(forward, *rules, sample=ANY, name="planted"):
+    forward.__name__ = forward.__qualname__ = name
+    return (primitive(*rules, formula="y", sample=sample) if rules else fused(formula="y", sample=sample))(forward)
+
+
+def cut(x):
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def kept(g, x):
+    return extend.broadcast_to(functional.reshape(g, shape=(*g.shape, 1)), shape=x.shape)
+
+
+def cube():
+    """x³, whose second derivative is right and whose third is not."""
+    line = op_of(lambda x: x * 1.0, lambda g, y, x: g * 5, name="planted_line")
+    square = op_of(lambda x: x * x, lambda g, y, x: g * 2 * line(x), name="planted_square")
+    return op_of(lambda x: x * x * x, lambda g, y, x: g * 3 * square(x))
+
+
+# What is wrong: an op, and what a user reads.
+RULES = {
+    "sign": (lambda: op_of(lambda x: -x, lambda g, y, x: g), r"operand 'x': gradient .*the sign is flipped"),
+    "factor": (
+        lambda: op_of(lambda x: x * x, lambda g, y, x: g * x * 14),
+        r"operand 'x': .*the gradient is 7 times the right one: a factor",
+    ),
+    "half": (
+        lambda: op_of(lambda x: x * x, lambda g, y, x: g * x, sample=lambda d: ((d.array(REAL, (3,)),), {})),
+        "half the right one: one of two equal paths is lost",
+    ),
+    "forgotten 1/N": (
+        lambda: op_of(lambda x: np.mean(x, axis=1), lambda g, y, x: kept(g, x), sample=rows((7,))),
+        "gradient is 7 times too large, and 7 is the length of axis 1 of the operand: a sum taken for a mean",
+    ),
+    "path through a mean lost": (
+        lambda: op_of(
+            lambda x: np.mean(x) - x, lambda g, y, x: -g, sample=lambda d: ((d.array(REAL, (d.integer(2, 4), 3)),), {})
+        ),
+        r"every element is off by [-+]\d.*: a path through a sum or a mean is lost",
+    ),
+    "transposed": (
+        lambda: op_of(lambda x: x.T * 1.0, lambda g, y, x: g * 1.0, sample=lambda d: ((d.array(REAL, (3, 3)),), {})),
+        "the numbers are right, in another order: the gradient is transposed or permuted",
+    ),
+    "wrong in a corner": (
+        lambda: op_of(
+            lambda x: x * 2.0,
+            lambda g, y, x: g * (2.0 + np.array([0.0, 0.0, 1.0])),
+            sample=rows((3,)),
+        ),
+        r"elements are wrong, first at \(0, 2\), .*a term or a path is lost or wrong",
+    ),
+    "un-broadcast missing": (
+        lambda: op_of(
+            lambda x, b: x + b[:, None],
+            lambda g, y, x, b: g,
+            lambda g, y, x, b: g,
+            sample=lambda d: ((d.array(REAL, (3, 4)), d.array(REAL, (3,))), {}),
+        ),
+        r"rule of operand 'b' of 'planted' gives a gradient of shape \(3, 4\) for an operand of shape \(3,\).*sum_to",
+    ),
+    "detached in a rule": (
+        lambda: op_of(lambda x: x * x * x, lambda g, y, x: g * 3 * x * cut(x)),
+        "rule of operand 'x' of 'planted' detaches a tensor: higher derivatives lose the path through it",
+    ),
+    "third derivative": (cube, "third derivative, operand .*gradient"),
+    "None for a rule": (
+        lambda: op_of(lambda a, b: a * b, lambda g, y, a, b: g * b, None, sample=PAIR),
+        "operand 'b' has the rule None, but the result varies with it",
+    ),
+    "0 / 0 where x is 0": (
+        lambda: op_of(lambda x: x * x, lambda g, y, x: g * 2 * y / x),
+        "operand 'x': gradient [+]nan.*not finite: a rule divides by 0",
+    ),
+    "narrowed": (
+        lambda: op_of(lambda x: np.float32(x) * 1, lambda g, y, x: g),
+        "float64 operands gave float32: the forward narrows",
+    ),
+    "wide": (
+        lambda: op_of(lambda x: np.float64(x) * 2, lambda g, y, x: g * 2),
+        "float32 operands gave float64",
+    ),
+    "wrong in float16": (
+        lambda: op_of(
+            lambda x: x * (3.0 if x.dtype == np.float32 and np.all(x == x.astype(np.float16)) else 2.0),
+            lambda g, y, x: g * 2,
+            sample=elementwise(NONZERO),
+        ),
+        "the result of 'planted' in float16 is wrong: the result is 1.5 times the right one: a factor",
+    ),
+    "rule fails without elements": (
+        lambda: op_of(lambda x: x * 2.0, lambda g, y, x: g * 2 + 0 * functional.max(x), sample=rows((3,))),
+        "the gradients of 'planted' fail for operands without elements: .*max",
+    ),
+    "wrong beyond 5,000 elements": (
+        lambda: op_of(lambda x: np.where(np.arange(x.size).reshape(x.shape) < 5000, x, 0), lambda g, y, x: g),
+        "for operands of 10,000 elements: operand 'x': gradient",
+    ),
+    "wrong beyond 100": (
+        lambda: op_of(lambda x: np.clip(x, -100, 100) * 1.0, lambda g, y, x: g),
+        "for numbers beyond 100: operand 'x': gradient",
+    ),
+    "overflow in float32": (
+        lambda: op_of(lambda x: np.log(1 + np.exp(x)), lambda g, y, x: g * functional.sigmoid(x)),
+        "the result of 'planted' for numbers beyond 100 is wrong: it is not finite: it overflows",
+    ),
+}
+
+
+def words_of(op):
+    with pytest.raises(AssertionError) as caught:
+        check_op(op)
+    return " ".join("\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])]).split())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fault", RULES)
+def test_a_fault_of_an_op_is_named(fault):
+    op, words = RULES[fault]
+    assert re.search(words, said := words_of(op()))
+    assert re.search(r"in \w+ of 'planted', example \d+: shapes .* smallest failing example: [xa] = ", said)
+
+
+@pytest.mark.parametrize(
+    ("op", "example"),
+    [
+        (lambda: op_of(lambda x: x * x, lambda g, y, x: g * 3 * x), r"x = (-?\d\.0|\[+-?\d\.0\]+)$"),
+        (
+            lambda: op_of(
+                lambda a, b: a * np.where(b > 1, 2.0, 1.0),
+                lambda g, y, a, b: g * 2.0,
+                None,
+                sample=lambda d: ((d.array(REAL, (4, 3)), d.array(Domain(1, 2), (1, 3)).round() + 0.25), {}),
+            ),
+            r"a = \[\[-?\d\.0\]\], b = \[\[\d\.\d+\]\]$",
+        ),
+    ],
+    ids=["one number", "of two operands"],
+)
+def test_the_smallest_failing_example_is_one_that_can_be_tried_by_hand(op, example):
+    assert re.search(f"smallest failing example: {example}", words_of(op()))
+
+
+# ---- kernels of y = a · b, whose rules are right ---------------------------------------------------------
+
+
+def gradients(g, a, b):
+    return [extend.unbroadcast(g * b, a), extend.unbroadcast(g * a, b)]
+
+
+def by_half(a, b):
+    return (a * b) * np.asarray(1.25 if a.dtype == np.float16 else 1, a.dtype)
+
+
+@njit()
+def loop(x, out, start, stop):
+    """The first part only, as a loop that takes `stop` for the number of its items."""
+    for i in range(stop - start if start == 0 else 0):
+        out[i] = x[i]
+
+
+def part_of_it(a, b):
+    if a.dtype == np.float16:
+        return NotImplemented
+    y = np.zeros(np.broadcast_shapes(a.shape, b.shape), a.dtype)
+
+    split(loop, y.size, y.size, np.asarray(a * b).reshape(-1), y.reshape(-1))
+    return y
+
+
+def first_5000(a, b):
+    y = np.array(a * b)
+    y.reshape(-1)[5000:] = 0
+    return y
+
+
+def overwriting(which):
+    def vjp(g, y, a, b, *, needs):
+        found = gradients(g, a, b)
+        array = {"g": g, "y": y, "a": a}[which]
+        array.flags.writeable = True
+        array *= 2
+        return found
+
+    return vjp
+
+
+KERNELS = {
+    "wrong in float16": (
+        by_half,
+        None,
+        "the result, by the kernel 'planted', of 'planted' in float16 is wrong: .*1.25",
+    ),
+    "gradient wrong in float16": (
+        None,
+        lambda g, y, a, b, *, needs: [x * (2 if a.dtype == np.float16 else 1) for x in gradients(g, a, b)],
+        "gradient of operand 'a', by the kernel 'planted.vjp', of 'planted' in float16 is wrong: the gradient is twice",
+    ),
+    "shape without elements": (
+        lambda a, b: a * b if a.size and b.size else np.zeros((1,)),
+        None,
+        r"the result, by the kernel 'planted', of 'planted' for operands without elements has the shape \(1,\)",
+    ),
+    "beyond 5,000 elements": (
+        first_5000,
+        None,
+        "kernel 'planted', of 'planted' for operands of 10,000 elements is wrong: .* are wrong, first at .*, 0 for",
+    ),
+    "on threads": (
+        part_of_it,
+        None,
+        "kernel 'planted', of 'planted' for operands of 10,000 elements is wrong: .* are wrong, first at .*, 0 for",
+    ),
+    "beyond 100": (
+        lambda a, b: np.clip(a, -100, 100) * b,
+        None,
+        "the kernel 'planted', of 'planted' for numbers beyond 100 is wrong: .* elements are wrong, first at",
+    ),
+    "computed in float32": (
+        None,
+        lambda g, y, a, b, *, needs: [x.astype(np.float32).astype(x.dtype) for x in gradients(g, a, b)],
+        "operand 'a': the plain and the differentiable route differ: the error is that of float32",
+    ),
+    "sign": (
+        None,
+        lambda g, y, a, b, *, needs: [-gradients(g, a, b)[0], gradients(g, a, b)[1]],
+        "operand 'a': the plain and the differentiable route differ: the sign is flipped",
+    ),
+    "writes into y": (None, overwriting("y"), "the backward pass of 'planted' changed the result: it writes into"),
+    "writes into an operand": (None, overwriting("a"), "the (plain and the differentiable route|backward pass)"),
+    "integers": (
+        lambda a, b: np.asarray(a * b * 1.5 if a.dtype.kind == "i" else a * b),
+        None,
+        "the result, by the kernel 'planted', of 'planted' for integers is float32, that of the definition int64",
+    ),
+    "never runs": (
+        None,
+        lambda g, y, a, b, *, needs: NotImplemented,
+        "the kernel 'planted.vjp' declined all of 25 samples, so it never ran",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=pytest.mark.compiled) if name == "on threads" else name for name in KERNELS]
+)
+def test_a_fault_of_a_kernel_is_named(fault):
+    forward, vjp, words = KERNELS[fault]
+
+    def two(d):  # of one shape, with any number of rows
+        shape = d.integer(1, 4), d.integer(1, 3)
+        return (d.array(REAL, shape), d.array(REAL, shape)), {}
+
+    op = op_of(lambda a, b: a * b, lambda g, y, a, b: g * b, lambda g, y, a, b: g * a, sample=two)
+    for name, function in (("planted", forward), ("planted.vjp", vjp)):
+        if function:
+            function.__module__ = __name__
+            kernel(name, "cpu")(function)
+    assert re.search(words, words_of(op))
