@@ -138,8 +138,10 @@ def expect_same(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{args.out} was begun with the options {before}: give the same ones, or another --out")
         with replacing(path) as beside:
             beside.write_text(json.dumps(options), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot use {args.out}: {error}")
+    except OSError as error:
+        parser.error(f"cannot write to {args.out}: {error.strerror}")
+    except ValueError:
+        parser.error(f"{path} is damaged: leave out --resume, or give another --out")
 
 
 def main(names: Sequence[str], argv: Sequence[str]) -> int:

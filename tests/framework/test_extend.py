@@ -17,7 +17,7 @@ from tinygrad_bn.tensor import OPS
 from tinygrad_bn.testing import check
 from tinygrad_bn.testing.extremes import BY_ROWS, EXTREMES
 from tinygrad_bn.testing.files import ops_of
-from tinygrad_bn.testing.properties import third_gradients
+from tinygrad_bn.testing.properties import third_derivatives
 
 ROOT = Path(__file__).parents[2]
 BUILT_IN = [name for name, op in OPS.items() if op.forward.__module__.startswith("tinygrad_bn.")]
@@ -57,7 +57,7 @@ def python(*arguments, folder):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_op_is_right_for_half_precision_no_many_and_large_elements_and_to_third_order(name):
     samples = [OPS[name].sample(RandomDraw(seed)) for seed in range(25)]
-    for run, draw in ((third_gradients, RandomDraw), *EXTREMES):
+    for run, draw in ((third_derivatives, RandomDraw), *EXTREMES):
         if run not in BY_ROWS or check._has_rows(samples):
             with np.errstate(all="ignore"):
                 for seed in (0, 7):
