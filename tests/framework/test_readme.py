@@ -25,7 +25,7 @@ def registry():
 
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one writes a page
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
