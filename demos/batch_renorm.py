@@ -28,21 +28,21 @@ def operands(d: Draw) -> Drawn:
 
 
 @fused(formula="y = weight · ((x − μ) / √(σ² + eps) · r + d) + bias", sample=operands, saves=("mean", "var"))
-def batch_renorm(x: Operand, r: Operand, d: Operand, weight: Operand, bias: Operand, *, eps: float) -> Any:
+def renorm(x: Operand, r: Operand, d: Operand, weight: Operand, bias: Operand, *, eps: float) -> Any:
     """BatchNorm of x (N, C), corrected by r and d (C,). By-products: mean and biased variance of the batch."""
     steps = functional.batch_norm_steps(x, eps=eps)
     mean, var = (functional.reshape(s, shape=-1) for s in (steps.mu, steps.var))
     return weight * (steps.xhat * r + d) + bias, mean, var
 
 
-@kernel("batch_renorm", "cpu")
+@kernel("renorm", "cpu")
 def forward(x, r, d, weight, bias, *, eps):  # type: ignore[no-untyped-def]
     """By BatchNorm's kernel: y, mean and variance."""
     normalize = backend.find_kernel("batch_norm_training", "cpu")
     return normalize(x, weight * r, weight * d + bias, eps=eps) if normalize else NotImplemented
 
 
-@kernel("batch_renorm.vjp", "cpu")
+@kernel("renorm.vjp", "cpu")
 def backward(g, y, x, r, d, weight, bias, *, needs, eps, mean, var):  # type: ignore[no-untyped-def]
     """By BatchNorm's kernel, and the chain rule of weight · r and weight · d + bias."""
     vjp = backend.find_kernel("batch_norm_training.vjp", "cpu")
@@ -71,7 +71,7 @@ class BatchRenorm(nn.BatchNorm1d):
             most, far = 1 + 2 * grown, 5 * grown
             r = functional.maximum(functional.minimum(functional.sqrt(var + self.eps) / deviation, most), 1 / most)
             d = functional.maximum(functional.minimum((mean - self.running_mean) / deviation, far), -far)
-        y, (mean, var) = batch_renorm.run(x, r, d, self.weight, self.bias, eps=self.eps)
+        y, (mean, var) = renorm.run(x, r, d, self.weight, self.bias, eps=self.eps)
         self.track(mean, var, len(x))
         return y
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> Run:
         "batch_renorm", __doc__, argv,
         data="mnist5k", epochs=1, batch_size=2, lr=1e-3, optimizer="adam", seeds=5,
     )  # fmt: skip
-    run.print(f"{check_op(batch_renorm)}\n")  # the composition and the kernels agree, and more; else AssertionError
+    run.print(f"{check_op(renorm)}\n")  # the composition and the kernels agree, and more; else AssertionError
     training, validation = run.images()
 
     def accuracies(seed: int) -> list[float]:

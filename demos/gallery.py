@@ -180,7 +180,7 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
             parser.error(f"cannot write to {args.out}: {error.strerror}")
         except KeyboardInterrupt:
             for child in children:
-                child.send_signal(signal.SIGINT)  # it writes a checkpoint
+                child.terminate()  # it writes a checkpoint
             pool.shutdown(cancel_futures=True)
             code = 143 if terminated else 130
             console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")

@@ -48,7 +48,7 @@ def without_collector() -> Iterator[None]:
 def counts(training: Training) -> dict[str, int]:
     """What is alive now. Exact, and the same after each PERIOD of steps unless something grows."""
     objects = gc.get_objects()
-    caches = [o for o in objects if isinstance(o, functools._lru_cache_wrapper) and "tinygrad_bn" in o.__module__]
+    caches = [o for o in objects if type(o) is functools._lru_cache_wrapper and "tinygrad_bn" in o.__module__]
     return {
         "tensors": sum(isinstance(o, Tensor) for o in objects),
         "nodes": sum(isinstance(o, Node) for o in objects),

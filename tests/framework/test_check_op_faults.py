@@ -22,6 +22,8 @@ from tinygrad_bn.extend import (
 )
 from tinygrad_bn.tensor import OPS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def registries():

@@ -14,7 +14,7 @@ from tests.tools.processes import on_threads, output, python
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 THREADS = 4
 DIGEST = "from tests.tools.digests import digest; print(digest('titanic_mlp'))"
 

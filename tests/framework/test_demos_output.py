@@ -65,12 +65,13 @@ def test_a_full_disk_leaves_the_old_file_and_the_text(tmp_path, monkeypatch, cap
 
 
 def test_half_a_file_of_results_fails_alone(tmp_path, monkeypatch):
-    def writes_half(command, **options):
-        folder = Path(command[command.index("--out") + 1])
+    def writes_half(name, args, children):
+        folder = args.out / name
+        folder.mkdir()
         folder.joinpath("results.json").write_text('{"demo": "x", ')
-        return subprocess.CompletedProcess(command, 1, "printed <this>", "")
+        return 1, "printed <this>", 0.5
 
-    monkeypatch.setattr(subprocess, "run", writes_half)
+    monkeypatch.setattr(gallery, "run_demo", writes_half)
     assert gallery.main(["iris_mlp", "new_op"], ["--out", str(tmp_path)]) == 1
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("printed &lt;this&gt;") == 2

@@ -22,6 +22,7 @@ from tests.framework.test_demos import ORDER
 from tinygrad_bn.train import steps
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.compiled,
     pytest.mark.filterwarnings("ignore:BatchNorm1d.*not finite", "ignore:.*encountered in:RuntimeWarning"),
 ]
@@ -106,6 +107,7 @@ def test_interrupted_and_killed(name, images, tmp_path, monkeypatch, capsys):
         raise Killed
 
     monkeypatch.setattr(steps.Steps, "take", broken_off)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     rng, go_on = np.random.default_rng(0), [*options, "--out", str(tmp_path / "cut")]
     for ending in (partial(signal.raise_signal, signal.SIGINT), kill):
         plan, taken[0] = {"at": int(rng.integers(2, 9)), "end": ending}, 0
@@ -114,6 +116,7 @@ def test_interrupted_and_killed(name, images, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "cut" / CHECKPOINTS / "001").is_dir()
         go_on = ["--resume", str(tmp_path / "cut")]
     assert f"to go on: python -m demos {name} --resume" in capsys.readouterr().err
+    signal.signal(signal.SIGINT, former)
     plan = {"at": -1}
     main(name, *go_on)
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
@@ -200,6 +203,7 @@ def test_a_signal_to_all_demos_goes_to_the_running_ones(number, tmp_path):
 
 ROOT = Path(__file__).parents[2]
 STARTED = """
-import demos.output
+import demos.output, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 demos.output.start(lambda: g.main(['normalize_numbers', 'deep_mlp'], ['--out', g.os.environ['OUT']]))
 """

@@ -5,7 +5,7 @@ import pytest
 from tests.tools.networks import NETWORKS
 from tests.tools.processes import output, python
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
 PROGRAM = "from tests.tools.digests import main; main({captured}, {beside})"
 # Numba's threads and those of the kernels, the seed of Python's hashes, with `capture`, and beside another thread.

@@ -252,7 +252,8 @@ def test_a_full_disk(on_error, tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import hashlib, sys, time
+import hashlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 import numpy as np
 from tinygrad_bn import manual_seed, nn, optim, train
 class Slow(train.Callback):
@@ -302,6 +303,7 @@ def test_signals_write_a_checkpoint_and_say_how_to_go_on(number, tmp_path):
 KILLS = int(os.environ.get("TINYGRAD_BN_KILLS", "25"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kills_at_random_moments(tmp_path):
     """Also inside of a write. Children are forked, so that they need not import."""

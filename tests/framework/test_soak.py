@@ -8,6 +8,8 @@ import pytest
 from tests import soak
 from tests.tools.networks import NETWORKS, Training, deep_graph, wide_graph
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("tensors", "nodes", "programs", "cached", "threads", "files")
 WARM_UP, ROUNDS = 3, 3  # rounds of all batch sizes; compiling and recording, in the first, leave cycles of Numba's
 

@@ -15,6 +15,8 @@ from tinygrad_bn.tensor import OPS
 from tinygrad_bn.testing.properties import cast_real, split_differentiable
 from tinygrad_bn.transforms import functional_call, grad, hessian, hvp, jacobian, jvp, value_and_grad, vjp
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X, V = RNG.normal(size=(2, 5))
 

@@ -16,6 +16,8 @@ from tinygrad_bn.tensor import OPS
 from tinygrad_bn.testing.properties import cast_real, positions
 from tinygrad_bn.transforms import functional_call, grad, hessian, hvp, jacobian, jvp, vjp, vmap
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 3))
 W = RNG.normal(size=(3, 2))
