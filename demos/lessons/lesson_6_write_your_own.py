@@ -278,7 +278,8 @@ def _(batch_renorm):
 
     @kernel("batch_renorm", "cpu")
     def batch_renorm_kernel(x, r, d, *, eps):
-        if x.dtype.char not in "fd" or any(v.dtype != x.dtype or v.shape != x.shape[1:] for v in (r, d)):
+        alike = all(v.dtype == x.dtype and v.shape == x.shape[1:] for v in (r, d))
+        if not (x.size and x.dtype.char in "fd" and alike):
             return NotImplemented  # the composition runs instead
         y = np.empty(x.shape, x.dtype)
         renorm_rows(x, r, d, eps, y)
@@ -299,7 +300,8 @@ def _(kernel_report, rows_count, say):
         ```python
         @kernel("batch_renorm", "cpu")
         def batch_renorm_kernel(x, r, d, *, eps):
-            if x.dtype.char not in "fd" or any(v.dtype != x.dtype or v.shape != x.shape[1:] for v in (r, d)):
+            alike = all(v.dtype == x.dtype and v.shape == x.shape[1:] for v in (r, d))
+            if not (x.size and x.dtype.char in "fd" and alike):
                 return NotImplemented  # the composition runs instead
             y = np.empty(x.shape, x.dtype)
             renorm_rows(x, r, d, eps, y)  # the loop, under numba.njit: mean, variance, output
@@ -320,7 +322,8 @@ def _(kernel_report, rows_count, say):
         ```python
         @kernel("batch_renorm", "cpu")
         def batch_renorm_kernel(x, r, d, *, eps):
-            if x.dtype.char not in "fd" or any(v.dtype != x.dtype or v.shape != x.shape[1:] for v in (r, d)):
+            alike = all(v.dtype == x.dtype and v.shape == x.shape[1:] for v in (r, d))
+            if not (x.size and x.dtype.char in "fd" and alike):
                 return NotImplemented  # 대신 합성 연산이 실행된다
             y = np.empty(x.shape, x.dtype)
             renorm_rows(x, r, d, eps, y)  # numba.njit을 붙인 반복문: 평균, 분산, 출력
