@@ -46,6 +46,7 @@ class ModelCheckpoint(Named):
             validation. Accuracies are best at the top, losses at the bottom.
         on_error: what to do if a checkpoint cannot be written, as on a full disk: "raise" the OSError, or "warn" and go
             on. The checkpoints before it stay as they are.
+        advice: how to go on, which is printed after an interrupt.
 
     Raises TypeError or ValueError for an option that does not fit.
     """
