@@ -17,6 +17,7 @@ from tinygrad_bn_kernels import _kernels, lookup, names
 
 from tests.tools.thresholds import thresholds
 from tinygrad_bn import Tensor, autograd, functional, grad, more_ops, ops, primitive, sample, testing
+from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.tensor import OPS, Op, apply
 from tinygrad_bn.testing import check, properties
 
@@ -306,13 +307,21 @@ def test_no_overflow_at_extreme_values(f):
     assert np.isfinite(x.grad.numpy()).all()
 
 
+@pytest.mark.parametrize("route", [nullcontext, kernels_disabled])
 @given(st.integers(0, 6), st.sampled_from([np.float16, np.float32]))
-def test_sums_accumulate_in_float64(power, dtype):
-    x = np.full((10**power, 1), 0.1, dtype)
+def test_sums_accumulate_in_float64(route, power, dtype):
+    x = np.full((10**power, 2), 0.1, dtype)  # two columns: NumPy adds one in pairs, which is exact enough
     exact = np.float64(x[0, 0]) * len(x)
     assume(exact < np.finfo(dtype).max)
-    for total in (ops.sum(Tensor(x), axis=0), ops.sum_to(Tensor(x), shape=(1, 1))):
-        assert abs(total.item() - exact) <= exact * np.finfo(dtype).eps
+    with route():
+        for total in (ops.sum(Tensor(x), axis=0), ops.sum_to(Tensor(x), shape=(1, 2))):
+            assert np.abs(total.numpy() - exact).max() <= exact * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("route", [nullcontext, kernels_disabled])
+def test_sums_of_integers_are_exact(route):
+    with route():
+        assert ops.sum(Tensor(np.array([2**53, 1]))).item() == 2**53 + 1
 
 
 def test_nan_propagates_through_reductions_and_activations():

@@ -36,7 +36,7 @@ class Group(NamedTuple):
 
     modules: str
     tests: str
-    ops: str = "{function}"  # those of test_ops.py that run: a pytest keyword; by default the op that has the mistake
+    ops: str = "{function}"  # those of test_ops.py that run: a pytest keyword; by default the op with the mistake
 
     def arguments(self, function: str) -> list[str]:
         """Of pytest, for a mistake in this function."""
@@ -127,7 +127,7 @@ def mutants(pattern: str, compiled: bool) -> list[Mutant]:
         functions = [
             (f.decorator_list[0].lineno if f.decorator_list else f.lineno, f.end_lineno or 0, f.name)
             for f in ast.parse(source).body
-            if isinstance(f, ast.FunctionDef)
+            if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")  # any op may use a helper
         ]
         nodes = list(ast_nodes(get_ast(source)))
         for operator in filter(OPERATORS.fullmatch, plugins.operator_names()):
