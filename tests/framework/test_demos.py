@@ -461,7 +461,8 @@ def test_a_folder_of_ones_own_and_the_same_batches_for_both(idx_folder, tmp_path
     monkeypatch.setattr(train.loop, "Batches", Recorded)
     monkeypatch.setattr(train, "fit", fit)
     options = [
-        "--epochs", "3", "--seeds", "1", "--batch-size", "10", "--optimizer", "sgd", "--lr", "0.1", "--no-plot", "--quiet",
+        "--epochs", "3", "--seeds", "1", "--batch-size", "10", "--optimizer", "sgd", "--lr", "0.1",
+        "--no-plot", "--quiet",
     ]  # fmt: skip
     run = deep_mlp.main([*options, "--seed", "1", "--data", str(idx_folder), "--out", str(tmp_path / "out")])
     assert len(seen[0]) == 12
