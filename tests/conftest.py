@@ -1,6 +1,6 @@
 """Hypothesis profiles, and what the suite needs on machines where others are missing it.
 
-HYPOTHESIS_PROFILE is dev (default), ci, intense or mutants; all but intense take the same examples on every run.
+HYPOTHESIS_PROFILE is dev (default), ci, few, intense or mutants; all but intense take the same examples on every run.
 `mutants` is `dev` without looking for the simplest counterexample: any will do.
 """
 
@@ -17,6 +17,7 @@ collect_ignore = ["benchmarks"]  # a program, and it needs the peers
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=15, derandomize=True, **COMMON)
 settings.register_profile("mutants", settings.get_profile("dev"), phases=(Phase.explicit, Phase.generate))
+settings.register_profile("few", max_examples=5, derandomize=True, **COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("intense", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
