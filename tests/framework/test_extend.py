@@ -1,6 +1,7 @@
 """The extension kit: ops of a user's own file, their table, their tests by pytest, and files to start from."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_pytest_checks_the_ops_of_a_file(tmp_path):
     (tmp_path / "wrong.py").write_text(WRONG)
     plugin = "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tinygrad_bn.testing.plugin"
     code, said = python(*plugin, "--tinygrad-ops", "bump.py", "--tinygrad-ops", "wrong.py", "bump.py", folder=tmp_path)
-    assert (code, "1 failed, 1 passed" in said) == (1, True), said
+    assert code == 1, said
+    assert re.search("1 failed, [12] passed", said), said  # older versions of pytest run the test of bump.py twice
     assert "wrong.py::check_op[thrice]" in said
     assert "operand 'x': gradient" in said
     assert "smallest failing example: x = " in said
