@@ -179,9 +179,9 @@ def main(names: Sequence[str], argv: Sequence[str]) -> int:
             pool.shutdown(cancel_futures=True)
             parser.error(f"cannot write to {args.out}: {error.strerror}")
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # none begins now
             for child in children:
                 child.terminate()  # it writes a checkpoint
-            pool.shutdown(cancel_futures=True)
             code = 143 if terminated else 130
             console.print(f"interrupted: {len(sections)} of {len(names)} demos are finished")
             console.print(f"to go on: python -m {__package__} all --resume --out {args.out}", soft_wrap=True)

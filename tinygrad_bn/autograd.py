@@ -123,7 +123,8 @@ def _backprop(
     To be called by `call_recording(create_graph, …)`.
     """
     run = apply if create_graph else backend.forward  # on tensors, or on arrays
-    leads = set(wanted := set(wanted))  # the tensors on a way from y to a wanted one
+    wanted = set(wanted)
+    leads = set(wanted)  # the tensors on a way from y to a wanted one
     for t in order:
         if (node := t.node) is not None:
             for x, need in zip(node.inputs, node.needs, strict=True):

@@ -16,8 +16,7 @@ from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from tinygrad_bn_kernels import ENABLED, RENEWED_IN_CHILDREN
-from tinygrad_bn_kernels import declared as note_declaration
+from tinygrad_bn_kernels import ENABLED, RENEWED_IN_CHILDREN, note_declaration
 from tinygrad_bn_kernels import lookup as find_kernel
 from tinygrad_bn_kernels.cpu.memory import cache as memory
 from tinygrad_bn_kernels.cpu.memory import empty, is_owner

@@ -34,7 +34,7 @@ class Level:
         self.size = size
 
     def apply(self, run: Callable[..., Any], op: Op, operands: Sequence[Any], params: dict[str, Any]) -> Any:
-        """Run an op of which an operand is batched here, once for all samples; any other as it is."""
+        """Run an op once for all samples, if one of its operands is batched here; otherwise as it is."""
         if not any(self.holds(o) for o in (*operands, *_parts(params.get("index")))):
             return run(op, operands, params)
         operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in operands]
@@ -212,7 +212,7 @@ def _zipped(function: Callable[[Any, Any, str], Any], nest: Any, axes: Any, name
 
 
 def _moved(x: Tensor, start: Any, stop: Any, name: str) -> Tensor:
-    """x with the axis `start` at `stop`, one of which is 0."""
+    """x with the axis `start` at `stop`; one of the two is 0."""
     places = [expect_integer("an axis of samples", axis) for axis in (start, stop)]
     if any(not -x.ndim <= p < x.ndim for p in places):
         raise ValueError(f"{name} has no axis {places[0] or places[1]}" if x.ndim else f"{name} has no axis of samples")

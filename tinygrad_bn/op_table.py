@@ -81,9 +81,7 @@ def signature_of(op: Op) -> str:
     """`sum(x, *, axis: Axis = None)`: operands by name, options with what they may be."""
     whole = inspect.signature(inspect.unwrap(op.forward))
     empty = inspect.Parameter.empty
-    short = [
-        p if p.kind is p.KEYWORD_ONLY else p.replace(annotation=empty) for p in whole.parameters.values()
-    ]  # fmt: skip
+    short = [p if p.kind is p.KEYWORD_ONLY else p.replace(annotation=empty) for p in whole.parameters.values()]
     return f"{op.name}{whole.replace(parameters=short, return_annotation=empty)}".replace("'", "")
 
 

@@ -37,7 +37,7 @@ class _Recomputed(Op):
 
 
 def checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, of whose graph only the arguments are kept: the backward pass computes the rest again.
+    """`function(*args)`, whose intermediate results are not kept: the backward pass computes them again.
 
     So a backward pass takes one more forward pass, and the memory of one such part at a time. Values and first
     gradients have the same bits; those of higher order differ in the order of sums. Running statistics move once, and

@@ -21,7 +21,7 @@ from tinygrad_bn.batching import vmap as vmap
 from tinygrad_bn.captured.nests import mapped
 from tinygrad_bn.functional import concatenate, stack
 from tinygrad_bn.modes import recording
-from tinygrad_bn.nn.module import Module
+from tinygrad_bn.nn.module import Buffer, Module
 from tinygrad_bn.ops import mul, reshape, sum
 from tinygrad_bn.recompute import checkpoint as checkpoint
 from tinygrad_bn.tensor import Tensor
@@ -35,8 +35,8 @@ def value_and_grad(function: Function, argnums: int | Sequence[int] = 0) -> Func
     """A function that gives the value of `function` and its gradient.
 
     Args:
-        function: it returns a tensor of one element, the value; or a tuple (value, anything), of which only the value
-            is differentiated.
+        function: it returns a tensor of one element, the value; or a tuple (value, anything): then only the value is
+            differentiated.
         argnums: the position of the argument to differentiate by, or several of them: then the gradient is a tuple. An
             argument is a floating-point tensor, array or number, or a nest of such in tuples, lists and dictionaries;
             its gradient has the same form.
@@ -239,11 +239,11 @@ def _holding(model: Module, state: Mapping[str, Any]) -> Iterator[None]:
     for name, t in own.items():
         value = state.get(name)
         if value is None:
-            value = t if t in held or not _is_buffer(t) else t.detach()
+            value = t
         value = value if isinstance(value, Tensor) else Tensor(value)
         if value.shape != t.shape:
             raise ValueError(f"{name} has the shape {t.shape}; got {value.shape}")
-        held[t] = _copied(value) if _is_buffer(t) else value
+        held[t] = value.detach() if isinstance(t, Buffer) else value  # the module may give a buffer new values
     places = [
         (module, attribute, t)
         for module in model.modules()
@@ -257,17 +257,6 @@ def _holding(model: Module, state: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for module, attribute, t in places:
             vars(module)[attribute] = t
-
-
-def _is_buffer(t: Tensor) -> bool:
-    from tinygrad_bn.nn.module import Buffer
-
-    return isinstance(t, Buffer)
-
-
-def _copied(value: Tensor) -> Tensor:
-    """The same values in a tensor of its own, which a module may give new ones; they are replaced, not overwritten."""
-    return value.detach()
 
 
 # ---- arguments and results ------------------------------------------------------------------------------

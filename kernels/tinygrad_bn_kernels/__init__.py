@@ -148,7 +148,7 @@ def _file(function: Any) -> Any:
     return getattr(getattr(function, "__code__", None), "co_filename", function)
 
 
-def declared(op: str, function: Kernel) -> None:
+def note_declaration(op: str, function: Kernel) -> None:
     """Note that `function` declares an op. If another one did before, the op's kernels go: they may compute that.
 
     Those stay that were registered again since, or stand above the function in its file; and those of this package.

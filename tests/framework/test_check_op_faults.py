@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels import _declared, _kernels
 from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import split
 
+from tests.tools.registries import registries  # noqa: F401 - for all tests of this file
 from tinygrad_bn import Tensor, extend, functional
 from tinygrad_bn.extend import (
     NONZERO,
@@ -20,21 +20,8 @@ from tinygrad_bn.extend import (
     kernel,
     primitive,
 )
-from tinygrad_bn.tensor import OPS
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def registries():
-    """Ops and kernels that a test declares are forgotten after it."""
-    before = set(OPS)
-    yield
-    for name in OPS.keys() - before:
-        del OPS[name]
-        _declared.pop(name, None)
-    for key in [key for key, function in _kernels.items() if function and function.__module__ == __name__]:
-        del _kernels[key]
 
 
 ANY, PAIR = elementwise(REAL), broadcasting(REAL, REAL)

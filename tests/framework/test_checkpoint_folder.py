@@ -80,7 +80,7 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
 
 def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     calls = calls_of_a_save(tmp_path, monkeypatch)
-    assert calls[-2 - FOLDER_SYNC - 1 : -FOLDER_SYNC] == ["fsync", "close", "replace"]
+    assert calls[-3 - FOLDER_SYNC : -FOLDER_SYNC] == ["close", "fsync", "replace"]
 
 
 def test_a_limit_of_the_system_on_the_size_of_files(tmp_path):
@@ -206,11 +206,11 @@ def test_without_locks_of_the_system(tmp_path, monkeypatch):
 
 def test_files_that_killed_processes_left_are_removed_and_others_stay(tmp_path):
     left = [
-        ".step-00000001.safetensors.12-0123abcd.tmp",
-        ".best.safetensors.1-89abcdef.tmp",
-        ".epoch-start.safetensors.7-89abcdef.tmp",
+        ".tmp-12-0123abcd-step-00000001.safetensors",
+        ".tmp-1-89abcdef-best.safetensors",
+        ".tmp-7-89abcdef-epoch-start.safetensors",
     ]
-    others = ["a.tmp", "step-1.safetensors", "step-00000009.safetensors.bak", ".step-00000001.safetensors.tmp"]
+    others = ["a.tmp", "step-1.safetensors", "step-00000009.safetensors.bak", ".tmp-step-00000001.safetensors"]
     for name in (*left, *others):
         (tmp_path / name).write_bytes(b"")
     Folder(tmp_path, keep=1).save(1, nn.Linear(1, 1))

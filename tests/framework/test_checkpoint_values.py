@@ -132,3 +132,16 @@ def test_names_that_a_file_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="'a/b' cannot be the name"):
         model.save(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_list_of_numbers_is_an_array_in_the_file(tmp_path):
+    """100 MB of JSON are the limit of the library."""
+    values = [0.1 * i for i in range(1000)] + [float("nan"), -0.0]
+    path = save(tmp_path / "a.safetensors", nn.Linear(1, 1), extra={"losses": values})
+    assert path.stat().st_size < 8 * len(values) + 4000
+    got = read(path).extra["losses"]
+    assert repr(got) == repr(values)
+    assert {type(v) for v in got} == {float}
+    with pytest.raises(ValueError, match="keep numbers in arrays"):
+        save(path, nn.Linear(1, 1), extra="x" * 100_000_000)
+    assert read(path).extra["losses"][1] == 0.1

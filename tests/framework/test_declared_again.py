@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels import _declared, _kernels, kernel
+from tinygrad_bn_kernels import kernel
 
+from tests.tools.registries import registries  # noqa: F401 - for all tests of this file
 from tinygrad_bn import testing
-from tinygrad_bn.tensor import OPS
 
 OP = """
 @fused(formula="y", sample=elementwise(REAL))
@@ -27,17 +27,6 @@ def cell(text, factor, module="__main__"):
     return space.get("twice")
 
 
-@pytest.fixture
-def clean():
-    """The op and its kernels are forgotten after a test."""
-    yield
-    for registry in (OPS, _declared):
-        registry.pop("twice", None)
-    for key in [key for key in _kernels if key[0].startswith("twice")]:
-        del _kernels[key]
-
-
-@pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("text", [OP + KERNEL, KERNEL + OP], ids=["below", "above"])
 def test_a_cell_with_a_kernel_that_runs_again_replaces_both(text):
     for factor in (2, 2, 3, 4):
@@ -46,7 +35,6 @@ def test_a_cell_with_a_kernel_that_runs_again_replaces_both(text):
         assert op(np.ones(2)).tolist() == [factor, factor]
 
 
-@pytest.mark.usefixtures("clean")
 def test_a_kernel_of_an_op_that_was_another_goes():
     cell(OP + KERNEL, 2)
     op = cell(OP, 3)
@@ -56,7 +44,6 @@ def test_a_kernel_of_an_op_that_was_another_goes():
     assert testing.check_op(op, examples=3).kernels == {"twice": 3}
 
 
-@pytest.mark.usefixtures("clean")
 def test_a_kernel_in_a_cell_of_its_own_stays_while_the_op_is_the_same():
     cell(OP, 2)
     cell(KERNEL, 2)
@@ -64,7 +51,6 @@ def test_a_kernel_in_a_cell_of_its_own_stays_while_the_op_is_the_same():
     assert testing.check_op(cell(OP, 3), examples=3).kernels == {}
 
 
-@pytest.mark.usefixtures("clean")
 def test_a_kernel_of_another_file_is_not_replaced():
     cell(OP + KERNEL, 2, "here")
     with pytest.raises(ValueError, match="'twice' has a kernel for 'cpu' already, in here; name your op otherwise"):

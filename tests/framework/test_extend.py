@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels import _declared, _kernels
 
+from tests.tools.registries import registries  # noqa: F401 - for all tests of this file
 from tinygrad_bn import Tensor, extend, new_op, op_table
 from tinygrad_bn.__main__ import main
 from tinygrad_bn.explain import explain
@@ -30,18 +30,6 @@ from tinygrad_bn.extend import REAL, elementwise, primitive
 def thrice(x):
     return x * 3
 """
-
-
-@pytest.fixture(autouse=True)
-def registries():
-    """Ops and kernels that a test declares are forgotten after it."""
-    before = set(OPS)
-    yield
-    for name in OPS.keys() - before:
-        del OPS[name]
-        _declared.pop(name, None)
-        for key in [key for key in _kernels if key[0].removesuffix(".vjp") == name]:
-            del _kernels[key]
 
 
 def python(*arguments, folder):

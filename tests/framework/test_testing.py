@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from tinygrad_bn_kernels import _declared, _kernels, kernel
+from tinygrad_bn_kernels import kernel
 
+from tests.tools.registries import registries  # noqa: F401 - for all tests of this file
 from tinygrad_bn import Tensor, functional, fused, held_constant, nn, primitive, testing
 from tinygrad_bn.sample import NONZERO, REAL, Domain, broadcasting, elementwise
-from tinygrad_bn.tensor import OPS
 from tinygrad_bn.testing import GradcheckError, VacuousCheckError, gradcheck, gradgradcheck, gradients
 
 
@@ -79,18 +79,6 @@ def test_modules_can_be_checked():
 
 
 # ---- faults planted in an op, and the words that name each -----------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def registries():
-    """Ops and kernels that a test declares are forgotten after it."""
-    before = set(OPS)
-    yield
-    for name in OPS.keys() - before:
-        del OPS[name]
-        _declared.pop(name, None)
-    for key in [key for key, function in _kernels.items() if function and function.__module__ == __name__]:
-        del _kernels[key]
 
 
 ANY = elementwise(REAL)

@@ -44,73 +44,73 @@ def looped(function, batched, args):
     return [np.stack(part) for part in (zip(*results, strict=True) if many else [results])]
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-@given(data=st.data(), seed=st.integers(0, 99))
-def test_an_op_under_vmap_is_the_loop_over_samples(name, data, seed):
-    """Its value, its vjp, and the vjp of that; some operands are the same for all samples."""
-    op = OPS[name]
-    xs, params = op.sample(HypothesisDraw(data))
-    there = [i for i, x in enumerate(xs) if x is not None]
-    constant = {2} if name == "softmax_cross_entropy" else set()  # the weights of the classes
-    batched = [data.draw(st.booleans()) and i not in constant for i in there]
-    batched[0] |= not any(batched)
-    xs = cast_real(xs, np.float64)
-    args = [samples_of(xs[i], 2) if b else xs[i] for i, b in zip(there, batched, strict=True)]
-    axes = tuple(0 if b else None for b in batched)
-    real = [there.index(i) for i in positions(op, xs) if i not in constant] if op.differentiable else []
+class Case:
+    """An op as a function of those operands that are there; some are the same for both samples."""
 
-    def f(*some):
-        full = list(xs)
-        for i, x in zip(there, some, strict=True):
+    def __init__(self, name, data):
+        self.op = OPS[name]
+        xs, self.params = self.op.sample(HypothesisDraw(data))
+        self.xs = cast_real(xs, np.float64)
+        self.there = [i for i, x in enumerate(xs) if x is not None]
+        constant = {2} if name == "softmax_cross_entropy" else set()  # the weights of the classes
+        self.batched = [data.draw(st.booleans()) and i not in constant for i in self.there]
+        self.batched[0] |= not any(self.batched)
+        pairs = zip(self.there, self.batched, strict=True)
+        self.args = [samples_of(self.xs[i], 2) if b else self.xs[i] for i, b in pairs]
+        self.axes = tuple(0 if b else None for b in self.batched)
+        real = positions(self.op, xs) if self.op.differentiable else []
+        self.real = [self.there.index(i) for i in real if i not in constant]  # to differentiate by
+
+    def value(self, *some):
+        full = list(self.xs)
+        for i, x in zip(self.there, some, strict=True):
             full[i] = x if isinstance(x, Tensor) else Tensor(x)
-        return tensor.apply(op, full, params)[0]
+        return tensor.apply(self.op, full, self.params)[0]
 
-    got = vmap(f, axes)(*args)
-    expect_same(got, looped(f, batched, args)[0])
-    if not real or got.dtype.kind != "f":
-        return
-    rng = np.random.default_rng(seed)
-    g = rng.normal(size=got.shape)
-    vs = [rng.normal(size=args[i].shape) for i in real]
-
-    def pulled(g, *some):
-        """The vjp by the real operands."""
-
-        def of_real(*ts):
-            full = list(some)
-            for i, t in zip(real, ts, strict=True):
-                full[i] = t
-            return f(*full)
-
-        return vjp(of_real, *(some[i] for i in real))[1](g)
-
-    def pulled_twice(g, *some):
-        vs, some = some[: len(real)], some[len(real) :]
-        first = lambda g, *ts: pulled(g, *replaced(some, ts))  # noqa: E731
-        return vjp(first, g, *(some[i] for i in real))[1](vs)
-
-    def replaced(some, ts):
+    def replaced(self, some, ts):
         full = list(some)
-        for i, t in zip(real, ts, strict=True):
+        for i, t in zip(self.real, ts, strict=True):
             full[i] = t
         return full
 
-    of_axes = tuple(axes[i] for i in real)
-    wants = looped(pulled, [True, *batched], [g, *args])
-    for part, want in zip(vmap(pulled, (0, *axes))(g, *args), wants, strict=True):
-        expect_same(part, want)
-    twice, given_all = [True, *(batched[i] for i in real), *batched], [g, *vs, *args]
-    got = vmap(pulled_twice, (0, *of_axes, *axes))(*given_all)
-    for part, want in zip(got, looped(pulled_twice, twice, given_all), strict=True):
+    def pulled(self, g, *some):
+        """The vjp by the real operands."""
+        return vjp(lambda *ts: self.value(*self.replaced(some, ts)), *(some[i] for i in self.real))[1](g)
+
+    def pulled_twice(self, g, *some):
+        vs, some = some[: len(self.real)], some[len(self.real) :]
+        first = lambda g, *ts: self.pulled(g, *self.replaced(some, ts))  # noqa: E731
+        return vjp(first, g, *(some[i] for i in self.real))[1](vs)
+
+    def whole(self, *ts):
+        return vmap(self.value, self.axes)(*self.replaced(self.args, ts))
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_an_op_under_vmap_is_the_loop_over_samples(name, data, seed):
+    """Its value, its vjp, the vjp of that, and the vjp around it."""
+    case = Case(name, data)
+    args, axes, batched, real = case.args, case.axes, case.batched, case.real
+    got = vmap(case.value, axes)(*args)
+    expect_same(got, looped(case.value, batched, args)[0])
+    if not real or got.dtype.kind != "f":
+        return
+    rng = np.random.default_rng(seed)
+    g, vs = rng.normal(size=got.shape), [rng.normal(size=args[i].shape) for i in real]
+
+    wants = looped(case.pulled, [True, *batched], [g, *args])
+    for part, want in zip(vmap(case.pulled, (0, *axes))(g, *args), wants, strict=True):
         expect_same(part, want)
 
-    # The gradient of the whole: samples of an operand that is the same for all add up.
-    def whole(*ts):
-        return vmap(f, axes)(*replaced(args, ts))
+    given_all, of_real = [g, *vs, *args], [batched[i] for i in real]
+    twice = vmap(case.pulled_twice, (0, *(axes[i] for i in real), *axes))(*given_all)
+    for part, want in zip(twice, looped(case.pulled_twice, [True, *of_real, *batched], given_all), strict=True):
+        expect_same(part, want)
 
-    around = vjp(whole, *(args[i] for i in real))[1](g)
-    for i, part, want in zip(real, around, wants, strict=True):
-        expect_same(part, want if batched[i] else want.sum(axis=0))
+    around = vjp(case.whole, *(args[i] for i in real))[1](g)
+    for b, part, want in zip(of_real, around, wants, strict=True):  # samples of an operand that is the same add up
+        expect_same(part, want if b else want.sum(axis=0))
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))

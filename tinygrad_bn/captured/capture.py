@@ -105,7 +105,8 @@ class capture:
 
     def __str__(self) -> str:
         texts = [*map(str, self.programs), *(f"not captured: {reason}" for reason in self.reasons)]
-        return "\n\n".join(texts) or "no program yet: it is there after the second step"
+        without = "no program while there are hooks" if HOOKS else "no program yet: it is there after the second step"
+        return "\n\n".join(texts) or without
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Take a step."""

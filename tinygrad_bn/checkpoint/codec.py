@@ -10,14 +10,16 @@ import numpy as np
 from tinygrad_bn.arguments import full_name, python_scalar
 from tinygrad_bn.backend import Array
 
-DIGITS = 10_000  # bits of an integer that JSON may hold; Python refuses to read texts of more than 4,300 digits
+BITS = 10_000  # of an integer that JSON may hold; Python refuses to read texts of more than 4,300 digits
+LONG = 100  # numbers in a list that is kept as an array
 
 
 def pack(value: Any, name: str, arrays: dict[str, Array]) -> Any:
     """`value` for `json.dumps`. An array goes to `arrays`, under `name` and its place in `value`.
 
-    Tuples, long integers, arrays, and dictionaries with other keys than texts become `{"$kind": …}`. Raises TypeError
-    for anything else than numbers, texts, None, lists, tuples, dictionaries and arrays.
+    Tuples, long integers and lists, arrays, and dictionaries with other keys than texts become `{"$kind": …}`.
+
+    Raises TypeError for anything else than numbers, texts, None, lists, tuples, dictionaries and arrays.
     """
     value = python_scalar(value)
     if isinstance(value, np.ndarray):
@@ -27,10 +29,12 @@ def pack(value: Any, name: str, arrays: dict[str, Array]) -> Any:
             name += "'"
         arrays[name] = value
         return {"$array": name}
-    if isinstance(value, int) and value.bit_length() > DIGITS:
+    if isinstance(value, int) and value.bit_length() > BITS:
         return {"$int": hex(value)}
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, list) and len(value) >= LONG and all(type(v) is float for v in value):
+        return {"$floats": pack(np.array(value), name, arrays)["$array"]}
     if isinstance(value, list | tuple):
         items = [pack(v, f"{name}/{i}", arrays) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
@@ -57,6 +61,8 @@ def unpack(value: Any, arrays: Mapping[str, Array]) -> Any:
     inside = value[kind]
     if kind == "$array":
         return arrays[inside]
+    if kind == "$floats":
+        return [float(v) for v in arrays[inside]]
     if kind == "$int":
         return int(inside, 16)
     if kind == "$tuple":

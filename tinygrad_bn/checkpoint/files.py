@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 from tinygrad_bn.arguments import shown
 from tinygrad_bn.backend import Array
 from tinygrad_bn.checkpoint.codec import unpack
+from tinygrad_bn.files import replacing
 
 VERSION = 1
 FORMAT, CONTENT, HASH = "tinygrad_bn.format", "tinygrad_bn.content", "tinygrad_bn.sha256"
@@ -91,11 +89,15 @@ class Contents:
 
 def to_bytes(arrays: Mapping[str, Array], content: Mapping[str, Any]) -> bytes:
     """The bytes of a file with these arrays and this content, which is JSON."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
     arrays = {name: _little(a) for name, a in arrays.items()}
     metadata = {FORMAT: str(VERSION), CONTENT: json.dumps(content)}
-    return save(arrays, {**metadata, HASH: _digest(arrays, metadata)})
+    try:
+        return save(arrays, {**metadata, HASH: _digest(arrays, metadata)})
+    except SafetensorError as error:  # there are more than 100 MB of JSON
+        raise ValueError(f"too much that is no array for one file: keep numbers in arrays ({error})") from error
 
 
 def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
@@ -234,42 +236,15 @@ def _expect_form(found: Contents) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file whole: a temporary file beside it, fsync, rename, fsync of the folder.
-
-    On an error the file that was there before stays. Only if the last fsync fails, the new one is there, complete, but
-    may be lost when the power fails. After a power failure at any moment `path` is the file before or the new one, and
-    once `write` has returned it is the new one; on Windows, and where folders cannot be synced, it may still be the
-    file before. Raises OSError that names `path`.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """Write a file whole, or leave the one that is there; see `replacing`. Raises OSError that names `path`."""
     try:
-        try:
+        with replacing(path) as beside:
             descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             try:
                 rest = memoryview(data)
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            os.replace(beside, path)
-        except BaseException:
-            with suppress(OSError):
-                beside.unlink()
-            raise
-        _sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"the checkpoint was not saved: {error.strerror}", str(path)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # there folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot do this
-            raise
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from tinygrad_bn.checkpoint.files import CheckpointError, Contents, read
 from tinygrad_bn.nn.module import Module
 
 GENERATION = re.compile(r"step-(\d{8,})\.safetensors")
-TEMPORARY = re.compile(r"\..+\.safetensors\.\d+-[0-9a-f]{8}\.tmp")
+TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}-.+\.safetensors")
 BEST = "best.safetensors"
 
 

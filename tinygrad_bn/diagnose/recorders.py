@@ -211,18 +211,14 @@ class UpdateRatios(Recorder):
 
     def state_dict(self) -> dict[str, Any]:
         """The ratios so far, and the parameters before the next step and epoch."""
-        before = {f"step/{name}": w for name, w in self._before_step.items()}
-        before |= {f"epoch/{name}": w for name, w in self._before.items()}
-        return super().state_dict() | {"steps": self.steps, "ratios": self.ratios} | before
+        before = {"step": self._before_step, "epoch": self._before}
+        return super().state_dict() | {"steps": self.steps, "ratios": self.ratios, "before": before}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`."""
         super().load_state_dict(state)
         self.steps, self.ratios = ({k: list(v) for k, v in state[kind].items()} for kind in ("steps", "ratios"))
-        self._before_step, self._before = (
-            {name.removeprefix(kind): w for name, w in state.items() if name.startswith(kind)}
-            for kind in ("step/", "epoch/")
-        )
+        self._before_step, self._before = (dict(state["before"][kind]) for kind in ("step", "epoch"))
 
     def _take(self, model: Module) -> None:
         self._before = _note_ratios(self.ratios, self._before, model)

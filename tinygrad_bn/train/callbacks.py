@@ -87,13 +87,12 @@ class EarlyStopping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Which epoch is the best, its metric and its model."""
-        model = {f"model/{name}": array for name, array in self._model.items()}
-        return {"best": self.best, "epoch": self.epoch, "waited": self.waited, **model}
+        return {"best": self.best, "epoch": self.epoch, "waited": self.waited, "model": self._model}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`."""
         self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
-        self._model = {name.removeprefix("model/"): a for name, a in state.items() if name.startswith("model/")}
+        self._model = dict(state["model"])
 
 
 class CSVLog(Callback):

@@ -91,7 +91,7 @@ class ModelCheckpoint(Named):
         return checkpoint
 
 
-def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What callbacks may change of modules, by path: numbers, texts and flags, and which parameters are trained."""
     found = {}
     for path, module in model.named_modules():
@@ -103,9 +103,9 @@ def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def set_attributes(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set what differs from `attributes` of before."""
-    now = attributes(model)
+def _set_attributes(model: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set what differs from what `_attributes` gave."""
+    now = _attributes(model)
     for path, module in model.named_modules():
         for name, value in saved.get(path, {}).items():
             if name in now[path] and now[path][name] != value:
@@ -131,8 +131,8 @@ def _name_of(function: Any) -> str:
 class Saver:
     """Writes the checkpoints of a training.
 
-    Raises ValueError if the folder has checkpoints already and the training does not go on from them; OSError if
-    another process writes into the folder, or nobody can.
+    Raises ValueError if the folder has checkpoints already and the training does not go on from them; BlockingIOError
+    if another training writes into it; OSError if it cannot be written to.
     """
 
     def __init__(
@@ -180,12 +180,7 @@ class Saver:
         """Keep what `nonfinite="restore"` may have to restore, until the next epoch."""
         if self.steps.nonfinite == "restore":
             start = {"epoch": self.training.epoch}
-
-            def write() -> None:
-                self.folder.lock()
-                save(self.folder.path / EPOCH, self.training.model, **self.state, extra=start)
-
-            self._write(write)
+            self._write(lambda: save(self.folder.path / EPOCH, self.training.model, **self.state, extra=start))
 
     def after_step(self) -> None:
         """Write a checkpoint, if it is time for one."""
@@ -229,7 +224,7 @@ class Saver:
             "settings": self.fixed(), "position": {name: getattr(training, name) for name in POSITION},
             "mean": vars(training.mean), "history": asdict(training.history),
             "callbacks": [callback.state_dict() for callback in self.stateful], "best": value,
-            "attributes": attributes(training.model),
+            "attributes": _attributes(training.model),
         }  # fmt: skip
         state = {**self.state, "extra": extra}
         if self._write(lambda: self.folder.save(training.step, training.model, best=is_best, **state)):
@@ -293,7 +288,7 @@ class Saver:
                     contents.path, f"the state of the callback {name} does not fit: {error}"
                 ) from error
         apply(contents, training.model, **self.state)
-        set_attributes(training.model, extra["attributes"])
+        _set_attributes(training.model, extra["attributes"])
         if len(extra["position"]["order"]):
             self._remember(contents)
         for name in POSITION:
