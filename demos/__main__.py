@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     if name == "quiz":
         return int(import_module(".quiz", __package__).main(options))
     if name not in names():
-        print(f"no demo {name!r}; the demos are {', '.join(names())}, and all, and quiz", file=sys.stderr)
+        print(f"no demo {name!r}; the demos are {', '.join(names())}; or write all, or quiz", file=sys.stderr)
         return 2
     return int(import_module(f".{name}", __package__).main(options).code)
 

@@ -29,7 +29,8 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str], dem
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        parser.error(f"cannot read {path}: {error.strerror}")
+        what = "" if named.resume is None else f"; is {named.resume} the folder of one run, named by its time?"
+        parser.error(f"cannot read {path}: {error.strerror}{what}")
     except ValueError as error:  # also of the encoding
         parser.error(f"{path} is no TOML file: {error}")
     if given.pop("demo", demo) != demo:

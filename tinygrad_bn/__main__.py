@@ -33,8 +33,10 @@ def show_checkpoint(path: str) -> None:
 
     try:
         print(read(path))
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         raise SystemExit(str(error)) from None
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
 
 
 def show_ops(what: list[str], checks: bool) -> None:

@@ -26,6 +26,10 @@ from tinygrad_bn.ops import mul, reshape, sum
 from tinygrad_bn.recompute import checkpoint as checkpoint
 from tinygrad_bn.tensor import Tensor
 
+__all__ = [
+    "checkpoint", "functional_call", "grad", "hessian", "hvp", "jacobian", "jvp", "value_and_grad", "vjp", "vmap",
+]  # fmt: skip
+
 Function = Callable[..., Any]
 
 ROWS = 64  # of a Jacobian in one pass back: more take more memory, and are not faster

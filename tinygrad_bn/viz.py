@@ -106,7 +106,10 @@ def plot_confusion(matrix: Any, names: Sequence[str] | None = None, title: str =
     """
     from matplotlib.colors import LinearSegmentedColormap
 
-    counts = np.asarray(matrix)
+    try:
+        counts = np.asarray(matrix)
+    except ValueError as error:
+        raise ValueError(f"the rows of a confusion matrix have equal lengths; got {shown(matrix)}") from error
     if counts.ndim != 2 or len(counts) != counts.shape[-1] or not counts.size or counts.dtype.kind not in "iuf":
         raise ValueError(f"a confusion matrix has shape (C, C) and counts; got {counts.dtype} of shape {counts.shape}")
     if not (np.isfinite(counts) & (counts >= 0)).all():
@@ -127,10 +130,10 @@ def plot_confusion(matrix: Any, names: Sequence[str] | None = None, title: str =
             share = f"\n{shares[row, column]:.1%}" if classes <= 12 else ""
             dark = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:,g}{share}", color=dark, ha="center", va="center", fontsize=8)
-    shown = range(0, classes, -(-classes // 40))  # more labels than 40 would overlap
+    labelled = range(0, classes, -(-classes // 40))  # more labels than 40 would overlap
     tilt = 90 if max(map(len, labels)) > 3 else 0
-    axes.set_xticks(shown, [labels[i] for i in shown], rotation=tilt, fontsize=8)
-    axes.set_yticks(shown, [labels[i] for i in shown], fontsize=8)
+    axes.set_xticks(labelled, [labels[i] for i in labelled], rotation=tilt, fontsize=8)
+    axes.set_yticks(labelled, [labels[i] for i in labelled], fontsize=8)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     return figure

@@ -438,7 +438,8 @@ def test_the_command_prints_a_summary(tmp_path, capsys, monkeypatch):
 def test_the_command_says_what_is_wrong_with_a_file(tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"no")
-    for path, words in ((bad, "it has no header, of 2 in the file"), (tmp_path / "no", "No such file")):
+    missing = tmp_path / "no"
+    for path, words in ((bad, "it has no header, of 2 in the file"), (missing, f"cannot read {missing}: No such file")):
         call = [sys.executable, "-m", "tinygrad_bn", "checkpoint", str(path)]
         done = subprocess.run(call, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
         assert (done.returncode, done.stdout) == (1, "")

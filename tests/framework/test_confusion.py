@@ -88,6 +88,7 @@ def test_no_text_overlaps_another():
     [
         ([[1, 2]], None, r"has shape \(C, C\) and counts; got int64 of shape \(1, 2\)"),
         ([1], None, "has shape"),
+        ([[1, 2], [3]], None, r"have equal lengths; got \[\[1, 2\], \[3\]\]"),
         (np.zeros((0, 0)), None, "has shape"),
         ([["a"]], None, "has shape"),
         ([[-1]], None, "at least 0, and finite"),

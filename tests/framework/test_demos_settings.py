@@ -96,22 +96,15 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys):
         with pytest.raises(SystemExit):
             example_run("--config", str(path))
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        example_run("--resume", str(tmp_path))
+    assert f"is {tmp_path} the folder of one run, named by its time?" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_is_repeated_from_its_file(tmp_path):
     options = [
-        "--epochs",
-        "2",
-        "--seeds",
-        "2",
-        "--seed",
-        "5",
-        "--lr",
-        "0.02",
-        "--batch-size",
-        "20",
-        "--no-plot",
-        "--quiet",
+        *("--epochs", "2", "--seeds", "2", "--seed", "5", "--lr", "0.02", "--batch-size", "20"),
+        *("--no-plot", "--quiet"),
     ]
     first = iris_mlp.main([*options, "--out", str(tmp_path / "a")])
     again = iris_mlp.main(["--config", str(tmp_path / "a" / "config.toml"), "--out", str(tmp_path / "b")])
