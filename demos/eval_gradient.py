@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> Run:
     grid[0, 2].axhline(0, color="0.3", linewidth=1)
     grid[0, 2].set(title="the gradient of x for one g", xlabel="sample")
     for i, way in enumerate(WAYS):
-        grid[0, 3].plot(RATES, accuracy[..., i].T, color=viz.COLOURS[4 + i], alpha=0.25, linewidth=1)
-        grid[0, 3].plot(RATES, accuracy[..., i].mean(axis=0), "o-", color=viz.COLOURS[4 + i], label=way)
+        viz.plot_seeds(grid[0, 3], RATES, accuracy[..., i], way, style="o-", hue=viz.COLOURS[4 + i])
     grid[0, 3].set(title="validation accuracy", xlabel="learning rate", xscale="log", ylim=(0, 1))
     grid[0, 3].legend(frameon=False, loc="lower left")
     figure.legend(*grid[0, 2].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)

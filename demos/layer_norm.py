@@ -82,11 +82,13 @@ def main(argv: list[str] | None = None) -> Run:
             axes.axvline(edge, color="0.6", linewidth=0.5)
     figure.colorbar(image, ax=grid[0, 1], shrink=0.7, extend="both")
     for i, name in enumerate(NORMS):
-        hue = viz.COLOURS[(1, 2, 0)[i]]
-        grid[0, 2].plot(sizes, accuracy[:, i].T, color=hue, alpha=0.25, linewidth=1)
-        grid[0, 2].plot(sizes, accuracy[:, i].mean(axis=0), "o-", color=hue, label=name)
+        viz.plot_seeds(grid[0, 2], sizes, accuracy[:, i], name, style="o-", hue=viz.COLOURS[(1, 2, 0)[i]])
     grid[0, 2].set_xscale("log", base=2)
-    grid[0, 2].set(title=f"epochs: {run.args.epochs}", xlabel="samples in a batch", ylabel="validation accuracy")
+    grid[0, 2].set(
+        title=f"epochs: {run.args.epochs}, seeds: {len(accuracy)}",
+        xlabel="samples in a batch",
+        ylabel="validation accuracy",
+    )
     grid[0, 2].set(ylim=(0, 1), xticks=sizes, xticklabels=sizes)
     grid[0, 2].legend(frameon=False, loc="lower right")
     run.save(figure, "layer_norm")

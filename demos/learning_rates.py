@@ -62,7 +62,7 @@ def draw(run: Run, rates: Array, loss: Array, accuracy: Array, failed: Array) ->
     viz.legend_below(grid[0, 1])
     figure.suptitle(
         f"784-100×5-10 on {run.args.data}, momentum 0.9, epochs: {run.args.epochs}, seeds: {len(loss)}\n"
-        "× above: at least one seed diverged"
+        "× above: at least one seed diverged, so no mean"
     )
     run.save(figure, "learning_rates")
 

@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad_bn.arguments import shown
 from tinygrad_bn.tensor import Array
 from tinygrad_bn.train import History
-from tinygrad_bn.train.interval import Interval, interval
+from tinygrad_bn.train.interval import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,27 +144,30 @@ def _are_histories(given: Any) -> bool:
     return several or isinstance(given, History)
 
 
-def plot_seeds(axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-") -> None:
-    """Plot one thin line per seed, their mean and its 95 % interval, in the colour of the model `name`.
+def plot_seeds(
+    axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-", hue: str | None = None
+) -> None:
+    """Plot one thin line per seed, their mean and its 95 % interval, in the colour of the model `name` or in `hue`.
 
     Args:
         axes: the axes to draw on.
         x: positions (T,).
-        values: a line per seed (S, T). The mean is over the seeds that have a number there: NaN draws nothing.
+        values: a line per seed (S, T). NaN draws nothing, and no mean: that of the other seeds would mislead.
         name: the model.
         label: text in the legend; the default is `name`.
         style: matplotlib's line style and marker.
+        hue: a colour; the default is that of the model.
     """
     values = np.asarray(values, float)
+    hue = hue or colour(name)
     if len(values) > 1:
-        axes.plot(x, values.T, style, color=colour(name), alpha=0.2, linewidth=0.8, markersize=3)
-    plot_mean(axes, x, values, colour(name), label or name, style)
+        axes.plot(x, values.T, style, color=hue, alpha=0.2, linewidth=0.8, markersize=3)
+    plot_mean(axes, x, values, hue, label or name, style)
 
 
 def plot_mean(axes: Axes, x: Any, values: Any, hue: str, label: str, style: str = "-") -> None:
-    """Plot the mean over the seeds, values (S, T), and its 95 % interval as a band; NaN does not count."""
-    of_each = [column[~np.isnan(column)] for column in np.asarray(values, float).T]
-    known = [interval(column) if len(column) else Interval(np.nan, np.nan) for column in of_each]
+    """Plot the mean over the seeds, values (S, T), and its 95 % interval as a band; none where a seed has NaN."""
+    known = [interval(column) for column in np.asarray(values, float).T]
     axes.plot(x, [i.mean for i in known], style, color=hue, label=label)
     axes.fill_between(x, [i.low for i in known], [i.high for i in known], color=hue, alpha=0.2, linewidth=0)
 
