@@ -163,7 +163,7 @@ def _pull(t: Tensor, node: Node, g: Any, needs: list[bool], create_graph: bool) 
         gxs = backend.vjp(op, g, t._data, node.arrays, node.params, needs, node.saved)
         if gxs is not NotImplemented:
             return gxs
-    elif not op.fused:
+    elif op.rules or op.each:
         return backend.pull(op, g, t, node.inputs, needs, node.params)
     return _pull_composition(node, g, needs, create_graph)
 

@@ -213,9 +213,10 @@ def _convolution(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Res
 
 def _batch_norm(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
     """Each sample has channels of its own."""
-    x, *vectors = (x if x is None else level.full(x) for x in xs)
-    y, saved = _run(op, [_into_channels(x), *(v if v is None else _folded(v) for v in vectors)], params)
-    return _from_channels(y, level.size), [np.reshape(s, (level.size, -1)) for s in saved]
+    full = [x if x is None else level.full(x) for x in xs]
+    y, saved = _run(op, [x if x is None else _folded(x) if x.ndim == 2 else _into_channels(x) for x in full], params)
+    y = _unfolded(y, level.size) if y.ndim == 1 else _from_channels(y, level.size)
+    return y, [np.reshape(s, (level.size, -1)) for s in saved]
 
 
 def _cross_entropy(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
@@ -253,7 +254,13 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("conv", "conv_input", "conv_weight", "conv_with_bias"), _convolution),
     **dict.fromkeys(("max_pool", "max_pool_places"), _by_sample),
-    **dict.fromkeys(("batch_norm_training", "batch_norm_relu", "batch_norm_inference"), _batch_norm),
+    **dict.fromkeys(
+        (
+            "batch_norm_training", "batch_norm_relu", "batch_norm_inference", "batch_norm_gradient",
+            "batch_norm_weight_gradient",
+        ),
+        _batch_norm,
+    ),
     **dict.fromkeys(("concatenate", "stack"), _join),
     "broadcast_to": _broadcast_to,
     "sum_to": _sum_to,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from tinygrad_bn_kernels import MODULES
 
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import Array, kernels_disabled
+from tinygrad_bn.modes import composed
 from tinygrad_bn.tensor import OPS, Op, Tensor, apply
 from tinygrad_bn.testing.properties import cast_real
 
@@ -42,6 +44,10 @@ def _cases(op: str) -> list[Case]:
     images, rows = normal(24, 16, 12, 12, offset=100), normal(300, 40, offset=100)
     vectors = {16: normal(2, 16), 40: normal(2, 40)}
     if op.startswith("batch_norm"):
+        if op == "batch_norm_weight_gradient":
+            return [((normal(*x.shape), x), {"eps": 1e-5}) for x in (images, rows)]
+        if op == "batch_norm_gradient":
+            return [((normal(*x.shape), x, normal(x.shape[1])), {"eps": 1e-5}) for x in (images, rows)]
         extra = (lambda c: (np.full(c, 100.0), np.full(c, 1.5))) if op == "batch_norm_inference" else lambda c: ()
         return [((x, *extra(x.shape[1]), *vectors[x.shape[1]]), {"eps": 1e-5}) for x in (images, rows)]
     if op == "block_norm":
@@ -60,6 +66,8 @@ def _cases(op: str) -> list[Case]:
             ((normal(300, 40) * 5, target, np.ones(40)), {"reduction": r, "smoothing": s, "ignore_index": -100})
             for r, s in options
         ]
+    if op == "where":
+        return [((images > 100, images, normal(*images.shape)), {})]
     if op == "linear":
         return [((normal(300, 64), normal(40, 64), normal(40)), {})]
     if op == "matmul":
@@ -116,15 +124,16 @@ def _forward(op: Op, cast: Operands, wide: Operands, params: dict[str, Any]) -> 
 
 
 def _backward(op: Op, cast: Operands, wide: Operands, params: dict[str, Any]) -> Pairs:
-    """Gradients, against those in float64 by the differentiable route, which uses no backward kernel."""
+    """Gradients, against those of the composition in float64 by the differentiable route: no backward kernel."""
     results = []
-    for arrays, composed in ((cast, False), (wide, True)):
+    for arrays, exact in ((cast, False), (wide, True)):
         constants = CONSTANTS.get(op.name, ())
         real = [x.dtype.kind == "f" and i not in constants for i, x in enumerate(arrays)]
         ts = [Tensor(x, requires_grad=needed) for x, needed in zip(arrays, real, strict=True)]
-        y = apply(op, ts, params)[0]
+        with composed() if exact else nullcontext():
+            y = apply(op, ts, params)[0]
         g = Tensor(np.random.default_rng(1).normal(size=y.shape).astype(cast[0].dtype).astype(y.dtype))
-        results.append(grad(y, [t for t in ts if t.requires_grad], g, create_graph=composed))
+        results.append(grad(y, [t for t in ts if t.requires_grad], g, create_graph=exact))
     return list(zip(*results, strict=True))
 
 

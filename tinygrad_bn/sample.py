@@ -237,6 +237,18 @@ def for_batch_norm(d: Draw, samples: int = 2) -> Drawn:
     return (x, weight, bias), {"eps": d.choice([0.3, 0.7])}
 
 
+def for_batch_norm_gradient(d: Draw) -> Drawn:
+    """A cotangent, an input and a weight, or None."""
+    (x, weight, _), options = for_batch_norm(d)
+    return (d.array(REAL, x.shape), x, weight), options
+
+
+def for_batch_norm_weight_gradient(d: Draw) -> Drawn:
+    """A cotangent and an input."""
+    (g, x, _), options = for_batch_norm_gradient(d)
+    return (g, x), options
+
+
 def for_batch_norm_relu(d: Draw) -> Drawn:
     """Operands whose outputs keep a distance from the kink."""
     n, c, plane = d.integer(3, 9), d.integer(1, 3), d.choice([(), (2,), (1, 2)])

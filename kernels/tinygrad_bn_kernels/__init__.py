@@ -37,9 +37,11 @@ MODULES = _table(
         "argmax argmin",
         "norm": "batch_norm_training batch_norm_training.vjp batch_norm_relu batch_norm_relu.vjp running_statistics",
         "norm_inference": "batch_norm_inference batch_norm_inference.vjp",
+        "norm_gradient": "batch_norm_gradient batch_norm_gradient.vjp batch_norm_weight_gradient "
+        "batch_norm_weight_gradient.vjp",
         "blocks": "block_norm block_norm.vjp",
         "softmax": "softmax_cross_entropy softmax_cross_entropy.vjp logsumexp logsumexp.vjp",
-        "elementwise": "relu.vjp erf erfc silu silu.vjp gelu gelu.vjp sigmoid.vjp tanh.vjp dropout_by_key",
+        "elementwise": "where relu.vjp erf erfc silu silu.vjp gelu gelu.vjp sigmoid.vjp tanh.vjp dropout_by_key",
         "conv": "conv conv_input conv_weight conv_with_bias conv_with_bias.vjp",
         "pool": "max_pool max_pool.vjp max_pool_places",
         "linear": "matmul linear linear.vjp",

@@ -124,6 +124,9 @@ def fill(bench: Bench, quick: bool) -> str:
         times, title = bench.times("cnn_step", batch), f"training step, the first article's CNN, batch {batch}"
         bench.row(title, times)
         bench.captured_row(title, times)
+    gradient, product = (bench.times("cnn_derivative", CNN_BATCHES[0], order, without=eager) for order in (1, 2))
+    bench.row(f"gradient of that CNN, batch {CNN_BATCHES[0]}", gradient)
+    bench.row(f"Hessian times a vector, {product['ours'] / gradient['ours']:.1f} gradients", product)
     for n, channels, size, maps in CONVOLUTIONS:
         times = bench.times("convolution", n, channels, size, maps, without=eager, share=0.5)
         bench.row(f"convolution, forward + backward, {(n, channels, size, size)} to {maps} maps", times)

@@ -32,15 +32,19 @@ def batch_norm(shape: list[int]) -> Work:
     return lambda: jax.block_until_ready(run(x, w, b, g))
 
 
-def _step(network: Callable[..., Any], params: Any, features: list[int], x: np.ndarray, y: np.ndarray) -> Work:
-    """Forward, cross-entropy, backward and Adam.
-
-    `network(params, stats, x)` gives logits and new running statistics; `features` are those of its BatchNorms.
-    """
+def _loss(network: Callable[..., Any]) -> Callable[..., tuple]:
+    """Cross-entropy of `network(params, stats, x)`, which gives logits and new running statistics."""
 
     def loss_of(params: Any, stats: list, x: jax.Array, y: jax.Array) -> tuple:
         logits, stats = network(params, stats, x)
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean(), stats
+
+    return loss_of
+
+
+def _step(network: Callable[..., Any], params: Any, features: list[int], x: np.ndarray, y: np.ndarray) -> Work:
+    """Forward, cross-entropy, backward and Adam; `features` are those of the network's BatchNorms."""
+    loss_of = _loss(network)
 
     @jax.jit
     def update(state: tuple, x: jax.Array, y: jax.Array) -> tuple:
@@ -55,7 +59,7 @@ def _step(network: Callable[..., Any], params: Any, features: list[int], x: np.n
 
     params = jax.tree.map(jnp.asarray, params)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    state = (params, [(jnp.zeros(n), jnp.ones(n)) for n in features], zeros, zeros, jnp.float32(0))
+    state = (params, _statistics(features), zeros, zeros, jnp.float32(0))
     xj, yj = jnp.asarray(x), jnp.asarray(y)
 
     def step() -> None:
@@ -63,6 +67,10 @@ def _step(network: Callable[..., Any], params: Any, features: list[int], x: np.n
         state = jax.block_until_ready(update(state, xj, yj))
 
     return step
+
+
+def _statistics(features: list[int]) -> list[tuple]:
+    return [(jnp.zeros(n), jnp.ones(n)) for n in features]
 
 
 def mlp_step(sizes: list[int], batch: int) -> Work:
@@ -85,8 +93,36 @@ def mlp_step(sizes: list[int], batch: int) -> Work:
     return _step(network, params, sizes[1:-1], *networks.samples(sizes, batch))
 
 
+CNN_FEATURES = [32, 64]
+
+
 def cnn_step(batch: int) -> Work:
     """Forward, cross-entropy, backward and Adam."""
+    return _step(*_cnn(), CNN_FEATURES, *networks.images(batch))
+
+
+def cnn_derivative(batch: int, order: int) -> Work:
+    """The gradient of the loss by all parameters; with order 2 the Hessian times a direction."""
+    network, params = _cnn()
+    params = jax.tree.map(jnp.asarray, params)
+    direction = jax.tree.map(lambda p: jnp.asarray(normal(*p.shape)), params)
+    x, y = map(jnp.asarray, networks.images(batch))
+    stats = _statistics(CNN_FEATURES)
+
+    def slopes(params: dict, x: jax.Array) -> dict:
+        return jax.grad(_loss(network), has_aux=True)(params, stats, x, y)[0]
+
+    @jax.jit
+    def run(params: dict, direction: dict, x: jax.Array) -> object:
+        if order == 1:
+            return slopes(params, x)
+        return jax.jvp(lambda params: slopes(params, x), (params,), (direction,))[1]
+
+    return lambda: jax.block_until_ready(run(params, direction, x))
+
+
+def _cnn() -> tuple[Callable[..., Any], dict]:
+    """The network and its parameters."""
     rng = np.random.default_rng(0)
     shapes = {"w1": (32, 1, 3, 3), "w2": (64, 32, 3, 3), "w3": (1600, 256), "w4": (256, 10)}
     params = {k: rng.normal(size=s).astype(np.float32) / np.sqrt(np.prod(s[:-1])) for k, s in shapes.items()}
@@ -108,7 +144,7 @@ def cnn_step(batch: int) -> Work:
         logits = (x.reshape(len(x), -1) @ p["w3"] + p["b3"]) @ p["w4"] + p["b4"]
         return logits, [first, second]
 
-    return _step(network, params, [32, 64], *networks.images(batch))
+    return network, params
 
 
 def reduction(name: str, shape: list[int], axis: int | list[int] | None) -> Work:

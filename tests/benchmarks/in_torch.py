@@ -65,6 +65,20 @@ def cnn_step(batch: int) -> Work:
     return _step(networks.cnn(nn), *networks.images(batch))
 
 
+def cnn_derivative(batch: int, order: int) -> Work:
+    """The gradient of the loss by all parameters; with order 2 the Hessian times a direction."""
+    model, (x, y) = networks.cnn(nn), map(torch.tensor, networks.images(batch))
+    parameters = list(model.parameters())
+    direction = [torch.tensor(normal(*p.shape)) for p in parameters]
+
+    def run() -> None:
+        slopes = torch.autograd.grad(cross_entropy(model(x), y), parameters, create_graph=order == 2)
+        if order == 2:
+            torch.autograd.grad(slopes, parameters, direction)
+
+    return run
+
+
 def cnn_epoch(name: str) -> Work:
     """An epoch over a whole data set in batches of 256, the making of batches included."""
     data = datasets.load(name).scaled()

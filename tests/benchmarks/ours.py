@@ -8,6 +8,7 @@ from tests.benchmarks import networks
 from tests.benchmarks.networks import normal
 from tinygrad_bn import Tensor, datasets, functional, manual_seed, nn, optim, train
 from tinygrad_bn.captured import capture
+from tinygrad_bn.transforms import functional_call, grad, hvp
 
 Work = Callable[[], object]
 
@@ -54,6 +55,19 @@ def cnn_step(batch: int, captured: bool = False) -> Work:
     """Forward, cross-entropy, backward and Adam."""
     manual_seed(0)
     return _step(networks.cnn(nn), *networks.images(batch), captured)
+
+
+def cnn_derivative(batch: int, order: int) -> Work:
+    """The gradient of the loss by all parameters; with order 2 the Hessian times a direction."""
+    manual_seed(0)
+    model, (x, y) = networks.cnn(nn), networks.images(batch)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    direction = {name: Tensor(normal(*p.shape)) for name, p in state.items()}
+
+    def loss(state: dict[str, Tensor]) -> Tensor:
+        return functional.cross_entropy(functional_call(model, state, Tensor(x)), y)
+
+    return (lambda: grad(loss)(state)) if order == 1 else (lambda: hvp(loss, state, direction))
 
 
 def cnn_epoch(name: str) -> Work:

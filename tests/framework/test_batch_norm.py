@@ -104,6 +104,29 @@ def test_float32_is_exact_at_any_mean(offset, shape):
     assert np.abs(t.grad.numpy() - wide.grad.numpy()).max() < 1e-6 * np.abs(wide.grad.numpy()).max()
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+@pytest.mark.parametrize("shape", [(256, 3), (8, 3, 7, 7)])
+def test_second_derivatives_of_float32_at_any_mean(offset, shape, relu):
+    """The gradient of ⟨gradient, v⟩ by every operand, where x, g and v have means far from 0."""
+    rng = np.random.default_rng(0)
+    x, g, v = (rng.normal(size=(3, *shape)) + offset).astype(np.float32)
+    affine = rng.normal(size=(2, 3)).astype(np.float32)
+    dw, db = rng.normal(size=(2, 3)).astype(np.float32)
+    normalise = functional.batch_norm_relu if relu else functional.batch_norm_training
+
+    def second(dtype):
+        operands = [Tensor(a, requires_grad=True, dtype=dtype) for a in (x, *affine, g)]
+        y = normalise(*operands[:3], eps=1e-5)
+        first = grad(y, operands[:3], operands[3], create_graph=True)
+        along = sum((slope * Tensor(d, dtype=dtype)).sum() for slope, d in zip(first, (v, dw, db), strict=True))
+        return grad(along, operands)
+
+    for got, want in zip(second(np.float32), second(np.float64), strict=True):
+        assert got.dtype == np.float32
+        assert np.abs(got.numpy() - want.numpy()).max() <= 2e-5 * np.abs(want.numpy()).max()
+
+
 def test_float16_is_normalised_in_float32():
     x = (np.random.default_rng(0).normal(size=(64, 2)) * 300 + 1000).astype(np.float16)  # a square would overflow
     layer = nn.BatchNorm1d(2)

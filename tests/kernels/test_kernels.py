@@ -134,8 +134,11 @@ EMPTY_OR_ONE_TERM |= {
 NO_MOMENTUM = {"sgd": 54}
 TOO_SMALL_ROWS = {"argmax": 42, "argmin": 42}
 NOT_TWO_MATRICES = {"matmul": 92, "linear": 100}
+OF_SEVERAL_SHAPES = {"where": 70}
 GRADIENT_OF_CONSTANTS = {"softmax_cross_entropy.vjp": 200, "batch_norm_inference.vjp": 300}
-DECLINED = Counter(EMPTY_OR_ONE_TERM | TOO_SMALL_ROWS | NOT_TWO_MATRICES | GRADIENT_OF_CONSTANTS | NO_MOMENTUM)
+DECLINED = Counter(
+    EMPTY_OR_ONE_TERM | TOO_SMALL_ROWS | NOT_TWO_MATRICES | OF_SEVERAL_SHAPES | GRADIENT_OF_CONSTANTS | NO_MOMENTUM
+)
 
 
 @pytest.mark.compiled

@@ -13,6 +13,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import device_of, kernels_disabled
+from tinygrad_bn.modes import composed
 from tinygrad_bn.sample import Array
 from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
 from tinygrad_bn.testing.diagnosis import names_of
@@ -230,11 +231,15 @@ def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> 
         if backend.find_kernel(op.vjp, device_of(cast[0])):
             ts = [Tensor(x, requires_grad=True) for x in real]
             named = list(zip(ts, real_names(op, xs), strict=True))
-            y = f(*ts)
+            y = reference = f(*ts)
+            if op.fused:
+                with composed():
+                    reference = f(*ts)
             v = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=dtype)
             for wanted in (named, *([t] for t in named)):  # a kernel may leave out gradients, or decline
                 by = [t for t, _ in wanted]
-                for (_, name), a, b in zip(wanted, grad(y, by, v), grad(y, by, v, create_graph=True), strict=True):
+                by_composition = grad(reference, by, v, create_graph=True)
+                for (_, name), a, b in zip(wanted, grad(y, by, v), by_composition, strict=True):
                     expect_close(a.numpy(), b.numpy(), f"the kernel {op.vjp!r}, operand {name}")
 
 

@@ -16,7 +16,7 @@ from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.memory import empty_like
 from tinygrad_bn_kernels.cpu.norm_planes import planes_backward, planes_forward
 from tinygrad_bn_kernels.cpu.norm_rows import rows_backward, rows_forward
-from tinygrad_bn_kernels.cpu.norm_terms import are_finite, is_ordinary
+from tinygrad_bn_kernels.cpu.norm_terms import are_sound, is_ordinary
 from tinygrad_bn_kernels.cpu.threads import split
 
 Vector = Array | None  # (C,); a weight of None is 1, a bias of None is 0
@@ -113,12 +113,13 @@ def _backward(
         out = np.empty((0,) * xs.ndim, source.dtype) if gx is None else by_channel(gx)
         arguments = gs, xs, *affine, mean, var, eps, relu, out, gweight, gbias
         if xs.ndim == 2:
-            good, finite = rows_backward(*arguments)
+            good, sound = rows_backward(*arguments)
         else:
             split(planes_backward, channels, x.size, *arguments)
-            good, finite = is_ordinary(affine[0], mean, var, eps), are_finite(gweight, gbias)
-        overflowed = not finite and not np.isnan(mean).any() and np.isfinite(g).all()  # a sum of four, in x's dtype
-        if not good or overflowed:
+            good = is_ordinary(affine[0], mean, var, eps)
+            sound = are_sound(gweight, gbias, var, eps, x.size / channels, source.itemsize)
+        lost = not sound and not np.isnan(mean).any() and np.isfinite(g).all()
+        if not good or lost:
             return NotImplemented
     by_weight = None if weight is None or not needs[1] else gweight.astype(weight.dtype)
     return gx, by_weight, None if bias is None or not needs[2] else gbias.astype(bias.dtype)

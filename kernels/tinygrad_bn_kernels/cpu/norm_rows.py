@@ -19,6 +19,7 @@ from tinygrad_bn_kernels.cpu.norm_terms import (
     common_shift,
     four_terms,
     gradient,
+    has_digits,
     is_bad_shift,
     is_ordinary_channel,
     lower_bound,
@@ -188,10 +189,10 @@ def _rows_gradient_sums(g, x, k, relu, sums, start, stop):
 def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
     """Gradients of weight and bias from the chunks' sums; p and q into k.
 
-    Whether all shifts were good (a bad one becomes 0), and whether all gradients are finite.
+    Whether all shifts were good (a bad one becomes 0); whether all are sound: see `are_sound`.
     """
     good = True
-    finite = True
+    sound = True
     for j in range(gweight.size):
         s1 = 0.0
         s2 = 0.0
@@ -202,10 +203,11 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
         s2 += r * s1
         gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
         k[5, j], k[6, j] = ivar * s2 / n, r * s2 / n + s1 / n
-        finite &= np.isfinite(gbias[j]) & np.isfinite(s2)
+        digits = has_digits(np.float64(k[5, j]), np.sqrt(var[j]) * ivar, k.itemsize)
+        sound &= np.isfinite(gbias[j]) & np.isfinite(s2) & digits
         if is_bad_shift(k[4, j], s1, n):
             k[4, j], good = 0.0, False
-    return good, finite
+    return good, sound
 
 
 @step
@@ -221,21 +223,21 @@ def _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight,
     """`rows_backward` on one thread, in one compiled call."""
     ordinary = _rows_constants(weight, bias, mean, var, eps, k)
     _gradient_shift(g, x, relu, k)
-    finite = True
+    sound = True
     for _ in range(2):
         _rows_gradient_sums(g, x, k, relu, sums, 0, len(sums))
-        good, finite = _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
+        good, sound = _rows_gradients(sums, len(x), k, mean, var, eps, gweight, gbias)
         if good:
             break
     if gx.size:
         _rows_gradient(g, x, k, relu, gx, 0, len(sums))
-    return ordinary, finite
+    return ordinary, sound
 
 
 def rows_backward(
     g: Array, x: Array, weight: Array, bias: Array, mean: Array, var: Array, eps: float, relu: bool, *out: Array
 ) -> tuple[bool, bool]:
-    """Gradients of x, weight and bias, into `out`. Whether they are right (see `is_ordinary`), and finite."""
+    """Gradients of x, weight and bias, into `out`. See `is_ordinary` and `are_sound` for what is returned."""
     gx, gweight, gbias = out
     n, channels = x.shape
     chunks = -(-n // CHUNK)
@@ -244,12 +246,12 @@ def rows_backward(
         return _rows_backward_serial(g, x, weight, bias, mean, var, eps, relu, gx, gweight, gbias, sums, k)
     ordinary = _rows_constants(weight, bias, mean, var, eps, k)
     _gradient_shift(g, x, relu, k)
-    finite = True
+    sound = True
     for _ in range(2):
         split(_rows_gradient_sums, chunks, x.size, g, x, k, relu, sums)
-        good, finite = _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias)
+        good, sound = _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias)
         if good:
             break
     if gx.size:
         split(_rows_gradient, chunks, x.size, g, x, k, relu, gx)
-    return ordinary, finite
+    return ordinary, sound

@@ -33,12 +33,21 @@ def is_ordinary(weight, mean, var, eps):
     return good
 
 
+@inlined()
+def has_digits(p, deviation, itemsize):
+    """Whether p of `gradient` and the deviation of x̂ are 0 or normal numbers: others have few digits."""
+    tiny = 1.1754944e-38 if itemsize == 4 else 2.2250738585072014e-308
+    return ((p == 0) | ~(abs(p) < tiny)) & ((deviation == 0) | ~(deviation < 1e8 * tiny))
+
+
 @njit(allocates=False)
-def are_finite(a, b):
-    """Whether all elements of two vectors of one size are finite."""
+def are_sound(gweight, gbias, var, eps, n, itemsize):
+    """Whether all gradients of vectors are finite, and nothing that they were computed from lacks digits."""
     good = True
-    for i in range(a.size):
-        good &= np.isfinite(a[i]) & np.isfinite(b[i])
+    for c in range(gweight.size):
+        ivar = 1 / np.sqrt(var[c] + eps)
+        deviation = np.sqrt(var[c]) * ivar
+        good &= np.isfinite(gweight[c]) & np.isfinite(gbias[c]) & has_digits(ivar * gweight[c] / n, deviation, itemsize)
     return good
 
 

@@ -61,7 +61,8 @@ def adam(
 def _sgd(p, g, v, lr, momentum, one_dampening, decay, nesterov, out, start, stop):
     # p decreases by a · (g + decay · p) + b · v.
     a, b = (lr, lr * momentum) if nesterov else (lr - lr, lr)
-    for i in range(start, stop):
+    p, g, v, out = p[start:stop], g[start:stop], v[start:stop], out[start:stop]
+    for i in range(p.size):
         gi = g[i] + decay * p[i]
         v[i] = momentum * v[i] + one_dampening * gi
         out[i] = p[i] - (a * gi + b * v[i])

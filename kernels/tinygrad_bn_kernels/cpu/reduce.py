@@ -260,7 +260,7 @@ def _shifted(x: Array, found: Plan) -> tuple[Array, Array]:
     return shift.reshape(found.shape), var.reshape(found.shape)
 
 
-def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> Any:
+def wide_mean_and_var(x: Array, axis: Axis, keepdims: bool = False, correction: float = 0) -> Any:
     """Mean and variance in float64."""
     found = _reduced(_shifted, x, axis, keepdims)
     if found is NotImplemented:
@@ -276,21 +276,21 @@ def _mean_and_var(x: Array, axis: Axis, keepdims: bool, correction: float) -> An
 @kernel("mean_and_var", "cpu")
 def mean_and_var(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
     """Mean, and variance Σ(x − mean)² / (n − correction), both from float64 sums, stacked, in x's dtype."""
-    found = _mean_and_var(x, axis, keepdims, correction)
+    found = wide_mean_and_var(x, axis, keepdims, correction)
     return found if found is NotImplemented else np.stack(found).astype(x.dtype, copy=False)
 
 
 @kernel("var", "cpu")
 def var(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
     """Variance over `axis`, Σ(x − mean)² / (n − correction), from float64 sums, in x's dtype."""
-    found = _mean_and_var(x, axis, keepdims, correction)
+    found = wide_mean_and_var(x, axis, keepdims, correction)
     return found if found is NotImplemented else found[1].astype(x.dtype, copy=False)
 
 
 @kernel("std", "cpu")
 def std(x: Array, *, axis: Axis = None, keepdims: bool = False, correction: float = 0) -> Any:
     """Square root of the variance, taken in float64, in x's dtype."""
-    found = _mean_and_var(x, axis, keepdims, correction)
+    found = wide_mean_and_var(x, axis, keepdims, correction)
     return found if found is NotImplemented else np.sqrt(found[1]).astype(x.dtype, copy=False)
 
 
@@ -313,7 +313,7 @@ def std_vjp(
     g: Array, y: Array, x: Array, *, needs: list[bool], axis: Axis = None, keepdims: bool = False, correction: float = 0
 ) -> Any:
     """g (x − mean) / ((n − correction) · std), in float64; 0 where the standard deviation is 0."""
-    found = _mean_and_var(x, axis, keepdims, correction)
+    found = wide_mean_and_var(x, axis, keepdims, correction)
     if found is NotImplemented or not x.size or x.size // g.size <= correction:
         return NotImplemented
     mean, variance = found
