@@ -23,7 +23,7 @@ lessons: $(VENV)/.lessons  ## open six lessons in a browser, in English and Kore
 test: $(VENV)/.test  ## run the test-suite
 	$(BIN)/python -m pytest -n auto --ignore=tests/peers
 
-fuzz: $(VENV)/.test  ## read 100,000 damaged files of each format
+fuzz: $(VENV)/.onnx  ## read 100,000 damaged files of each format
 	$(BIN)/python -m tests.fuzz
 
 test-lessons: $(VENV)/.lessons $(VENV)/.browser  ## run the lessons as scripts, and use them in a browser (needs chromium)
@@ -109,6 +109,6 @@ $(VENV)/.gpu: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lessons $(VENV)/.browser $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.mutants $(VENV)/.coverage $(VENV)/.cuda-test: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.lessons $(VENV)/.browser $(VENV)/.oldest $(VENV)/.peers $(VENV)/.bench $(VENV)/.lint $(VENV)/.mutants $(VENV)/.coverage $(VENV)/.cuda-test $(VENV)/.onnx: $(VENV)/.%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,$*]'
 	@touch $@

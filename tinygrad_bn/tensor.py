@@ -41,11 +41,9 @@ class Op:
 
     name: str
     forward: Callable[..., Any]  # arrays to array, in NumPy: the reference. Of a fused op: the composition
-    rules: tuple[
-        Rule | None, ...
-    ]  # one per operand: (g, y, *operands, **params) to its gradient; if fused, with a graph
+    rules: tuple[Rule | None, ...]  # one per operand: (g, y, *operands, **params) to its gradient
     each: Rule | None  # for any number of operands, one rule that gets the operand's position: (i, g, y, *operands)
-    fused: bool  # the gradients are those of the composition
+    fused: bool  # the gradients are those of the composition; gradients with a graph, of the rules, if there are any
     saves: tuple[str, ...]  # by-products: `forward` then returns (y, *by-products)
     updates: tuple[str, ...]  # operands that the op overwrites; such an op has no gradient
     formula: str

@@ -1,6 +1,7 @@
 """The README's Python runs as it stands there, and its pages link to files and headings that exist."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ def registry():
 
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one writes a page
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     for block in BLOCKS:
+        if "onnx.load" in block and not find_spec("onnx"):
+            continue  # tests/peers/test_onnx.py does what it shows
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 

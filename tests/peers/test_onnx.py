@@ -1,0 +1,281 @@
+"""Models out to onnxruntime and back, and in from PyTorch; and files that are not read."""
+
+import copy
+import warnings
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from tests.fuzz.target import check
+from tests.fuzz.targets import TARGETS
+from tinygrad_bn import Tensor, manual_seed, nn, optim, train
+from tinygrad_bn import functional as F
+from tinygrad_bn.onnx import OnnxError, export, load
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
+class Sliced(nn.Module):
+    def forward(self, x):
+        a, b = x[:, 1:, ::-1], x[:, :-1, 2:0:-1]
+        joined = F.concatenate([a[..., :2], b], axis=2)
+        return F.stack([joined[:, 0], joined[:, -1]], axis=1)[:, None] * F.std(x, axis=(1, 2), keepdims=True)[..., None]
+
+
+class Compared(nn.Module):
+    def forward(self, x):
+        y = F.where((x > 0.5) != (x[:, :1] <= x), F.clip(x, max=2.0), F.maximum(-x, 0.25))
+        return F.log_softmax(y, axis=1) + F.logsumexp(x, axis=1, keepdims=True) + F.max(x, axis=-1, keepdims=True)
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x / len(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+
+class Indexed(nn.Module):
+    def forward(self, x):
+        return x[F.argmax(x, axis=0)]
+
+
+MODELS = {
+    "mlp": (lambda: [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3, bias=False), nn.Softmax()], (4,)),
+    "cnn": (lambda: [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.LeakyReLU(),
+                     nn.Conv2d(4, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6, affine=False), nn.AvgPool2d(2),
+                     nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, 2)], (1, 12, 12)),
+    "pooling": (lambda: [nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), nn.AvgPool2d(3, 2, padding=1, ceil_mode=True),
+                         nn.AdaptiveAvgPool2d(2)], (2, 11, 12)),
+    "residual": (lambda: [Residual()], (3, 6, 6)),
+    "activations": (lambda: [nn.Linear(6, 6), nn.GELU(), nn.SiLU(), nn.ELU(), nn.Sigmoid(), nn.Tanh(), nn.Softplus()],
+                    (6,)),
+    "norms": (lambda: [nn.LayerNorm((4, 7)), nn.RMSNorm(7), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4)], (4, 7)),
+    "transposed": (lambda: [nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1, groups=1)], (2, 5, 5)),
+    "sequences": (lambda: [nn.Linear(5, 7), nn.ReLU(), nn.LayerNorm(7)], (3, 5)),
+    "1 axis": (lambda: [nn.Conv1d(2, 4, 3, dilation=2, groups=2), nn.BatchNorm1d(4), nn.MaxPool1d(2)], (2, 9)),
+    "3 axes": (lambda: [nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4), nn.AvgPool3d(2)], (2, 5, 5, 5)),
+    "slices": (lambda: [Sliced()], (3, 4)),
+    "comparisons": (lambda: [Compared()], (3, 4)),
+}  # fmt: skip
+
+
+def trained(name, dtype=np.float32):
+    """A model whose BatchNorms have met batches, in evaluation mode, and the shape of a sample."""
+    manual_seed(0)
+    layers, shape = MODELS[name]
+    model = nn.Sequential(*layers()).astype(dtype)
+    for seed in range(3):
+        model(np.random.default_rng(seed).normal(1, 2, (4, *shape)).astype(dtype))
+    return model.eval(), shape
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    found = {}
+    for name in MODELS:
+        model, shape = trained(name)
+        export(model, np.ones((2, *shape), np.float32), folder / f"{name}.onnx")
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        found[name] = model, shape, session, load(folder / f"{name}.onnx")
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(n=st.integers(1, 6), seed=st.integers(0, 999), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+@settings(max_examples=10)
+def test_onnxruntime_computes_the_same_for_any_batch(name, exported, n, seed, scale):
+    model, shape, session, back = exported[name]
+    x = np.random.default_rng(seed).normal(0, scale, (n, *shape)).astype(np.float32)
+    want = model(x).numpy()
+    (got,) = session.run(None, {"input": x})
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * np.abs(want).max()}
+    np.testing.assert_allclose(got, want, **tolerance)
+    np.testing.assert_allclose(back(x).numpy(), want, **tolerance)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_keep_their_names_and_values(name, exported):
+    model, _, _, back = exported[name]
+    own, state = model.state_dict(), back.state_dict()
+    of_onnx = {"6.weight", "6.bias"} if name == "cnn" else set()  # there every BatchNormalization has them
+    assert state.keys() - of_onnx == own.keys()
+    for key in own:
+        if not key.endswith("num_batches_tracked"):
+            np.testing.assert_array_equal(state[key], own[key], err_msg=key)
+
+
+def test_float64_and_a_batch_of_fixed_size(tmp_path):
+    model, shape = trained("mlp", np.float64)
+    x = np.random.default_rng(0).normal(size=(3, *shape))
+    export(model, Tensor(x), tmp_path / "a.onnx", dynamic_batch=False)
+    np.testing.assert_allclose(load(tmp_path / "a.onnx")(x).numpy(), model(x).numpy(), rtol=1e-12)
+    proto = onnx.load(tmp_path / "a.onnx")
+    assert [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == [3, *shape]
+    export(nn.Sequential(Scaled()), x, tmp_path / "a.onnx", dynamic_batch=False)
+    np.testing.assert_allclose(load(tmp_path / "a.onnx")(x).numpy(), x / 3)
+
+
+# ---- training further -------------------------------------------------------------------------------------
+
+
+def test_an_imported_network_is_trained_as_the_original(exported):
+    """The same steps: gradients, and running statistics by ONNX' convention, which is that of `BatchNorm.onnx`."""
+    model, _, _, back = exported["mlp"]
+    model, back = copy.deepcopy(model), copy.deepcopy(back)
+    model[1].running_var_correction = 0
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4)).astype(np.float32), rng.integers(0, 3, 40)
+    losses = []
+    for network in (model, back):
+        network.train()
+        history = train.fit(
+            network, (x, y), epochs=5, batch_size=8, optimizer=optim.SGD(network.parameters(), lr=0.1), seed=0,
+            loss=lambda p, y: F.nll_loss(F.log(p), y), progress=False,
+        )  # fmt: skip
+        losses.append(history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[1][-1] < losses[1][0]
+    own, state = model.state_dict(), back.state_dict()
+    for key in state.keys() - {"1.num_batches_tracked"}:
+        np.testing.assert_allclose(state[key], own[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_a_frozen_network_stays(exported, tmp_path):
+    _, shape, _, back = exported["cnn"]
+    back = copy.deepcopy(back)
+    back.requires_grad_(False)
+    head = nn.Linear(2, 2)
+    model = nn.Sequential(back, head)
+    before = back.state_dict()
+    back.eval()
+    x = np.ones((3, *shape), np.float32)
+    F.cross_entropy(model(x), np.array([0, 1, 0])).backward()
+    assert head.weight.grad is not None
+    assert all(p.grad is None for p in back.parameters())
+    after = back.state_dict()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    back.save(tmp_path / "a.safetensors")
+    again = copy.deepcopy(back)
+    again.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again(x).numpy(), back(x).numpy())
+
+
+@pytest.mark.parametrize("kind", ["cnn", "attention"])
+def test_a_model_of_pytorch(kind, tmp_path):
+    torch.manual_seed(0)
+    layers, shape = {
+        "cnn": ([torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+                 torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(16, 5),
+                 torch.nn.LayerNorm(5), torch.nn.Softmax(1)], (2, 1, 10, 10)),
+        "attention": ([torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)], (2, 5, 8)),
+    }[kind]  # fmt: skip
+    model, x = torch.nn.Sequential(*layers), torch.randn(*shape)
+    model(x)
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about its exporters
+        torch.onnx.export(model, (x,), str(tmp_path / "a.onnx"), dynamo=False)
+    got = load(tmp_path / "a.onnx")(x.numpy()).numpy()
+    np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+# ---- what is not written, or not read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Scaled(), "the op div follows the batch; use dynamic_batch=False"),
+        (Branching(), "the model reads the values of a tensor"),
+        (Indexed(), "an index or another array of the model comes from its input"),
+        (nn.Sequential(), "does not come from its input"),
+    ],
+)
+def test_models_that_are_not_written(model, message, tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"before")
+    with pytest.raises((OnnxError, TypeError), match=message):
+        export(model, np.ones((2, 3), np.float32), tmp_path / "a.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def model_of(nodes, arrays=(), inputs=("x",), outputs=("y",), opset=18):
+    values = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names] for names in (inputs, outputs)
+    ]
+    graph = helper.make_graph(nodes, "g", *values, list(arrays))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def outside():
+    tensor = TensorProto(name="w", data_type=1, dims=[2], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+    return tensor
+
+
+NODE = helper.make_node
+BAD = {
+    "no model": (b"\x89PNG", "is no ONNX model, or it is damaged"),
+    "empty": (b"", "it uses none of the standard operators"),
+    "unknown operator": (model_of([NODE("Einsum", ["x"], ["y"])]), "the operator 'Einsum' is not computed"),
+    "unknown attribute": (model_of([NODE("Relu", ["x"], ["y"], slope=1.0)]), "the attribute 'slope' of Relu"),
+    "missing attribute": (model_of([NODE("Concat", ["x", "x"], ["y"])]), "the attribute 'axis' of Concat is missing"),
+    "missing input": (model_of([NODE("Add", ["x"], ["y"])]), "Add takes 2 inputs; the node has 1"),
+    "order": (model_of([NODE("Relu", ["z"], ["y"]), NODE("Relu", ["x"], ["z"])]), "'z', which nothing before it makes"),
+    "no output": (model_of([NODE("Relu", ["x"], ["z"])]), "nothing makes its output 'y'"),
+    "twice": (model_of([NODE("Relu", ["x"], ["y"]), NODE("Relu", ["x"], ["y"])]), "'y', which is there already"),
+    "outside": (model_of([NODE("Add", ["x", "w"], ["y"])], [outside()]), "'w' lies in another file"),
+    "short": (
+        model_of([NODE("Add", ["x", "w"], ["y"])], [TensorProto(name="w", data_type=1, dims=[9**9], raw_data=b"abcd")]),
+        "has 4 bytes of float32",
+    ),
+    "old": (model_of([NODE("Relu", ["x"], ["y"])], opset=3), "it uses version 3 of the standard operators"),
+    "named as a method": (
+        model_of([NODE("Add", ["x", "forward"], ["y"])], [onnx.numpy_helper.from_array(np.ones(2, "f4"), "forward")]),
+        "an initializer cannot have the name 'forward'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_files_that_are_not_read(name, tmp_path):
+    content, message = BAD[name]
+    path = tmp_path / "a.onnx"
+    path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
+    with pytest.raises(OnnxError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_errors_of_a_graph_name_the_node(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(model_of([NODE("MatMul", ["x", "x"], ["y"], name="product")]).SerializeToString())
+    graph = load(tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="matmul") as caught:
+        graph(np.ones((2, 3)))
+    assert "in the node MatMul 'product' of an ONNX graph" in caught.value.__notes__
+    with pytest.raises(ValueError, match="takes 1 inputs, x; got 2"):
+        graph(np.ones(2), np.ones(2))
+    with pytest.raises(OSError, match=r"b\.onnx"):
+        load(tmp_path / "b.onnx")
+
+
+@given(files=TARGETS["onnx"].files)
+def test_damaged_files(tmp_path_factory, files):
+    check(TARGETS["onnx"], files, tmp_path_factory.mktemp("fuzz"))

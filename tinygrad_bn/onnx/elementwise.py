@@ -1,0 +1,142 @@
+"""The operators of ONNX that work element by element."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tinygrad_bn import functional as F
+from tinygrad_bn.more_ops import erf
+from tinygrad_bn.onnx.errors import OnnxError
+from tinygrad_bn.onnx.operators import OPERATORS, Value, array_of, number, of_arrays, of_several, operator
+from tinygrad_bn.onnx.reading import DTYPES
+
+
+def _floor_div(a: Value, b: Value) -> Value:
+    """The quotient; of integers it is cut towards 0, as in C."""
+    if any(np.issubdtype(x.dtype, np.floating) for x in (a, b)):
+        return F.div(a, b)
+    return of_arrays(lambda a, b: (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype))(a, b)
+
+
+def _mod(a: Value, b: Value, fmod: int = 0) -> Value:
+    return of_arrays(np.fmod if fmod else np.mod)(a, b)
+
+
+def _pow(a: Value, b: Value) -> Value:
+    y = F.pow(a, b if b.ndim else b.item())
+    return y if y.dtype == a.dtype else F.astype(y, dtype=a.dtype)
+
+
+OPERATORS |= {
+    "Abs": F.abs, "Add": F.add, "And": of_arrays(np.logical_and), "BitwiseAnd": of_arrays(np.bitwise_and),
+    "BitwiseNot": of_arrays(np.bitwise_not), "BitwiseOr": of_arrays(np.bitwise_or),
+    "BitwiseXor": of_arrays(np.bitwise_xor), "Ceil": of_arrays(np.ceil), "Div": _floor_div, "Equal": F.equal,
+    "Erf": erf, "Exp": F.exp, "Floor": of_arrays(np.floor), "Greater": F.greater, "GreaterOrEqual": F.greater_equal,
+    "Identity": lambda x: x, "IsNaN": of_arrays(np.isnan), "Less": F.less, "LessOrEqual": F.less_equal, "Log": F.log,
+    "Max": of_several(F.maximum), "Min": of_several(F.minimum), "Mod": _mod, "Mul": F.mul, "Neg": F.neg,
+    "Not": of_arrays(np.logical_not), "Or": of_arrays(np.logical_or), "Pow": _pow,
+    "Reciprocal": lambda x: F.div(1, x), "Relu": F.relu, "Round": of_arrays(np.round), "Sigmoid": F.sigmoid,
+    "Sign": F.sign, "Softplus": F.softplus, "Sqrt": F.sqrt, "Sub": F.sub, "Sum": of_several(F.add), "Tanh": F.tanh,
+    "Where": F.where, "Xor": of_arrays(np.logical_xor),
+}  # fmt: skip
+
+
+@operator
+def Mean(*xs: Value) -> Value:
+    return F.div(of_several(F.add)(*xs), len(xs))
+
+
+@operator
+def IsInf(x: Value, *, detect_negative: int = 1, detect_positive: int = 1) -> Value:
+    return of_arrays(lambda x: np.isinf(x) & (((x < 0) & bool(detect_negative)) | ((x > 0) & bool(detect_positive))))(x)
+
+
+@operator
+def Clip(x: Value, min: Value = None, max: Value = None) -> Value:
+    for limit, choose in ((min, F.maximum), (max, F.minimum)):  # a maximum below the minimum wins
+        if limit is not None:
+            x = choose(
+                x, number(limit) if np.issubdtype(x.dtype, np.floating) else np.asarray(array_of(limit), x.dtype)
+            )
+    return x
+
+
+@operator
+def Cast(x: Value, *, to: int, saturate: int = 1, round_mode: str = "") -> Value:
+    if to not in DTYPES:
+        raise OnnxError(f"Cast to the type {to} is not computed")
+    return F.astype(x, dtype=np.dtype(DTYPES[to][0]))
+
+
+@operator
+def CastLike(x: Value, like: Value, *, saturate: int = 1, round_mode: str = "") -> Value:
+    return F.astype(x, dtype=like.dtype)
+
+
+@operator
+def LeakyRelu(x: Value, *, alpha: float = 0.01) -> Value:
+    return F.leaky_relu(x, alpha)
+
+
+@operator
+def PRelu(x: Value, slope: Value) -> Value:
+    return F.where(x < 0, F.mul(slope, x), x)
+
+
+@operator
+def Elu(x: Value, *, alpha: float = 1.0) -> Value:
+    return F.elu(x, alpha)
+
+
+@operator
+def Celu(x: Value, *, alpha: float = 1.0) -> Value:
+    return F.elu(x / alpha, 1.0) * alpha
+
+
+@operator
+def Selu(x: Value, *, alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -> Value:
+    return F.elu(x, alpha) * gamma
+
+
+@operator
+def ThresholdedRelu(x: Value, *, alpha: float = 1.0) -> Value:
+    return F.where(x > alpha, x, 0.0)
+
+
+@operator
+def HardSigmoid(x: Value, *, alpha: float = 0.2, beta: float = 0.5) -> Value:
+    return F.clip(x * alpha + beta, min=0.0, max=1.0)
+
+
+@operator
+def HardSwish(x: Value) -> Value:
+    return x * HardSigmoid(x, alpha=1 / 6)
+
+
+@operator
+def Softsign(x: Value) -> Value:
+    return x / (F.abs(x) + 1)
+
+
+@operator
+def Mish(x: Value) -> Value:
+    return x * F.tanh(F.softplus(x))
+
+
+@operator
+def Swish(x: Value, *, alpha: float = 1.0) -> Value:
+    return x * F.sigmoid(x * alpha)
+
+
+@operator
+def Gelu(x: Value, *, approximate: str = "none") -> Value:
+    if approximate == "none":
+        return F.gelu(x)
+    return x * 0.5 * (F.tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1)
+
+
+@operator
+def Shrink(x: Value, *, bias: float = 0.0, lambd: float = 0.5) -> Value:
+    return F.where(x < -lambd, x + bias, F.where(x > lambd, x - bias, x * 0))

@@ -1,0 +1,158 @@
+"""`load`: a module that computes the graph of an ONNX file."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tinygrad_bn.nn.batch_norm import _BatchNorm
+from tinygrad_bn.nn.module import Module, Parameter
+from tinygrad_bn.onnx.errors import OnnxError
+from tinygrad_bn.onnx.operators import FROM_GRAPH, OPERATORS, expect_computable
+from tinygrad_bn.onnx.reading import Model, Node, read
+from tinygrad_bn.tensor import Array, Tensor
+
+STATISTICS = ("weight", "bias", "running_mean", "running_var")  # of BatchNormalization, its inputs 1 to 4
+
+
+def load(path: str | os.PathLike[str]) -> Graph:
+    """The module of an ONNX file, in evaluation mode. It can be trained further: see `Graph`.
+
+    Raises:
+        OnnxError: the file is no ONNX model, is damaged, or uses what this package does not compute.
+        OSError: it cannot be read.
+        ImportError: the package `onnx` is not installed.
+
+    Nothing of the file is executed but the operators of this package, and its data have to lie in it.
+    """
+    path = Path(path)
+    model = read(path)
+    try:
+        return Graph(model)
+    except OnnxError as error:
+        raise OnnxError(f"{path}: {error}") from error
+
+
+class BatchNorm(_BatchNorm):
+    """BatchNorm of an ONNX file, over any number of axes."""
+
+    _shapes: ClassVar = {n: f"(N, C{', ...' * (n > 2)})" for n in range(2, 8)}
+
+
+class Graph(Module):
+    """An ONNX graph as a module: `graph(*inputs)` computes its outputs, a tensor or a tuple of them.
+
+    Floating-point initializers with axes are parameters, by their names. A BatchNormalization whose scale, bias, mean
+    and variance are initializers is a module with parameters and buffers: in training mode it takes the statistics of
+    the batch, and moves the running ones by ONNX' convention. `requires_grad_(False)` and `freeze()` of its layers
+    freeze a graph or parts of it. All other initializers are constants.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.inputs, self.outputs, self.opset = model.inputs, model.outputs, model.opset
+        self._nodes = [_checked(node) for node in model.nodes]
+        self._norms: dict[int, str] = {}  # the attribute of the BatchNorm of a node, by its position
+        arrays = dict(model.arrays)
+        uses = Counter((*(name for node in model.nodes for name in node.inputs), *model.outputs))
+        for i, node in enumerate(self._nodes):
+            if _is_layer(node, arrays, uses):
+                self._norms[i] = name = _name_of(node, i)
+                setattr(self, _free(self, name), _batch_norm(node, [arrays.pop(n) for n in node.inputs[1:]]))
+        self._constants: dict[str, Array] = {}
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and array.ndim:
+                setattr(self, _free(self, name), Parameter(array))
+            else:
+                self._constants[name] = array
+        self._last = {name: i for i, node in enumerate(self._nodes) for name in node.inputs}
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The outputs for the inputs in the order of `self.inputs`."""
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"the graph takes {len(self.inputs)} inputs, {', '.join(self.inputs)}; got {len(inputs)}")
+        values: dict[str, Any] = {
+            **self._constants,
+            **{n: t for n, t in vars(self).items() if isinstance(t, Parameter)},
+        }
+        values |= dict(zip(self.inputs, inputs, strict=True))
+        for i, node in enumerate(self._nodes):
+            read = node.inputs[:1] if i in self._norms else node.inputs
+            results = self._computed(i, node, [values[name] if name else None for name in read])
+            for name, result in zip(node.outputs, results, strict=False):
+                values[name] = result
+            for name in node.inputs:
+                if self._last.get(name) == i and name not in self.outputs:
+                    values.pop(name, None)  # frees memory, if no gradient needs it
+        found = [v if isinstance(v := values[name], Tensor) else Tensor(v) for name in self.outputs]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _computed(self, i: int, node: Node, operands: list[Any]) -> tuple[Any, ...]:
+        if i in self._norms:
+            return (getattr(self, self._norms[i])(operands[0]),)
+        function = OPERATORS[node.operator]
+        given = {"opset": self.opset, "outputs": len(node.outputs), "training": self.training}
+        wanted = inspect.signature(function).parameters.keys() & FROM_GRAPH
+        try:
+            result = function(*operands, **node.attributes, **{name: given[name] for name in wanted})
+        except Exception as error:
+            error.add_note(f"in the node {node} of an ONNX graph")
+            raise
+        return result if isinstance(result, tuple) else (result,)
+
+    def extra_repr(self) -> str:
+        counts = Counter(node.operator for node in self._nodes)
+        return f"{', '.join(self.inputs)} -> {', '.join(self.outputs)}: " + ", ".join(
+            f"{count} {name}" for name, count in counts.most_common()
+        )
+
+
+def _checked(node: Node) -> Node:
+    if not node.outputs or not any(node.outputs):
+        raise OnnxError(f"{node} has no output")
+    try:
+        expect_computable(node.operator, node.attributes, len(node.inputs))
+    except OnnxError as error:
+        raise OnnxError(f"{error} (node {node})" if node.name else str(error)) from error
+    return node
+
+
+def _is_layer(node: Node, arrays: dict[str, Array], uses: Counter[str]) -> bool:
+    """Whether a node is a BatchNormalization whose four vectors are its own, and whose first output alone is read."""
+    vectors, others = node.inputs[1:], node.outputs[1:]
+    own = all(uses[name] == 1 and name in arrays for name in vectors)
+    return node.operator == "BatchNormalization" and own and not any(uses[name] for name in others)
+
+
+def _name_of(node: Node, i: int) -> str:
+    """The attribute of a BatchNorm: what the names of its initializers have in common, as in PyTorch's files."""
+    prefixes = {name.rpartition(".")[0] for name in node.inputs[1:]}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    return prefix or f"batch_norm_{i}"
+
+
+def _free(graph: Graph, name: str) -> str:
+    """`name`, unless the module has such an attribute, which an initializer may not replace."""
+    if hasattr(graph, name):
+        raise OnnxError(f"an initializer cannot have the name {name!r:.80}, which belongs to the module")
+    return name
+
+
+def _batch_norm(node: Node, arrays: list[Array]) -> BatchNorm:
+    channels = arrays[0].shape
+    if len(channels) != 1 or any(a.shape != channels or a.dtype.kind != "f" for a in arrays) or not channels[0]:
+        raise OnnxError(f"{node} has vectors of the shapes {', '.join(str(a.shape) for a in arrays)}")
+    options = node.attributes
+    try:
+        layer = BatchNorm.onnx(channels[0], options.get("epsilon", 1e-5), options.get("momentum", 0.9))
+    except (ValueError, TypeError) as error:
+        raise OnnxError(f"{node}: {error}") from error
+    if arrays[0].dtype != np.float32:
+        layer.astype(arrays[0].dtype)
+    layer.load_state_dict(dict(zip(STATISTICS, arrays, strict=True)) | {"num_batches_tracked": np.int64(0)})
+    return layer

@@ -1,0 +1,96 @@
+"""The table of the standard operators of ONNX, and what their functions share.
+
+A function has the operator's name. Its positional arguments are the inputs, its keywords the attributes; what older
+versions have as an attribute and newer ones as an input is one argument. Inputs are tensors, or arrays that no gradient
+passes. The specification of each operator stands at onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinygrad_bn.arguments import shown
+from tinygrad_bn.onnx.errors import OnnxError
+from tinygrad_bn.tensor import Tensor
+
+Value: TypeAlias = Any  # a Tensor, or an array that no gradient passes
+Ints: TypeAlias = Sequence[int]
+Operator: TypeAlias = Callable[..., Any]
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(function: Operator) -> Operator:
+    """Put a function in the table."""
+    OPERATORS[function.__name__] = function
+    return function
+
+
+# ---- values ---------------------------------------------------------------------------------------------
+
+
+def ints(value: Value) -> tuple[int, ...]:
+    """An attribute or a small input as integers."""
+    return tuple(int(n) for n in np.asarray(array_of(value)).reshape(-1))
+
+
+def number(value: Value) -> float:
+    """An attribute or an input of one element as a number."""
+    return float(np.asarray(array_of(value)).reshape(()))
+
+
+def array_of(value: Value) -> Any:
+    """The array of a value: a constant to every gradient."""
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def of_arrays(compute: Callable[..., Any]) -> Operator:
+    """A function of arrays whose derivative is 0, or that is not differentiable; on tensors too."""
+
+    def run(*xs: Value) -> Value:
+        y = np.asarray(compute(*map(array_of, xs)))
+        first = next((x for x in xs if isinstance(x, Tensor)), None)
+        return y if first is None else Tensor(y).to(first.device)
+
+    return run
+
+
+def axes_of(axes: Value, ndim: int) -> tuple[int, ...]:
+    return tuple(axis % ndim if -ndim <= axis < ndim else axis for axis in ints(axes))
+
+
+def of_several(function: Operator) -> Operator:
+    """A function of two as one of any number."""
+
+    def run(first: Value, *others: Value) -> Value:
+        for other in others:
+            first = function(first, other)
+        return first
+
+    return run
+
+
+# ---- checks ---------------------------------------------------------------------------------------------
+
+FROM_GRAPH = {"opset", "outputs", "training"}  # arguments that are no attributes
+
+
+def expect_computable(name: str, attributes: dict[str, Any], inputs: int) -> None:
+    """Raise OnnxError unless a node's operator, inputs and attributes are those of a function here."""
+    if name not in OPERATORS:
+        raise OnnxError(f"the operator {shown(name)} is not computed")
+    parameters = inspect.signature(OPERATORS[name]).parameters
+    if unknown := [a for a in attributes if a not in parameters or a in FROM_GRAPH]:
+        raise OnnxError(f"the attribute {shown(unknown[0])} of {name} is not known")
+    slots = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty and p.name not in attributes for p in slots)
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if inputs < needed or (inputs > len(slots) and not several):
+        raise OnnxError(f"{name} takes {needed} inputs{' or more' if several else ''}; the node has {inputs}")
+    for p in parameters.values():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in attributes and p.name not in FROM_GRAPH:
+            raise OnnxError(f"the attribute {p.name!r} of {name} is missing")
