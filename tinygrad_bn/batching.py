@@ -17,7 +17,7 @@ import numpy as np
 
 from tinygrad_bn import autograd, backend
 from tinygrad_bn.arguments import expect_integer, full_name, shown
-from tinygrad_bn.batching_rules import rule_of
+from tinygrad_bn.batching_rules import REFUSED, rule_of
 from tinygrad_bn.captured.nests import mapped
 from tinygrad_bn.hooks import listening
 from tinygrad_bn.modes import COMPOSED, call_recording
@@ -40,9 +40,8 @@ class Level:
         operands = [Tensor(o) if isinstance(o, list | tuple) else o for o in operands]
         rule = None if op.fused and COMPOSED.get() else rule_of(op)
         if rule is None and not op.fused:
-            raise NotImplementedError(
-                f"vmap has no rule for the op {op.name!r}: call the function once for each sample"
-            )
+            cure = REFUSED.get(op.name, "call the function once for each sample")
+            raise NotImplementedError(f"vmap has no rule for the op {op.name!r}: {cure}")
         if rule is None:
             y, saved = op.split(op.forward(*operands, **params))
             return y, saved
@@ -108,6 +107,17 @@ class Batched(Tensor):
     def node(self) -> Any:  # type: ignore[override]
         raise RuntimeError("inside vmap, differentiate with tinygrad_bn.transforms: grad, vjp or jvp")
 
+    @property
+    def is_leaf(self) -> bool:
+        """False: an update of it makes a new tensor."""
+        return False
+
+    def register_hook(self, *_: Any) -> NoReturn:
+        """Hooks and kept gradients would belong to the tensors of all samples."""
+        raise NotImplementedError("under vmap a tensor has no hooks and keeps no gradient; ask tensors outside of it")
+
+    retain_grad = register_hook
+
     def detach(self) -> Tensor:
         return Batched(self.value.detach(), self.level)
 
@@ -139,14 +149,16 @@ def vmap(function: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> C
     `grad` gives the gradient of each sample.
 
     Args:
-        function: of tensors, or of nests of tensors in tuples, lists and dictionaries; it returns the same.
+        function: of tensors, or of nests of tensors in tuples, lists and dictionaries; it returns the same. Arguments
+            by keyword are the same for all samples.
         in_axes: which axis of each argument is that of the samples; None for an argument that is the same for all.
             One for all arguments; or one for each, in a tuple, and in the form of the argument if that is a nest.
         out_axes: where that axis is to be in the results; one for all, or in the form of the results.
 
     Raises, when called:
         ValueError: the numbers of samples differ; there are none; or axes that do not fit.
-        NotImplementedError: an op has no rule for batches, such as dropout; its name is told.
+        NotImplementedError: an op has no rule for batches, such as dropout; the error names it. An op of your own that
+            is not fused runs once for each sample.
         TypeError: Python reads a value of a sample, as in `if x > 0`; or a result is no tensor.
 
     >>> from tinygrad_bn.transforms import grad
@@ -157,29 +169,31 @@ def vmap(function: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> C
 
     @wraps(function)
     def batched(*args: Any, **options: Any) -> Any:
+        if isinstance(in_axes, list):
+            raise TypeError(f"in_axes of several arguments is a tuple; got the list {shown(in_axes)}")
         axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
         if len(axes) != len(args):
             raise ValueError(f"in_axes has {len(axes)} axes for {len(args)} arguments")
         given: list[tuple[str, Tensor]] = []
+        level = Level(0)
 
         def first(x: Any, axis: Any, name: str) -> Any:
             if axis is None:
                 return x
             x = x if isinstance(x, Tensor) else Tensor(x)
             given.append((name, moved := _moved(x, axis, 0, f"{name} of shape {x.shape}")))
-            return moved
+            return Batched(moved, level)
 
-        moved = [_zipped(first, x, axis, f"argument {i}") for i, (x, axis) in enumerate(zip(args, axes, strict=True))]
+        inside = [_zipped(first, x, axis, f"argument {i}") for i, (x, axis) in enumerate(zip(args, axes, strict=True))]
         if not given:
             raise ValueError("vmap needs an argument with an axis of samples; in_axes has None for all")
         if len({len(x) for _, x in given}) > 1:
             raise ValueError(f"the numbers of samples differ: {', '.join(f'{n} has {len(x)}' for n, x in given)}")
-        level = Level(len(given[0][1]))
-        own = {id(x) for _, x in given}
+        level.size = len(given[0][1])
         before = _levels.set((*_levels.get(), level))
         try:
             with listening(level):
-                result = function(*mapped(lambda x: Batched(x, level) if id(x) in own else x, moved), **options)
+                result = function(*inside, **options)
                 return _zipped(lambda y, axis, name: _result(y, axis, name, level), result, out_axes, "a result")
         finally:
             _levels.reset(before)
@@ -188,6 +202,7 @@ def vmap(function: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> C
 
 
 def _result(y: Any, axis: Any, name: str, level: Level) -> Tensor:
+    y = Tensor(y) if isinstance(y, np.ndarray) else y
     if not isinstance(y, Tensor):
         raise TypeError(f"a function under vmap has to return tensors; it returned {full_name(y)}")
     if axis is None:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tinygrad_bn import tensor
-from tinygrad_bn.more_ops import getitem, scatter_add
+from tinygrad_bn.more_ops import getitem, scatter_add, stack
 from tinygrad_bn.ops import astype, broadcast_to, matmul, reshape, sum, sum_to, transpose, where
 from tinygrad_bn.tensor import OPS, Op
 
@@ -22,9 +22,20 @@ Result: TypeAlias = tuple[Any, Sequence[Any]]
 Rule: TypeAlias = Callable[[Level, Op, Sequence[Any], Params], Result]
 
 
+# Ops that do not run for samples one by one, and what to do instead. Optimisers do not either.
+REFUSED = {
+    "dropout_by_key": "drop nothing, or call the function once for each sample",
+    "running_statistics": "a BatchNorm in training moves its running statistics: use eval(), freeze() or a layer with "
+    "track_running_stats=False",
+    "squared_norm": "take functional.sum_of_squares",
+}
+
+
 def rule_of(op: Op) -> Rule | None:
-    """The rule of an op, or None."""
-    return RULES.get(op.name)
+    """The rule of an op, or None. One that this package does not know runs once for each sample."""
+    if op.fused or op.updates or op.name in REFUSED:
+        return RULES.get(op.name)
+    return RULES.get(op.name, _one_by_one)
 
 
 def _run(op: Op | str, xs: Sequence[Any], params: Params) -> Result:
@@ -181,6 +192,20 @@ def _unfolded(y: Any, size: int) -> Any:
     return reshape(y, shape=(size, y.shape[0] // max(size, 1), *y.shape[1:]))
 
 
+def _one_by_one(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
+    """Any op, once for each sample."""
+    each = [
+        _run(op, [getitem(x.value, index=(i,)) if level.holds(x) else x for x in xs], params) for i in range(level.size)
+    ]
+    saved = [stack(*map(_tensor, parts), axis=0) for parts in zip(*(s for _, s in each), strict=True)]
+    return stack(*(y for y, _ in each), axis=0), saved
+
+
+def _tensor(s: Any) -> Any:
+    """A by-product as a tensor, which in a vmap around this one it is already."""
+    return s if isinstance(s, tensor.Tensor) else tensor.Tensor(s)
+
+
 def _by_sample(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
     """An op that treats each of its N inputs by itself: B · N inputs."""
     y, _ = _run(op, [_folded(xs[0].value), *xs[1:]], params)
@@ -216,7 +241,7 @@ def _batch_norm(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Resu
     full = [x if x is None else level.full(x) for x in xs]
     y, saved = _run(op, [x if x is None else _folded(x) if x.ndim == 2 else _into_channels(x) for x in full], params)
     y = _unfolded(y, level.size) if y.ndim == 1 else _from_channels(y, level.size)
-    return y, [np.reshape(s, (level.size, -1)) for s in saved]
+    return y, [_unfolded(_tensor(s), level.size) for s in saved]
 
 
 def _cross_entropy(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
@@ -226,7 +251,7 @@ def _cross_entropy(level: Level, op: Op, xs: Sequence[Any], params: Params) -> R
         raise NotImplementedError("under vmap, the class weights of a loss have to be the same for all samples")
     rows, classes = (_folded(level.full(v)) for v in (x, target))
     loss, (normalizer, _) = _run(op, [rows, classes, weight], {**params, "reduction": "none"})
-    loss, normalizer = (_unfolded(v, level.size) for v in (loss, tensor.Tensor(normalizer)))
+    loss, normalizer = (_unfolded(_tensor(v), level.size) for v in (loss, normalizer))
     counts = _unfolded(classes, level.size) != params["ignore_index"]
     if weight is None:
         total = sum(astype(counts, dtype=np.float64), axis=1)

@@ -1,21 +1,33 @@
 """Hooks: functions of the user that are called in a backward pass with a gradient, or around a module's forward.
 
-Names and meaning are PyTorch's. Where there is none, nothing is called, and `HOOKS` is empty.
+Names and meaning are PyTorch's. Without hooks `HOOKS` is empty, and a backward pass tests only that.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock
 from typing import Any
+
+from tinygrad_bn_kernels import HELD_AT_FORKS
 
 from tinygrad_bn.arguments import full_name, shown
 
 Hook = Callable[..., Any]
-HOOKS: dict[int, dict[int, tuple[str, Hook]]] = {}  # by the id of a tensor or a module that is alive: kind and function
+# By the id of a tensor or a module that is alive: number, kind and function of each. Tuples are replaced whole, so a
+# thread may read them at any time.
+HOOKS: dict[int, tuple[tuple[int, str, Hook], ...]] = {}
 
 _numbers = itertools.count()
+_lock = RLock()  # re-entrant, as an owner may die in the middle of a change
+_ends: dict[int, Any] = {}  # finalizers of the owners in HOOKS
+_quiet: ContextVar[frozenset[int]] = ContextVar("quiet", default=frozenset())  # ids of tensors whose hooks wait
+
+HELD_AT_FORKS.append(_lock)
 
 
 class Handle:
@@ -26,10 +38,14 @@ class Handle:
 
     def remove(self) -> None:
         """Take the hook away. Nothing happens if it is not there any more."""
-        hooks = HOOKS.get(self._owner, {})
-        hooks.pop(self._number, None)
-        if not hooks:
-            HOOKS.pop(self._owner, None)
+        with _lock:
+            hooks = HOOKS.get(self._owner, ())
+            rest = tuple(hook for hook in hooks if hook[0] != self._number)
+            if rest:
+                HOOKS[self._owner] = rest
+            elif hooks:
+                _ends[self._owner].detach()
+                _forget(self._owner)
 
     def __enter__(self) -> Handle:
         return self
@@ -42,15 +58,23 @@ def register(owner: Any, kind: str, hook: Hook) -> Handle:
     """Keep a hook for as long as its owner is alive. Raises TypeError unless it can be called."""
     if not callable(hook):
         raise TypeError(f"a hook is a function; got {shown(hook)}")
-    if id(owner) not in HOOKS:
-        weakref.finalize(owner, HOOKS.pop, id(owner), None).atexit = False
-    number = next(_numbers)
-    HOOKS.setdefault(id(owner), {})[number] = kind, hook
+    with _lock:
+        if id(owner) not in HOOKS:
+            _ends[id(owner)] = weakref.finalize(owner, _forget, id(owner))
+            _ends[id(owner)].atexit = False
+        number = next(_numbers)
+        HOOKS[id(owner)] = (*HOOKS.get(id(owner), ()), (number, kind, hook))
     return Handle(owner, number)
 
 
+def _forget(owner: int) -> None:
+    with _lock:
+        HOOKS.pop(owner, None)
+        _ends.pop(owner, None)
+
+
 def _of(owner: object, kind: str) -> list[Hook]:
-    return [hook for k, hook in HOOKS.get(id(owner), {}).values() if k == kind]
+    return [hook for _, k, hook in HOOKS.get(id(owner), ()) if k == kind]
 
 
 class TensorWithHooks:
@@ -84,9 +108,19 @@ class TensorWithHooks:
         return register(own, "gradient", hook)
 
 
+@contextmanager
+def waiting(tensors: Iterable[Any]) -> Iterator[None]:
+    """In this block the hooks of these tensors are not called: their gradients are parts of later ones."""
+    before = _quiet.set(_quiet.get() | set(map(id, tensors)))
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
+
+
 def call(t: Any, grads: dict[Any, Any], tensor_of: Callable[[Any], Any]) -> None:
     """Call the hooks of the tensor t with its gradient: a tensor, or an array that `tensor_of` makes one of."""
-    for hook in _of(t, "gradient") if t in grads else ():
+    for hook in _of(t, "gradient") if t in grads and id(t) not in _quiet.get() else ():
         before = grads[t]
         g = before if hasattr(before, "requires_grad") else tensor_of(before)
         after = hook(g)

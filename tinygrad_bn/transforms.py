@@ -65,7 +65,10 @@ def value_and_grad(function: Function, argnums: int | Sequence[int] = 0) -> Func
             g = Tensor._of(backend.full(y._data, 1))
             pulled = _closed(chosen, _pull([y], chosen, [g]))
         value = _kept(y, chosen)
-        return (value, *result[1:]) if isinstance(result, tuple) else value, pulled
+        if not isinstance(result, tuple):
+            return value, pulled
+        others = mapped(lambda v: _kept(v, chosen) if isinstance(v, Tensor) else v, result[1:])
+        return (value, *others), pulled
 
     return differentiated
 
@@ -118,17 +121,23 @@ def jvp(function: Function, primals: Sequence[Any], tangents: Sequence[Any]) -> 
     times a gradient.
 
     Args:
-        function, primals: as of `vjp`.
+        function, primals: as of `vjp`. The derivative of an integer result is 0, of its dtype.
         tangents: of the form and the shapes of the primals.
+
+    Raises:
+        TypeError: primals or tangents are no tuple.
 
     >>> y, dy = jvp(lambda x: x**3, (2.0,), (1.0,))
     >>> y.item(), dy.item()
     (8.0, 12.0)
     """
+    for name, given in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(given, tuple | list):
+            raise TypeError(f"{name} holds one entry for each argument, in a tuple; got {full_name(given)}")
     with recording(True):
         opened, chosen = _open(primals, range(len(primals)))
         result = function(*opened)
-        outputs = [_value(y) for y in _leaves(result)]
+        outputs = [y for y in map(_value, _leaves(result)) if is_floating(y)]
         handles = [h for _, hs in chosen for h in hs]
         directions = _matching(tuple(tangents), tuple(primals), handles)
         cotangents = [_handle(Tensor(np.zeros(y.shape, y.dtype)).to(y.device)) for y in outputs]
@@ -136,7 +145,11 @@ def jvp(function: Function, primals: Sequence[Any], tangents: Sequence[Any]) -> 
         create = _reaches_beyond([*pulled, *directions], [*handles, *cotangents])
         moved = _gradients_of(pulled, cotangents, directions, create)
     at = iter([m if create else m.detach() for m in moved])
-    return mapped(lambda y: _kept(y, chosen), result), mapped(lambda y: next(at), result)
+
+    def derivative(y: Tensor) -> Tensor:
+        return next(at) if is_floating(y) else Tensor._of(backend.full(y._data, 0))
+
+    return mapped(lambda y: _kept(y, chosen), result), mapped(derivative, result)
 
 
 def hvp(function: Function, primal: Any, tangent: Any) -> Any:
@@ -149,6 +162,8 @@ def hvp(function: Function, primal: Any, tangent: Any) -> Any:
 
     def along(x: Any) -> Tensor:
         slopes = _leaves(first(x))
+        if not slopes:
+            raise ValueError("there is nothing to differentiate by: the primal holds no tensors")
         directions = _matching(tangent, x, slopes)
         products = [sum(mul(slope, v)) for slope, v in zip(slopes, directions, strict=True)]
         total = products[0]
@@ -217,11 +232,11 @@ def functional_call(model: Module, state: Mapping[str, Any], *args: Any, **optio
     Args:
         model: it is left as it was, with its running statistics. No other thread may use it at the same time.
         state: tensors or arrays under the keys of `state_dict`; the model's own stand in for those that are missing.
-            A buffer among them is not updated either.
+            A buffer among them is not updated either. A shared tensor may be given under any of its keys.
 
     Raises:
         KeyError: there is no parameter or buffer of a name.
-        ValueError: one has another shape than the model's.
+        ValueError: one has another shape than the model's; or a shared tensor is given two values.
 
     >>> from tinygrad_bn import nn
     >>> layer = nn.Linear(2, 1, bias=False)
@@ -239,15 +254,12 @@ def _holding(model: Module, state: Mapping[str, Any]) -> Iterator[None]:
     own = dict(model.named_tensors())
     if unknown := [name for name in state if name not in own]:
         raise KeyError(f"{type(model).__name__} has no {', '.join(unknown)}; it has {', '.join(own)}")
-    held: dict[Tensor, Tensor] = {}
-    for name, t in own.items():
-        value = state.get(name)
-        if value is None:
-            value = t
-        value = value if isinstance(value, Tensor) else Tensor(value)
-        if value.shape != t.shape:
-            raise ValueError(f"{name} has the shape {t.shape}; got {value.shape}")
-        held[t] = value.detach() if isinstance(t, Buffer) else value  # the module may give a buffer new values
+    given: dict[Tensor, Any] = {}
+    for name, value in state.items():
+        if given.setdefault(own[name], value) is not value:
+            names = [other for other, t in own.items() if t is own[name]]
+            raise ValueError(f"{' and '.join(names)} are one parameter or buffer; give one value for it")
+    held = {t: _stand_in(name, t, given.get(t, t)) for name, t in own.items()}
     places = [
         (module, attribute, t)
         for module in model.modules()
@@ -263,6 +275,16 @@ def _holding(model: Module, state: Mapping[str, Any]) -> Iterator[None]:
             vars(module)[attribute] = t
 
 
+def _stand_in(name: str, t: Tensor, value: Any) -> Tensor:
+    """The value that a module uses in the place of its tensor; a new one for a buffer, as the module may change it."""
+    value = value if isinstance(value, Tensor) else Tensor(value)
+    if value.shape != t.shape:
+        raise ValueError(f"{name} has the shape {t.shape}; got {value.shape}")
+    if not isinstance(t, Buffer):
+        return value
+    return reshape(value, shape=value.shape) if value.requires_grad else value.detach()
+
+
 # ---- arguments and results ------------------------------------------------------------------------------
 
 Chosen = list[tuple[Any, list[Tensor]]]  # of each chosen argument, its form with handles, and these in order
@@ -273,6 +295,8 @@ def _open(args: Sequence[Any], argnums: int | Sequence[int]) -> tuple[list[Any],
     single = isinstance(argnums, int | np.integer)
     positions: list[Any] = [argnums] if single else list(argnums)  # type: ignore[arg-type]
     opened, chosen = list(args), _One() if single else []
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"argnums names an argument twice: {shown(argnums)}")
     for i in positions:
         i = expect_integer("argnums", i, 0)
         if i >= len(args):

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -181,3 +183,59 @@ def run(step, before=False):
         step(x, y)
     assert not before or step.programs
     return step
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_hooks_of_layers_that_would_be_fused(layer, training):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU()).train(training)
+    x, seen = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32), []
+    want = model(x).numpy()
+    with model[layer].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)):
+        np.testing.assert_allclose(model(x).numpy(), want, rtol=1e-6)
+    with model[layer].register_forward_hook(lambda module, args, y: y * 0):
+        assert not model(x).numpy().any()
+    assert seen == [(4, 2)]
+
+
+def test_nothing_is_left_of_hooks_that_were_removed():
+    x = Tensor([1.0], requires_grad=True)
+    before = len(weakref.finalize._registry)
+    for _ in range(100):
+        with x.register_hook(print):
+            assert len(weakref.finalize._registry) == before + 1
+    assert len(weakref.finalize._registry) == before
+
+
+def test_threads_register_while_others_differentiate():
+    x, stop, errors = Tensor([1.0], requires_grad=True), threading.Event(), []
+
+    def register():
+        while not stop.is_set():
+            handles = [x.register_hook(lambda g: g) for _ in range(5)]
+            for handle in handles:
+                handle.remove()
+
+    def differentiate():
+        try:
+            for _ in range(500):
+                assert grad((x * x).sum(), x).item() == 2
+        except Exception as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=register) for _ in range(2)]
+    workers = [threading.Thread(target=differentiate) for _ in range(2)]
+    for thread in (*others, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    stop.set()
+    for thread in others:
+        thread.join()
+    assert not errors
+
+
+def test_a_hook_gets_a_gradient_of_the_right_dtype_and_device():
+    x = Tensor([1.0], requires_grad=True)
+    with x.register_hook(lambda g: g.astype(np.float64)), pytest.raises(ValueError, match="returned float64"):
+        (x * x).sum().backward()

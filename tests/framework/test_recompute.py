@@ -1,11 +1,12 @@
 """Parts whose results are computed again: the same bits, statistics that move once, less memory."""
 
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from tinygrad_bn import Tensor, capture, grad, manual_seed, nn, no_grad, optim, random
+from tinygrad_bn import Tensor, capture, grad, manual_seed, nn, no_grad, optim, random, transforms
 from tinygrad_bn import functional as F
 from tinygrad_bn.transforms import checkpoint
 
@@ -109,7 +110,59 @@ def test_less_memory():
     assert peak(lambda t: checkpoint(block, t)) < 0.4 * peak(block)
 
 
-def test_a_captured_step_has_the_same_bits_or_is_refused():
+def test_results_of_elsewhere_get_their_gradients():
+    """Results that the function reads, and handles of the transformations, are no leaves."""
+    w = Tensor(np.ones(3), requires_grad=True)
+    made = w * 1.0
+    assert grad(checkpoint(lambda z: (z * made).sum(), Tensor(np.ones(3))), made).numpy().tolist() == [1, 1, 1]
+    cube = transforms.grad(lambda v: checkpoint(lambda z: (z * v * v * v).sum(), Tensor(np.ones(1))))
+    assert transforms.grad(cube)(2.0).item() == 12
+    model, x = blocks().astype(np.float64), RNG.normal(size=(5, 6))
+    state = dict(model.named_parameters())
+    slopes = []
+    for run in (checkpoint, lambda f, x: f(x)):
+        manual_seed(1)  # of dropout
+        slopes.append(
+            transforms.grad(lambda s, run=run: (run(lambda z: transforms.functional_call(model, s, z), x) ** 2).sum())(
+                state
+            )
+        )
+    for name in state:
+        np.testing.assert_allclose(slopes[0][name].numpy(), slopes[1][name].numpy(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "transform", [transforms.jacobian, lambda f: transforms.vmap(transforms.grad(lambda x: f(x).sum()))]
+)
+def test_under_transformations_of_many_gradients(transform):
+    x = RNG.normal(size=(3, 4))
+    f = lambda x: F.tanh(x) * x  # noqa: E731
+    np.testing.assert_allclose(transform(lambda x: checkpoint(f, x))(x).numpy(), transform(f)(x).numpy())
+
+
+def test_hooks_of_what_is_read_are_called_once():
+    w, seen = Tensor([1.0, 2.0], requires_grad=True), []
+    with w.register_hook(lambda g: seen.append(1) or g * 10):
+        checkpoint(lambda z: z * w, Tensor([1.0, 2.0], requires_grad=True)).sum().backward()
+    assert (w.grad.numpy().tolist(), seen) == ([10, 20], [1])
+
+
+def test_another_result_of_the_second_run_is_an_error():
+    norm, x = nn.BatchNorm1d(6), Tensor(RNG.normal(size=(5, 6)).astype(np.float32), requires_grad=True)
+    y = checkpoint(norm, x).sum()
+    norm.eval()
+    with pytest.raises(RuntimeError, match=r"other values when it ran again: a mode"):
+        y.backward()
+    rng = np.random.default_rng(0)
+    y = checkpoint(lambda x: x * rng.normal(), x).sum()
+    with pytest.raises(RuntimeError, match="other values"):
+        y.backward()
+    y = checkpoint(lambda x: x * np.nan, x).sum()
+    y.backward()
+    assert np.isnan(x.grad.numpy()).all()
+
+
+def test_a_step_with_checkpoints_is_not_captured():
     x = RNG.normal(size=(5, 6)).astype(np.float32)
     ends = []
     for captures in (False, True):
@@ -123,8 +176,9 @@ def test_a_captured_step_has_the_same_bits_or_is_refused():
             optimizer.step()
             return loss
 
-        run = capture(step, quiet=True) if captures else step
+        run = capture(step) if captures else step
         manual_seed(1)
-        losses = [run(x).item() for _ in range(8)]
+        with pytest.warns(UserWarning, match="not captured") if captures else nullcontext():
+            losses = [run(x).item() for _ in range(8)]
         ends.append((losses, {k: v.tobytes() for k, v in model.state_dict().items()}))
     assert ends[0] == ends[1]

@@ -205,3 +205,24 @@ def test_a_gradient_whose_terms_overflow_is_that_of_the_composition(name, weight
         gradients.append(x.grad.numpy())
     assert np.isfinite(gradients[1]).all()
     np.testing.assert_allclose(*gradients, rtol=1e-5)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", [(4, 1), (300, 3), (4, 2, 3, 3)])
+def test_gradients_of_batch_norm_whose_sums_overflow_float32(shape, relu):
+    rng = np.random.default_rng(0)
+    x, g = (
+        rng.normal(scale=4, size=shape).astype(np.float32),
+        (rng.choice([-1, 1], size=shape) * 1e38).astype(np.float32),
+    )
+    normalise = F.batch_norm_relu if relu else F.batch_norm_training
+    found = []
+    for route in (nullcontext, composed):
+        for graph in (False, True):
+            t = Tensor(x, requires_grad=True)
+            with route():
+                y = normalise(t, None, None, eps=1e-5)
+            found.append(grad(y, t, g, create_graph=graph).numpy())
+    assert np.isfinite(found[0]).all()
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-5, atol=1e33)

@@ -1,6 +1,7 @@
 """Transformations of functions: against each other, known derivatives, and the engine's own gradients."""
 
 import math
+from collections import OrderedDict, namedtuple
 
 import numpy as np
 import pytest
@@ -206,6 +207,66 @@ def test_gradient_penalty_and_newton_with_fused_kernels():
     assert np.abs(grad(objective)(p).numpy()).max() < 1e-10
 
 
+def test_shared_parameters_are_one():
+    layer = nn.Linear(3, 3).astype(np.float64)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    x = RNG.normal(size=(4, 3))
+    model(x).sum().backward()
+    for key in ("0.weight", "2.weight"):
+        slopes = grad(lambda w, key=key: functional_call(model, {key: w}, x).sum())(layer.weight.numpy())
+        np.testing.assert_allclose(slopes.numpy(), layer.weight.grad.numpy())
+    slopes = grad(lambda s: functional_call(model, s, x).sum())(dict(model.named_parameters()))
+    np.testing.assert_allclose(slopes["0.weight"].numpy(), layer.weight.grad.numpy())
+    w = Tensor(layer.weight)
+    assert functional_call(model, {"0.weight": w, "2.weight": w}, x).shape == (4, 3)
+    with pytest.raises(ValueError, match=r"0.weight and 2.weight are one parameter"):
+        functional_call(model, {"0.weight": w, "2.weight": Tensor(w)}, x)
+
+
+def test_gradients_by_running_statistics():
+    norm, x = nn.BatchNorm1d(3).astype(np.float64).eval(), RNG.normal(size=(4, 3))
+    given = {"running_mean": RNG.normal(size=3), "running_var": RNG.uniform(0.5, 2, 3)}
+    slopes = grad(lambda s: (functional_call(norm, s, x) ** 2).sum())(given)
+
+    def value(state):
+        return (functional_call(norm, state, x).numpy() ** 2).sum()
+
+    for name, slope in slopes.items():
+        for i in range(3):
+            step = np.eye(3)[i] * 1e-6
+            numeric = (value({**given, name: given[name] + step}) - value({**given, name: given[name] - step})) / 2e-6
+            assert abs(slope.numpy()[i] - numeric) < 1e-6
+    norm.train()
+    y = grad(lambda s: functional_call(norm, s, x).sum())(given)
+    assert not any(v.numpy().any() for v in y.values())  # the batch's own statistics normalise
+    assert norm.running_mean.numpy().tolist() == [0, 0, 0]
+
+
+def test_named_tuples_and_ordered_dictionaries():
+    Pair = namedtuple("Pair", "a b")
+    slopes = grad(lambda p: (p.a * p.b).sum())(Pair(X, V))
+    assert type(slopes) is Pair
+    np.testing.assert_array_equal(slopes.a.numpy(), V)
+    slopes = grad(lambda d: (d["a"] ** 2).sum())(OrderedDict(a=X))
+    assert type(slopes) is OrderedDict
+    steps = vjp(lambda x: F.batch_norm_steps(x[:, None]), X)[0]
+    assert type(steps) is F.Normalization
+
+
+def test_integer_results_have_no_derivative():
+    (_, place), (dy, none) = jvp(lambda x: (x * x, F.argmax(x)), (X,), (V,))
+    np.testing.assert_allclose(dy.numpy(), 2 * X * V)
+    assert (place.item(), none.item(), none.dtype) == (X.argmax(), 0, np.int64)
+    (value, other), _ = value_and_grad(lambda x: ((x * x).sum(), x * 2))(X)
+    assert not value.requires_grad
+    assert not other.requires_grad
+
+
+def test_reverse_over_forward():
+    moved = grad(lambda x: jvp(curve, (x,), (V,))[1])(X)
+    np.testing.assert_allclose(moved.numpy(), hvp(curve, X, V).numpy(), rtol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -213,6 +274,10 @@ def test_gradient_penalty_and_newton_with_fused_kernels():
         (lambda: grad(lambda x: 3)(1.0), TypeError, "has to return tensors; it returned .*int"),
         (lambda: grad(lambda x: x)(np.array(1)), TypeError, "argument 0 has to be floating-point.*got int64"),
         (lambda: grad(lambda x: x, 2)(1.0), ValueError, "there is no argument 2.*given 1"),
+        (lambda: grad(lambda x, y: x, (0, 0))(1.0, 2.0), ValueError, r"names an argument twice: \(0, 0\)"),
+        (lambda: jvp(lambda x: x, 1.0, 1.0), TypeError, "primals holds one entry for each argument, in a tuple"),
+        (lambda: hvp(lambda s: Tensor(1.0), {}, {}), ValueError, "nothing to differentiate by"),
+        (lambda: F.batch_norm_gradient(X[:, None], X[None], None, eps=0.1), ValueError, r"\(1, 5\); got \(5, 1\)"),
         (lambda: grad(lambda x: x, -1)(1.0), ValueError, "argnums has to be at least 0"),
         (lambda: vjp(lambda x: x, np.ones(2))[1](np.ones(3)), ValueError, r"shape \(2,\) is needed; got \(3,\)"),
         (lambda: vjp(lambda x: x, np.ones(2))[1]([np.ones(2)]), ValueError, r"the form tensor; got \[tensor\]"),

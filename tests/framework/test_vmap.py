@@ -1,6 +1,7 @@
 """vmap gives what a loop over the samples gives: values and derivatives, of every op, in both orders of composition."""
 
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.framework.test_ops import BUILT_IN, HypothesisDraw
-from tinygrad_bn import Tensor, composed, manual_seed, nn, no_grad, tensor
+from tinygrad_bn import Tensor, composed, extend, manual_seed, nn, no_grad, tensor, train
 from tinygrad_bn import functional as F
-from tinygrad_bn.batching_rules import RULES
+from tinygrad_bn.batching_rules import RULES, rule_of
+from tinygrad_bn.captured import capture
+from tinygrad_bn.diagnose import detect_anomaly
+from tinygrad_bn.explain import explain
 from tinygrad_bn.sample import RandomDraw
 from tinygrad_bn.tensor import OPS
 from tinygrad_bn.testing.properties import cast_real, positions
@@ -121,8 +125,9 @@ def test_an_op_without_a_rule_is_named(name):
 
 
 def test_every_op_is_supported_or_named_here():
-    """A fused op runs by its rule or as its composition."""
+    """A fused op runs by its rule or as its composition; one of a user, once for each sample."""
     assert {name for name in BUILT_IN if name not in RULES and not OPS[name].fused} == UNSUPPORTED
+    assert {name for name in BUILT_IN if not OPS[name].fused and rule_of(OPS[name]) is None} == UNSUPPORTED
     assert set(RULES) <= set(BUILT_IN)
 
 
@@ -236,15 +241,125 @@ def test_gradients_of_each_sample_of_a_convolutional_network():
         expect_same(slopes.numpy()[1], grad(loss)(state, Tensor(x[1]), Tensor(y[1]))[name])
 
 
+@contextmanager
+def no_op(name):
+    """In this block the engine does not run this op."""
+    real = tensor.backend.forward
+
+    def forward(op, *others):
+        assert op.name != name
+        return real(op, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor.backend, "forward", forward)
+        yield
+
+
+def test_by_products_of_each_sample():
+    x = RNG.normal(size=(4, 6, 3))
+    mean, var = vmap(lambda x: tuple(F.batch_norm_training.run(x, None, None, eps=0.1)[1]))(x)
+    expect_same(mean, x.mean(1))
+    expect_same(var, x.var(1))
+    target = RNG.integers(0, 3, (4, 6))
+
+    def loss(x, target):
+        y, saved = F.softmax_cross_entropy.run(x, target, None, ignore_index=2)
+        return y, *saved
+
+    found = vmap(loss)(x, target)
+    for i in range(4):
+        for part, want in zip(found, loss(Tensor(x[i]), target[i]), strict=True):
+            expect_same(part.numpy()[i], np.asarray(want))
+
+
+def test_one_tensor_for_two_arguments():
+    x = Tensor(X)
+    expect_same(vmap(lambda a, b: a * b.sum(), (0, None))(x, x), X * X.sum())
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, grad, hessian, lambda f: lambda x: hvp(f, x, x)])
+@pytest.mark.parametrize("loss", ["batch norm", "cross-entropy"])
+def test_a_batch_of_batches_of_batches(loss, transform):
+    x, target = RNG.normal(size=(2, 3, 4, 2)), np.array([0, 1, 1, 0])
+    if loss == "batch norm":
+        f = transform(lambda x: (F.batch_norm(x, training=True, eps=0.1) ** 3).sum())
+    else:
+        f = transform(lambda x: F.cross_entropy(x, target))
+    expect_same(vmap(vmap(f))(x), np.stack([[f(Tensor(part)).numpy() for part in row] for row in x]))
+
+
+def test_a_primitive_of_a_user_runs_for_each_sample():
+    """Its derivatives too."""
+    before = set(OPS)
+
+    @extend.primitive(lambda g, y, x: g * cosine(x), formula="y = sin x", sample=extend.elementwise(extend.REAL))
+    def sine(x):
+        return np.sin(x)
+
+    @extend.primitive(lambda g, y, x: -g * sine(x), formula="y = cos x", sample=extend.elementwise(extend.REAL))
+    def cosine(x):
+        return np.cos(x)
+
+    try:
+        expect_same(vmap(grad(lambda x: sine(x).sum()))(X), np.cos(X))
+        expect_same(vmap(vmap(grad(grad(sine))))(X), -np.sin(X))
+    finally:
+        for name in OPS.keys() - before:
+            del OPS[name]
+
+
+def test_an_ensemble_trained_in_functional_style():
+    """Parameters for each member, and what is no array of samples stays as it is."""
+    layer, x = nn.Linear(3, 2).astype(np.float64), X
+    weights = RNG.normal(size=(4, 2, 3))
+    call = vmap(lambda w, x: (functional_call(layer, {"weight": w}, x), x), in_axes=(0, None), out_axes=(0, None))
+    y, same = call(weights, x)
+    expect_same(y, np.stack([x @ w.T + layer.bias.numpy() for w in weights]))
+    expect_same(same, x)
+
+
+def test_updates_and_leaves_inside():
+    def f(x):
+        y = x * 2
+        y += 1
+        assert not y.is_leaf
+        return (y * y).sum()
+
+    expect_same(vmap(grad(f))(X), 4 * (2 * X + 1))
+
+
+def test_vmap_in_a_step_is_not_captured():
+    step = capture(vmap(grad(curve)))
+    with pytest.warns(UserWarning, match="vmap inside of a step is not captured"):
+        first = step(X)
+    expect_same(step(X), first)
+    expect_same(first, np.stack([grad(curve)(x) for x in X]))
+    data = (X.astype(np.float32), np.array([0, 1, 0, 1, 1]))
+    history = train.fit(
+        nn.Linear(3, 2), data, epochs=3, batch_size=5, progress=False,
+        loss=lambda out, y: F.cross_entropy(out, y) + 0 * vmap(grad(lambda o: (o**2).sum()))(out).sum(),
+    )  # fmt: skip
+    assert len(history) == 3
+
+
+@pytest.mark.parametrize("look", [explain, detect_anomaly])
+def test_a_jacobian_is_the_same_when_something_looks_on(look):
+    f = jacobian(lambda x: F.batch_norm(x, training=True, eps=0.1))
+    want = f(X)
+    with look():
+        expect_same(f(X), want)
+
+
 def test_models_in_parallel():
     """Batches of their own through BatchNorm in training: its statistics are those of each batch."""
     layer, x = nn.BatchNorm2d(3, track_running_stats=False).astype(np.float64), RNG.normal(size=(4, 6, 3, 2, 2))
-    expect_same(vmap(layer)(x), np.stack([layer(Tensor(part)) for part in x]))
-    with composed():
-        np.testing.assert_allclose(vmap(layer)(x), vmap(layer)(x), rtol=1e-12)
+    fused = vmap(layer)(x)
+    expect_same(fused, np.stack([layer(Tensor(part)) for part in x]))
+    with composed(), no_op("batch_norm_training"):
+        np.testing.assert_allclose(vmap(layer)(x), fused, rtol=1e-12)
     tracking = nn.BatchNorm2d(3)
     before = tracking.running_mean.numpy().tobytes()
-    with pytest.raises(NotImplementedError, match="'running_statistics'"):
+    with pytest.raises(NotImplementedError, match=r"'running_statistics': .*track_running_stats=False"):
         vmap(tracking)(x)
     assert tracking.running_mean.numpy().tobytes() == before
 
@@ -281,6 +396,12 @@ def test_without_a_graph_and_in_threads():
         expect_same(result, vmap(grad(curve))(X * (i + 1)))
 
 
+def hooked(x):
+    y = x * x
+    y.register_hook(lambda g: g * 10)
+    return y.sum()
+
+
 def leaked():
     kept = []
     vmap(lambda x: kept.append(x) or x)(X)
@@ -307,6 +428,9 @@ def leaked():
         (lambda: vmap(lambda x: x.sum().backward())(Tensor(X, requires_grad=True)), RuntimeError, "transforms: grad"),
         (lambda: vmap(lambda x: F.cross_entropy(x[None], np.array([0]), x))(X), NotImplementedError, "class weights"),
         (leaked, RuntimeError, "after the call; return it"),
+        (lambda: vmap(grad(hooked))(X), NotImplementedError, "has no hooks"),
+        (lambda: vmap(lambda x: (x * 2).retain_grad())(X), NotImplementedError, "keeps no gradient"),
+        (lambda: vmap(both, [0, None])(X, X), TypeError, r"is a tuple; got the list \[0, None\]"),
         (lambda: vmap(lambda x: F.dropout(x))(X), NotImplementedError, "'dropout_by_key'"),
         (lambda: vmap(lambda x: x @ Tensor(X))(X), ValueError, "matmul"),
     ],

@@ -1,7 +1,8 @@
-"""Nests of tuples, lists and dictionaries, with places in them for what differs from step to step."""
+"""Nests of tuples, also named ones, lists and dictionaries, with places in them for what differs from step to step."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,12 @@ class Place:
 
 def mapped(function: Callable[[Any], Any], nest: Any) -> Any:
     """The same nest, with `function` of each leaf."""
-    if type(nest) is dict:
-        return {k: mapped(function, v) for k, v in nest.items()}
+    if type(nest) in (dict, OrderedDict):
+        return type(nest)((k, mapped(function, v)) for k, v in nest.items())
     if type(nest) in (tuple, list):
         return type(nest)([mapped(function, v) for v in nest])
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):  # a named tuple
+        return type(nest)(*[mapped(function, v) for v in nest])
     return function(nest)
 
 

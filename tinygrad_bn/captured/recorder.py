@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend, hooks
+from tinygrad_bn.batching import Batched
 from tinygrad_bn.captured.effects import Effects
 from tinygrad_bn.captured.nests import Place, mapped, slots_in
 from tinygrad_bn.captured.program import NOWHERE, Forward, Host, Vjp, array_of, set_grad
@@ -89,6 +90,11 @@ class Recorder:
     def _placed(self, value: Any) -> Any:
         """A place instead of an array, of a result of this step, or of a number that the host computed in it."""
         if isinstance(value, Tensor):
+            if type(value) is Batched:
+                self.refuse(
+                    "vmap inside of a step is not captured; capture the function that vmap is given, or neither"
+                )
+                return value
             own = value.node is not None and id(value._data) in self._known
             return self._use(value._data) if own else value
         if is_array(value):

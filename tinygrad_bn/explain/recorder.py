@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import autograd, backend, hooks, tensor
+from tinygrad_bn.batching import Batched
 from tinygrad_bn.explain.names import Locals, parameters_of
 from tinygrad_bn.explain.steps import Call, Layer, Pass, Step
 from tinygrad_bn.nn.module import Module
@@ -166,8 +167,11 @@ class Recorder:
         self, original: Callable[..., Any], y: Tensor, g: Tensor, order: list[Tensor], wanted: Any,
         create_graph: bool, free: bool = False,
     ) -> Any:  # fmt: skip
-        """A backward pass; the one inside a fused op from before the block is part of that op."""
-        if self._backward:
+        """A backward pass; the one inside a fused op from before the block is part of that op.
+
+        That of many cotangents at once, as the rows of a Jacobian, is not noted: no tensor has one gradient there.
+        """
+        if self._backward or isinstance(g, Batched):
             outer, self._pass = self._pass, None
             try:
                 return original(y, g, order, wanted, create_graph, free)

@@ -1,4 +1,4 @@
-"""The gradients of BatchNorm as ops, so that a gradient with a graph is computed in one pass over memory too.
+"""The gradients of BatchNorm as ops, so that kernels compute a gradient with a graph too.
 
 Each is a fused op: its composition defines it, and gives its own gradients of every order.
 """
@@ -21,17 +21,24 @@ def batch_norm_gradient(g: Operand, x: Operand, weight: Operand, *, eps: float) 
 
     The weight is (C,), or None for 1.
     """
+    _expect_shape(g, x)
     steps, axis = batch_norm_steps(x, eps=eps), _all_but_channels(x)
-    centred = g - mean(g, axis=axis, keepdims=True)
+    d = g if weight is None else g * per_channel(weight, x.ndim)
+    centred = d - mean(d, axis=axis, keepdims=True)
     through_var = steps.xhat * mean(centred * steps.xhat, axis=axis, keepdims=True)
-    scale = steps.ivar if weight is None else steps.ivar * per_channel(weight, x.ndim)
-    return (centred - through_var) * scale
+    return (centred - through_var) * steps.ivar
 
 
 @fused(formula="y = Σ g x̂", sample=sample.for_batch_norm_weight_gradient)
 def batch_norm_weight_gradient(g: Operand, x: Operand, *, eps: float) -> Operand:
     """The gradient (C,) of the weight in `batch_norm_training`, where g is that of its output: (N, C, ...) as x."""
+    _expect_shape(g, x)
     return sum(g * batch_norm_steps(x, eps=eps).xhat, axis=_all_but_channels(x))
+
+
+def _expect_shape(g: Operand, x: Operand) -> None:
+    if g.shape != x.shape:
+        raise ValueError(f"the gradient of BatchNorm's output has the shape of x, {x.shape}; got {g.shape}")
 
 
 def _all_but_channels(x: Operand) -> tuple[int, ...]:

@@ -71,8 +71,8 @@ class _BatchNorm(Module):
             y, (mean, var) = F.batch_norm_training.run(x, self.weight, self.bias, eps=self.eps)
             self.track(mean, var, x.size // self.num_features)
             return y
-        # Detached: a later update of the running statistics does not count as a change of this graph's operands.
-        mean, var = (None if s is None else s.detach() for s in (self.running_mean, self.running_var))
+        # Buffers are detached: a later update does not count as a change of this graph's operands.
+        mean, var = (s.detach() if isinstance(s, Buffer) else s for s in (self.running_mean, self.running_var))
         return F.batch_norm_inference(x, mean, var, self.weight, self.bias, eps=self.eps)
 
     def uses_batch(self, x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import expect_integer, full_name
+from tinygrad_bn.gradient_hooks import HOOKS
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS
 from tinygrad_bn.nn.layers import ReLU
 from tinygrad_bn.nn.module import Module, being_observed
@@ -88,5 +89,5 @@ class BatchNormReLU(Module):
 
 
 def is_plain(layer: Module, *types: type) -> bool:
-    """Whether `layer` is exactly of one of these types, with its `forward`: a subclass may compute something else."""
-    return type(layer) in types and "forward" not in vars(layer)
+    """Whether `layer` is exactly of one of these types, with its `forward`, and without hooks."""
+    return type(layer) in types and "forward" not in vars(layer) and id(layer) not in HOOKS

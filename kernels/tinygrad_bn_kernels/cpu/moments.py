@@ -8,11 +8,17 @@ from tinygrad_bn_kernels.cpu.jit import SUMS, inlined
 FAR = 16.0
 
 
+@inlined()
+def is_finite(x):
+    """Whether x is a number, and not infinite. `np.isfinite` computes x − x, which fast arithmetic may take for 0."""
+    return abs(x) < np.inf
+
+
 @inlined(fastmath=SUMS)
 def moments(shift, s1, s2, n):
     """Mean and biased variance from Σ (x − shift) and Σ (x − shift)²; and whether the shift is too far off."""
     off = s1 / n
     square = s2 / n
-    overflows = np.isinf(square) and np.isfinite(off)  # finite data, whose squares are not: then ∞ − ∞ would be NaN
+    overflows = np.isinf(square) and is_finite(off)  # finite data, whose squares are not: then ∞ − ∞ would be NaN
     var = square if overflows else np.maximum(square - off * off, 0.0)
     return shift + off, var, off * off > FAR * FAR * var

@@ -92,6 +92,8 @@ def batch_norm_gradient_vjp(
     v: Array, y: Array, g: Array, x: Array, weight: Vector, *, needs: list[bool], eps: float
 ) -> Any:
     """Gradients of g, x and weight."""
+    if not takes(x) or not v.shape == g.shape == x.shape or not v.dtype == g.dtype == x.dtype:
+        return NotImplemented
     source = compiled(x)
     scale, _ = affine_or_default(source, weight, None)
     gweight, mean, var = (np.empty(x.shape[1]) for _ in range(3))

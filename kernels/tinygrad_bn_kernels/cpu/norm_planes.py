@@ -6,7 +6,7 @@ See `norm`.
 import numpy as np
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
-from tinygrad_bn_kernels.cpu.moments import moments
+from tinygrad_bn_kernels.cpu.moments import is_finite, moments
 from tinygrad_bn_kernels.cpu.norm_terms import (
     PROBES,
     common_shift,
@@ -24,7 +24,7 @@ from tinygrad_bn_kernels.cpu.norm_terms import (
 def plane_statistics(x, c):
     """Mean and biased variance of channel c."""
     n, _, size = x.shape
-    mean = np.float64(x[0, c, 0] if np.isfinite(x[0, c, 0]) else 0)  # an infinite shift would make the mean NaN
+    mean = np.float64(x[0, c, 0] if is_finite(x[0, c, 0]) else 0)  # an infinite shift would make the mean NaN
     var = 0.0
     for _ in range(2):
         s1 = 0.0

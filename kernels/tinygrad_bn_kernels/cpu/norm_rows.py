@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad_bn_kernels.cpu import threads
 from tinygrad_bn_kernels.cpu.arrays import Array
 from tinygrad_bn_kernels.cpu.jit import SUMS, njit
-from tinygrad_bn_kernels.cpu.moments import moments
+from tinygrad_bn_kernels.cpu.moments import is_finite, moments
 from tinygrad_bn_kernels.cpu.norm_terms import (
     PROBES,
     common_shift,
@@ -39,7 +39,7 @@ step = njit(allocates=False, fastmath=SUMS, inline="always")
 def _first_row_shift(x, shift):
     """The first row, and 0 where it is not finite."""
     for j in range(shift.size):
-        shift[j] = np.float64(x[0, j]) if np.isfinite(x[0, j]) else 0.0
+        shift[j] = np.float64(x[0, j]) if is_finite(x[0, j]) else 0.0
 
 
 @step
@@ -76,7 +76,7 @@ def _rows_statistics(sums, n, shift, mean, var):
             s1 += sums[t, 0, j]
             s2 += sums[t, 1, j]
         mean[j], var[j], far = moments(shift[j], s1, s2, n)
-        shift[j] = mean[j] if np.isfinite(mean[j]) else 0.0
+        shift[j] = mean[j] if is_finite(mean[j]) else 0.0
         good = good and not far
     return good
 
@@ -204,7 +204,7 @@ def _rows_gradients(sums, n, k, mean, var, eps, gweight, gbias):
         gbias[j], gweight[j] = s1 + n * np.float64(k[4, j]), s2
         k[5, j], k[6, j] = ivar * s2 / n, r * s2 / n + s1 / n
         digits = has_digits(np.float64(k[5, j]), np.sqrt(var[j]) * ivar, k.itemsize)
-        sound &= np.isfinite(gbias[j]) & np.isfinite(s2) & digits
+        sound &= is_finite(gbias[j]) & is_finite(s2) & digits
         if is_bad_shift(k[4, j], s1, n):
             k[4, j], good = 0.0, False
     return good, sound

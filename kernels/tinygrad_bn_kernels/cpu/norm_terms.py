@@ -3,6 +3,7 @@
 import numpy as np
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
+from tinygrad_bn_kernels.cpu.moments import is_finite
 
 # Gradients of a channel that are sampled to choose a shift. With three samples, one channel in a hundred gets a useless
 # shift by chance, and all sums are computed twice.
@@ -14,7 +15,7 @@ def is_ordinary_channel(w, mean, ivar, itemsize):
     """`is_ordinary` for one channel. All terms are computed, as a branch would keep LLVM from vectorising."""
     low, high, far = (1e-18, 1e18, 1e30) if itemsize == 4 else (1e-150, 1e150, 1e290)
     fits = (low < ivar) & (ivar < high) & (abs(mean) < far)
-    return ((w == 0) | ((low < abs(w)) & (abs(w) < high))) & (~np.isfinite(mean) | fits)
+    return ((w == 0) | ((low < abs(w)) & (abs(w) < high))) & (~is_finite(mean) | fits)
 
 
 @njit(allocates=False)
@@ -47,7 +48,7 @@ def are_sound(gweight, gbias, var, eps, n, itemsize):
     for c in range(gweight.size):
         ivar = 1 / np.sqrt(var[c] + eps)
         deviation = np.sqrt(var[c]) * ivar
-        good &= np.isfinite(gweight[c]) & np.isfinite(gbias[c]) & has_digits(ivar * gweight[c] / n, deviation, itemsize)
+        good &= is_finite(gweight[c]) & is_finite(gbias[c]) & has_digits(ivar * gweight[c] / n, deviation, itemsize)
     return good
 
 

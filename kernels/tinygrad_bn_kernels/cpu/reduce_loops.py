@@ -8,7 +8,7 @@ import numpy as np
 from numba import config
 
 from tinygrad_bn_kernels.cpu.jit import SUMS, inlined, njit
-from tinygrad_bn_kernels.cpu.moments import moments
+from tinygrad_bn_kernels.cpu.moments import is_finite, moments
 from tinygrad_bn_kernels.cpu.reduce import SHORT
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def row_moments(x, piece, b, c, shift, partial, start, stop):
     for item in range(start, stop):
         result, t, m, count, first, last = _rows_of(item, partial.shape[1], partial.shape[2], piece, b, c, d)
         if np.isnan(shift[result]):
-            shift[result] = x[m, first] if np.isfinite(x[m, first]) else 0.0
+            shift[result] = x[m, first] if is_finite(x[m, first]) else 0.0
         from_ = shift[result]
         s1 = 0.0
         s2 = 0.0
@@ -155,7 +155,7 @@ def row_moments(x, piece, b, c, shift, partial, start, stop):
 def make_finite(shift):
     """Replace NaN and infinities by 0."""
     for i in range(shift.size):
-        shift[i] = shift[i] if np.isfinite(shift[i]) else 0.0
+        shift[i] = shift[i] if is_finite(shift[i]) else 0.0
 
 
 @njit(fastmath=SUMS)
