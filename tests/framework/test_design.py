@@ -23,9 +23,12 @@ ORDER = (
     ["functional"],
     ["nn", "optim"],
     ["hooks"],
-    ["captured"],
+    ["captured", "batching", "batching_rules"],
+    ["recompute"],
+    ["transforms", "testing"],
     ["train", "viz", "explain", "datasets"],
     ["diagnose"],
+    ["onnx", "extend"],
 )
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 CIRCLE = ("tensor", "autograd")  # the one circle: a tensor is differentiated by the engine that is built on it
@@ -33,6 +36,7 @@ ABOUT_KERNELS = (
     "backend.py",
     "cuda.py",
     "extend.py",
+    "gradient_hooks.py",
     "hooks.py",
     "kernels.py",
     "testing/check.py",

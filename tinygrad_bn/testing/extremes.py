@@ -77,17 +77,13 @@ def whole_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
         return
     with np.errstate(all="ignore"):
         with kernels_disabled():
-            wanted = results_of(op, _copies(whole), params)
-        given = results_of(op, _copies(whole), params)
+            wanted = results_of(op, copies(whole), params)
+        given = results_of(op, copies(whole), params)
     for got, want in zip(given, wanted, strict=True):
         whose = by_kernel("the result", op.name) + f" of {op.name!r} for integers"
         if got.dtype != want.dtype:
             raise GradcheckError(f"{whose} is {got.dtype}, that of the definition {want.dtype}")
         expect_close(got, want.astype(np.float64), 1e-5, whose)
-
-
-def _copies(xs: Operands) -> Operands:
-    return tuple(x if x is None else x.copy() for x in xs)
 
 
 # Each with what draws its operands.
@@ -173,38 +169,6 @@ def _agrees(op: Op, xs: Operands, params: Params, seed: int, dtype: Any, toleran
         if want.dtype == np.float64 and got.dtype != dtype and op.differentiable and "dtype" not in params:
             raise GradcheckError(f"{whose} is {got.dtype}; its operands are {np.dtype(dtype)}")
         expect_close(got, want, tolerance, whose)
-
-
-def results(op: Op, xs: Operands, params: Params, seed: int, dtype: Any, exact: bool = False) -> Results:
-    """The result of an op, and the gradient of each operand under a random cotangent that `dtype` holds."""
-    if op.updates or not op.differentiable:
-        return [(by_kernel("the result", op.name), r) for r in results_of(op, xs, params)]
-    ts = {i: Tensor(xs[i], requires_grad=True) for i in positions(op, xs)}
-    y = apply(op, [ts.get(i, x) for i, x in enumerate(xs)], params)[0]
-    found = [(by_kernel("the result", op.name), np.asarray(y))]
-    if isinstance(y, Tensor) and y.requires_grad:
-        g = Tensor(np.random.default_rng(seed).normal(size=y.shape).astype(dtype).astype(y.dtype))
-        names = names_of(op.forward, len(xs))
-        for i, gx in zip(ts, grad(y, list(ts.values()), g, create_graph=exact), strict=True):
-            found.append((by_kernel(f"the gradient of operand {names[i]}", op.vjp), gx.numpy()))
-    return found
-
-
-def by_kernel(what: str, name: str) -> str:
-    """`what`, with the kernel on the CPU that may have computed it."""
-    return f"{what}, by the kernel {name!r}," if (name, "cpu") not in MODULES and find_kernel(name, "cpu") else what
-
-
-def expect_close(got: Array, want: Array, tolerance: float, whose: str) -> None:
-    """Raise GradcheckError, which says where, unless the numbers agree to `tolerance` of the largest and of 1."""
-    if got.shape != want.shape:
-        raise GradcheckError(f"{whose} has the shape {got.shape}; expected {want.shape}")
-    got = got.astype(np.float64)
-    scale = 1 + float(np.abs(want).max(initial=0))
-    wrong = ~(np.abs(got - want) <= tolerance * scale) & ~(got == want)
-    if wrong.any():
-        what = "gradient" if whose.startswith("the gradient") else "result"
-        raise GradcheckError(f"{whose} is wrong: {of_elements(got, want, tolerance=tolerance, what=what)}")
 
 
 def _derivative(op: Op, xs: Sequence[Any], params: Params, seed: int, when: str) -> None:

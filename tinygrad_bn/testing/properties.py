@@ -27,47 +27,6 @@ from tinygrad_bn.testing.gradients import (
     ridders,
 )
 
-Operands = tuple[Array | None, ...]
-Params = dict[str, Any]
-
-
-def cast_real(xs: Operands, dtype: Any) -> tuple[Any, ...]:
-    """Copies of the operands, the real ones in `dtype`."""
-    return tuple(x if x is None else x.astype(dtype if is_floating(x) else x.dtype) for x in xs)
-
-
-def positions(op: Op, xs: Sequence[Any]) -> list[int]:
-    """Positions of the operands that the op is differentiable in."""
-    fixed = [i for i, rule in enumerate(op.rules) if rule in (None, held_constant)]
-    return [i for i, x in enumerate(xs) if is_floating(x) and i not in fixed]
-
-
-def split_differentiable(op: Op, xs: Sequence[Any], params: Params) -> tuple[Function, list[Any]]:
-    """The op as a function of the operands that it is differentiable in; the others are held fixed."""
-    real = positions(op, xs)
-
-    def f(*operands: Tensor) -> Any:
-        full: list[Any] = list(xs)
-        for i, operand in zip(real, operands, strict=True):
-            full[i] = operand
-        return apply(op, full, params)[0]
-
-    return f, [xs[i] for i in real]
-
-
-def _overwritten(op: Op) -> list[int]:
-    """Positions of the operands that the op updates."""
-    names = list(signature(op.forward).parameters)
-    return [names.index(name) for name in op.updates]
-
-
-def results_of(op: Op, xs: Operands, params: Params) -> list[Array]:
-    """All that a call changes or returns: the result and, without gradients, its by-products and updated operands."""
-    y, saved = apply(op, xs, params)
-    results = (y, *(xs[i] for i in _overwritten(op)), *(() if op.differentiable else saved))
-    return [np.asarray(r) for r in results if r is not None]
-
-
 def forward_matches_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """In float64 and float32, through the kernel if there is one: the reference's values, and the dtype kept."""
     with kernels_disabled():
@@ -103,12 +62,6 @@ def third_derivatives(op: Op, xs: Operands, params: Params, seed: int) -> None:
     f, real = split_differentiable(op, xs, params)
     if op.differentiable and real:
         compare_third(f, real, real_names(op, xs), seed=seed)
-
-
-def real_names(op: Op, xs: Operands) -> list[str]:
-    """Names of the operands that the op is differentiable in."""
-    names = names_of(op.forward, len(xs))
-    return [names[i] for i in positions(op, xs)]
 
 
 def _expect_constant_where_there_is_no_rule(op: Op, xs: Sequence[Any], params: Params, seed: int) -> None:
@@ -155,63 +108,6 @@ def operands_that_depend_on_each_other(op: Op, xs: Operands, params: Params, see
 
     if len(real) > 1:
         compare(dependent, real[:1], [f"{real_names(op, xs)[0]}, which the others depend on"], seed=seed)
-
-
-def nothing_is_mutated_or_shared(op: Op, xs: Operands, params: Params, seed: int) -> None:
-    """Operands and cotangent stay as they are; two gradients share no memory; a gradient in float32 is float32."""
-    cast = [
-        x if x is None else Tensor(x, requires_grad=op.differentiable and is_floating(x)) for x in cast_real(xs, "f4")
-    ]
-    y = apply(op, [t if t is None else t._data for t in cast] if op.updates else cast, params)[0]
-    overwritten = _overwritten(op)
-    fixed = [
-        (t, np.array(x), name)
-        for i, (t, x, name) in enumerate(zip(cast, cast_real(xs, "f4"), names_of(op.forward, len(xs)), strict=True))
-        if t is not None and i not in overwritten
-    ]
-    for t, x, name in fixed:
-        expect_unchanged(t.numpy(), x, f"the forward pass of {op.name!r} changed operand {name}")
-    if not op.differentiable or not y.requires_grad:
-        return
-    g = Tensor(np.random.default_rng(seed).normal(size=y.shape), dtype=y.dtype)
-    before = g.numpy().copy(), y.numpy().copy()
-    y.backward(g)
-    expect_unchanged(g.numpy(), before[0], f"the backward pass of {op.name!r} changed the gradient of the result")
-    expect_unchanged(y.numpy(), before[1], f"the backward pass of {op.name!r} changed the result")
-    for t, x, name in fixed:
-        expect_unchanged(t.numpy(), x, f"the backward pass of {op.name!r} changed operand {name}")
-    gradients = [(t, t.grad) for t, _, _ in fixed if t.grad is not None]
-    for a, b in itertools.combinations([g, *(gradient for _, gradient in gradients)], 2):
-        assert not np.shares_memory(a.numpy(), b.numpy()), f"two gradients of {op.name!r} share memory"
-    for t, gradient in gradients:
-        assert (gradient.dtype, gradient.shape) == (t.dtype, t.shape)
-
-
-def expect_unchanged(got: Array, before: Array, what: str) -> None:
-    """Raise GradcheckError, which starts with `what`, unless the arrays are equal."""
-    if not np.array_equal(got, before, equal_nan=got.dtype.kind == "f"):
-        raise GradcheckError(f"{what}: it writes into its memory; make a new array")
-
-
-def layout_does_not_matter(op: Op, xs: Operands, params: Params, seed: int) -> None:
-    """Operands that are not contiguous give the same as contiguous copies, forwards and backwards."""
-    f, real = split_differentiable(op, xs, params)
-    if not real:
-        return
-    spread = []
-    for x in real:
-        wide = np.zeros((*x.shape, 2), x.dtype)
-        wide[..., 0] = x
-        spread.append(Tensor._of(wide[..., 0]))  # as a view, which an op's result may well be
-    results = []
-    for operands in (spread, [Tensor(x) for x in real]):
-        for t in operands:
-            t.requires_grad = True
-        y = f(*operands)
-        v = np.random.default_rng(seed).normal(size=y.shape)
-        results.append([y, *(grad(y, operands, v) if y.requires_grad else [])])
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-12, atol=1e-12)
 
 
 def kernels_match_reference(op: Op, xs: Operands, params: Params, seed: int) -> None:
