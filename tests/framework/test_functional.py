@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tinygrad_bn import Tensor, composed, grad, testing
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import kernels_disabled
+from tinygrad_bn.functional.basics import dropout_by_key
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 3))
@@ -245,3 +246,13 @@ def test_exponentials_of_half_precision_add_up(size):
 
 def test_squares_of_half_precision_add_up():
     assert F.sum_of_squares(Tensor(np.full(10_000, 1e-4), dtype=np.float16)).item() == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_reference_of_dropout_drops_as_often_as_its_kernel(p):
+    x = np.ones(100_000, np.float32)
+    with kernels_disabled():
+        y = dropout_by_key(x, p=p, key=3)
+    np.testing.assert_array_equal(y, dropout_by_key(x, p=p, key=3))
+    assert abs((y == 0).mean() - p) < 0.005
+    assert abs(y.mean() - 1) < 0.02

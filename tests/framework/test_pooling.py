@@ -83,3 +83,20 @@ def test_a_window_that_holds_only_padding_is_refused(ceil_mode):
     with pytest.raises(ValueError, match=words):
         F.max_pool1d(np.ones((1, 1, 3)), **options)
     assert F.max_pool1d(np.arange(4.0).reshape(1, 1, 4), **options).tolist() == [[[3.0, 0.0]]]
+
+
+@pytest.mark.parametrize(("size", "out"), [((8, 8), (4, 4)), ((9, 6), (3, 3)), ((5, 7), (4, 3)), ((4, 4), (1, 1))])
+def test_adaptive_maxima_equal_those_of_their_windows(size, out):
+    """Even windows, of which there are more than elements in one, and uneven ones."""
+    x = np.random.default_rng(0).normal(size=(2, 3, *size))
+    want = np.empty((2, 3, *out))
+    for place in np.ndindex(*out):
+        window = tuple(slice(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(place, size, out, strict=True))
+        want[(..., *place)] = x[(..., *window)].max(axis=(2, 3))
+    np.testing.assert_array_equal(F.adaptive_max_pool(x, out), want)
+
+
+@pytest.mark.parametrize("pool", [F.max_pool2d, F.avg_pool2d])
+def test_padding_is_not_negative(pool):
+    with pytest.raises(ValueError, match=r"padding has to be .*at least 0"):
+        pool(np.ones((1, 1, 4, 4)), 2, padding=-1)

@@ -55,7 +55,7 @@ GROUPS = {
     ),
     "norms": Group(
         "kernels/tinygrad_bn_kernels/cpu/norm*.py kernels/tinygrad_bn_kernels/cpu/moments.py",
-        "batch_norm kernels/kernels kernels/declines fold tails ops",
+        "batch_norm kernels/norm_limits kernels/kernels kernels/declines fold tails ops",
         "batch_norm or running_statistics",
     ),
 }
