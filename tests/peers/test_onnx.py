@@ -247,10 +247,6 @@ BAD = {
         "has 4 bytes of float32",
     ),
     "old": (model_of([NODE("Relu", ["x"], ["y"])], opset=3), "it uses version 3 of the standard operators"),
-    "named as a method": (
-        model_of([NODE("Add", ["x", "forward"], ["y"])], [onnx.numpy_helper.from_array(np.ones(2, "f4"), "forward")]),
-        "an initializer cannot have the name 'forward'",
-    ),
 }
 
 
@@ -262,6 +258,20 @@ def test_files_that_are_not_read(name, tmp_path):
     with pytest.raises(OnnxError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["forward", "training", "_nodes", "inputs", "__class__", "block/weight", "0.weight"])
+def test_initializers_of_any_name(name, tmp_path):
+    """None of them replaces a method or an option of the module."""
+    array = onnx.numpy_helper.from_array(np.array([1.0, 2.0], np.float32), name)
+    content = model_of([NODE("Add", ["x", name], ["y"])], [array]).SerializeToString()
+    (tmp_path / "a.onnx").write_bytes(content)
+    graph = load(tmp_path / "a.onnx")
+    assert graph(np.zeros((3, 2), np.float32)).numpy().tolist() == [[1, 2]] * 3
+    (key,) = graph.state_dict()
+    assert key.rstrip("_") == name.replace("/", ".").rstrip("_")
+    graph.save(tmp_path / "a.safetensors")
+    graph.load(tmp_path / "a.safetensors")
 
 
 def test_errors_of_a_graph_name_the_node(tmp_path):

@@ -20,8 +20,11 @@ def _floor_div(a: Value, b: Value) -> Value:
     return of_arrays(lambda a, b: (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype))(a, b)
 
 
-def _mod(a: Value, b: Value, fmod: int = 0) -> Value:
-    return of_arrays(np.fmod if fmod else np.mod)(a, b)
+def _mod(a: Value, b: Value, *, fmod: int = 0) -> Value:
+    """The rest of a / b. With a gradient it is a − b · q, whose quotient q is a constant."""
+    if not any(getattr(x, "requires_grad", False) for x in (a, b)):
+        return of_arrays(np.fmod if fmod else np.mod)(a, b)
+    return a - b * of_arrays(lambda a, b: np.trunc(a / b) if fmod else np.floor(a / b))(a, b)
 
 
 def _pow(a: Value, b: Value) -> Value:

@@ -47,40 +47,44 @@ class BatchNorm(_BatchNorm):
 class Graph(Module):
     """An ONNX graph as a module: `graph(*inputs)` computes its outputs, a tensor or a tuple of them.
 
-    Floating-point initializers with axes are parameters, by their names. A BatchNormalization whose scale, bias, mean
-    and variance are initializers is a module with parameters and buffers: in training mode it takes the statistics of
-    the batch, and moves the running ones by ONNX' convention. `requires_grad_(False)` and `freeze()` of its layers
-    freeze a graph or parts of it. All other initializers are constants.
+    Floating-point initializers with axes are parameters, by their names, with "." for "/". A BatchNormalization whose
+    scale, bias, mean and variance are initializers is a module with parameters and buffers: in training mode it takes
+    the statistics of the batch, and moves the running ones by ONNX' convention. `requires_grad_(False)`, and `freeze()`
+    of its layers, freeze a graph or parts of it. All other initializers are constants.
     """
 
     def __init__(self, model: Model) -> None:
         self.inputs, self.outputs, self.opset = model.inputs, model.outputs, model.opset
         self._nodes = [_checked(node) for node in model.nodes]
-        self._norms: dict[int, str] = {}  # the attribute of the BatchNorm of a node, by its position
-        arrays = dict(model.arrays)
+        self._given = [_given_by_graph(node) for node in self._nodes]
+        self._norms: dict[int, str] = {}  # the attribute of a BatchNorm, by the position of its node
+        self._weights: dict[str, str] = {}  # the attribute of a parameter, by its name in the file
+        self._constants = dict(model.arrays)
         uses = Counter((*(name for node in model.nodes for name in node.inputs), *model.outputs))
         for i, node in enumerate(self._nodes):
-            if _is_layer(node, arrays, uses):
-                self._norms[i] = name = _name_of(node, i)
-                setattr(self, _free(self, name), _batch_norm(node, [arrays.pop(n) for n in node.inputs[1:]]))
-        self._constants: dict[str, Array] = {}
-        for name, array in arrays.items():
+            if _is_layer(node, self._constants, uses):
+                vectors = [self._constants.pop(name) for name in node.inputs[1:]]
+                self._norms[i] = self._keep(_name_of(node, i), _batch_norm(node, vectors))
+        for name, array in list(self._constants.items()):
             if array.dtype.kind == "f" and array.ndim:
-                setattr(self, _free(self, name), Parameter(array))
-            else:
-                self._constants[name] = array
+                self._weights[name] = self._keep(name, Parameter(self._constants.pop(name)))
         self._last = {name: i for i, node in enumerate(self._nodes) for name in node.inputs}
         self.eval()
+
+    def _keep(self, name: str, part: Parameter | Module) -> str:
+        """The name of an attribute that holds `part`: this name, or one like it that is free."""
+        name = name.replace("/", ".")
+        while hasattr(self, name):
+            name += "_"
+        setattr(self, name, part)
+        return name
 
     def forward(self, *inputs: Tensor) -> Any:
         """The outputs for the inputs in the order of `self.inputs`."""
         if len(inputs) != len(self.inputs):
             raise ValueError(f"the graph takes {len(self.inputs)} inputs, {', '.join(self.inputs)}; got {len(inputs)}")
-        values: dict[str, Any] = {
-            **self._constants,
-            **{n: t for n, t in vars(self).items() if isinstance(t, Parameter)},
-        }
-        values |= dict(zip(self.inputs, inputs, strict=True))
+        values: dict[str, Any] = self._constants | {n: getattr(self, a) for n, a in self._weights.items()}
+        values |= zip(self.inputs, inputs, strict=True)
         for i, node in enumerate(self._nodes):
             read = node.inputs[:1] if i in self._norms else node.inputs
             results = self._computed(i, node, [values[name] if name else None for name in read])
@@ -95,11 +99,10 @@ class Graph(Module):
     def _computed(self, i: int, node: Node, operands: list[Any]) -> tuple[Any, ...]:
         if i in self._norms:
             return (getattr(self, self._norms[i])(operands[0]),)
-        function = OPERATORS[node.operator]
         given = {"opset": self.opset, "outputs": len(node.outputs), "training": self.training}
-        wanted = inspect.signature(function).parameters.keys() & FROM_GRAPH
+        options = node.attributes | {name: given[name] for name in self._given[i]}
         try:
-            result = function(*operands, **node.attributes, **{name: given[name] for name in wanted})
+            result = OPERATORS[node.operator](*operands, **options)
         except Exception as error:
             error.add_note(f"in the node {node} of an ONNX graph")
             raise
@@ -122,6 +125,11 @@ def _checked(node: Node) -> Node:
     return node
 
 
+def _given_by_graph(node: Node) -> set[str]:
+    """The arguments of a node's function that are no attributes."""
+    return inspect.signature(OPERATORS[node.operator]).parameters.keys() & FROM_GRAPH
+
+
 def _is_layer(node: Node, arrays: dict[str, Array], uses: Counter[str]) -> bool:
     """Whether a node is a BatchNormalization whose four vectors are its own, and whose first output alone is read."""
     vectors, others = node.inputs[1:], node.outputs[1:]
@@ -134,13 +142,6 @@ def _name_of(node: Node, i: int) -> str:
     prefixes = {name.rpartition(".")[0] for name in node.inputs[1:]}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
     return prefix or f"batch_norm_{i}"
-
-
-def _free(graph: Graph, name: str) -> str:
-    """`name`, unless the module has such an attribute, which an initializer may not replace."""
-    if hasattr(graph, name):
-        raise OnnxError(f"an initializer cannot have the name {name!r:.80}, which belongs to the module")
-    return name
 
 
 def _batch_norm(node: Node, arrays: list[Array]) -> BatchNorm:
