@@ -256,3 +256,8 @@ def test_the_reference_of_dropout_drops_as_often_as_its_kernel(p):
     np.testing.assert_array_equal(y, dropout_by_key(x, p=p, key=3))
     assert abs((y == 0).mean() - p) < 0.005
     assert abs(y.mean() - 1) < 0.02
+
+
+def test_the_slope_of_elu_at_0_is_that_of_its_negative_side():
+    x = Tensor([0.0, -0.0], requires_grad=True)
+    assert grad(F.elu(x, 2.0), x, [1.0, 1.0]).numpy().tolist() == [2, 2]

@@ -148,7 +148,7 @@ def test_sequential_as_a_list():
     assert len(model) == 5
     assert isinstance(model[-1], nn.Linear)
     assert [type(m) for m in model[1:3]] == [nn.BatchNorm1d, nn.ReLU]
-    with pytest.raises(TypeError, match="layer 1 is a function"):
+    with pytest.raises(TypeError, match="module 1 is a function"):
         nn.Sequential(nn.ReLU(), functional.relu)
     with pytest.raises(TypeError, match="defines no forward"):
         nn.Module()(1)

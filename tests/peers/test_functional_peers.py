@@ -26,6 +26,16 @@ def apart(high):  # 0 is a kink of several functions, and the subject of another
 
 SATURATED, MODERATE, POSITIVE = apart(30.0), apart(4.0), numbers(0.125, 4.0)
 ELEMENTWISE = {
+    "celu": (lambda x: F.celu(x, 0.5), lambda x: P.celu(x, 0.5), SATURATED),
+    "gelu_tanh": (F.gelu_tanh, lambda x: P.gelu(x, approximate="tanh"), SATURATED),
+    "hardsigmoid": (F.hardsigmoid, P.hardsigmoid, SATURATED.filter(lambda x: abs(x) != 3)),
+    "hardswish": (F.hardswish, P.hardswish, SATURATED.filter(lambda x: abs(x) != 3)),
+    "hardtanh": (F.hardtanh, P.hardtanh, SATURATED),
+    "logsigmoid": (F.logsigmoid, P.logsigmoid, SATURATED),
+    "mish": (F.mish, P.mish, SATURATED),
+    "relu6": (F.relu6, P.relu6, SATURATED),
+    "selu": (F.selu, P.selu, SATURATED),
+    "softsign": (F.softsign, P.softsign, SATURATED),
     "abs": (F.abs, torch.abs, SATURATED),
     "clip": (lambda x: F.clip(x, min=-1.0, max=0.5), lambda x: torch.clip(x, -1.0, 0.5), MODERATE),
     "elu": (lambda x: F.elu(x, 0.7), lambda x: P.elu(x, 0.7), SATURATED),

@@ -114,6 +114,17 @@ def flatten(x: Operand, start_axis: int = 1) -> Tensor:
     return reshape(x, shape=(*x.shape[:first], math.prod(x.shape[first:])))
 
 
+def embedding(x: Operand, weight: Operand) -> Tensor:
+    """The rows of weight (n, d) whose numbers are x (...): (..., d). Gradients of a row that repeats add up.
+
+    Raises IndexError for a number that is no row, unless x is on cuda.
+    """
+    rows = values(x)
+    if type(rows) is np.ndarray and rows.size and not 0 <= rows.min() <= rows.max() < len(weight):
+        raise IndexError(f"rows are numbered from 0 to {len(weight) - 1}; got {rows.min()} to {rows.max()}")
+    return more_ops.getitem(weight, index=rows)
+
+
 # ---- activations ----------------------------------------------------------------------------------------
 
 
@@ -136,7 +147,7 @@ def elu(x: Operand, alpha: float = 1.0) -> Tensor:
 @fused(formula="y = x · σ(x);  ∂x = g · σ(x) · (1 + x · σ(−x))", sample=elementwise(REAL))
 def silu(x: Operand) -> Operand:
     """x · sigmoid(x), elementwise; also called swish (Elfwing et al. 2017)."""
-    return _times(x, sigmoid, 750.0)
+    return gated(x, sigmoid, 750.0)
 
 
 @fused(formula="y = x · Φ(x);  ∂x = g · (Φ(x) + x · φ(x))", sample=elementwise(REAL))
@@ -145,10 +156,10 @@ def gelu(x: Operand) -> Operand:
 
     Hendrycks & Gimpel 2016. Φ(x) = erfc(−x/√2) / 2 has all its digits where it is near 0.
     """
-    return _times(x, lambda v: erfc(v * -math.sqrt(0.5)) * 0.5, 40.0)
+    return gated(x, lambda v: erfc(v * -math.sqrt(0.5)) * 0.5, 40.0)
 
 
-def _times(x: Operand, function: Callable[[Operand], Operand], limit: float) -> Operand:
+def gated(x: Operand, function: Callable[[Operand], Operand], limit: float) -> Operand:
     """x · function(x), of a function that is 0 below −limit and 1 above: without 0 · ∞ there, and in gradients."""
     inside = where(x > limit, limit, where(x < -limit, -limit, x))  # unlike clip's, its gradient at NaN is not 0
     return where(x > limit, x, inside * function(inside))

@@ -1,4 +1,4 @@
-"""Linear, activations, Dropout, Flatten."""
+"""Linear, Embedding, Dropout, Flatten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tinygrad_bn.arguments import (
     expect_fits_memory,
     expect_flags,
     expect_integer,
-    expect_number,
     expect_size,
 )
 from tinygrad_bn.functional.basics import expect_probability
@@ -56,6 +55,51 @@ class Linear(Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
+class Embedding(Module):
+    """Rows of a table: integers (...) to vectors (..., embedding_dim).
+
+    `weight` is (num_embeddings, embedding_dim), at first N(0, 1). The row `padding_idx` starts as 0, and gets no
+    gradient.
+
+    Raises TypeError for indices that are no integers, and IndexError for one that the table does not have.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.num_embeddings = expect_size("num_embeddings", num_embeddings)
+        self.embedding_dim = expect_size("embedding_dim", embedding_dim)
+        shape = self.num_embeddings, self.embedding_dim
+        expect_fits_memory("the weight of Embedding", shape)
+        self.weight = Parameter(np.empty(shape, np.float32))
+        init.normal_(self.weight, rng=rng)
+        self.padding_idx = None
+        if padding_idx is not None:
+            last = self.num_embeddings - 1
+            self.padding_idx = expect_integer("padding_idx", padding_idx, -last - 1, last) % self.num_embeddings
+            values = self.weight.numpy().copy()
+            values[self.padding_idx] = 0
+            self.weight.data = values
+
+    def forward(self, x: Tensor) -> Tensor:
+        expect_array(x, "Embedding")
+        if x.dtype.kind not in "iu":
+            raise TypeError(f"Embedding takes integers, the numbers of rows; got {x.dtype}")
+        rows = F.embedding(x, self.weight)
+        if self.padding_idx is None:
+            return rows
+        padding = F.reshape(x == self.padding_idx, shape=(*x.shape, 1))
+        return cast(Tensor, F.where(padding, rows.detach(), rows))
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
 class Identity(Module):
     """y = x."""
 
@@ -84,84 +128,3 @@ class Dropout(Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-class ReLU(Module):
-    """max(x, 0)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x)
-
-
-class LeakyReLU(Module):
-    """x where x > 0, negative_slope · x elsewhere."""
-
-    def __init__(self, negative_slope: float = 0.01) -> None:
-        self.negative_slope = expect_number("negative_slope", negative_slope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(x, self.negative_slope)
-
-    def extra_repr(self) -> str:
-        return f"negative_slope={self.negative_slope}"
-
-
-class ELU(Module):
-    """x where x > 0, alpha · (eˣ − 1) elsewhere."""
-
-    def __init__(self, alpha: float = 1.0) -> None:
-        self.alpha = expect_number("alpha", alpha)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.elu(x, self.alpha)
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}"
-
-
-class Sigmoid(Module):
-    """1 / (1 + e⁻ˣ)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.sigmoid(x)
-
-
-class Tanh(Module):
-    """Hyperbolic tangent."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.tanh(x)
-
-
-class Softplus(Module):
-    """log(1 + eˣ)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.softplus(x)
-
-
-class SiLU(Module):
-    """x · sigmoid(x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x)
-
-
-class GELU(Module):
-    """x · Φ(x), where Φ is the standard normal distribution function."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
-
-
-class Softmax(Module):
-    """eˣ / Σ eˣ over `axis`. `cross_entropy` takes logits: use no Softmax before it."""
-
-    def __init__(self, axis: int = -1) -> None:
-        self.axis = expect_integer("axis", axis)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.softmax(x, self.axis)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}"

@@ -3,57 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, overload
+from typing import Any
 
 from tinygrad_bn import functional as F
-from tinygrad_bn.arguments import expect_integer, full_name
 from tinygrad_bn.gradient_hooks import HOOKS
+from tinygrad_bn.nn.activations import ReLU
 from tinygrad_bn.nn.batch_norm import BATCH_NORMS
-from tinygrad_bn.nn.layers import ReLU
+from tinygrad_bn.nn.containers import Numbered
 from tinygrad_bn.nn.module import Module, being_observed
 from tinygrad_bn.tensor import Tensor
 
 
-class Sequential(Module):
+class Sequential(Numbered):
     """Apply layers in order. Their names are "0", "1", …, as in PyTorch's state dict.
 
-    A BatchNorm and the ReLU after it are computed in one pass over memory, unless their outputs are observed.
+    A BatchNorm and the ReLU after it are computed in one pass over memory, unless their outputs are observed, or they
+    have hooks.
     """
 
     def __init__(self, *layers: Module) -> None:
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, Module):
-                cure = "; unpack it with *" if isinstance(layer, Iterable) and not isinstance(layer, str) else ""
-                got = full_name(layer)
-                if isinstance(layer, type):
-                    got, cure = f"the class {layer.__name__}", f"; make an object of it: {layer.__name__}(…)"
-                raise TypeError(f"Sequential takes modules; layer {i} is {got}, not a module{cure}")
-            setattr(self, str(i), layer)
+        self.extend(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         layers = [child for child in vars(self).values() if isinstance(child, Module)]
         for layer in layers if being_observed() else fused_layers(layers):
             x = layer(x)
         return x
-
-    def __iter__(self) -> Iterator[Module]:
-        return (child for _, child in self.named_children())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.named_children())
-
-    @overload
-    def __getitem__(self, index: int) -> Module: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequential: ...
-    def __getitem__(self, index: int | slice) -> Module:
-        layers = list(self)
-        if isinstance(index, slice):
-            return Sequential(*layers[index])
-        position = expect_integer("the index of a layer", index)
-        if not -len(layers) <= position < len(layers):
-            raise IndexError(f"there is no layer {position}; this Sequential has {len(layers)} layers, counted from 0")
-        return layers[position]
 
 
 def fused_layers(layers: Iterable[Module]) -> Iterator[Module]:
