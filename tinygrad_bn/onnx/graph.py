@@ -148,12 +148,12 @@ def _batch_norm(node: Node, arrays: list[Array]) -> BatchNorm:
     channels = arrays[0].shape
     if len(channels) != 1 or any(a.shape != channels or a.dtype.kind != "f" for a in arrays) or not channels[0]:
         raise OnnxError(f"{node} has vectors of the shapes {', '.join(str(a.shape) for a in arrays)}")
-    options = node.attributes
+    options, (weight, *_) = node.attributes, arrays
     try:
         layer = BatchNorm.onnx(channels[0], options.get("epsilon", 1e-5), options.get("momentum", 0.9))
-    except (ValueError, TypeError) as error:
+        if weight.dtype != np.float32:
+            layer.astype(weight.dtype)
+        layer.load_state_dict(dict(zip(STATISTICS, arrays, strict=True)) | {"num_batches_tracked": np.int64(0)})
+    except (ValueError, TypeError) as error:  # of options and numbers that make no sense
         raise OnnxError(f"{node}: {error}") from error
-    if arrays[0].dtype != np.float32:
-        layer.astype(arrays[0].dtype)
-    layer.load_state_dict(dict(zip(STATISTICS, arrays, strict=True)) | {"num_batches_tracked": np.int64(0)})
     return layer

@@ -77,16 +77,23 @@ def checked(proto: Any) -> Model:
             raise OnnxError(f"it has {what}, which are not read")
     arrays: dict[str, Array] = {}
     for tensor in graph.initializer:
-        if not tensor.name or tensor.name in arrays:
+        if not _text(tensor.name) or tensor.name in arrays:
             raise OnnxError(f"the name {shown(tensor.name)} of an initializer is missing, or stands twice")
         arrays[tensor.name] = array_of_proto(tensor)
-    inputs = tuple(value.name for value in graph.input if value.name not in arrays)
+    inputs = tuple(_text(value.name) for value in graph.input if value.name not in arrays)
     nodes = tuple(_node(node) for node in graph.node)
-    outputs = tuple(value.name for value in graph.output)
+    outputs = tuple(_text(value.name) for value in graph.output)
     _expect_order(nodes, {*arrays, *inputs}, outputs)
     if len(set(inputs)) < len(inputs) or "" in inputs or not outputs:
         raise OnnxError("its inputs need a name each, and it needs an output")
     return Model(opset, nodes, arrays, inputs, outputs)
+
+
+def _text(value: Any) -> str:
+    """A name in a file. Raises OnnxError for bytes that are no UTF-8, which protobuf gives as they are."""
+    if not isinstance(value, str):
+        raise OnnxError(f"the name {shown(value)} is no text")
+    return value
 
 
 def _opset(proto: Any) -> int:
@@ -101,11 +108,12 @@ def _opset(proto: Any) -> int:
 def _node(proto: Any) -> Node:
     if proto.domain not in ("", "ai.onnx"):
         raise OnnxError(f"the operator {shown(proto.op_type)} of the domain {shown(proto.domain)} is not known")
-    names = [attribute.name for attribute in proto.attribute]
+    names = [_text(attribute.name) for attribute in proto.attribute]
     if len(set(names)) < len(names):
         raise OnnxError(f"an attribute of {shown(proto.op_type)} stands twice")
     attributes = {attribute.name: _attribute(attribute) for attribute in proto.attribute}
-    return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attributes, proto.name)
+    inputs, outputs = (tuple(map(_text, names)) for names in (proto.input, proto.output))
+    return Node(_text(proto.op_type), inputs, outputs, attributes, _text(proto.name))
 
 
 def _attribute(proto: Any) -> Any:
