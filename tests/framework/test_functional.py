@@ -261,3 +261,9 @@ def test_the_reference_of_dropout_drops_as_often_as_its_kernel(p):
 def test_the_slope_of_elu_at_0_is_that_of_its_negative_side():
     x = Tensor([0.0, -0.0], requires_grad=True)
     assert grad(F.elu(x, 2.0), x, [1.0, 1.0]).numpy().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("operands", [(2.0, X), (X, 2.0), (2.0, 2.0)])
+def test_matmul_is_not_for_numbers(operands):
+    with pytest.raises(ValueError, match="at least one axis; for a number use"):
+        F.matmul(*(np.asarray(o) for o in operands))
