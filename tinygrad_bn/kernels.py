@@ -13,7 +13,7 @@ from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import Array, kernels_disabled
 from tinygrad_bn.modes import composed
 from tinygrad_bn.tensor import OPS, Op, Tensor, apply
-from tinygrad_bn.testing.properties import cast_real
+from tinygrad_bn.testing.calls import cast_real
 
 __all__ = ["KernelError", "kernel_errors"]
 

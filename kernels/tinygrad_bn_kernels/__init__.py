@@ -70,6 +70,7 @@ CUDA_MODULES = _table(
     },
 )
 
+DEVICES = "cpu", "cuda"
 _kernels: dict[tuple[str, str], Kernel | None] = {}  # those that were looked up or registered; None: there is none
 ENABLED: ContextVar[bool] = ContextVar("enabled", default=True)  # whether the CPU's kernels are used
 
@@ -128,8 +129,14 @@ def kernel(name: str, device: str) -> Callable[[F], F]:
 
     A module or a notebook cell that runs again replaces its kernels.
 
-    Raises ValueError if there is one already, from another file.
+    Raises TypeError unless the name is a text, ValueError for a device that there is not, or if there is a kernel
+    already, from another file.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a kernel is a text, as 'mul' or 'mul.vjp'; got {name!r}")
+    if device not in DEVICES:
+        first = f": the name comes first, as in kernel({device!r}, {name!r})" if name in DEVICES else ""
+        raise ValueError(f"the kernel {name!r} is for a device {device!r}; there are {' and '.join(DEVICES)}{first}")
 
     def register(function: F) -> F:
         key = name, device

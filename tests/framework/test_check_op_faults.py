@@ -8,7 +8,7 @@ from tinygrad_bn_kernels.cpu.jit import njit
 from tinygrad_bn_kernels.cpu.threads import split
 
 from tests.tools.registries import registries  # noqa: F401 - for all tests of this file
-from tinygrad_bn import Tensor, extend, functional
+from tinygrad_bn import Tensor, extend, functional, no_grad
 from tinygrad_bn.extend import (
     NONZERO,
     REAL,
@@ -39,6 +39,16 @@ def op_of(forward, *rules, sample=ANY, name="planted"):
 
 def cut(x):
     return x.detach() if isinstance(x, Tensor) else x
+
+
+@no_grad()
+def squared(x):
+    return x * x
+
+
+def without_graph(x):
+    with no_grad():
+        return squared(x)
 
 
 def kept(g, x):
@@ -102,6 +112,30 @@ RULES = {
     "None for a rule": (
         lambda: op_of(lambda a, b: a * b, lambda g, y, a, b: g * b, None, sample=PAIR),
         "operand 'b' has the rule None, but the result varies with it",
+    ),
+    "detached in a composition": (
+        lambda: op_of(lambda x: x * x.detach()),
+        "the composition of 'planted' detaches a tensor: derivatives lose the path through it",
+    ),
+    "no_grad in a composition": (
+        lambda: op_of(lambda x: x * without_graph(x)),
+        r"the composition of 'planted' computes under no_grad\(\): derivatives lose the path through it",
+    ),
+    "a rule that gives a list": (
+        lambda: op_of(lambda x: x * 2.0, lambda g, y, x: [g * 2.0]),
+        "the rule of operand 'x' of 'planted' gives a list; a rule gives the gradient of its operand, one tensor",
+    ),
+    "the forward writes into its operand": (
+        lambda: op_of(lambda x: np.multiply(x, 2.0, out=x), lambda g, y, x: g * 2.0),
+        "the forward pass of 'planted' changed operand 'x': it writes into its memory; make a new array",
+    ),
+    "random": (
+        lambda: op_of(lambda x: x * np.random.default_rng().uniform(), lambda g, y, x: g),
+        "the result of 'planted' differs between two calls with the same operands.* draw random numbers from an option",
+    ),
+    "small and wrong": (
+        lambda: op_of(lambda x: 1e-13 * x * x, lambda g, y, x: g * 3e-13 * x),
+        "operand 'x': gradient .*WRONG",
     ),
     "0 / 0 where x is 0": (
         lambda: op_of(lambda x: x * x, lambda g, y, x: g * 2 * y / x),
@@ -180,7 +214,7 @@ def test_the_smallest_failing_example_is_one_that_can_be_tried_by_hand(op, examp
 
 
 def gradients(g, a, b):
-    return [extend.unbroadcast(g * b, a), extend.unbroadcast(g * a, b)]
+    return [x * y if isinstance(z, float) else extend.unbroadcast(x * y, z) for x, y, z in ((g, b, a), (g, a, b))]
 
 
 def by_half(a, b):
@@ -206,6 +240,45 @@ def part_of_it(a, b):
 def first_5000(a, b):
     y = np.array(a * b)
     y.reshape(-1)[5000:] = 0
+    return y
+
+
+def in_order_of_memory(a, b):
+    return (a.ravel(order="K") * b.ravel(order="K")).reshape(a.shape)
+
+
+def uninitialised(a, b):
+    y = np.full_like(a, 7)  # in the order of a, as np.empty_like
+    y.reshape(-1)[:] = (a * b).reshape(-1)
+    return y
+
+
+def from_the_first_element(a, b):
+    """Takes the memory of `a` from its first element on."""
+    flat = np.lib.stride_tricks.as_strided(a, (a.size,), (abs(a.strides[-1]),)) if min(a.strides, default=0) < 0 else a
+    return flat.reshape(a.shape) * b
+
+
+BUFFERS: dict = {}
+
+
+def buffer_of(x, what):
+    return BUFFERS.setdefault((what, x.shape, x.dtype), np.empty(x.shape, x.dtype))
+
+
+def into_a_buffer(a, b):
+    return np.multiply(a, b, out=buffer_of(np.asarray(a * b), "y"))
+
+
+def gradients_into_buffers(g, y, a, b, *, needs):
+    found = [np.asarray(x) for x in gradients(g, a, b)]
+    return [np.copyto(buffer_of(x, i), x) or buffer_of(x, i)[...] for i, x in enumerate(found)]
+
+
+def of_one_shape(a, b):
+    y = np.empty_like(a)
+    for i in np.ndindex(a.shape):
+        y[i] = a[i] * b.item(*i)
     return y
 
 
@@ -254,15 +327,108 @@ KERNELS = {
     "computed in float32": (
         None,
         lambda g, y, a, b, *, needs: [x.astype(np.float32).astype(x.dtype) for x in gradients(g, a, b)],
-        "operand 'a': the plain and the differentiable route differ: the error is that of float32",
+        "operand 'a', by the kernel 'planted.vjp', of 'planted' in float64 is wrong: the error is that of float32",
     ),
     "sign": (
         None,
         lambda g, y, a, b, *, needs: [-gradients(g, a, b)[0], gradients(g, a, b)[1]],
-        "operand 'a': the plain and the differentiable route differ: the sign is flipped",
+        "operand 'a', by the kernel 'planted.vjp', of 'planted' in float64 is wrong: the sign is flipped",
     ),
-    "writes into y": (None, overwriting("y"), "the backward pass of 'planted' changed the result: it writes into"),
-    "writes into an operand": (None, overwriting("a"), "the (plain and the differentiable route|backward pass)"),
+    "writes into y": (
+        None,
+        overwriting("y"),
+        "the backward pass of 'planted', by the kernel 'planted.vjp', changed the result: it writes into",
+    ),
+    "writes into an operand": (
+        None,
+        overwriting("a"),
+        "backward pass of 'planted', by the kernel 'planted.vjp', changed operand 'a'",
+    ),
+    "layout": (
+        in_order_of_memory,
+        None,
+        "the result, by the kernel 'planted', of 'planted' for operands that lie .* is wrong: ",
+    ),
+    "layout of the result": (
+        uninitialised,
+        None,
+        "by the kernel 'planted', of 'planted' for operands that lie by columns, as a transposed array, is wrong: ",
+    ),
+    "negative strides": (
+        from_the_first_element,
+        None,
+        r"by the kernel 'planted', of 'planted' for operands that lie in reverse, as x\[::-1\], is wrong: ",
+    ),
+    "strides of 0": (
+        lambda a, b: a * b if all(a.strides) else np.zeros_like(a * b),
+        None,
+        "of 'planted' for operands that lie repeated along axis 0, as by broadcast_to, is wrong: ",
+    ),
+    "layout in float32": (
+        lambda a, b: in_order_of_memory(a, b) if a.dtype == np.float32 else a * b,
+        None,
+        "the result, by the kernel 'planted', of 'planted' for operands that lie .* is wrong: ",
+    ),
+    "gradient of a sum": (
+        None,
+        lambda g, y, a, b, *, needs: gradients(g if all(g.strides) else np.zeros_like(g), a, b),
+        "gradient of operand 'a', by the kernel 'planted.vjp', of 'planted' for a gradient of the result that lies rep",
+    ),
+    "gradient of a transposed result": (
+        None,
+        lambda g, y, a, b, *, needs: gradients(g.reshape(-1, order="F" if g.flags.fnc else "C").reshape(g.shape), a, b),
+        "for a gradient of the result that lies by columns, as a transposed array, is wrong: .* are wrong, first",
+    ),
+    "one buffer for all results": (
+        into_a_buffer,
+        None,
+        "the result, by the kernel 'planted', of 'planted' lies in the same memory in two calls: the second call over",
+    ),
+    "one buffer for all gradients": (
+        None,
+        gradients_into_buffers,
+        "gradient of operand 'a', by the kernel 'planted.vjp', of 'planted' lies in the same memory in two calls",
+    ),
+    "no broadcasting": (
+        of_one_shape,
+        None,
+        "by the kernel 'planted', of 'planted' for operand 'a' without axis 0, of shape .*, which is broadcast, has",
+    ),
+    "wrong when broadcast": (
+        lambda a, b: a * b if a.shape == b.shape else a + b,
+        None,
+        "by the kernel 'planted', of 'planted' for operand '[ab]' .*, of shape .*, which is broadcast, is wrong",
+    ),
+    "no numbers": (
+        lambda a, b: a * b if a.dtype == b.dtype else NotImplemented,
+        None,
+        "the kernel 'planted' raises AttributeError: 'float' object has no attribute 'dtype'.* for the number .* 'b'",
+    ),
+    "NaN hidden": (
+        lambda a, b: np.nan_to_num(a, posinf=np.inf, neginf=-np.inf) * b,
+        None,
+        r"by the kernel 'planted', of 'planted' where operand 'a' has nan is wrong: -?0 at .*definition is nan",
+    ),
+    "infinity cut": (
+        lambda a, b: a * np.clip(b, -1e6, 1e6),
+        None,
+        "the result, by the kernel 'planted', of 'planted' where operand 'b' has inf is wrong: .* definition is ",
+    ),
+    "NaN hidden from a gradient": (
+        None,
+        lambda g, y, a, b, *, needs: [np.nan_to_num(x) for x in gradients(g, a, b)],
+        "gradient of operand 'b', by the kernel 'planted.vjp', of 'planted' where operand 'a' has nan is wrong: 0",
+    ),
+    "raises": (
+        lambda a, b: a * b / (0 if a.size == 1 else 1) if a.size > 1 else int("no"),
+        None,
+        "the kernel 'planted' raises ValueError: invalid literal .* it may return NotImplemented",
+    ),
+    "writes into an operand, forward": (
+        lambda a, b: np.multiply(a, b, out=a),
+        None,
+        "the forward pass of 'planted', by the kernel 'planted', changed operand 'a': it writes into its memory",
+    ),
     "integers": (
         lambda a, b: np.asarray(a * b * 1.5 if a.dtype.kind == "i" else a * b),
         None,

@@ -57,3 +57,12 @@ def test_a_kernel_of_another_file_is_not_replaced():
         cell(KERNEL.replace("x *", "x + 0 *"), 2, "there")
     with pytest.raises(ValueError, match=r"'mean' has a kernel for 'cpu' already, in tinygrad_bn_kernels.cpu.reduce"):
         kernel("mean", "cpu")(lambda x: x)
+
+
+def test_a_kernel_whose_name_was_corrected_does_not_count():
+    misspelt = OP + KERNEL.replace('"twice"', '"twice.vpj"')
+    with pytest.raises(testing.GradcheckError, match=r"'twice.vpj' belongs to no op and never runs; is it 'twice.vjp'"):
+        testing.check_op(cell(misspelt, 2), examples=3)
+    right = KERNEL.replace('"twice"', '"twice.vjp"').replace("(x)", "(g, y, x, *, needs)").replace("x * F", "g * F")
+    op = cell(OP + right.replace("return g * FACTOR", "return [g * FACTOR]"), 2)
+    assert testing.check_op(op, examples=3).kernels == {"twice.vjp": 3}

@@ -425,11 +425,13 @@ def test_a_constant_composition_has_no_gradient(ops):
 
 def test_checks_know_the_defaults_of_options(ops, monkeypatch):
     @fused(**ANY)
-    def scaled(x, *, k=2):
-        return x * k
+    def scaled(x, *, k=2, most=100):
+        if k != 2:
+            raise ValueError("no other factor")
+        return F.clip(x * k, max=most)
 
-    monkeypatch.setitem(_kernels, ("scaled", "cpu"), lambda x, *, k: x * k)
-    assert testing.check_op(scaled, examples=3).fixed == {"k": 2}
+    monkeypatch.setitem(_kernels, ("scaled", "cpu"), lambda x, *, k, most: np.minimum(x * k, most))
+    assert testing.check_op(scaled, examples=3).fixed == {"k": 2, "most": 100}
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,11 @@ RIGHT = {
         (lambda x, *, k=2.0: x * k, lambda g, y, x, k: g * k),
         {"sample": lambda d: ((d.array(REAL, d.shape()),), {"k": d.choice([2.0, -0.5])})},
     ),
+    "tiny": ((lambda x: 1e-13 * x * x, lambda g, y, x: g * 2e-13 * x), {}),
+    "an option with one sensible value": (
+        (lambda x, *, n=3: x * [2.0][n - 3], lambda g, y, x, n: g * 2),
+        {},
+    ),
     "ends in float32 when asked": (
         (lambda x, *, dtype: x.astype(dtype), lambda g, y, x, dtype: g),
         {"sample": lambda d: ((d.array(REAL, d.shape()),), {"dtype": d.choice([np.float64])})},
@@ -284,6 +289,18 @@ def test_check_op_accepts_what_is_right(op):
     functions, how = RIGHT[op]
     report = testing.check_op(planted(*functions, **how))
     assert (report.op, report.samples, report.kernels) == ("planted", 25, {})
+
+
+def test_the_options_of_check_op_are_checked():
+    for examples in (0, -3):
+        with pytest.raises(ValueError, match=f"examples has to be at least 1; got {examples}"):
+            testing.check_op("exp", examples=examples)
+    with pytest.raises(TypeError, match=r"examples has to be an integer; got 2.5"):
+        testing.check_op("exp", examples=2.5)
+    with pytest.raises(ValueError, match="seed has to be at least 0; got -1"):
+        testing.check_op("exp", seed=-1)
+    with pytest.raises(KeyError, match="no op 'rleu'; did you mean 'relu'"):
+        testing.check_op("rleu")
 
 
 def test_a_gradient_of_zero_everywhere_is_accepted_when_said():
@@ -330,22 +347,26 @@ KERNELS = {
     "wrong gradient": (
         "planted.vjp",
         lambda g, y, a, b, c, *, needs: (g * b * c, g * a * c, g * a * b * 1.01),
-        "operand 'c': the plain and the differentiable route differ",
+        "the gradient of operand 'c', by the kernel 'planted.vjp', of 'planted' in float64 is wrong: .*1.01 times",
     ),
     "wrong in float32": (
         "planted.vjp",
         lambda g, y, a, b, c, *, needs: (g * b * c, g * a * c, g * a * b * (1.01 if a.dtype == np.float32 else 1)),
-        "kernel 'planted.vjp', operand 'c'",
+        "the gradient of operand 'c', by the kernel 'planted.vjp', of 'planted' in float32 is wrong: .*1.01 times",
     ),
     "wrong result in float32": (
         "planted",
         lambda a, b, c: a * b * c * (1 + 5e-4 * (a.dtype == np.float32)),
-        "'planted' in float32",
+        "the result, by the kernel 'planted', of 'planted' in float32 is wrong",
     ),
     "misspelt op": ("plantde.vjp", lambda *_: None, "cpu kernel 'plantde.vjp' belongs to no op .* 'planted.vjp'"),
     "misspelt vjp": ("planted.vpj", lambda *_: None, "'planted.vpj' belongs to no op and never runs"),
     "underscore": ("planted_vjp", lambda *_: None, "'planted_vjp' belongs to no op"),
     "another suffix": ("planted.backward", lambda *_: None, "'planted.backward' .* is it 'planted.vjp'"),
+    "another suffix, underscore": ("planted_backward", lambda *_: None, "'planted_backward' .* is it 'planted.vjp'"),
+    "capitals": ("PLANTED.vjp", lambda *_: None, "'PLANTED.vjp' belongs to no op .* is it 'planted.vjp'"),
+    "a capital": ("Planted", lambda *_: None, "'Planted' belongs to no op .* is it 'planted'"),
+    "forward": ("planted_forward", lambda *_: None, "'planted_forward' belongs to no op .* is it 'planted'"),
 }
 
 
@@ -374,6 +395,46 @@ def test_the_report_names_the_kernels_that_were_tested():
         "not run: planted.vjp (cuda)"
     )
     assert "; only with ignore_index=-100" in str(testing.check_op("softmax_cross_entropy", examples=5))
+
+
+def test_a_kernel_that_takes_float32_only_is_checked():
+    def single(a, b, c):
+        return a * b * c if a.dtype == np.float32 else NotImplemented
+
+    kernel("planted", "cpu")(single)
+    op = planted(product, sample=fixed((3,), (3,), (3,)))
+    assert testing.check_op(op).kernels == {"planted": 25}
+    kernel("planted", "cpu")(lambda a, b, c: a + b if a.dtype == np.float32 else NotImplemented)
+    assert "the result, by the kernel 'planted', of 'planted' in float32 is wrong" in error_of(
+        lambda: testing.check_op(op)
+    )
+
+
+def test_a_kernel_that_is_nan_where_the_definition_has_a_limit_is_found_and_one_that_has_the_limit_is_not():
+    op = planted(lambda x: functional.exp(-functional.exp(-x)))  # 0 at −∞
+    kernel("planted", "cpu")(lambda x: np.exp(-np.exp(-x)))
+    testing.check_op(op, examples=3)
+    kernel("planted", "cpu")(lambda x: np.exp(-np.exp(-x)) + 0 * x)
+    words = (
+        "the result, by the kernel 'planted', of 'planted' where operand 'x' has inf is wrong: nan at .*definition is 1"
+    )
+    assert re.search(words, error_of(lambda: testing.check_op(op)))
+    op = planted(lambda x: x * functional.sigmoid(x), name="planted2")  # −∞ · 0 at −∞
+    kernel("planted2", "cpu")(lambda x: np.where(x < -100, 0.0, x / (1 + np.exp(-np.maximum(x, -100)))).astype(x.dtype))
+    testing.check_op(op, examples=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "words"),
+    [
+        ("planted", "gpu", "the kernel 'planted' is for a device 'gpu'; there are cpu and cuda"),
+        ("planted", "CPU", "the kernel 'planted' is for a device 'CPU'; there are cpu and cuda"),
+        ("cpu", "planted", r"there are cpu and cuda: the name comes first, as in kernel\('planted', 'cpu'\)"),
+        (product, "cpu", "the name of a kernel is a text, as 'mul' or 'mul.vjp'; got <function product"),
+    ],
+)
+def test_a_kernel_has_a_name_and_a_device(name, device, words):
+    assert re.search(words, error_of(lambda: kernel(name, device)))
 
 
 # ---- declaring an op twice -------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ class SGD(Optimizer):
     None, None, None, updates=("v",),
     formula="y = p − lr · v;  v = momentum · v + (1 − dampening) · (g + decay · p)",
     sample=_sample(
-        {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "nesterov": [False, True]}, [REAL, None]
+        {"lr": [0.1, 0.02], "momentum": [0.9, 0.5], "dampening": [0.2, 0.0], "decay": [0.1, 0.05],
+         "nesterov": [False, True]}, [REAL, None],
     ),
 )  # fmt: skip
 def sgd(
@@ -101,8 +102,8 @@ class Adam(Optimizer):
     None, None, None, None, updates=("m", "v"),
     formula="y = shrink · p − step_size · m / (root_scale · √v + eps);  m, v = averages of g and g²",
     sample=_sample(
-        {"beta1": 0.9, "beta2": 0.99, "step_size": 0.1, "root_scale": 1.1, "eps": 1e-8, "shrink": [1.0, 0.9],
-         "decay": [0.0, 0.1]}, REAL, POSITIVE,
+        {"beta1": [0.9, 0.5], "beta2": [0.99, 0.9], "step_size": [0.1, 0.02], "root_scale": [1.1, 1.0],
+         "eps": [1e-8, 0.1], "shrink": [1.0, 0.9], "decay": [0.0, 0.1]}, REAL, POSITIVE,
     ),
 )  # fmt: skip
 def adam(

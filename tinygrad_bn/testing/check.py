@@ -13,14 +13,26 @@ from tinygrad_bn_kernels import MODULES
 from tinygrad_bn_kernels import names as kernel_names
 
 from tinygrad_bn import backend
+from tinygrad_bn.arguments import expect_integer, is_floating, shown
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import kernels_disabled
-from tinygrad_bn.sample import Drawn, RandomDraw
+from tinygrad_bn.sample import Draw, Drawn, RandomDraw
 from tinygrad_bn.tensor import OPS, Op, Tensor, apply
-from tinygrad_bn.testing.diagnosis import names_of, of_rules
-from tinygrad_bn.testing.extremes import BY_ROWS, EXTREMES, many_elements, results
+from tinygrad_bn.testing.calls import (
+    ROUNDING,
+    Operands,
+    cast_real,
+    copies,
+    kernel_dtypes,
+    overwritten,
+    positions,
+    result_size,
+    results,
+)
+from tinygrad_bn.testing.diagnosis import names_of, of_kernel, of_rules
+from tinygrad_bn.testing.extremes import BY_ROWS, EXTREMES, many_elements
 from tinygrad_bn.testing.gradients import Function, GradcheckError, VacuousCheckError
-from tinygrad_bn.testing.properties import PROPERTIES, cast_real, positions
+from tinygrad_bn.testing.properties import OF_GRADIENTS, PROPERTIES
 from tinygrad_bn.testing.smallest import example, smallest
 
 ENOUGH = 25  # samples, to say that none of them has something
@@ -53,42 +65,45 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: 
 
     Args:
         op: a function made by `primitive` or `fused`, or its name.
-        examples: how many samples to check.
-        seed: of the draws.
+        examples: how many samples to check, at least 1.
+        seed: of the draws, at least 0.
         allow_zero: accept operands whose gradient is zero in every sample, as that of a step function is.
 
     Returns:
         What was tested: which checks, orders of derivatives and kernels, and the largest error of each kernel.
 
     Raises:
-        AssertionError: the property that fails, with a diagnosis, the sample and the smallest failing example; a rule
-            that does not take an option; a kernel with nearly the name of the op.
-        VacuousCheckError: the samples could not show a mistake: they are all empty or zero, have no gradient, or never
-            change an option; or a kernel of yours declined all of them.
+        AssertionError: the property that fails, with a diagnosis, the sample and the smallest failing example; a sample
+            that is none; a rule that does not take an option; a kernel with nearly the name of the op.
+        VacuousCheckError: the samples could not show a mistake: they are all empty or zero, have no gradient, or give
+            an option one value only, where another one changes the result (a number, a bool, or None: others are not
+            tried); or a kernel of yours declined all of them.
         KeyError: there is no such op.
-        TypeError: the function is not an op.
+        TypeError: the function is not an op; or `examples` or `seed` is no integer, ValueError if it is too small.
 
     >>> print(check_op("mul", examples=3))
     mul: 3 samples; derivatives of order 1, 2, 3; kernels: none; not run: mul (cuda)
     """
+    examples, seed = expect_integer("examples", examples, 1), expect_integer("seed", seed, 0)
     if isinstance(op, str) and op not in OPS:
-        raise KeyError(f"there is no op {op!r}; there are {', '.join(sorted(OPS))}")
+        raise KeyError(no_such_op(op))
     declared = OPS[op] if isinstance(op, str) else getattr(op, "op", None)
     if not isinstance(declared, Op):
         raise TypeError(f"check_op takes an op, made by primitive or fused, or its name; got {op!r}: see gradcheck")
     expect_rules_that_take_the_options(declared)
     expect_no_kernel_with_nearly_the_name(declared)
-    samples = [declared.sample(RandomDraw(seed + i)) for i in range(max(examples, ENOUGH))]
+    samples = [drawn(declared, RandomDraw(seed + i)) for i in range(max(examples, ENOUGH))]
     with np.errstate(divide="ignore", invalid="ignore"):  # a wrong rule is an error here, not a warning
         for i, (xs, params) in enumerate(samples[:examples]):
             for check in PROPERTIES:
                 _run(check, declared, xs, params, seed + i)
     expect_telling(declared, samples, allow_zero)
+    expect_options_that_change(declared, samples)
     extremes = [pair for pair in EXTREMES if pair[0] not in BY_ROWS or _has_rows(samples)]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
         for check, draw in extremes:
             for i in range(min(examples, 1 if check is many_elements else FEW)):
-                _run(check, declared, *declared.sample(draw(seed + i)), seed + i)
+                _run(check, declared, *drawn(declared, draw(seed + i)), seed + i)
     ran = _kernels_that_ran(declared, samples[:examples])
     if idle := [name for name, count in ran.items() if not count and (name, "cpu") not in MODULES]:
         raise VacuousCheckError(
@@ -101,6 +116,13 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: 
         declared.name, examples, ran, fixed, orders_of(declared), checks, kernel_errors(declared, samples[:FEW]),
         tuple(f"{name} ({device})" for name, device in kernels_of(declared) if device != "cpu"),
     )  # fmt: skip
+
+
+def no_such_op(name: str) -> str:
+    """That there is no op of this name, with those of nearly the name; with all if there are none."""
+    near = get_close_matches(name.casefold(), OPS)
+    meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(OPS))}"
+    return f"there is no op {name!r}; {meant}"
 
 
 def _has_rows(samples: Sequence[Drawn]) -> bool:
@@ -118,13 +140,43 @@ def _run(check: Any, op: Op, xs: Any, params: dict[str, Any], seed: int) -> None
     try:
         check(op, xs, params, seed)
     except Exception as error:
-        why = of_rules(op, xs, params)
+        detaches = check in OF_GRADIENTS or isinstance(error, AttributeError)  # an array has no detach()
+        why = of_kernel(op, error) or of_rules(op, xs, params, detaches)
         told = GradcheckError(why) if why else error
+        for note in getattr(error, "__notes__", []) if why else ():
+            told.add_note(note)
         shapes = [None if x is None else x.shape for x in xs]
         told.add_note(f"in {check.__name__} of {op.name!r}, example {seed}: shapes {shapes}, {params}")
         small = smallest(check, op, xs, params, seed, error)
         told.add_note(f"smallest failing example: {example(op, small, params)}")
         raise told from (error if why else None)
+
+
+def drawn(op: Op, draw: Draw) -> Drawn:
+    """A sample of the op. Raises GradcheckError unless that is operands, arrays with reals in float64, and options."""
+    wanted = "it has to give operands and options, as in: lambda d: ((d.array(REAL, d.shape()),), {})"
+    whose = f"the sample of {op.name!r}"
+    try:
+        xs, params = op.sample(draw)
+    except Exception as error:
+        raise GradcheckError(f"{whose} fails with {type(error).__name__}: {error}; {wanted}") from error
+    parameters = list(signature(op.forward).parameters.values())
+    most = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    if not isinstance(xs, tuple | list) or not xs:
+        raise GradcheckError(f"{whose} gives {shown(xs)} for the operands, which are a tuple: (x,) for one; {wanted}")
+    if most and len(xs) != most:
+        raise GradcheckError(f"{whose} gives {len(xs)} operands; {op.name!r} has {most}; give None for one left out")
+    options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if params.keys() != options:
+        raise GradcheckError(f"{whose} gives the options {sorted(params)}; {op.name!r} has {sorted(options)}")
+    for name, x in zip(names_of(op.forward, len(xs)), xs, strict=True):
+        if x is not None and not isinstance(x, np.ndarray | np.generic):
+            raise GradcheckError(f"{whose} gives {shown(x)} for operand {name}: give an array, or None; {wanted}")
+        if x is not None and is_floating(x) and x.dtype != np.float64:
+            raise GradcheckError(
+                f"{whose} gives {x.dtype} for operand {name}: give float64; the checks convert it to other dtypes"
+            )
+    return tuple(xs), params
 
 
 # ---- declarations that a sample does not show ------------------------------------------------------------
@@ -153,15 +205,29 @@ def expect_rules_that_take_the_options(op: Op) -> None:
 
 
 def expect_no_kernel_with_nearly_the_name(op: Op) -> None:
-    """Raise GradcheckError if a kernel that belongs to no op has nearly the name of this op's: it would never run."""
-    for name, device in kernel_names():
+    """Raise GradcheckError if a kernel that belongs to no op has nearly the name of a missing one of this op.
+
+    It would never run. If the right one is there, the other is left from before its name was corrected.
+    """
+    present = kernel_names()
+    for name, device in present:
         if name.removesuffix(".vjp") in OPS or name.startswith("array."):
             continue
-        close = get_close_matches(name, [op.name, op.vjp], n=1, cutoff=0.8)
-        if close or name.partition(".")[0] == op.name:
-            raise GradcheckError(
-                f"the {device} kernel {name!r} belongs to no op and never runs; is it {(close or [op.vjp])[0]!r}?"
-            )
+        close = _nearly(name, op)
+        if close and (close, device) not in present:
+            raise GradcheckError(f"the {device} kernel {name!r} belongs to no op and never runs; is it {close!r}?")
+
+
+def _nearly(name: str, op: Op) -> str:
+    """The name of a kernel of `op` that `name` may be meant for: misspelt, in other letters, or with another ending."""
+    written = name.casefold()
+    names = {known.casefold(): known for known in (op.name, op.vjp)}
+    if close := get_close_matches(written, names, n=1, cutoff=0.8):
+        return names[close[0]]
+    rest = written.removeprefix(op.name.casefold())
+    if rest == written or rest[:1].isalnum():
+        return ""
+    return op.name if rest[1:] in ("", "forward", "fwd", "cpu", "cuda", "kernel") else op.vjp
 
 
 # ---- samples that show nothing ---------------------------------------------------------------------------
@@ -183,21 +249,61 @@ def expect_telling(op: Op, samples: Sequence[Drawn], allow_zero: bool = False) -
     if not op.differentiable:
         return
     largest: dict[str, float] = {}
+    size = 0.0  # of the results
     for xs, params in samples:
-        for name, gradient in _gradients(op, xs, params):
-            largest[name] = max(largest.get(name, 0.0), float(np.abs(gradient).max(initial=0)))
+        for name, found in _gradients(op, xs, params):
+            largest[name] = max(largest.get(name, 0.0), float(np.abs(found).max(initial=0)))
+        size = max(size, result_size(op, xs, params))
     for name, gradient in largest.items():
-        if gradient <= 1e-11 and not allow_zero:
+        if gradient <= max(1e-11 * min(size, 1.0), ROUNDING) and not allow_zero:
+            value = f"at most {gradient:.1g}, which is 0 but for rounding," if gradient else "0"
             raise VacuousCheckError(
-                f"the gradient of operand {name} of {op.name!r} is 0 in all of {count} samples, which shows nothing: "
-                "draw others; if it is 0 everywhere, use allow_zero, or the rule None"
+                f"the gradient of operand {name} of {op.name!r} is {value} in all of {count} samples, which shows "
+                "nothing: draw others; if it is 0 everywhere, use allow_zero, or the rule None"
             )
+
+
+def expect_options_that_change(op: Op, samples: Sequence[Drawn]) -> None:
+    """Raise VacuousCheckError if an option has one value in all samples, and the op gives another result with another.
+
+    A rule or a kernel that ignores the option would pass; a composition alone cannot ignore it. Numbers, bools and None
+    are tried. An option of which the op takes one value only, or whose value does not matter here, may stay as it is.
+    """
+    if not (any(op.rules) or op.each or kernels_of(op)):
+        return
     for option, value in samples[0][1].items():
-        if isinstance(value, float) and _is_one_value([params[option] for _, params in samples]):
-            raise VacuousCheckError(
-                f"the option {option} of {op.name!r} is {value} in all of {count} samples; a rule that ignores it "
-                f"passes. Let the sample choose, as {{'{option}': d.choice([{value}, {value / 2 + 0.25}])}}"
-            )
+        if _is_one_value([params[option] for _, params in samples]):
+            for other in _others(value):
+                if any(_differ(op, xs, params, {**params, option: other}) for xs, params in samples[:FEW]):
+                    raise VacuousCheckError(
+                        f"the option {option} of {op.name!r} is {value} in all of {len(samples)} samples, and {other} "
+                        "gives another result: a rule or a kernel that ignores the option passes. Let the sample "
+                        f"choose, as {{'{option}': d.choice([{value}, {other}])}}"
+                    )
+
+
+def _others(value: Any) -> list[Any]:
+    """Other values to try for an option."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value - 1]
+    if isinstance(value, float):
+        return [value / 2 or 0.5, value + 0.25]
+    return [0] if value is None else []
+
+
+def _differ(op: Op, xs: Operands, params: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether the reference takes the other options, and changes or gives other arrays with them."""
+    found = []
+    for options in (params, others):
+        operands = copies(xs)
+        try:
+            with kernels_disabled(), np.errstate(all="ignore"):
+                found.append([op.function(*operands, **options), *(operands[i] for i in overwritten(op))])
+        except Exception:
+            return False
+    return any(a is not None and not np.array_equal(a, b, equal_nan=True) for a, b in zip(*found, strict=True))
 
 
 def _is_one_value(values: Sequence[Any]) -> bool:
@@ -243,19 +349,25 @@ def kernel_errors(op: Op, samples: Sequence[Drawn]) -> dict[str, float]:
 
 def _kernels_that_ran(op: Op, samples: Sequence[Drawn]) -> dict[str, int]:
     """The kernels of the op on the CPU, and how many of the samples each took."""
-    ran: dict[str, int] = {}
+    ran = {name: 0 for name, device in kernels_of(op) if device == "cpu" and backend.find_kernel(name, "cpu")}
     for xs, params in samples:
-        arrays = [x if x is None else x.copy() for x in xs]  # an op may overwrite its operands
-        if forward := backend.find_kernel(op.name, "cpu"):
-            ran[op.name] = ran.get(op.name, 0) + (forward(*arrays, **params) is not NotImplemented)
-        if vjp := backend.find_kernel(op.vjp, "cpu"):
-            y, saved = backend.forward(op, arrays, params)
-            by_products = dict(zip(op.saves, saved, strict=True))
-            of = positions(op, xs)
-            taken = any(  # a kernel may give some of the gradients only
-                vjp(y, y, *arrays, needs=[i in wanted for i in range(len(xs))], **params, **by_products)
-                is not NotImplemented
-                for wanted in (of, *([i] for i in of))
-            )
-            ran[op.vjp] = ran.get(op.vjp, 0) + taken
+        taken = [name for dtype in kernel_dtypes(op) for name in _taken(op, cast_real(xs, dtype), params)]
+        for name in set(taken):
+            ran[name] += 1
     return ran
+
+
+def _taken(op: Op, xs: Operands, params: dict[str, Any]) -> Iterator[str]:
+    """The kernels on the CPU that take these operands."""
+    if (forward := backend.find_kernel(op.name, "cpu")) and forward(*copies(xs), **params) is not NotImplemented:
+        yield op.name
+    if vjp := backend.find_kernel(op.vjp, "cpu"):
+        xs = copies(xs)  # an op may overwrite its operands
+        y, saved = backend.forward(op, xs, params)
+        by_products = dict(zip(op.saves, saved, strict=True))
+        of = positions(op, xs)
+        for wanted in (of, *([i] for i in of)):  # a kernel may give some of the gradients only
+            needs = [i in wanted for i in range(len(xs))]
+            if vjp(y, y, *xs, needs=needs, **params, **by_products) is not NotImplemented:
+                yield op.vjp
+                return

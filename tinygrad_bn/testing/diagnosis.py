@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
+from inspect import signature, unwrap
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn.arguments import is_floating
-from tinygrad_bn.backend import expect_broadcast, kernels_disabled
-from tinygrad_bn.modes import recording
+from tinygrad_bn.backend import expect_broadcast, find_kernel, kernels_disabled
+from tinygrad_bn.modes import RECORDING, Mode, recording
 from tinygrad_bn.sample import Array, Shape
 from tinygrad_bn.tensor import Op, Tensor, apply
 
@@ -60,7 +61,7 @@ def of_elements(
     if got.shape != want.shape or not close:
         return ""
     error = got - want
-    if tolerance < 1e-3 and np.abs(error).max() < close:
+    if tolerance < 1e-3 and np.abs(error).max() < max(close, 1e-6 * float(np.abs(want).max())):
         return "the error is that of float32: it is computed in less than float64"
     ratio = float(np.vdot(want, got) / np.vdot(want, want))
     if np.abs(got - ratio * want).max() < close:
@@ -103,13 +104,33 @@ def names_of(f: Callable[..., Any], count: int) -> list[str]:
     return names[:count] if len(names) >= count else [str(i) for i in range(count)]
 
 
-def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
-    """What is wrong with the form of an op's gradients for these float64 operands; "" for nothing."""
+def of_kernel(op: Op, error: BaseException | None) -> str:
+    """That a kernel of the op on the CPU has raised this error, or the one that it was raised from; "" if none has."""
+    kernels = {name: unwrap(found) for name in (op.name, op.vjp) if (found := find_kernel(name, "cpu"))}
+    codes = {getattr(getattr(k, "py_func", k), "__code__", None): name for name, k in kernels.items()}
+    codes.pop(getattr(unwrap(op.forward), "__code__", None), None)
+    while error:
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code in codes:
+                name, what = codes[frame.f_code], f"{type(error).__name__}: {error}"
+                return f"the kernel {name!r} raises {what}. For what it does not take it may return NotImplemented"
+        error = error.__cause__
+    return ""
+
+
+def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any], detaches: bool = True) -> str:
+    """What is wrong with the form of an op's gradients for these float64 operands; "" for nothing.
+
+    `detaches`: whether that may be because a tensor is detached.
+    """
     tensors = [Tensor(x, requires_grad=True) if is_floating(x) else x for x in xs]
     if op.fused:
-        with recording(True), _conversions() as converted:
+        with recording(True), _conversions() as converted, _detached() as cut:
             failed = _fails(lambda: op.forward(*tensors, **params))
-        return f"the composition of {op.name!r} {NUMPY}" if converted or "ufunc" in failed else ""
+        whose = f"the composition of {op.name!r}"
+        if converted or "ufunc" in failed:
+            return f"{whose} {NUMPY}"
+        return f"{whose} {cut[0]}: derivatives lose the path through it" if cut and detaches else ""
     with kernels_disabled():
         y = apply(op, xs, params)[0]
     g = np.asarray(np.random.default_rng(0).normal(size=y.shape))
@@ -124,6 +145,8 @@ def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
             failed = _fails(lambda: results.append(op.pull(*graph, needs, params)[i]))  # noqa: B023
         if converted or "ufunc" in failed or (results and isinstance(results[0], np.ndarray)):
             return f"{whose} {NUMPY}"
+        if results and isinstance(results[0], list | tuple):
+            return f"{whose} gives a {type(results[0]).__name__}; a rule gives the gradient of its operand, one tensor"
         if results and results[0] is not None:
             shape = np.shape(results[0]._data if isinstance(results[0], Tensor) else results[0])
             try:
@@ -133,8 +156,8 @@ def of_rules(op: Op, xs: Sequence[Any], params: dict[str, Any]) -> str:
                     f"{whose} gives a gradient of shape {shape} for an operand of shape {xs[i].shape} (y {y.shape}); "
                     "if it has to be summed over axes that the operand was repeated along, use sum_to"
                 )
-        if cut and not failed:
-            return f"{whose} detaches a tensor: higher derivatives lose the path through it"
+        if cut and not failed and detaches:
+            return f"{whose} {cut[0]}: higher derivatives lose the path through it"
     return ""
 
 
@@ -173,17 +196,22 @@ def _conversions() -> Iterator[list[Shape]]:
 
 
 @contextmanager
-def _detached() -> Iterator[list[Shape]]:
-    """Shapes of the tensors with a gradient that are detached in this block."""
+def _detached() -> Iterator[list[str]]:
+    """What takes tensors from their graph in this block, in words."""
     from unittest.mock import patch
 
-    seen: list[Shape] = []
-    detach = Tensor.detach
+    seen: list[str] = []
+    detach, begin = Tensor.detach, Mode.__init__
 
     def noted(self: Tensor) -> Tensor:
         if self.requires_grad:
-            seen.append(self.shape)
+            seen.append("detaches a tensor")
         return detach(self)
 
-    with patch.object(Tensor, "detach", noted):
+    def noted_block(self: Mode, variable: Any, value: object) -> None:
+        if variable is RECORDING and not value:
+            seen.append("computes under no_grad()")
+        begin(self, variable, value)
+
+    with patch.object(Tensor, "detach", noted), patch.object(Mode, "__init__", noted_block):
         yield seen

@@ -8,28 +8,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from tinygrad_bn_kernels import MODULES
 from tinygrad_bn_kernels.cpu import threads
 
-from tinygrad_bn.autograd import grad
-from tinygrad_bn.backend import find_kernel, kernels_disabled
+from tinygrad_bn.arguments import is_floating
+from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.sample import NONZERO, POSITIVE, REAL, Array, Domain, RandomDraw, Shape
-from tinygrad_bn.tensor import Op, Tensor, apply
-from tinygrad_bn.testing.diagnosis import names_of, of_elements
-from tinygrad_bn.testing.gradients import GradcheckError, KinkError, compare
-from tinygrad_bn.testing.properties import (
+from tinygrad_bn.tensor import Op, apply
+from tinygrad_bn.testing.calls import (
+    Check,
     Operands,
     Params,
+    by_kernel,
     cast_real,
-    positions,
+    copies,
+    expect_close,
+    has_kernel,
+    kernel_dtypes,
     real_names,
+    results,
     results_of,
     split_differentiable,
 )
+from tinygrad_bn.testing.diagnosis import names_of
+from tinygrad_bn.testing.gradients import GradcheckError, KinkError, compare
 
 LARGE = 200.0  # numbers up to this size are drawn as large ones
 MANY = 10_000  # elements
-Results = list[tuple[str, Array]]  # what it is, and its numbers
 
 
 class LargeNumbers(RandomDraw):
@@ -70,6 +74,43 @@ def large_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
         _derivative(op, xs, params, seed, "for numbers beyond 100")
 
 
+def broadcast_operands(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Of elementwise ops, with a row or a column for an operand: the values and gradients of the reference."""
+    wide = _of_one_shape(op, xs, params)
+    for i, name in enumerate(names_of(op.forward, len(wide))):
+        x = wide[i]
+        for part, what in ((np.asarray(x[0]), "without axis 0"), (x[..., :1], "of one column")):
+            given = (*wide[:i], part, *wide[i + 1 :])
+            when = f"for operand {name} {what}, of shape {part.shape}, which is broadcast,"
+            for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
+                _agrees(op, given, params, seed, dtype, tolerance, when)
+            _derivative(op, given, params, seed, when)
+
+
+def numbers_for_operands(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """Of elementwise ops, with a number of Python for an operand: the values and gradients of the reference."""
+    wide = _of_one_shape(op, xs, params)
+    for i, name in list(enumerate(names_of(op.forward, len(wide))))[1:]:  # one operand has to be an array
+        given = (*wide[:i], round(float(wide[i].flat[0]), 3), *wide[i + 1 :])
+        for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
+            _agrees(op, given, params, seed, dtype, tolerance, f"for the number {given[i]} as operand {name}")
+
+
+def nan_and_infinity(op: Op, xs: Operands, params: Params, seed: int) -> None:
+    """With a NaN or an infinity, kernels give the values of the definition; with a NaN, also the NaNs of its gradients.
+
+    With an infinity, values alone are compared, and only where the definition is no NaN: infinity times 0 on the way is
+    one, where a kernel may know the limit. NaN counts as an infinity then: sums in another order may give either.
+    """
+    rng = np.random.default_rng(seed)
+    for i, name in enumerate(names_of(op.forward, len(xs)) if has_kernel(op) else ()):
+        for value in (np.nan, np.inf, -np.inf) if is_floating(xs[i]) and xs[i].size else ():
+            given = copies(xs)
+            given[i].flat[rng.integers(xs[i].size)] = value
+            for dtype in kernel_dtypes(op):
+                _agrees_where_not_finite(op, cast_real(given, dtype), params, seed, f"where operand {name} has {value}")
+
+
 def whole_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
     """Of integers: what the reference gives, values and dtype."""
     whole = tuple(x if x is None else np.trunc(x * 2).astype(np.int64) if x.dtype.kind == "f" else x for x in xs)
@@ -87,14 +128,32 @@ def whole_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
 
 
 # Each with what draws its operands.
-EXTREMES: tuple[tuple[Callable[[Op, Operands, Params, int], None], Callable[[int], RandomDraw]], ...] = (
+EXTREMES: tuple[tuple[Check, Callable[[int], RandomDraw]], ...] = (
     (half_precision, RandomDraw),
     (no_elements, RandomDraw),
     (many_elements, RandomDraw),
     (large_numbers, LargeNumbers),
+    (broadcast_operands, RandomDraw),
+    (numbers_for_operands, RandomDraw),
+    (nan_and_infinity, RandomDraw),
     (whole_numbers, RandomDraw),
 )
 BY_ROWS = no_elements, many_elements  # only of ops that take any number of rows
+
+
+def _of_one_shape(op: Op, xs: Operands, params: Params) -> Operands:
+    """The operands broadcast to one shape, if the op is elementwise, of several floating-point operands; else ()."""
+    if len(xs) < 2 or op.updates or not all(is_floating(x) and x.size for x in xs):
+        return ()
+    try:
+        wide = tuple(np.array(x) for x in np.broadcast_arrays(*xs))
+        last = tuple(x[-1:] for x in wide)
+        with kernels_disabled(), np.errstate(all="ignore"):
+            y, same, row = (apply(op, copies(operands), params)[0] for operands in (xs, wide, last))
+    except Exception:
+        return ()  # they do not broadcast, or have no axes
+    alike = y.shape == wide[0].shape and np.any(y) and np.allclose(y, same) and np.allclose(y[-1:], row)
+    return wide if alike else ()
 
 
 # ---- more or fewer rows ----------------------------------------------------------------------------------
@@ -163,12 +222,49 @@ def _agrees(op: Op, xs: Operands, params: Params, seed: int, dtype: Any, toleran
     if any(np.abs(want).max(initial=0) > np.finfo(dtype).max / 4 or np.isnan(want).any() for _, want in wanted):
         return
     with np.errstate(all="ignore"):
-        given = results(op, cast_real(xs, dtype), params, seed, dtype)
+        try:
+            y = results_of(op, cast_real(xs, dtype), params)[0]
+            whose = f"{by_kernel('the result', op.name)} of {op.name!r} {when}"
+            expect_close(y, wanted[0][1], tolerance, whose)  # before its gradients, which may run on wrong memory
+            given = results(op, cast_real(xs, dtype), params, seed, dtype)
+        except Exception as error:
+            error.add_note(when.rstrip(","))
+            raise
     for (what, got), (_, want) in zip(given, wanted, strict=True):
         whose = f"{what} of {op.name!r} {when}"
         if want.dtype == np.float64 and got.dtype != dtype and op.differentiable and "dtype" not in params:
             raise GradcheckError(f"{whose} is {got.dtype}; its operands are {np.dtype(dtype)}")
         expect_close(got, want, tolerance, whose)
+
+
+def _agrees_where_not_finite(op: Op, xs: Operands, params: Params, seed: int, when: str) -> None:
+    """The kernels against the reference, for operands that are not all finite."""
+    dtype = next(x.dtype for x in xs if is_floating(x))
+    try:
+        with kernels_disabled():
+            wanted = results(op, copies(xs), params, seed, dtype, exact=True)
+    except Exception:
+        return  # the definition does not take them
+    any_nan = any(is_floating(x) and np.isnan(x).any() for x in xs)
+    of_values = op.updates or not op.differentiable
+    for i, ((what, got), (_, want)) in enumerate(
+        zip(results(op, copies(xs), params, seed, dtype), wanted, strict=True)
+    ):
+        both = np.isfinite(got) & np.isfinite(want)
+        if i and not of_values:
+            wrong = np.isnan(want) & np.isfinite(got) & any_nan
+        elif any_nan:
+            wrong = ~both & (got != want) & ~(np.isnan(got) & np.isnan(want))
+        else:
+            wrong = ~both & (got != want) & ~np.isnan(want) & ~(np.isinf(want) & np.isnan(got))
+        if wrong.any():
+            first = tuple(int(n) for n in np.argwhere(wrong)[0])
+            raise GradcheckError(
+                f"{what} of {op.name!r} {when} is wrong: {got[first]:.6g} at {first}; that of the definition is "
+                f"{want[first]:.6g}"
+            )
+        if not i or of_values:
+            expect_close(np.where(both, got, 0), np.where(both, want, 0), 1e-4, f"{what} of {op.name!r} {when}")
 
 
 def _derivative(op: Op, xs: Sequence[Any], params: Params, seed: int, when: str) -> None:

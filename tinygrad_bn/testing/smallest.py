@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.tensor import Op
+from tinygrad_bn.testing.calls import Check, Operands, Params
 from tinygrad_bn.testing.diagnosis import names_of
 from tinygrad_bn.testing.extremes import takes
-from tinygrad_bn.testing.properties import Operands, Params
 
 TRIES = 60
 MOST = 12  # elements that are written out
 
 
 def smallest(
-    check: Callable[[Op, Operands, Params, int], None],
+    check: Check,
     op: Op,
     xs: Operands,
     params: Params,
