@@ -167,12 +167,13 @@ def LayerNormalization(
 ) -> Any:  # fmt: skip
     start = axis % x.ndim
     groups, size = math.prod(x.shape[:start]), math.prod(x.shape[start:])
-    y, (mean, var) = block_norm.run(x, None, None, blocks=(groups, 1, 1, size), eps=epsilon)
+    y = block_norm(x, None, None, blocks=(groups, 1, 1, size), eps=epsilon)
     y = F.mul(y, scale) if bias is None else F.mul(y, scale) + bias
-    shape = (*x.shape[:start], *(1,) * (x.ndim - start))
-    kind = np.float32 if x.dtype == np.float16 else x.dtype
-    deviation = 1 / np.sqrt(np.asarray(array_of(var)) + epsilon)
-    return (y, *(np.asarray(array_of(v)).reshape(shape).astype(kind) for v in (mean, deviation)))[:outputs]
+    if outputs == 1:
+        return y
+    over, wide = tuple(range(start, x.ndim)), F.astype(x, dtype=np.float64)
+    mean, var = (f(wide, axis=over, keepdims=True) for f in (F.mean, F.var))
+    return (y, *(F.astype(v, dtype=np.float32) for v in (mean, F.rsqrt(var + epsilon))))[:outputs]
 
 
 @operator
@@ -200,8 +201,11 @@ def MeanVarianceNormalization(x: Value, *, axes: Ints = (0, 2, 3)) -> Value:
 
 @operator
 def LpNormalization(x: Value, *, axis: int = -1, p: int = 2) -> Value:
-    size = F.sum(F.abs(x), axis=axis, keepdims=True) if p == 1 else F.sqrt(F.sum(x * x, axis=axis, keepdims=True))
-    return F.where(size == 0, x * 0, x / F.where(size == 0, 1.0, size))
+    """x / (Σ |x|ᵖ)^(1 / p); 0 stays 0, with the gradient 0."""
+    total = F.sum(F.abs(x) if p == 1 else x * x, axis=axis, keepdims=True)
+    empty = total == 0
+    size = F.where(empty, 1.0, total)
+    return F.where(empty, x * 0, x / (size if p == 1 else F.sqrt(size)))
 
 
 @operator

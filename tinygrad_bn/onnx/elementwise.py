@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from tinygrad_bn import functional as F
 from tinygrad_bn.more_ops import erf
 from tinygrad_bn.onnx.errors import OnnxError
-from tinygrad_bn.onnx.operators import OPERATORS, Value, array_of, number, of_arrays, of_several, operator
+from tinygrad_bn.onnx.operators import OPERATORS, Value, number, of_arrays, of_several, operator
 from tinygrad_bn.onnx.reading import DTYPES
+from tinygrad_bn.tensor import Tensor
 
 
-def _floor_div(a: Value, b: Value) -> Value:
+def _quotient(a: Value, b: Value) -> Value:
     """The quotient; of integers it is cut towards 0, as in C."""
     if any(np.issubdtype(x.dtype, np.floating) for x in (a, b)):
         return F.div(a, b)
-    return of_arrays(lambda a, b: (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype))(a, b)
+
+    def cut(a: Any, b: Any) -> Any:
+        q = a // b
+        return q + ((q < 0) & (q * b != a)).astype(q.dtype)
+
+    return of_arrays(cut)(a, b)
 
 
 def _mod(a: Value, b: Value, *, fmod: int = 0) -> Value:
@@ -28,14 +35,14 @@ def _mod(a: Value, b: Value, *, fmod: int = 0) -> Value:
 
 
 def _pow(a: Value, b: Value) -> Value:
-    y = F.pow(a, b if b.ndim else b.item())
+    y = F.pow(a, b if b.ndim or getattr(b, "requires_grad", False) else b.item())
     return y if y.dtype == a.dtype else F.astype(y, dtype=a.dtype)
 
 
 OPERATORS |= {
     "Abs": F.abs, "Add": F.add, "And": of_arrays(np.logical_and), "BitwiseAnd": of_arrays(np.bitwise_and),
     "BitwiseNot": of_arrays(np.bitwise_not), "BitwiseOr": of_arrays(np.bitwise_or),
-    "BitwiseXor": of_arrays(np.bitwise_xor), "Ceil": of_arrays(np.ceil), "Div": _floor_div, "Equal": F.equal,
+    "BitwiseXor": of_arrays(np.bitwise_xor), "Ceil": of_arrays(np.ceil), "Div": _quotient, "Equal": F.equal,
     "Erf": erf, "Exp": F.exp, "Floor": of_arrays(np.floor), "Greater": F.greater, "GreaterOrEqual": F.greater_equal,
     "Identity": lambda x: x, "IsNaN": of_arrays(np.isnan), "Less": F.less, "LessOrEqual": F.less_equal, "Log": F.log,
     "Max": of_several(F.maximum), "Min": of_several(F.minimum), "Mod": _mod, "Mul": F.mul, "Neg": F.neg,
@@ -58,11 +65,14 @@ def IsInf(x: Value, *, detect_negative: int = 1, detect_positive: int = 1) -> Va
 
 @operator
 def Clip(x: Value, min: Value = None, max: Value = None) -> Value:
+    limits = [v for v in (min, max) if v is not None]
+    if not limits:
+        return x
+    if np.issubdtype(x.dtype, np.floating) and not any(getattr(v, "requires_grad", False) for v in limits):
+        return F.clip(x, **{name: number(v) for name, v in (("min", min), ("max", max)) if v is not None})
     for limit, choose in ((min, F.maximum), (max, F.minimum)):  # a maximum below the minimum wins
         if limit is not None:
-            x = choose(
-                x, number(limit) if np.issubdtype(x.dtype, np.floating) else np.asarray(array_of(limit), x.dtype)
-            )
+            x = choose(x, limit if isinstance(limit, Tensor) else np.asarray(limit, x.dtype))
     return x
 
 
@@ -142,4 +152,5 @@ def Gelu(x: Value, *, approximate: str = "none") -> Value:
 
 @operator
 def Shrink(x: Value, *, bias: float = 0.0, lambd: float = 0.5) -> Value:
-    return F.where(x < -lambd, x + bias, F.where(x > lambd, x - bias, x * 0))
+    y = F.where(x < -lambd, x + bias, F.where(x > lambd, x - bias, x * 0))
+    return y if y.dtype == x.dtype else F.astype(y, dtype=x.dtype)

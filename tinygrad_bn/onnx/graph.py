@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tinygrad_bn.arguments import shown
 from tinygrad_bn.nn.batch_norm import _BatchNorm
 from tinygrad_bn.nn.module import Module, Parameter
 from tinygrad_bn.onnx.errors import OnnxError
@@ -41,7 +42,7 @@ def load(path: str | os.PathLike[str]) -> Graph:
 class BatchNorm(_BatchNorm):
     """BatchNorm of an ONNX file, over any number of axes."""
 
-    _shapes: ClassVar = {n: f"(N, C{', ...' * (n > 2)})" for n in range(2, 8)}
+    _shapes: ClassVar = {2: "(N, C)", 3: "(N, C, ...)", **dict.fromkeys(range(4, 9), "(N, C, ...)")}
 
 
 class Graph(Module):
@@ -55,34 +56,51 @@ class Graph(Module):
 
     def __init__(self, model: Model) -> None:
         self.inputs, self.outputs, self.opset = model.inputs, model.outputs, model.opset
-        self._nodes = [_checked(node) for node in model.nodes]
+        self._nodes, self._constants = _without_aliases(model)
+        for node in self._nodes:
+            _check(node)
         self._given = [_given_by_graph(node) for node in self._nodes]
         self._norms: dict[int, str] = {}  # the attribute of a BatchNorm, by the position of its node
         self._weights: dict[str, str] = {}  # the attribute of a parameter, by its name in the file
-        self._constants = dict(model.arrays)
-        uses = Counter((*(name for node in model.nodes for name in node.inputs), *model.outputs))
+        self._last = {name: i for i, node in enumerate(self._nodes) for name in node.inputs}
+        taken: set[str] = set()  # keys of the state, and what stands before their dots
+        uses = Counter((*(name for node in self._nodes for name in node.inputs), *model.outputs))
+        layers: dict[tuple[str, ...], str] = {}
         for i, node in enumerate(self._nodes):
             if _is_layer(node, self._constants, uses):
-                vectors = [self._constants.pop(name) for name in node.inputs[1:]]
-                self._norms[i] = self._keep(_name_of(node, i), _batch_norm(node, vectors))
+                vectors = node.inputs[1:]
+                if vectors not in layers:  # else it is called again
+                    layer = _batch_norm(node, [self._constants[name] for name in vectors])
+                    layers[vectors] = self._keep(_name_of(node, i), layer, taken)
+                self._norms[i] = layers[vectors]
+        uses -= Counter(name for i in self._norms for name in self._nodes[i].inputs[1:])
+        statistics = {n for node in self._nodes if node.operator == "BatchNormalization" for n in node.inputs[3:]}
         for name, array in list(self._constants.items()):
-            if array.dtype.kind == "f" and array.ndim:
-                self._weights[name] = self._keep(name, Parameter(self._constants.pop(name)))
-        self._last = {name: i for i, node in enumerate(self._nodes) for name in node.inputs}
+            if not uses[name]:
+                del self._constants[name]
+            elif array.dtype.kind == "f" and array.ndim and name not in statistics:
+                self._weights[name] = self._keep(name, Parameter(self._constants.pop(name)), taken)
         self.eval()
+        for i, name in self._norms.items():
+            getattr(self, name).train(bool(self._nodes[i].attributes.get("training_mode", 0)))
 
-    def _keep(self, name: str, part: Parameter | Module) -> str:
+    def _keep(self, name: str, part: Parameter | Module, taken: set[str]) -> str:
         """The name of an attribute that holds `part`: this name, or one like it that is free."""
         name = name.replace("/", ".")
-        while hasattr(self, name):
+        name = f"w{name}" if name.startswith("__") else name
+        while hasattr(self, name) or name in taken:
             name += "_"
         setattr(self, name, part)
+        keys = [name] if isinstance(part, Parameter) else [f"{name}.{key}" for key, _ in part.named_tensors()]
+        taken.update(key[:i] for key in keys for i in range(1, len(key)) if key[i] == ".")
+        taken.update(keys)
         return name
 
     def forward(self, *inputs: Tensor) -> Any:
         """The outputs for the inputs in the order of `self.inputs`."""
         if len(inputs) != len(self.inputs):
-            raise ValueError(f"the graph takes {len(self.inputs)} inputs, {', '.join(self.inputs)}; got {len(inputs)}")
+            names = ", ".join(map(shown, self.inputs))
+            raise ValueError(f"the graph takes {len(self.inputs)} inputs, {names}; got {len(inputs)}")
         values: dict[str, Any] = self._constants | {n: getattr(self, a) for n, a in self._weights.items()}
         values |= zip(self.inputs, inputs, strict=True)
         for i, node in enumerate(self._nodes):
@@ -109,20 +127,32 @@ class Graph(Module):
         return result if isinstance(result, tuple) else (result,)
 
     def extra_repr(self) -> str:
-        counts = Counter(node.operator for node in self._nodes)
-        return f"{', '.join(self.inputs)} -> {', '.join(self.outputs)}: " + ", ".join(
-            f"{count} {name}" for name, count in counts.most_common()
-        )
+        counts = Counter(node.operator for node in self._nodes).most_common()
+        ends = " -> ".join(", ".join(map(shown, names)) for names in (self.inputs, self.outputs))
+        return f"{ends}: {', '.join(f'{count} {name}' for name, count in counts)}"
 
 
-def _checked(node: Node) -> Node:
-    if not node.outputs or not any(node.outputs):
-        raise OnnxError(f"{node} has no output")
+def _without_aliases(model: Model) -> tuple[list[Node], dict[str, Array]]:
+    """The nodes and the arrays, without nodes that give an array another name, as PyTorch's exporter has them."""
+    arrays, nodes = dict(model.arrays), []
+    for node in model.nodes:
+        if (
+            node.operator == "Identity"
+            and len(node.inputs) == 1
+            and node.inputs[0] in arrays
+            and len(node.outputs) == 1
+        ):
+            arrays[node.outputs[0]] = arrays[node.inputs[0]].copy()
+        else:
+            nodes.append(node)
+    return nodes, arrays
+
+
+def _check(node: Node) -> None:
     try:
-        expect_computable(node.operator, node.attributes, len(node.inputs))
+        expect_computable(node)
     except OnnxError as error:
         raise OnnxError(f"{error} (node {node})" if node.name else str(error)) from error
-    return node
 
 
 def _given_by_graph(node: Node) -> set[str]:
@@ -131,10 +161,10 @@ def _given_by_graph(node: Node) -> set[str]:
 
 
 def _is_layer(node: Node, arrays: dict[str, Array], uses: Counter[str]) -> bool:
-    """Whether a node is a BatchNormalization whose four vectors are its own, and whose first output alone is read."""
-    vectors, others = node.inputs[1:], node.outputs[1:]
-    own = all(uses[name] == 1 and name in arrays for name in vectors)
-    return node.operator == "BatchNormalization" and own and not any(uses[name] for name in others)
+    """Whether a node is a BatchNormalization of four vectors in the file, whose first output alone is read."""
+    plain = node.operator == "BatchNormalization" and node.attributes.get("spatial", 1)
+    own = all(name in arrays for name in node.inputs[1:])
+    return bool(plain and own and not any(uses[name] for name in node.outputs[1:]))
 
 
 def _name_of(node: Node, i: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tinygrad_bn.arguments import shown
 from tinygrad_bn.onnx.errors import OnnxError
+from tinygrad_bn.onnx.reading import Node
 from tinygrad_bn.tensor import Tensor
 
 Value: TypeAlias = Any  # a Tensor, or an array that no gradient passes
@@ -79,8 +80,9 @@ def of_several(function: Operator) -> Operator:
 FROM_GRAPH = {"opset", "outputs", "training"}  # arguments that are no attributes
 
 
-def expect_computable(name: str, attributes: dict[str, Any], inputs: int) -> None:
-    """Raise OnnxError unless a node's operator, inputs and attributes are those of a function here."""
+def expect_computable(node: Node) -> None:
+    """Raise OnnxError unless a node's operator, inputs, outputs and attributes are those of a function here."""
+    name, attributes = node.operator, node.attributes
     if name not in OPERATORS:
         raise OnnxError(f"the operator {shown(name)} is not computed")
     parameters = inspect.signature(OPERATORS[name]).parameters
@@ -89,8 +91,13 @@ def expect_computable(name: str, attributes: dict[str, Any], inputs: int) -> Non
     slots = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty and p.name not in attributes for p in slots)
     several = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    if inputs < needed or (inputs > len(slots) and not several):
-        raise OnnxError(f"{name} takes {needed} inputs{' or more' if several else ''}; the node has {inputs}")
+    given = len(node.inputs)
+    if given < max(needed, several) or (given > len(slots) and not several) or "" in node.inputs[:needed]:
+        raise OnnxError(f"{name} takes {needed} inputs{' or more' if several else ''}; the node has {given}")
+    if not node.outputs or not node.outputs[0] or (len(node.outputs) > 1 and "outputs" not in parameters):
+        raise OnnxError(f"{name} has a first output, and here no others; the node has {len(node.outputs)}")
     for p in parameters.values():
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in attributes and p.name not in FROM_GRAPH:
             raise OnnxError(f"the attribute {p.name!r} of {name} is missing")
+    if name == "Constant" and len(attributes) != 1:
+        raise OnnxError(f"Constant has one attribute, its value; the node has {len(attributes)}")

@@ -61,6 +61,8 @@ def Split(
     n, parts = x.shape[axis], num_outputs or outputs
     each = -(-n // parts)
     sizes = ints(split) if split is not None else [each] * (parts - 1) + [n - each * (parts - 1)]
+    if sum(sizes) != n or min(sizes) < 0:
+        raise OnnxError(f"Split of {n} elements into parts of {sizes}")
     ends, before = np.cumsum(sizes), (slice(None),) * (axis % x.ndim)
     return tuple(
         getitem(x, index=(*before, slice(int(end) - size, int(end)))) for end, size in zip(ends, sizes, strict=True)
@@ -74,11 +76,11 @@ def Slice(x: Value, starts: Value, ends: Value, axes: Value = None, steps: Value
     index = [slice(None)] * x.ndim
     for i, axis in enumerate(at):
         step, n = 1 if steps is None else ints(steps)[i], x.shape[axis]
+        first, last = (v + n if v < 0 else v for v in (start[i], end[i]))
         if step > 0:
-            index[axis] = slice(start[i], end[i], step)
-        else:  # an end before the first element is None for Python
-            last = end[i] + n if end[i] < 0 else end[i]
-            index[axis] = slice(start[i], None if last < 0 else last, step)
+            index[axis] = slice(max(first, 0), max(last, 0), step)
+        else:  # from an element that is there; an end before the first element is None for Python
+            index[axis] = slice(max(first, 0), None if last < 0 else last, step)
     return getitem(x, index=tuple(index))
 
 
@@ -126,6 +128,8 @@ def Pad(x: Value, pads: Value, value: Value = None, axes: Value = None, *, mode:
     if mode == "constant":
         inner = tuple(slice(max(-b, 0), n - max(-a, 0)) for (b, a), n in zip(width, x.shape, strict=True))
         x = getitem(x, index=inner) if min(flat, default=0) < 0 else x
+        if getattr(value, "requires_grad", False):
+            raise OnnxError("Pad by a value that gets a gradient is not computed")
         fill = 0 if value is None else np.asarray(array_of(value)).item()
         return pad(x, width=tuple((max(b, 0), max(a, 0)) for b, a in width), value=fill)
     if mode not in ("reflect", "edge", "wrap") or min(flat, default=0) < 0:
@@ -175,6 +179,8 @@ def Dropout(
     x: Value, ratio: Value = 0.5, training_mode: Value = False, *, seed: int = 0, training: bool, outputs: int = 1
 ) -> Any:
     """As `nn.Dropout`: in training mode elements are dropped, in evaluation none."""
-    p = number(ratio)
-    y = F.dropout(x, p, training=True) if (training or bool(np.asarray(array_of(training_mode)))) and p else x
-    return (y, np.asarray(array_of(y) != 0) if y is not x else np.ones(x.shape, bool))[:outputs]
+    p, kept = number(ratio), np.ones(x.shape, bool)
+    if not (training or bool(np.asarray(array_of(training_mode)))) or not p:
+        return (x, kept)[:outputs]
+    factor = F.dropout(np.ones(x.shape, x.dtype), p, training=True)  # 0, or 1 / (1 − p)
+    return (x * factor, factor != 0)[:outputs]

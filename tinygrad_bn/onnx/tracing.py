@@ -85,7 +85,7 @@ class Trace:
         self._names = {id(t._data): name for name, t in reversed(list(model.named_tensors()))}
         self.owned = set(self._names.values())  # names of parameters and buffers
         self._named: dict[int, tuple[Any, str]] = {}  # constants by identity, which the array keeps alive
-        self.input = Traced(Tensor(x), "input")
+        self.input = Traced(Tensor(x), self._free("input"))
         with evaluating(model), no_grad(), listening(self):
             y = _noted(model, self.input)
         if not isinstance(y, Tensor):
@@ -107,7 +107,7 @@ class Trace:
         inputs = [o if o is None or isinstance(o, bool | int | float) else self._name(o) for o in operands]
         tensors = [(o.shape, o.dtype) if hasattr(o, "dtype") else ((), None) for o in operands]
         shapes, dtypes = zip(*tensors, strict=True)
-        name = f"{op.name}_{len(self.calls)}"
+        name = self._free(f"{op.name}_{len(self.calls)}")
         self.calls.append(Call(op.name, inputs, name, shapes, dtypes, y.shape, y.dtype, params))
         return Traced(y, name), saved
 
@@ -117,13 +117,19 @@ class Trace:
             raise OnnxError("an index or another array of the model comes from its input; that cannot be written down")
         return run(first, *others)
 
+    def _free(self, name: str) -> str:
+        """A name that no parameter or buffer has, and that none begins with, as translations add to it."""
+        while any(own.startswith(name) for own in self.owned):
+            name += "_"
+        return name
+
     def _name(self, value: Any) -> str:
         """The name of an operand: of a parameter or buffer its own."""
         if isinstance(value, Traced):
             return value.name
         array = value._data if isinstance(value, Tensor) else np.asarray(value)
         if id(array) not in self._named:
-            name = self._names.get(id(array), f"constant_{len(self._named)}")
+            name = self._names.get(id(array)) or self._free(f"constant_{len(self._named)}")
             self._named[id(array)] = array, name
             self.constants[name] = Tensor(array).numpy()
         return self._named[id(array)][1]

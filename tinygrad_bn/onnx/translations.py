@@ -72,18 +72,38 @@ COMPARISONS = {
 }  # fmt: skip
 
 
+def cast(inputs: Sequence[str], call: Call, dtype: Any) -> tuple[list[Any], list[str]]:
+    """Nodes that convert the operands of another dtype than this one, and the names of all."""
+    kind = library().helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes, names = [], []
+    for i, (name, own) in enumerate(zip(inputs, call.dtypes, strict=True)):
+        differs = own is not None and own != dtype
+        names.append(f"{call.output}_cast_{i}" if differs else name)
+        if differs:
+            nodes.append(node("Cast", [name], names[-1], to=kind))
+    return nodes, names
+
+
 @translation(*SAME_NAMES)
 def _by_name(call: Call, twice: Call, weights: Weights) -> list[Any]:
-    return [node(SAME_NAMES[call.op], named(call, weights), call.output)]
+    """ONNX does not promote: operands get the dtype of the result."""
+    inputs = named(call, weights)
+    nodes, names = cast(inputs, call, call.dtype)
+    if call.op == "where":
+        nodes, names = [n for n in nodes if n.input[0] != inputs[0]], [inputs[0], *names[1:]]
+    return [*nodes, node(SAME_NAMES[call.op], names, call.output)]
 
 
 @translation(*COMPARISONS, "not_equal")
 def _comparison(call: Call, twice: Call, weights: Weights) -> list[Any]:
-    inputs = named(call, weights, next(filter(None, call.dtypes)))
+    dtypes = [dtype for dtype in call.dtypes if dtype is not None]
+    fractions = any(isinstance(o, float) and not o.is_integer() for o in call.inputs)
+    dtype = np.dtype(np.float64) if fractions and dtypes[0].kind != "f" else np.result_type(*dtypes)
+    nodes, names = cast(named(call, weights, dtype), call, dtype)
     if call.op == "not_equal":
         equal = f"{call.output}_equal"
-        return [node("Equal", inputs, equal), node("Not", [equal], call.output)]
-    return [node(COMPARISONS[call.op], inputs, call.output)]
+        return [*nodes, node("Equal", names, equal), node("Not", [equal], call.output)]
+    return [*nodes, node(COMPARISONS[call.op], names, call.output)]
 
 
 @translation("rsqrt", "expm1", "log1p", "erfc")
@@ -173,7 +193,8 @@ def _getitem(call: Call, twice: Call, weights: Weights) -> list[Any]:
     """Slices and integers; then integers lose their axes, and None makes new ones."""
     index = call.params["index"]
     parts = index if isinstance(index, tuple) else (index,)
-    if any(not (part is None or part is ... or isinstance(part, slice | int | np.integer)) for part in parts):
+    plain = (slice, int, np.integer, type(None), type(...))
+    if any(not isinstance(part, plain) or isinstance(part, bool) for part in parts):
         raise OnnxError(
             "an index that is an array may depend on the input's values; only slices and integers are written"
         )
@@ -225,13 +246,13 @@ REDUCTIONS = {"sum": "ReduceSum", "mean": "ReduceMean", "max": "ReduceMax", "min
 @translation(*REDUCTIONS)
 def _reduction(call: Call, twice: Call, weights: Weights) -> list[Any]:
     axis, keepdims = call.params.get("axis"), int(call.params.get("keepdims", False))
-    inputs = [call.inputs[0]]
+    nodes, inputs = cast([call.inputs[0]], call, call.dtype)  # the mean of integers, the sum of booleans
     if axis is not None:
         axes = axis if isinstance(axis, tuple) else (axis,)
         if not axes:
-            return [node("Identity", inputs, call.output)]
+            return [*nodes, node("Identity", inputs, call.output)]
         inputs.append(constant(weights, f"{call.output}_axes", axes, np.int64))
-    return [node(REDUCTIONS[call.op], inputs, call.output, keepdims=keepdims)]
+    return [*nodes, node(REDUCTIONS[call.op], inputs, call.output, keepdims=keepdims)]
 
 
 @translation("sum_to")
@@ -306,10 +327,11 @@ def _max_pool(call: Call, twice: Call, weights: Weights) -> list[Any]:
 @translation("batch_norm_inference")
 def _batch_norm(call: Call, twice: Call, weights: Weights) -> list[Any]:
     x, mean, var, weight, bias = call.inputs
-    owner = mean.removesuffix(".running_mean")
-    for name, value in (("weight", 1), ("bias", 0)):  # of a layer without them
-        constant(weights, f"{owner}.{name}", np.full(call.shapes[1], value), call.dtypes[1])
-    scale, shift = weight or f"{owner}.weight", bias or f"{owner}.bias"
+    owner = mean.removesuffix("running_mean")
+    scale, shift = (
+        given or constant(weights, f"{owner}{name}", np.full(call.shapes[1], value), call.dtypes[1])
+        for name, given, value in (("weight", weight, 1), ("bias", bias, 0))  # a layer may have none
+    )
     return [node("BatchNormalization", [x, scale, shift, mean, var], call.output, epsilon=call.params["eps"])]
 
 

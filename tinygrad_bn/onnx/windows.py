@@ -126,19 +126,28 @@ def AveragePool(
     strides, dilations = strides or (1,) * ndim, dilations or (1,) * ndim
     around = _around(size, kernel_shape, strides, dilations, pads, auto_pad)
     out = _outputs(size, kernel_shape, strides, dilations, around, ceil_mode)
-    ends = [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(out, strides, dilations, kernel_shape, strict=True)]
+    total, count = _window_sums(x, kernel_shape, out, strides, dilations, around, count_include_pad)
+    return total / np.maximum(count, 1).astype(x.dtype)
+
+
+def _window_sums(
+    x: Value, kernel: Ints, out: Ints, strides: Ints, dilations: Ints, around: Pairs, counts_padding: int
+) -> tuple[Any, Any]:
+    """The sum of each window, and how many of its places count: those of x, and of the padding if it does."""
+    size = x.shape[2:]
+    ends = [(m - 1) * s + d * (k - 1) + 1 for m, s, d, k in zip(out, strides, dilations, kernel, strict=True)]
     border = [(b, max(end - n - b, 0)) for end, n, (b, _) in zip(ends, size, around, strict=True)]
-    counts = np.pad(np.ones(size), around, constant_values=float(bool(count_include_pad)))
-    counts = np.pad(counts, [(0, max(end - n, 0)) for end, n in zip(ends, counts.shape, strict=True)])
+    places = np.pad(np.ones(size), around, constant_values=float(bool(counts_padding)))
+    places = np.pad(places, [(0, max(end - n, 0)) for end, n in zip(ends, places.shape, strict=True)])
     padded = pad(x, width=((0, 0), (0, 0), *border))
     total: Any = 0
     count = np.zeros(out)
-    for place in np.ndindex(*kernel_shape):
+    for place in np.ndindex(*kernel):
         axes = zip(place, dilations, out, strides, strict=True)
         at = tuple(slice(i * d, i * d + (m - 1) * s + 1, s) for i, d, m, s in axes)
         total = total + getitem(padded, index=(slice(None), slice(None), *at))
-        count += counts[at]
-    return total / np.maximum(count, 1).astype(x.dtype)
+        count += places[at]
+    return total, count
 
 
 def _over_planes(x: Value) -> Any:
@@ -160,11 +169,13 @@ def LpPool(
     x: Value, *, kernel_shape: Ints, p: int = 2, auto_pad: str = "NOTSET", ceil_mode: int = 0,
     dilations: Ints | None = None, pads: Ints | None = None, strides: Ints | None = None,
 ) -> Value:  # fmt: skip
-    mean = AveragePool(
-        F.pow(F.abs(x), float(p)), kernel_shape=kernel_shape, auto_pad=auto_pad, ceil_mode=ceil_mode,
-        count_include_pad=1, dilations=dilations, pads=pads, strides=strides,
-    )  # fmt: skip
-    return F.pow(mean * float(math.prod(kernel_shape)), 1 / p)
+    """(Σ |x|ᵖ)^(1 / p) of each window. What lies outside of x counts as 0."""
+    ndim, size = x.ndim - 2, x.shape[2:]
+    strides, dilations = strides or (1,) * ndim, dilations or (1,) * ndim
+    around = _around(size, kernel_shape, strides, dilations, pads, auto_pad)
+    out = _outputs(size, kernel_shape, strides, dilations, around, ceil_mode)
+    total, _ = _window_sums(F.pow(F.abs(x), float(p)), kernel_shape, out, strides, dilations, around, 0)
+    return F.pow(total, 1 / p)
 
 
 @operator

@@ -33,7 +33,8 @@ def export(model: Module, example: Any, path: str | os.PathLike[str], *, dynamic
         path: the file. One that is there is replaced at the end, and stays after an error.
         dynamic_batch: let the first axis have any length; else it is that of `example`.
 
-    Parameters and buffers keep their names. BatchNorm keeps eps and its running statistics; of its momentum an ONNX
+    Parameters and buffers keep their names, but for those of a BatchNorm that is no part of a larger module: `load`
+    makes it one. BatchNorm keeps eps and its running statistics; of its momentum an ONNX
     file for evaluation says nothing.
 
     Raises:
@@ -48,7 +49,10 @@ def export(model: Module, example: Any, path: str | os.PathLike[str], *, dynamic
         raise OnnxError(f"an example of shape {x.shape} has no batch; give one, or dynamic_batch=False")
     trace = Trace(model, x)
     proto = _model(trace, Trace(model, np.concatenate([x, x])) if dynamic_batch else trace)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise OnnxError(f"ONNX has no operators for this model as it stands: {error}") from error
     with replacing(Path(path)) as beside:
         beside.write_bytes(proto.SerializeToString())
 
@@ -61,9 +65,9 @@ def _model(trace: Trace, twice: Trace) -> Any:
         raise OnnxError("the model computes something else for another size of the batch; use dynamic_batch=False")
     weights, nodes = dict(trace.constants), []
     for call, double in zip(trace.calls, twice.calls, strict=True):
+        nodes += TRANSLATIONS[call.op](call, double, weights)
         if list(call.inputs) != list(double.inputs) or (call.op not in BY_SHAPE and call.params != double.params):
             raise OnnxError(f"a number or an option of the op {call.op} follows the batch; use dynamic_batch=False")
-        nodes += TRANSLATIONS[call.op](call, double, weights)
     used = {name for node in nodes for name in node.input}
     arrays = [
         onnx.numpy_helper.from_array(np.asarray(a, order="C"), name) for name, a in weights.items() if name in used
@@ -72,7 +76,8 @@ def _model(trace: Trace, twice: Trace) -> Any:
     norms = [name.removesuffix("running_mean") for name in trace.owned if name.endswith("running_mean")]
     names = trace.owned.union(*({f"{norm}weight", f"{norm}bias"} for norm in norms))
     own = [array for array in arrays if array.name in names]
-    fixed = [helper.make_node("Constant", [], [array.name], value=array) for array in arrays if array not in own]
+    others = [array for array in arrays if array.name not in names]
+    fixed = [helper.make_node("Constant", [], [array.name], value=array) for array in others]
     ends = [_value(trace.input, twice.input)], [_value(trace.output, twice.output)]
     graph = helper.make_graph([*fixed, *nodes], "model", *ends, own)
     versions = [helper.make_opsetid("", OPSET)]
