@@ -295,12 +295,20 @@ def test_gradients_of_a_graph_as_a_function(exported):
 @pytest.mark.parametrize(
     ("operator", "attributes", "opset"),
     [
-        ("Softmax", {"axis": 1}, 11), ("Softmax", {}, 11), ("LogSoftmax", {"axis": 1}, 12), ("Softmax", {"axis": 1}, 13),
-        ("Clip", {"min": -0.5, "max": 0.5}, 10), ("Squeeze", {}, 12), ("Unsqueeze", {"axes": [1]}, 12),
-        ("ReduceSum", {"axes": [1], "keepdims": 0}, 12), ("Slice", {"starts": [1], "ends": [9], "axes": [2]}, 9),
-        ("Pad", {"pads": [0, 1, 0, 0, 0, 2], "value": 1.5}, 10), ("Dropout", {"ratio": 0.5}, 11), ("Flatten", {"axis": 2}, 9),
+        ("Softmax", {"axis": 1}, 11),
+        ("Softmax", {}, 11),
+        ("LogSoftmax", {"axis": 1}, 12),
+        ("Softmax", {"axis": 1}, 13),
+        ("Clip", {"min": -0.5, "max": 0.5}, 10),
+        ("Squeeze", {}, 12),
+        ("Unsqueeze", {"axes": [1]}, 12),
+        ("ReduceSum", {"axes": [1], "keepdims": 0}, 12),
+        ("Slice", {"starts": [1], "ends": [9], "axes": [2]}, 9),
+        ("Pad", {"pads": [0, 1, 0, 0, 0, 2], "value": 1.5}, 10),
+        ("Dropout", {"ratio": 0.5}, 11),
+        ("Flatten", {"axis": 2}, 9),
     ],
-)  # fmt: skip
+)
 def test_older_forms(operator, attributes, opset, tmp_path):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     proto = model_of([NODE(operator, ["x"], ["y"], **attributes)], opset=opset)
