@@ -182,3 +182,11 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"needs tensorboardX: pip install 'tinygrad-bn\[tensorboard\]'"):
         TensorBoardLog("logs")
+
+
+def test_a_measure_begins_anew_with_each_training():
+    seen = train.Measure(lambda training: training.step, "step")
+    x, y = np.ones((4, 2), np.float32), np.array([0, 1, 0, 1])
+    for _ in range(2):
+        train.fit(nn.Linear(2, 2), (x, y), epochs=2, batch_size=2, callbacks=[seen], progress=False)
+        assert seen.values == [0, 1, 2, 3, 4]

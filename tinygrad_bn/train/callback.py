@@ -128,9 +128,9 @@ class Measure(Callback):
         self.values: list[Any] = []
 
     def on_begin(self, training: Training) -> None:
-        """Measure before the first step."""
-        if not self.values:
-            self.values.append(self.function(training))
+        """Measure before the first step; a training that goes on from a checkpoint keeps its values."""
+        if not training.step:
+            self.values = [self.function(training)]
 
     def on_step(self, training: Training) -> None:
         """Measure after a step, if so asked."""

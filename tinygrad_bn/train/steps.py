@@ -1,4 +1,4 @@
-"""The steps of the optimizer, and what happens where one would not be finite."""
+"""A step of a training: gradients, the optimizer, and the check for NaN and infinity."""
 
 from __future__ import annotations
 
