@@ -13,7 +13,7 @@ from tests.tools.training import QUIET, network, samples, state, timeless
 from tinygrad_bn import nn
 from tinygrad_bn.functional import mse_loss
 from tinygrad_bn.optim import SGD
-from tinygrad_bn.train import CSVLog, EarlyStopping, Epoch, History, TensorBoardLog, Training, fit
+from tinygrad_bn.train import CSVLog, EarlyStopping, Epoch, History, Measure, TensorBoardLog, Training, fit
 
 DATA, VALIDATION = samples(60), samples(40, seed=1)
 
@@ -185,8 +185,8 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 
 def test_a_measure_begins_anew_with_each_training():
-    seen = train.Measure(lambda training: training.step, "step")
+    seen = Measure(lambda training: training.step, "step")
     x, y = np.ones((4, 2), np.float32), np.array([0, 1, 0, 1])
     for _ in range(2):
-        train.fit(nn.Linear(2, 2), (x, y), epochs=2, batch_size=2, callbacks=[seen], progress=False)
+        fit(nn.Linear(2, 2), (x, y), epochs=2, batch_size=2, callbacks=[seen], progress=False)
         assert seen.values == [0, 1, 2, 3, 4]
