@@ -38,7 +38,7 @@ class Node(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        operator = self.operator if self.operator.isidentifier() else shown(self.operator)
+        operator = self.operator if self.operator.isalnum() and len(self.operator) < 50 else shown(self.operator)
         return f"{operator} {shown(self.name)}" if self.name else operator
 
 
