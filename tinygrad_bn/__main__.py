@@ -46,6 +46,7 @@ def show_ops(what: list[str], checks: bool) -> None:
 
     from tinygrad_bn.op_table import entry
     from tinygrad_bn.tensor import OPS
+    from tinygrad_bn.testing.check import no_such_op
     from tinygrad_bn.testing.files import ops_of
 
     try:
@@ -54,7 +55,7 @@ def show_ops(what: list[str], checks: bool) -> None:
         raise SystemExit(str(error)) from None
     named = [name for name in what if not name.endswith(".py")]
     if unknown := [name for name in named if name not in OPS]:
-        raise SystemExit(f"there is no op {unknown[0]!r}; there are {', '.join(sorted(OPS))}")
+        raise SystemExit(no_such_op(unknown[0]))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # formulas, on a terminal without their letters
     failed = 0

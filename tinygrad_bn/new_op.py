@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import sys
+from importlib.metadata import packages_distributions
 from keyword import iskeyword
 from pathlib import Path
 
@@ -93,16 +96,31 @@ def test_NAME():
 """
 
 
+MODULES = "numba", "numpy", "pytest", "tinygrad_bn", "tinygrad_bn_kernels"  # also where they are not installed
+
+
+def names_in(*texts: str) -> set[str]:
+    """The names that programs read, import or define."""
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    found = [getattr(node, field, None) for node in nodes for field in ("id", "arg", "asname", "name")]
+    return {name for name in found if isinstance(name, str)}
+
+
 def write(name: str, fused: bool = False, folder: str | Path = ".") -> list[Path]:
     """Write NAME.py and test_NAME.py to a folder, and give their paths.
 
-    Raises ValueError for a name that an op cannot have or that is taken, FileExistsError if a file is there already.
+    Raises ValueError for a name that an op cannot have, or that an op, a module or the files themselves use;
+    FileExistsError if a file is there already.
     """
     if not name.isidentifier() or iskeyword(name):
         raise ValueError(f"the name of an op has to be an identifier; {name!r} is not")
     if name in OPS:
         raise ValueError(f"there is an op {name!r} already; choose another name")
     texts = {f"{name}.py": FUSED if fused else PRIMITIVE, f"test_{name}.py": TEST}
+    if name in sys.stdlib_module_names or name in packages_distributions() or name in MODULES:
+        raise ValueError(f"there is a module {name!r}, which {name}.py would hide; choose another name")
+    if name in names_in(*texts.values()):
+        raise ValueError(f"the files use the name {name!r} for something else; choose another name")
     paths = [Path(folder) / file for file in texts]
     for path in paths:
         if path.exists():

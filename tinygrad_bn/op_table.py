@@ -108,7 +108,8 @@ def gradients_of(op: Op) -> Iterator[str]:
     """The gradient of each operand as its rule is written: `∂a = g * b`."""
     names = [name.strip("'") for name in names_of(op.forward, max(len(op.rules), 1))]
     if op.fused:
-        yield "those of its composition, of every order"
+        of_rules = "; those with a graph by its rules, made of ops with kernels"
+        yield f"those of its composition, of every order{of_rules if any(op.rules) else ''}"
         return
     if not op.differentiable:
         yield "none"
@@ -142,7 +143,7 @@ def _written_rules(op: Op) -> dict[Any, str]:
 
 
 def fused_ops(op: Op) -> list[str]:
-    """The ops that the composition of a fused op runs, each once, in its order."""
+    """The ops that the composition of a fused op runs, each once, in the order of computation."""
     if not op.fused:
         return []
     xs, params = op.sample(RandomDraw(0))
@@ -150,11 +151,14 @@ def fused_ops(op: Op) -> list[str]:
         ts = [Tensor(x, requires_grad=True) if is_floating(x) else x for x in xs]
         y = apply(op, ts, params)[0]
     found: dict[str, None] = {}
-    pending, seen = [y], set()
-    while pending:
-        t = pending.pop()
-        if isinstance(t, Tensor) and t.node is not None and id(t) not in seen:
-            seen.add(id(t))
+    pending, seen = [(y, False)], set()
+    while pending:  # operands before results
+        t, ready = pending.pop()
+        if not isinstance(t, Tensor) or t.node is None:
+            continue
+        if ready:
             found[t.node.op.name] = None
-            pending += t.node.inputs
-    return [name for name in reversed(found) if name != "astype"]
+        elif id(t) not in seen:
+            seen.add(id(t))
+            pending += [(t, True), *((x, False) for x in reversed(t.node.inputs))]
+    return [name for name in found if name != "astype"]

@@ -131,7 +131,7 @@ def kept(y: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     """A reduction's result in the shape that broadcasts against its operand."""
     if keepdims or not x.ndim:
         return y
-    axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % x.ndim
+    axes = range(x.ndim) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, x.ndim)
     return reshape(y, shape=tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
 
 

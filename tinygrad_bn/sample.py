@@ -89,7 +89,9 @@ Sample: TypeAlias = Callable[[Draw], Drawn]
 
 
 def completed(sample: Sample, defaults: dict[str, Any]) -> Sample:
-    """A sample with the options that it leaves out."""
+    """A sample with the options that it leaves out. Raises TypeError unless it is a function."""
+    if not callable(sample):
+        raise TypeError(f"sample is a function of a Draw, as elementwise(REAL) gives one; got {sample!r}")
 
     def draw(d: Draw) -> Drawn:
         operands, params = sample(d)

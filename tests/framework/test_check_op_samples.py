@@ -10,7 +10,7 @@ from tinygrad_bn.testing import GradcheckError, VacuousCheckError
 
 
 def op_of(forward, *rules, sample):
-    forward.__name__ = forward.__qualname__ = "planted"
+    forward.__name__ = forward.__qualname__ = "planted"  # one name for all
     return (primitive(*rules, formula="y", sample=sample) if rules else fused(formula="y", sample=sample))(forward)
 
 
@@ -35,6 +35,14 @@ def op_of(forward, *rules, sample):
 def test_a_sample_that_is_none_is_an_error_in_words(sample, words):
     op = op_of(lambda x: x * 2, lambda g, y, x: g * 2, sample=sample)
     with pytest.raises(GradcheckError, match=words):
+        check_op(op)
+
+
+def test_a_sample_that_is_no_function_and_a_formula_that_is_no_text_are_refused():
+    with pytest.raises(TypeError, match=r"sample is a function of a Draw, as elementwise\(REAL\) gives one; got 5"):
+        op_of(lambda x: x * 2, sample=5)
+    op = fused(formula=3, sample=elementwise(REAL))(doubled)
+    with pytest.raises(TypeError, match="the formula of 'doubled' is a text, as 'y = a · b'; got 3"):
         check_op(op)
 
 

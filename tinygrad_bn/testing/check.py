@@ -90,6 +90,8 @@ def check_op(op: str | Function, examples: int = 25, seed: int = 0, allow_zero: 
     declared = OPS[op] if isinstance(op, str) else getattr(op, "op", None)
     if not isinstance(declared, Op):
         raise TypeError(f"check_op takes an op, made by primitive or fused, or its name; got {op!r}: see gradcheck")
+    if not isinstance(declared.formula, str):
+        raise TypeError(f"the formula of {declared.name!r} is a text, as 'y = a · b'; got {shown(declared.formula)}")
     expect_rules_that_take_the_options(declared)
     expect_no_kernel_with_nearly_the_name(declared)
     samples = [drawn(declared, RandomDraw(seed + i)) for i in range(max(examples, ENOUGH))]

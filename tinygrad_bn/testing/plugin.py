@@ -1,6 +1,7 @@
 """For pytest: `pytest -p tinygrad_bn.testing.plugin --tinygrad-ops FILE` checks every op that a file declares.
 
-Each op is a test of its own, `FILE::check_op[NAME]`. The option may be given several times.
+Each op is a test of its own; the argument `FILE::check_op[NAME]` selects it. The option may be given several times.
+Other tests run only if the command line names them.
 """
 
 from __future__ import annotations
@@ -23,18 +24,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Let pytest collect the files too."""
-    files = [str(Path(file).resolve()) for file in session.config.getoption("--tinygrad-ops")]
-    session.config.args[:] = (
-        [*files, *(a for a in session.config.args if a not in files)] if files else (session.config.args)
-    )
+    """Collect the files of the option, and nothing else but what the command line names."""
+    config = session.config
+    named = config.args if config.args_source is config.ArgsSource.ARGS else []
+    if files := _files(config):
+        in_part = [Path(argument.partition("::")[0]).resolve() for argument in named]  # as FILE::check_op[NAME]
+        config.args[:] = [*(str(file) for file in files if file not in in_part), *named]
+
+
+def _files(config: pytest.Config) -> list[Path]:
+    return [Path(file).resolve() for file in config.getoption("--tinygrad-ops")]
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Any:
     """The ops of a file that the option names."""
-    if str(file_path.resolve()) in [str(Path(f).resolve()) for f in parent.config.getoption("--tinygrad-ops")]:
-        return OpFile.from_parent(parent, path=file_path)
-    return None
+    return OpFile.from_parent(parent, path=file_path) if file_path.resolve() in _files(parent.config) else None
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> Any:
+    """Of such a file the ops only, not its functions `test_…`."""
+    return NoTests.from_parent(parent, path=module_path) if module_path.resolve() in _files(parent.config) else None
+
+
+class NoTests(pytest.Module):
+    """A module whose tests are left out."""
+
+    def collect(self) -> list[Any]:
+        return []
 
 
 class OpFile(pytest.File):
