@@ -347,27 +347,32 @@ KERNELS = {
     "layout": (
         in_order_of_memory,
         None,
-        "the result, by the kernel 'planted', of 'planted' for operands that lie .* is wrong: ",
+        "the result, by the kernel 'planted', of 'planted' where 'a' and 'b' lie .* is wrong: ",
     ),
     "layout of the result": (
         uninitialised,
         None,
-        "by the kernel 'planted', of 'planted' for operands that lie by columns, as a transposed array, is wrong: ",
+        "by the kernel 'planted', of 'planted' where 'a' and 'b' lie by columns, as a transposed array, is wrong: ",
     ),
     "negative strides": (
         from_the_first_element,
         None,
-        r"by the kernel 'planted', of 'planted' for operands that lie in reverse, as x\[::-1\], is wrong: ",
+        r"by the kernel 'planted', of 'planted' where 'a' and 'b' lie in reverse, as x\[::-1\], is wrong: ",
     ),
     "strides of 0": (
         lambda a, b: a * b if all(a.strides) else np.zeros_like(a * b),
         None,
-        "of 'planted' for operands that lie repeated along axis 0, as by broadcast_to, is wrong: ",
+        "of 'planted' where 'a' and 'b' lie repeated along axis 0, as by broadcast_to, is wrong: ",
+    ),
+    "unlike layouts": (
+        lambda a, b: (a.ravel("K") * b.ravel("K")).reshape(a.shape, order="F" if a.flags.fnc else "C"),
+        None,
+        "by the kernel 'planted', of 'planted' where 'a' lies by columns, as a transposed array, is wrong: ",
     ),
     "layout in float32": (
         lambda a, b: in_order_of_memory(a, b) if a.dtype == np.float32 else a * b,
         None,
-        "the result, by the kernel 'planted', of 'planted' for operands that lie .* is wrong: ",
+        "the result, by the kernel 'planted', of 'planted' where 'a' and 'b' lie .* is wrong: ",
     ),
     "gradient of a sum": (
         None,

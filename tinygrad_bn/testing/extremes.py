@@ -227,6 +227,8 @@ def _agrees(op: Op, xs: Operands, params: Params, seed: int, dtype: Any, toleran
             whose = f"{by_kernel('the result', op.name)} of {op.name!r} {when}"
             expect_close(y, wanted[0][1], tolerance, whose)  # before its gradients, which may run on wrong memory
             given = results(op, cast_real(xs, dtype), params, seed, dtype)
+        except GradcheckError:
+            raise
         except Exception as error:
             error.add_note(when.rstrip(","))
             raise
