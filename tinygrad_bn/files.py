@@ -18,6 +18,9 @@ def replacing(path: Path) -> Iterator[Path]:
     the new one; on Windows, and where folders cannot be synced, it may still be that of before. If only the last step
     fails, the fsync of the folder, OSError is raised although the new file is there.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "there is something that is no file, and is not replaced", str(path))
     beside = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")  # of the same suffix
     try:
         yield beside

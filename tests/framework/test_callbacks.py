@@ -190,3 +190,17 @@ def test_a_measure_begins_anew_with_each_training():
     for _ in range(2):
         fit(nn.Linear(2, 2), (x, y), epochs=2, batch_size=2, callbacks=[seen], progress=False)
         assert seen.values == [0, 1, 2, 3, 4]
+
+
+def test_an_error_of_the_disk_ends_the_training(tmp_path, monkeypatch):
+    """It is raised in `fit`, and nothing waits for a thread that has ended."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.record_writer import RecordWriter
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    x, y = np.ones((4, 2), np.float32), np.array([0, 1, 0, 1])
+    with pytest.raises(OSError, match="No space left"):
+        fit(nn.Linear(2, 2), (x, y), epochs=20, batch_size=1, callbacks=[TensorBoardLog(tmp_path)], progress=False)

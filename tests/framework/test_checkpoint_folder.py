@@ -253,3 +253,19 @@ def test_damaged_generations_are_passed_over(tmp_path):
             pytest.raises(CheckpointError, match="all 3 checkpoints"),
         ):
             folder.load_newest(model)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and devices are POSIX's")
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A link leads to the file that is written; a pipe or a folder stays."""
+    target, link, pipe = tmp_path / "a.safetensors", tmp_path / "link.safetensors", tmp_path / "pipe"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    model = nn.Linear(2, 1)
+    model.save(link)
+    assert link.is_symlink()
+    assert target.is_file()
+    for path in (pipe, tmp_path):
+        with pytest.raises(OSError, match="is not replaced"):
+            model.save(path)
+    assert pipe.is_fifo()

@@ -188,6 +188,18 @@ def test_names_and_dtypes(model, x, dynamic, tmp_path):
         assert {key.rpartition(".")[2] for key, _ in back.named_parameters()} == {"weight", "bias"}
 
 
+class Turned(nn.Module):
+    def forward(self, x):
+        return F.transpose(x) @ F.reshape(x, shape=(len(x), -1))
+
+
+def test_sizes_of_the_output_that_follow_the_batch_have_its_name(tmp_path):
+    for model, wanted in ((Turned(), [3, 3]), (nn.Linear(3, 2), ["batch", 2]), (nn.Flatten(), ["batch", 3])):
+        export(model, np.ones((2, 3), np.float32), tmp_path / "a.onnx")
+        (output,) = onnx.load(tmp_path / "a.onnx").graph.output
+        assert [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim] == wanted
+
+
 # ---- training further -------------------------------------------------------------------------------------
 
 
@@ -329,13 +341,16 @@ def test_older_forms(operator, attributes, opset, tmp_path):
         (Numbered(), "something else for another size of the batch"),
         (Branching(), "the model reads the values of a tensor"),
         (Indexed(), "an index or another array of the model comes from its input"),
+        (nn.AdaptiveMaxPool1d(1), "reads values that come from its input"),
+        (F.relu, "export takes a module; got a function"),
         (nn.Sequential(), "does not come from its input"),
     ],
 )
 def test_models_that_are_not_written(model, message, tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"before")
+    x = np.ones((2, 3, 4) if isinstance(model, nn.AdaptiveMaxPool1d) else (2, 3), np.float32)
     with pytest.raises((OnnxError, TypeError), match=message):
-        export(model, np.ones((2, 3), np.float32), tmp_path / "a.onnx")
+        export(model, x, tmp_path / "a.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == b"before"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -369,6 +384,10 @@ BAD = {
     "short": (
         model_of([NODE("Add", ["x", "w"], ["y"])], [TensorProto(name="w", data_type=1, dims=[9**9], raw_data=b"abcd")]),
         "has 4 bytes of float32",
+    ),
+    "input and attribute": (
+        model_of([NODE("Add", ["x", "x"], ["y"], b=1.0)]),
+        "Add has 'b' as an attribute and as an input",
     ),
     "two outputs": (model_of([NODE("Relu", ["x"], ["y", "z"])]), "Relu has a first output, and here no others"),
     "no input": (model_of([NODE("Add", ["x", ""], ["y"])]), "Add takes 2 inputs"),
@@ -435,6 +454,24 @@ def test_files_that_are_not_read(name, tmp_path):
     with pytest.raises(OnnxError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "inputs"),
+    [
+        ("Gather", {"axis": 99}, ["x", "i"]), ("Flatten", {"axis": 99}, ["x"]), ("Softmax", {"axis": 99}, ["x"]),
+        ("Squeeze", {}, ["x", "far"]), ("Unsqueeze", {}, ["x", "far"]), ("Split", {}, ["x", "i"]),
+        ("Range", {}, ["zero", "zero", "zero"]), ("ReduceSum", {}, ["x", "far"]),
+    ],
+)  # fmt: skip
+def test_axes_and_sizes_that_make_no_sense(operator, attributes, inputs, tmp_path):
+    arrays = {"i": np.array([0, 1]), "far": np.array([9]), "zero": np.array(0)}
+    tensors = [onnx.numpy_helper.from_array(a, name) for name, a in arrays.items()]
+    opset = 11 if operator == "Softmax" else 18
+    proto = model_of([NODE(operator, inputs, ["y"], **attributes)], tensors, opset=opset)
+    (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises((OnnxError, ValueError)):
+        load(tmp_path / "a.onnx")(np.ones((2, 3), np.float32))
 
 
 @pytest.mark.parametrize("name", ["forward", "training", "_nodes", "inputs", "__class__", "block/weight", "0.weight"])

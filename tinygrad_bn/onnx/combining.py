@@ -19,6 +19,7 @@ from tinygrad_bn.onnx.operators import (
     Value,
     array_of,
     axes_of,
+    axis_of,
     ints,
     of_arrays,
     of_several,
@@ -94,7 +95,7 @@ def _normalised(function: Callable[..., Value]) -> Operator:
     def run(x: Value, *, axis: int | None = None, opset: int) -> Value:
         if opset >= 13:
             return function(x, -1 if axis is None else axis)
-        start = (1 if axis is None else axis) % max(x.ndim, 1)
+        start = axis_of(1 if axis is None else axis, x.ndim)
         rows = F.reshape(x, shape=(math.prod(x.shape[:start]), math.prod(x.shape[start:])))
         return F.reshape(function(rows, 1), shape=x.shape)
 

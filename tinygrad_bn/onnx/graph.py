@@ -52,6 +52,9 @@ class Graph(Module):
     scale, bias, mean and variance are initializers is a module with parameters and buffers: in training mode it takes
     the statistics of the batch, and moves the running ones by ONNX' convention. `requires_grad_(False)`, and `freeze()`
     of its layers, freeze a graph or parts of it. All other initializers are constants.
+
+    A graph is in evaluation mode at first, but for a BatchNormalization with training_mode=1, as the file asks for it.
+    A Dropout whose training_mode is true in the file drops in every mode.
     """
 
     def __init__(self, model: Model) -> None:
@@ -124,7 +127,10 @@ class Graph(Module):
         except Exception as error:
             error.add_note(f"in the node {node} of an ONNX graph")
             raise
-        return result if isinstance(result, tuple) else (result,)
+        results = result if isinstance(result, tuple) else (result,)
+        if missing := [n for n in node.outputs[len(results) :] if n in self._last or n in self.outputs]:
+            raise OnnxError(f"the output {shown(missing[0])} of the node {node} is not computed")
+        return results
 
     def extra_repr(self) -> str:
         counts = Counter(node.operator for node in self._nodes).most_common()

@@ -61,7 +61,15 @@ def of_arrays(compute: Callable[..., Any]) -> Operator:
 
 
 def axes_of(axes: Value, ndim: int) -> tuple[int, ...]:
-    return tuple(axis % ndim if -ndim <= axis < ndim else axis for axis in ints(axes))
+    """Axes from 0 on. Raises OnnxError for one that is not there."""
+    if wrong := [axis for axis in ints(axes) if not -ndim <= axis < ndim]:
+        raise OnnxError(f"there is no axis {wrong[0]}, as there are {ndim}")
+    return tuple(axis % ndim for axis in ints(axes))
+
+
+def axis_of(axis: int, ndim: int, beyond: int = 0) -> int:
+    """An axis from 0 on; `beyond` is 1 where the number of axes itself is allowed."""
+    return axis if axis == ndim and beyond else axes_of((axis,), ndim)[0]
 
 
 def of_several(function: Operator) -> Operator:
@@ -89,9 +97,11 @@ def expect_computable(node: Node) -> None:
     if unknown := [a for a in attributes if a not in parameters or a in FROM_GRAPH]:
         raise OnnxError(f"the attribute {shown(unknown[0])} of {name} is not known")
     slots = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = len(node.inputs)
+    if twice := [p.name for p in slots[:given] if p.name in attributes]:
+        raise OnnxError(f"{name} has {shown(twice[0])} as an attribute and as an input")
     needed = sum(p.default is p.empty and p.name not in attributes for p in slots)
     several = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    given = len(node.inputs)
     if given < max(needed, several) or (given > len(slots) and not several) or "" in node.inputs[:needed]:
         raise OnnxError(f"{name} takes {needed} inputs{' or more' if several else ''}; the node has {given}")
     if not node.outputs or not node.outputs[0] or (len(node.outputs) > 1 and "outputs" not in parameters):

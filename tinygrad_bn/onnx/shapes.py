@@ -11,7 +11,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn.arguments import expect_fits_memory
 from tinygrad_bn.more_ops import getitem, pad
 from tinygrad_bn.onnx.errors import OnnxError
-from tinygrad_bn.onnx.operators import Ints, Value, array_of, axes_of, ints, number, operator
+from tinygrad_bn.onnx.operators import Ints, Value, array_of, axes_of, axis_of, ints, number, operator
 from tinygrad_bn.tensor import Array
 
 
@@ -25,7 +25,7 @@ def Reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Value:
 
 @operator
 def Flatten(x: Value, *, axis: int = 1) -> Value:
-    start = axis if axis >= 0 else axis + x.ndim
+    start = axis_of(axis, x.ndim, beyond=1)
     return F.reshape(x, shape=(math.prod(x.shape[:start]), math.prod(x.shape[start:])))
 
 
@@ -61,8 +61,8 @@ def Split(
     n, parts = x.shape[axis], num_outputs or outputs
     each = -(-n // parts)
     sizes = ints(split) if split is not None else [each] * (parts - 1) + [n - each * (parts - 1)]
-    if sum(sizes) != n or min(sizes) < 0:
-        raise OnnxError(f"Split of {n} elements into parts of {sizes}")
+    if sum(sizes) != n or min(sizes) < 0 or len(sizes) != outputs:
+        raise OnnxError(f"Split of {n} elements into {outputs} parts of {sizes}")
     ends, before = np.cumsum(sizes), (slice(None),) * (axis % x.ndim)
     return tuple(
         getitem(x, index=(*before, slice(int(end) - size, int(end)))) for end, size in zip(ends, sizes, strict=True)
@@ -86,14 +86,14 @@ def Slice(x: Value, starts: Value, ends: Value, axes: Value = None, steps: Value
 
 @operator
 def Gather(x: Value, indices: Value, *, axis: int = 0) -> Value:
-    return getitem(x, index=(slice(None),) * (axis % x.ndim) + (np.asarray(array_of(indices)),))
+    return getitem(x, index=(slice(None),) * axis_of(axis, x.ndim) + (np.asarray(array_of(indices)),))
 
 
 @operator
 def GatherElements(x: Value, indices: Value, *, axis: int = 0) -> Value:
     at = np.asarray(array_of(indices))
     index = list(np.ogrid[tuple(slice(n) for n in at.shape)])
-    index[axis % x.ndim] = at
+    index[axis_of(axis, x.ndim)] = at
     return getitem(x, index=tuple(index))
 
 
@@ -169,6 +169,8 @@ def ConstantOfShape(shape: Value, *, value: Any = None) -> Array:
 @operator
 def Range(start: Value, limit: Value, delta: Value) -> Array:
     first, last, step = (np.asarray(array_of(v)) for v in (start, limit, delta))
+    if not step or not np.isfinite([first, last, step]).all():
+        raise OnnxError(f"Range from {first} to {last} by {step}")
     count = math.ceil(max((last - first) / step, 0))
     expect_fits_memory("the result of Range", (count,))
     return (first + np.arange(count) * step).astype(first.dtype)
@@ -179,8 +181,8 @@ def Dropout(
     x: Value, ratio: Value = 0.5, training_mode: Value = False, *, seed: int = 0, training: bool, outputs: int = 1
 ) -> Any:
     """As `nn.Dropout`: in training mode elements are dropped, in evaluation none."""
-    p, kept = number(ratio), np.ones(x.shape, bool)
-    if not (training or bool(np.asarray(array_of(training_mode)))) or not p:
+    p, kept = 0.5 if ratio is None else number(ratio), np.ones(x.shape, bool)
+    if not (training or bool(training_mode is not None and np.asarray(array_of(training_mode)))) or not p:
         return (x, kept)[:outputs]
     factor = F.dropout(np.ones(x.shape, x.dtype), p, training=True)  # 0, or 1 / (1 − p)
     return (x * factor, factor != 0)[:outputs]

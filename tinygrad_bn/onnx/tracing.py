@@ -71,9 +71,8 @@ class Traced(Tensor):
 def _noted(model: Module, x: Traced) -> Any:
     try:
         return model(x)
-    except TypeError as error:
-        error.add_note("while the model was traced for export, where values that come from the input cannot be read")
-        raise
+    except TypeError as error:  # where a tensor from the input is used as an index or an option
+        raise OnnxError(f"the model reads values that come from its input: {error}") from error
 
 
 class Trace:

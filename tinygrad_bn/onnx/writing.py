@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.arguments import expect_flags
+from tinygrad_bn.arguments import expect_flags, full_name
 from tinygrad_bn.files import replacing
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.onnx.errors import OnnxError, library
@@ -43,6 +43,8 @@ def export(model: Module, example: Any, path: str | os.PathLike[str], *, dynamic
         ImportError: the package `onnx` is not installed.
     """
     onnx = library()
+    if not isinstance(model, Module):
+        raise TypeError(f"export takes a module; got {full_name(model)}")
     expect_flags(dynamic_batch=dynamic_batch)
     x = np.asarray((example if isinstance(example, Tensor) else Tensor(example)).numpy())
     if dynamic_batch and (not x.ndim or not len(x)):
@@ -78,7 +80,8 @@ def _model(trace: Trace, twice: Trace) -> Any:
     own = [array for array in arrays if array.name in names]
     others = [array for array in arrays if array.name not in names]
     fixed = [helper.make_node("Constant", [], [array.name], value=array) for array in others]
-    ends = [_value(trace.input, twice.input)], [_value(trace.output, twice.output)]
+    batch = trace.input.shape[0] if trace.input.ndim else 0
+    ends = [_value(trace.input, twice.input, batch)], [_value(trace.output, twice.output, batch)]
     graph = helper.make_graph([*fixed, *nodes], "model", *ends, own)
     versions = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, producer_name="tinygrad_bn", ir_version=IR_VERSION, opset_imports=versions)
@@ -93,10 +96,10 @@ def _same(trace: Trace, twice: Trace) -> bool:
     return all(equal(array, twice.constants.get(name)) for name, array in trace.constants.items())
 
 
-def _value(t: Traced, double: Traced) -> Any:
-    """The description of an input or output; a first axis that follows the batch has a name."""
+def _value(t: Traced, double: Traced, batch: int) -> Any:
+    """The description of an input or output. A size that is that of the batch has its name, others that follow none."""
     helper = library().helper
-    sizes: list[int | str] = list(t.shape)
-    if t.shape[:1] != double.shape[:1]:
-        sizes[0] = BATCH
+    sizes: list[int | str | None] = []
+    for n, m in zip(t.shape, double.shape, strict=True):
+        sizes.append(n if n == m else BATCH if (n, m) == (batch, 2 * batch) else None)
     return helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(t.dtype), sizes)

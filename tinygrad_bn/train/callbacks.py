@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,19 +137,27 @@ class TensorBoardLog(Callback):
 
     def __init__(self, folder: str | Path, *, every: int = 1, histograms: bool = False) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            import tensorboardX  # noqa: F401
         except ImportError as error:
             raise ImportError("TensorBoardLog needs tensorboardX: pip install 'tinygrad-bn[tensorboard]'") from error
-        self._make, self._writer = SummaryWriter, None
+        self._events: Any = None
         self.folder = _as_path("folder", folder)
         self.every = expect_integer("every", every, 1)
         expect_flags(histograms=histograms)
         self.histograms = histograms
 
     def on_begin(self, training: Training) -> None:
-        """Open a file, named by the step too: two may be opened within the second that the library names it by."""
+        """Open a file, named by the step too: two may be opened within the second that the library names it by.
+
+        The library's `SummaryWriter` would write on a thread of its own, and wait forever after an error there.
+        """
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
         following = training.step + 1
-        self._writer = self._make(str(self.folder), purge_step=following, filename_suffix=f".{following}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(self.folder / "events"), f".{following}")
+        self._add(following, session_log=SessionLog(status=SessionLog.START))
 
     def on_step(self, training: Training) -> None:
         """Write the loss and the learning rate."""
@@ -163,21 +172,33 @@ class TensorBoardLog(Callback):
         for name, value in training.history.rows()[-1].items():
             if value is not None:
                 self._write(f"epoch/{name}", value, training)
-        if self.histograms and self._writer is not None:
+        if self.histograms and self._events is not None:
+            from tensorboardX import summary
+
             for name, p in training.model.named_parameters():
                 values = p.numpy().astype(np.float64)
                 if (finite := values[np.isfinite(values)]).size:
-                    self._writer.add_histogram(f"parameters/{name}", finite, training.step)
+                    histogram = summary.histogram(f"parameters/{name}", finite, bins=64)
+                    self._add(training.step, summary=histogram)
+        if self._events is not None:
+            self._events.flush()
 
     def on_end(self, training: Training) -> None:
         """Close the file."""
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        if self._events is not None:
+            self._events.close()
+        self._events = None
 
     def _write(self, name: str, value: float, training: Training) -> None:
-        if self._writer is not None:
-            self._writer.add_scalar(name, value, training.step)
+        if self._events is not None:
+            from tensorboardX import summary
+
+            self._add(training.step, summary=summary.scalar(name, value))
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def _as_path(name: str, value: Any) -> Path:

@@ -25,7 +25,7 @@ def _adam(p, g, m, v, beta1, one_beta1, beta2, one_beta2, step_size, root_scale,
         last = first + BLOCK if first + BLOCK < stop else stop
         ps, gs, ms, vs, outs = p[first:last], g[first:last], m[first:last], v[first:last], out[first:last]
         for i in range(ps.size):
-            gi = gs[i] + decay * ps[i]
+            gi = gs[i] + (decay * ps[i] if decay != 0 else decay)  # 0 · ∞ would be NaN
             ms[i] = beta1 * ms[i] + one_beta1 * gi
             vs[i] = beta2 * vs[i] + one_beta2 * gi * gi
         for i in range(ps.size):
@@ -63,7 +63,7 @@ def _sgd(p, g, v, lr, momentum, one_dampening, decay, nesterov, out, start, stop
     a, b = (lr, lr * momentum) if nesterov else (lr - lr, lr)
     p, g, v, out = p[start:stop], g[start:stop], v[start:stop], out[start:stop]
     for i in range(p.size):
-        gi = g[i] + decay * p[i]
+        gi = g[i] + (decay * p[i] if decay != 0 else decay)  # 0 · ∞ would be NaN
         v[i] = momentum * v[i] + one_dampening * gi
         out[i] = p[i] - (a * gi + b * v[i])
 
