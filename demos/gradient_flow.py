@@ -47,10 +47,10 @@ def draw(run: Run, layers: Array, deep: Array, accuracy: Array) -> None:
     """Gradients by layer (above), accuracies (below), and the first layer's gradient by depth (below, right)."""
     figure, grid = viz.subplots(2, 3, 13, 8)
     for i, (activation, weights) in enumerate(CASES):
-        axes = grid[0, i // 2]
         for j, name in enumerate(MODELS):
-            viz.plot_seeds(axes, range(1, 21), layers[:, i, j], name, f"{name}, {weights} weights", ("--", "-")[i % 2])
-        axes.set(title=activation, xlabel="layer", xticks=range(2, 21, 3), yscale="log", ylim=(1e-13, 1e4))
+            how = f"{name}, {weights} weights", ("--", "-")[i % 2]
+            viz.plot_seeds(grid[0, i // 2], range(1, 21), layers[:, i, j], name, *how, log=True)
+        grid[0, i // 2].set(title=activation, xlabel="layer", xticks=range(2, 21, 3), ylim=(1e-13, 1e4))
     grid[0, 0].set_ylabel("norm of the gradient before training")
     grid[0, 1].legend(frameon=False, loc="lower center")
     for i, weights in enumerate(GAINS):

@@ -50,14 +50,15 @@ def draw(run: Run, rates: Array, loss: Array, accuracy: Array, failed: Array) ->
     figure, grid = viz.subplots(1, 2, 11, 4.8)
     for axes, values in zip(grid[0], (loss, accuracy), strict=True):
         for j, name in enumerate(MODELS):
-            viz.plot_seeds(axes, rates, np.where(failed[:, j], np.nan, values[:, j]), name, style="-o")
+            shown = np.where(failed[:, j], np.nan, values[:, j])
+            viz.plot_seeds(axes, rates, shown, name, style="-o", log=values is loss)
             some = failed[:, j].any(axis=0)  # marked above the axes: a training that diverged has no value to show
             axes.plot(
                 rates[some], np.full(some.sum(), 1.03 + 0.05 * j), "x", color=viz.colour(name),
                 transform=axes.get_xaxis_transform(), clip_on=False, markeredgewidth=2,
             )  # fmt: skip
         axes.set(xlabel="learning rate", xscale="log", xlim=(rates[0] / 1.3, rates[-1] * 1.3))
-    grid[0, 0].set(ylabel="training loss of the last epoch", yscale="log")
+    grid[0, 0].set_ylabel("training loss of the last epoch")
     grid[0, 1].set(ylabel="validation accuracy", ylim=(0, 1))
     viz.legend_below(grid[0, 1])
     figure.suptitle(

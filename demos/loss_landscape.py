@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> Run:
     figure, grid = viz.subplots(2, 2, 11, 8.4)
     for i, (axes, (measure, unit)) in enumerate(zip(grid.flat, MEASURES.items(), strict=True)):
         for j, name in enumerate(MODELS):
-            viz.plot_seeds(axes, EVERY * np.arange(1, measured.shape[-1] + 1), measured[:, j, i], name)
-        axes.set(xlabel="step", ylabel=unit, title=measure, yscale="log")
+            viz.plot_seeds(axes, EVERY * np.arange(1, measured.shape[-1] + 1), measured[:, j, i], name, log=True)
+        axes.set(xlabel="step", ylabel=unit, title=measure)
     viz.legend_below(grid[0, 0])
-    figure.suptitle(f"784-100×5-10 on {run.args.data}, rate {run.args.lr:g}; {len(measured)} seeds and their mean")
+    figure.suptitle(f"784-100×5-10 on {run.args.data}, rate {run.args.lr:g}; {len(measured)} seeds, geometric mean")
     run.save(figure, "landscape")
 
     logs = np.nanmean(np.log10(measured), axis=-1)  # by seed, network, measure; a difference is the ratio of two means

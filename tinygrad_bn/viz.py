@@ -145,7 +145,14 @@ def _are_histories(given: Any) -> bool:
 
 
 def plot_seeds(
-    axes: Axes, x: Any, values: Any, name: str, label: str | None = None, style: str = "-", hue: str | None = None
+    axes: Axes,
+    x: Any,
+    values: Any,
+    name: str,
+    label: str | None = None,
+    style: str = "-",
+    hue: str | None = None,
+    log: bool = False,
 ) -> None:
     """Plot one thin line per seed, their mean and its 95 % interval, in the colour of the model `name` or in `hue`.
 
@@ -157,8 +164,11 @@ def plot_seeds(
         label: text in the legend; the default is `name`.
         style: matplotlib's line style and marker.
         hue: a colour; the default is that of the model.
+        log: make the y axis logarithmic. The mean there is the geometric one, and its interval stays above 0.
     """
     values = np.asarray(values, float)
+    if log:
+        axes.set_yscale("log")
     hue = hue or colour(name)
     if len(values) > 1:
         axes.plot(x, values.T, style, color=hue, alpha=0.2, linewidth=0.8, markersize=3)
@@ -166,10 +176,21 @@ def plot_seeds(
 
 
 def plot_mean(axes: Axes, x: Any, values: Any, hue: str, label: str, style: str = "-") -> None:
-    """Plot the mean over the seeds, values (S, T), and its 95 % interval as a band; none where a seed has NaN."""
-    known = [interval(column) for column in np.asarray(values, float).T]
-    axes.plot(x, [i.mean for i in known], style, color=hue, label=label)
-    axes.fill_between(x, [i.low for i in known], [i.high for i in known], color=hue, alpha=0.2, linewidth=0)
+    """Plot the mean over the seeds, values (S, T), and its 95 % interval; none where a seed has NaN.
+
+    The interval is a band, or bars where `style` has no line. On a logarithmic axis it is that of the geometric mean.
+    """
+    logarithmic = axes.get_yscale() == "log"
+    columns = np.asarray(values, float).T
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a 0, or of seeds whose logarithms are −∞
+        known = [interval(np.log(column) if logarithmic else column) for column in columns]
+    parts = np.array([(i.mean, i.low, i.high) for i in known]).T
+    mean, low, high = np.exp(parts) if logarithmic else parts
+    axes.plot(x, mean, style, color=hue, label=label)
+    if style.startswith(" "):
+        axes.vlines(x, low, high, color=hue, alpha=0.5)
+    else:
+        axes.fill_between(x, low, high, color=hue, alpha=0.2, linewidth=0)
 
 
 def percentile_bands(axes: Axes, steps: Array, values: Array, name: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from demos import bn_backward, common, deep_mlp, gallery, iris_mlp, learning_rates, mnist_mlp, titanic_mlp
 from demos.common import Run
+from tinygrad_bn import viz
 
 ROOT = Path(deep_mlp.__file__).parents[1]
 MODELS = ("without BatchNorm", "with BatchNorm")
@@ -147,3 +148,17 @@ def test_a_claim_of_equality(tmp_path, monkeypatch):
         run.claims.clear()
         run.claim_mean("equal", [0.1, 0.0], -2, 2, learned=learned)
         assert list(run.claims.values()) == [holds]
+
+
+def test_a_mean_on_a_logarithmic_axis_is_geometric_and_its_band_stays_above_0():
+    values = np.exp(np.random.default_rng(0).normal(size=(10, 4)) * 3)
+    _, grid = viz.subplots(1, 2, 6, 3)
+    viz.plot_seeds(grid[0, 0], range(4), values, "with BatchNorm", log=True)
+    assert grid[0, 0].get_yscale() == "log"
+    np.testing.assert_allclose(grid[0, 0].lines[-1].get_ydata(), np.exp(np.log(values).mean(axis=0)))
+    (band,) = grid[0, 0].collections
+    assert (band.get_paths()[0].vertices[:, 1] > 0).all()
+    viz.plot_seeds(grid[0, 1], range(4), values, "with BatchNorm", style=" o")
+    (bars,) = grid[0, 1].collections
+    assert len(bars.get_paths()) == 4  # without a line, no band either
+    viz.plot_seeds(grid[0, 0], range(4), np.where(values > 1, values, np.nan), "without BatchNorm", log=True)
