@@ -16,7 +16,7 @@ from tinygrad_bn.captured.program import Forward
 from tinygrad_bn.optim import clip_grad_norm_
 from tinygrad_bn.sample import RandomDraw
 from tinygrad_bn.tensor import OPS, primitive
-from tinygrad_bn.testing.properties import split_differentiable
+from tinygrad_bn.testing.calls import split_differentiable
 
 RNG = np.random.default_rng(0)
 DATA = [(RNG.normal(size=(8, 6)).astype(np.float32), RNG.integers(0, 3, 8)) for _ in range(24)]

@@ -83,13 +83,13 @@ def test_eps_is_checked_when_it_is_set(norm: Any) -> None:
 
 def test_layers_of_sequential() -> None:
     for wrong in ([layer()], (layer(),), (layer() for _ in "ab")):
-        with pytest.raises(TypeError, match=r"layer 0 is a \w+, not a module; unpack it with \*"):
+        with pytest.raises(TypeError, match=r"module 0 is a \w+, not a module; unpack it with \*"):
             nn.Sequential(wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"layer 1 is an int, not a module$"):
+    with pytest.raises(TypeError, match=r"module 1 is an int, not a module$"):
         nn.Sequential(layer(), 3)  # type: ignore[arg-type]
     model = nn.Sequential(layer(), nn.ReLU())
     for index in ("a", 1.0, None, True):
-        with pytest.raises(TypeError, match="the index of a layer has to be an integer; got"):
+        with pytest.raises(TypeError, match="the index of a module has to be an integer; got"):
             model[index]  # type: ignore[call-overload]
     assert model[np.int64(-1)] is model[1]  # type: ignore[call-overload]
 

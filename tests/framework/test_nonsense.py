@@ -195,7 +195,23 @@ def test_methods_refuse_nonsense(method):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Flatten, nn.ReLU, nn.Identity, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.SiLU, nn.GELU]
+    "layer",
+    [
+        nn.Flatten,
+        nn.ReLU,
+        nn.Identity,
+        nn.Sigmoid,
+        nn.Tanh,
+        nn.Softplus,
+        nn.SiLU,
+        nn.ReLU6,
+        nn.Hardsigmoid,
+        nn.Hardswish,
+        nn.Mish,
+        nn.SELU,
+        nn.Softsign,
+        nn.LogSigmoid,
+    ],
 )
 def test_layers_without_options_take_none(layer):
     for wrong in (lambda: layer("a"), lambda: layer(-1), lambda: layer(inplace=True)):

@@ -8,7 +8,7 @@ from tinygrad_bn import Tensor, grad, sample
 from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.backend import kernels_disabled
 from tinygrad_bn.tensor import OPS, Op, apply
-from tinygrad_bn.testing.properties import Operands, cast_real, positions
+from tinygrad_bn.testing.calls import Operands, cast_real, positions
 
 LARGEST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_subnormal)
 OF_BATCHES = {"batch_norm_training", "batch_norm_gradient", "batch_norm_weight_gradient"}

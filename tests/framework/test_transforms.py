@@ -13,7 +13,7 @@ from tinygrad_bn import Tensor, manual_seed, nn, no_grad, optim
 from tinygrad_bn import functional as F
 from tinygrad_bn import grad as gradients
 from tinygrad_bn.tensor import OPS
-from tinygrad_bn.testing.properties import cast_real, split_differentiable
+from tinygrad_bn.testing.calls import cast_real, split_differentiable
 from tinygrad_bn.transforms import functional_call, grad, hessian, hvp, jacobian, jvp, value_and_grad, vjp
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from tinygrad_bn.diagnose import detect_anomaly
 from tinygrad_bn.explain import explain
 from tinygrad_bn.sample import RandomDraw
 from tinygrad_bn.tensor import OPS
-from tinygrad_bn.testing.properties import cast_real, positions
+from tinygrad_bn.testing.calls import cast_real, positions
 from tinygrad_bn.transforms import functional_call, grad, hessian, hvp, jacobian, jvp, vjp, vmap
 
 pytestmark = pytest.mark.slow

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import pytest
 from hypothesis import strategies as st
-from onnx import helper
 
 from tests.fuzz.mutations import damaged
 from tests.fuzz.target import Files, Target, one_file
 from tinygrad_bn import manual_seed, nn
 from tinygrad_bn.onnx import Graph, OnnxError, export, load
 from tinygrad_bn.onnx.operators import OPERATORS
+
+onnx = pytest.importorskip("onnx")  # pytest looks for doctests here
+helper = onnx.helper
 
 NAME = "a.onnx"
 TIMES, BASE = 32, 1 << 21  # bytes of memory: for each byte of the file, and beside it

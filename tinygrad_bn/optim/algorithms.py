@@ -111,7 +111,7 @@ def adam(
     beta1: float, beta2: float, step_size: float, root_scale: float, eps: float, shrink: float, decay: float,
 ) -> Any:  # fmt: skip
     """Adam with the averages m of gradients and v of their squares (Kingma & Ba 2015, Algorithm 1)."""
-    g = g + decay * p
+    g = g + decay * p if decay else g
     m[...] = beta1 * m + (1 - beta1) * g
     v[...] = beta2 * v + (1 - beta2) * (g * g)
     return shrink * p - step_size * m / (v**0.5 * root_scale + eps)

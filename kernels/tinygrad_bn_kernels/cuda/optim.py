@@ -21,7 +21,9 @@ def ADAM(T: Any) -> Callable[..., None]:
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
         while i < n:
             pi = p[i]
-            gi = g[i] + decay * pi
+            gi = g[i]
+            if decay != 0:  # 0 · ∞ would be NaN
+                gi += decay * pi
             mi = beta1 * m[i] + one_beta1 * gi
             vi = beta2 * v[i] + one_beta2 * gi * gi
             m[i], v[i] = mi, vi
@@ -39,7 +41,9 @@ def SGD(T: Any) -> Callable[..., None]:
         i = uint32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
         while i < n:
             pi = p[i]
-            gi = g[i] + decay * pi
+            gi = g[i]
+            if decay != 0:  # 0 · ∞ would be NaN
+                gi += decay * pi
             vi = momentum * v[i] + one_dampening * gi
             v[i] = vi
             out[i] = pi - (a * gi + b * vi)
