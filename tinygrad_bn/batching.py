@@ -171,7 +171,7 @@ def vmap(function: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> C
     def batched(*args: Any, **options: Any) -> Any:
         if isinstance(in_axes, list):
             raise TypeError(f"in_axes of several arguments is a tuple; got the list {shown(in_axes)}")
-        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        axes = in_axes if type(in_axes) is tuple else (in_axes,) * len(args)
         if len(axes) != len(args):
             raise ValueError(f"in_axes has {len(axes)} axes for {len(args)} arguments")
         given: list[tuple[str, Tensor]] = []
@@ -223,7 +223,8 @@ def _zipped(function: Callable[[Any, Any, str], Any], nest: Any, axes: Any, name
     if isinstance(axes, dict):
         return {k: _zipped(function, nest[k], axis, f"{name}[{k!r}]") for k, axis in axes.items()}
     pairs = zip(nest, axes, strict=True)
-    return type(nest)([_zipped(function, x, axis, f"{name}[{i}]") for i, (x, axis) in enumerate(pairs)])
+    parts = [_zipped(function, x, axis, f"{name}[{i}]") for i, (x, axis) in enumerate(pairs)]
+    return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
 
 
 def _moved(x: Tensor, start: Any, stop: Any, name: str) -> Tensor:
@@ -303,11 +304,20 @@ def gradients(y: Tensor, xs: Sequence[Tensor], g: Tensor, create_graph: bool) ->
     """`autograd.grad` of tensors that may be batched: each of `xs` in the same calls, `y` in some of them."""
     levels = levels_of(xs[0])
     values, (cotangent, result) = [unwrapped(x, levels) for x in xs], (unwrapped(t, levels) for t in (g, y))
-    if isinstance(cotangent, Batched):  # as that of a row of a Jacobian: the rules run on batched tensors
-        order = autograd._topological(result)
-        found = call_recording(True, autograd._backprop, result, cotangent, order, values, True)
-        pulled = [found[v] if v in found else Tensor._of(backend.full(v._data, 0)) for v in values]
-        pulled = pulled if create_graph else [p.detach() for p in pulled]
+    if isinstance(cotangent, Batched):
+        pulled = pulled_back(result, values, cotangent, create_graph)
     else:
         pulled = autograd.grad(result, values, cotangent, create_graph)
     return [wrapped(p, levels) for p in pulled]
+
+
+def pulled_back(
+    y: Tensor, xs: Sequence[Tensor], g: Tensor, create_graph: bool, stop: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """The gradients of `xs`, by a walk that ends at the tensors of `stop`; g may be batched, as a row of a Jacobian."""
+    tensors = create_graph or isinstance(g, Batched)  # the rules run on tensors
+    order = autograd._topological(y, stop)
+    found = call_recording(tensors, autograd._backprop, y, g, order, xs, tensors)
+    pulled = [found[x] if x in found else backend.full(x._data, 0) for x in xs]
+    pulled = [p if isinstance(p, Tensor) else Tensor._of(p) for p in pulled]
+    return pulled if create_graph else [p.detach() for p in pulled]

@@ -54,13 +54,20 @@ def _aligned(level: Level, xs: Sequence[Any]) -> list[Any]:
     ]
 
 
+def _axis(axis: int, ndim: int) -> int:
+    """An axis of a sample from 0 on. Raises IndexError if it is not there; without axes, 0 and −1 are, as in NumPy."""
+    if not -max(ndim, 1) <= axis < max(ndim, 1):
+        raise IndexError(f"axis {axis} is out of bounds for a sample of {ndim} axes")
+    return int(axis) % max(ndim, 1)
+
+
 def _elementwise(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
     return _run(op, _aligned(level, xs), params)
 
 
 def _reduction(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
     [x], axis = xs, params["axis"]
-    axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % max(x.ndim, 1)
+    axes = range(x.ndim) if axis is None else [_axis(a, x.ndim) for a in np.atleast_1d(axis)]
     one: Any = tuple(int(a) + 1 for a in axes)
     kept = (level.size, *(1 if i in one else n for i, n in enumerate(x.shape, start=1)))
     value = x.value
@@ -115,13 +122,13 @@ def _reshape(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
 
 def _transpose(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
     [x], axes = xs, params["axes"]
-    order = range(x.ndim)[::-1] if axes is None else [int(a) % max(x.ndim, 1) for a in axes]
+    order = range(x.ndim)[::-1] if axes is None else [_axis(a, x.ndim) for a in axes]
     return transpose(x.value, axes=(0, *(a + 1 for a in order))), ()
 
 
 def _join(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:
     ndim = _ndim(xs[0]) + (op.name == "stack")
-    return _run(op, [level.full(x) for x in xs], {"axis": params["axis"] % max(ndim, 1) + 1})
+    return _run(op, [level.full(x) for x in xs], {"axis": _axis(params["axis"], ndim) + 1})
 
 
 def _pad(level: Level, op: Op, xs: Sequence[Any], params: Params) -> Result:

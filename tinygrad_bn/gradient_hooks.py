@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from threading import RLock
 from typing import Any
 
@@ -25,7 +23,6 @@ HOOKS: dict[int, tuple[tuple[int, str, Hook], ...]] = {}
 _numbers = itertools.count()
 _lock = RLock()  # re-entrant, as an owner may die in the middle of a change
 _ends: dict[int, Any] = {}  # finalizers of the owners in HOOKS
-_quiet: ContextVar[frozenset[int]] = ContextVar("quiet", default=frozenset())  # ids of tensors whose hooks wait
 
 HELD_AT_FORKS.append(_lock)
 
@@ -108,20 +105,12 @@ class TensorWithHooks:
         return register(own, "gradient", hook)
 
 
-@contextmanager
-def waiting(tensors: Iterable[Any]) -> Iterator[None]:
-    """In this block the hooks of these tensors are not called: their gradients are parts of later ones."""
-    before = _quiet.set(_quiet.get() | set(map(id, tensors)))
-    try:
-        yield
-    finally:
-        _quiet.reset(before)
-
-
 def call(t: Any, grads: dict[Any, Any], tensor_of: Callable[[Any], Any]) -> None:
     """Call the hooks of the tensor t with its gradient: a tensor, or an array that `tensor_of` makes one of."""
-    for hook in _of(t, "gradient") if t in grads and id(t) not in _quiet.get() else ():
+    for hook in _of(t, "gradient") if t in grads else ():
         before = grads[t]
+        if hasattr(before, "level"):  # of `vmap`, or of the rows of a Jacobian, which are then computed one by one
+            raise NotImplementedError("a hook is called with one gradient; here are the gradients of many samples")
         g = before if hasattr(before, "requires_grad") else tensor_of(before)
         after = hook(g)
         if after is None:

@@ -112,8 +112,8 @@ def write(name: str, fused: bool = False, folder: str | Path = ".") -> list[Path
     Raises ValueError for a name that an op cannot have, or that an op, a module or the files themselves use;
     FileExistsError if a file is there already.
     """
-    if not name.isidentifier() or iskeyword(name):
-        raise ValueError(f"the name of an op has to be an identifier; {name!r} is not")
+    if not name.isidentifier() or iskeyword(name) or name.startswith(("_", "test_")) or name == "conftest":
+        raise ValueError(f"the name of an op is an identifier that pytest does not look for; {name!r} is not")
     if name in OPS:
         raise ValueError(f"there is an op {name!r} already; choose another name")
     texts = {f"{name}.py": FUSED if fused else PRIMITIVE, f"test_{name}.py": TEST}

@@ -68,8 +68,9 @@ def entry(name: str, examples: int) -> OpEntry:
     if examples:
         try:
             report = check_op(name, examples=examples, allow_zero=name == "sign")
-        except AssertionError as error:
-            words = [str(error), *getattr(error, "__notes__", [])]
+        except Exception as error:  # an op of a user may raise anything
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            words = [f"{kind}{error}", *getattr(error, "__notes__", [])]
             failure = "FAILED: " + " ".join(" ".join(words).split())
     kernels: dict[str, list[str]] = {}
     for kernel, device in kernels_of(op):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn import backend, gradient_hooks
+from tinygrad_bn import backend
 from tinygrad_bn.arguments import full_name
-from tinygrad_bn.batching import Batched, gradients
+from tinygrad_bn.batching import Batched, pulled_back
 from tinygrad_bn.hooks import listening
 from tinygrad_bn.modes import is_recording, recording, repeating
 from tinygrad_bn.ops import reshape
@@ -36,8 +36,9 @@ class _Recomputed(Op):
             _expect_same(again, y)
             wanted = [t for t, need in zip([*handles, *self.read], needs, strict=True) if need]
             cotangent = g if isinstance(g, Tensor) else Tensor._of(g)
-            with gradient_hooks.waiting(self.read):  # until the pass that this is a part of is there
-                pulled = iter(gradients(again, wanted, cotangent, create_graph=isinstance(g, Tensor)))
+            # The walk ends at what was read: the pass that this is a part of goes on from there, and calls its hooks.
+            ends = [*(h for h in handles if isinstance(h, Tensor)), *self.read]
+            pulled = iter(pulled_back(again, wanted, cotangent, isinstance(g, Tensor), ends))
         pairs = [next(pulled) if need else None for need in needs]
         return pairs if isinstance(g, Tensor) else [None if t is None else t._data for t in pairs]
 
@@ -74,6 +75,8 @@ def checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
             y = function(*handles)
     finally:
         _running.reset(before)
+    if isinstance(y, Batched):  # of what the function reads; its graph is there
+        return y
     if not isinstance(y, Tensor):
         raise TypeError(f"a function to compute again has to return one tensor; it returned {full_name(y)}")
     if not y.requires_grad:

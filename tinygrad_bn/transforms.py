@@ -256,7 +256,8 @@ def _holding(model: Module, state: Mapping[str, Any]) -> Iterator[None]:
         raise KeyError(f"{type(model).__name__} has no {', '.join(unknown)}; it has {', '.join(own)}")
     given: dict[Tensor, Any] = {}
     for name, value in state.items():
-        if given.setdefault(own[name], value) is not value:
+        first = given.setdefault(own[name], value)
+        if first is not value and not _equal_constants(first, value):
             names = [other for other, t in own.items() if t is own[name]]
             raise ValueError(f"{' and '.join(names)} are one parameter or buffer; give one value for it")
     held = {t: _stand_in(name, t, given.get(t, t)) for name, t in own.items()}
@@ -273,6 +274,14 @@ def _holding(model: Module, state: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for module, attribute, t in places:
             vars(module)[attribute] = t
+
+
+def _equal_constants(a: Any, b: Any) -> bool:
+    """Whether both hold the same numbers and get no gradient, as the two entries of a shared tensor in `state_dict`."""
+    if any(isinstance(v, Tensor) and v.requires_grad for v in (a, b)):
+        return False
+    first, second = (backend.to_numpy(v._data if isinstance(v, Tensor) else v) for v in (a, b))
+    return np.array_equal(first, second, equal_nan=True)
 
 
 def _stand_in(name: str, t: Tensor, value: Any) -> Tensor:

@@ -182,3 +182,23 @@ def test_a_step_with_checkpoints_is_not_captured():
             losses = [run(x).item() for _ in range(8)]
         ends.append((losses, {k: v.tobytes() for k, v in model.state_dict().items()}))
     assert ends[0] == ends[1]
+
+
+def test_a_result_that_is_read_beside_what_it_was_computed_from():
+    """Each path is counted once."""
+    x, w = Tensor([3.0], requires_grad=True), Tensor([2.0], requires_grad=True)
+    made = w * 5
+    checkpoint(lambda x: (x * made * w).sum(), x).backward()
+    assert (x.grad.item(), w.grad.item()) == (20, 60)
+    x = Tensor([3.0], requires_grad=True)
+    h = x * 2
+    assert grad(checkpoint(lambda x: (x * (h + h * 2)).sum(), x), x).item() == 36
+    assert grad(checkpoint(lambda x: h, x).sum(), x).item() == 2
+    curvature = transforms.hessian(lambda w: checkpoint(lambda x: (x * (w * w) * w).sum(), Tensor([1.0])))
+    assert curvature(np.array([2.0])).numpy().tolist() == [[12]]
+
+
+def test_batched_tensors_that_a_function_reads():
+    x = RNG.normal(size=(3, 4))
+    f = transforms.vmap(transforms.grad(lambda x: checkpoint(lambda c: (x * x * c).sum(), Tensor(2.0))))
+    np.testing.assert_allclose(f(x).numpy(), 4 * x)

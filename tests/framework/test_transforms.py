@@ -218,9 +218,10 @@ def test_shared_parameters_are_one():
     slopes = grad(lambda s: functional_call(model, s, x).sum())(dict(model.named_parameters()))
     np.testing.assert_allclose(slopes["0.weight"].numpy(), layer.weight.grad.numpy())
     w = Tensor(layer.weight)
+    np.testing.assert_array_equal(functional_call(model, model.state_dict(), x).numpy(), model(x).numpy())
     assert functional_call(model, {"0.weight": w, "2.weight": w}, x).shape == (4, 3)
     with pytest.raises(ValueError, match=r"0.weight and 2.weight are one parameter"):
-        functional_call(model, {"0.weight": w, "2.weight": Tensor(w)}, x)
+        functional_call(model, {"0.weight": w, "2.weight": w * 2}, x)
 
 
 def test_gradients_by_running_statistics():

@@ -1,6 +1,7 @@
 """vmap gives what a loop over the samples gives: values and derivatives, of every op, in both orders of composition."""
 
 import threading
+from collections import namedtuple
 from contextlib import contextmanager
 
 import numpy as np
@@ -429,6 +430,10 @@ def leaked():
         (lambda: vmap(lambda x: F.cross_entropy(x[None], np.array([0]), x))(X), NotImplementedError, "class weights"),
         (leaked, RuntimeError, "after the call; return it"),
         (lambda: vmap(grad(hooked))(X), NotImplementedError, "has no hooks"),
+        (lambda: vmap(lambda x: x.sum(axis=1))(X), IndexError, "axis 1 is out of bounds for a sample of 1 axes"),
+        (lambda: vmap(lambda x: x.max(axis=-2))(X), IndexError, "axis -2 is out of bounds"),
+        (lambda: vmap(lambda x: F.stack([x, x], axis=3))(X), IndexError, "axis 3 is out of bounds"),
+        (lambda: vmap(lambda x: x.transpose(1))(X), IndexError, "axis 1 is out of bounds"),
         (lambda: vmap(lambda x: (x * 2).retain_grad())(X), NotImplementedError, "keeps no gradient"),
         (lambda: vmap(both, [0, None])(X, X), TypeError, r"is a tuple; got the list \[0, None\]"),
         (lambda: vmap(lambda x: F.dropout(x))(X), NotImplementedError, "'dropout_by_key'"),
@@ -438,3 +443,22 @@ def leaked():
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_axes_in_named_tuples():
+    Pair = namedtuple("Pair", "a b")
+    y = vmap(lambda p: Pair(p.b, p.a), in_axes=(Pair(0, 1),), out_axes=Pair(1, 0))(Pair(X, X.T))
+    expect_same(y.a, X.T)
+    expect_same(y.b, X)
+
+
+def test_a_hook_that_reads_its_gradient_in_a_jacobian():
+    seen = []
+
+    def f(x):
+        y = x * x
+        y.register_hook(lambda g: seen.append(g.numpy()))
+        return y * 2
+
+    expect_same(jacobian(f)(X[0]), np.diag(4 * X[0]))
+    assert len(seen) == 3

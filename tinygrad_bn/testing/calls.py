@@ -10,7 +10,7 @@ import numpy as np
 
 from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.autograd import grad
-from tinygrad_bn.backend import find_kernel
+from tinygrad_bn.backend import find_kernel, kernels_disabled
 from tinygrad_bn.sample import Array
 from tinygrad_bn.tensor import Op, Tensor, apply, held_constant
 from tinygrad_bn.testing.diagnosis import names_of, of_elements
@@ -143,3 +143,13 @@ def expect_close(got: Any, want: Any, tolerance: float, whose: str) -> None:
     if wrong.any():
         what = "gradient" if whose.startswith("the gradient") else "result"
         raise GradcheckError(f"{whose} is wrong: {of_elements(got, want, tolerance=tolerance, what=what)}")
+
+
+def takes(op: Op, xs: Operands, params: Params) -> bool:
+    """Whether the reference takes these operands and gives numbers that are finite."""
+    try:
+        with kernels_disabled(), np.errstate(all="ignore"):
+            y = np.asarray(apply(op, cast_real(xs, np.float64), params)[0])
+    except Exception:
+        return False
+    return bool(np.isfinite(y).all())

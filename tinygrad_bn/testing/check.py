@@ -229,7 +229,9 @@ def _nearly(name: str, op: Op) -> str:
     rest = written.removeprefix(op.name.casefold())
     if rest == written or rest[:1].isalnum():
         return ""
-    return op.name if rest[1:] in ("", "forward", "fwd", "cpu", "cuda", "kernel") else op.vjp
+    if rest[1:] in ("", "forward", "fwd", "cpu", "cuda", "kernel"):
+        return op.name
+    return op.vjp if rest[1:] in ("vjp", "backward", "bwd", "grad", "gradient", "gradients", "derivative") else ""
 
 
 # ---- samples that show nothing ---------------------------------------------------------------------------

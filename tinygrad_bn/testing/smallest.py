@@ -10,9 +10,8 @@ import numpy as np
 
 from tinygrad_bn.arguments import is_floating
 from tinygrad_bn.tensor import Op
-from tinygrad_bn.testing.calls import Check, Operands, Params
+from tinygrad_bn.testing.calls import Check, Operands, Params, takes
 from tinygrad_bn.testing.diagnosis import names_of
-from tinygrad_bn.testing.extremes import takes
 
 TRIES = 60
 MOST = 12  # elements that are written out
