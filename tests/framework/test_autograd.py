@@ -350,3 +350,11 @@ def test_one_no_grad_inside_itself():
             assert not is_recording()
         assert not is_recording()
     assert is_recording()
+
+
+def test_a_result_whose_op_gives_it_no_gradient_is_passed_over():
+    """A condition gets none, also where it was computed from a tensor that is asked for."""
+    x, w = Tensor([1.0, 2.0], requires_grad=True), Tensor([3.0, 0.0], requires_grad=True)
+    gx, gw = grad(functional.where(w * 2, x, 0.0).sum(), [x, w])
+    assert gx.numpy().tolist() == [1, 0]
+    assert gw.numpy().tolist() == [0, 0]
