@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from tinygrad_bn.captured.nests import mapped
 from tinygrad_bn.hooks import listening
 from tinygrad_bn.modes import COMPOSED, call_recording
 from tinygrad_bn.ops import broadcast_to, transpose
+from tinygrad_bn.standin import StandIn
 from tinygrad_bn.tensor import Op, Tensor
 
 _levels: ContextVar[tuple[Level, ...]] = ContextVar("levels", default=())
@@ -63,10 +64,15 @@ def _parts(index: object) -> Sequence[Any]:
     return index if isinstance(index, tuple) else (index,)
 
 
-class Batched(Tensor):
+class Batched(StandIn):
     """A tensor of one sample under `vmap`. Behind it is `value`, whose first axis is that of the samples."""
 
-    __slots__ = ("level", "value")
+    __slots__ = ("level",)
+    unreadable: ClassVar = (
+        TypeError,
+        "under vmap a tensor has a value for each sample, so Python cannot read it or branch on it; use "
+        "functional.where(condition, a, b), or return the tensor",
+    )
 
     def __init__(self, value: Tensor, level: Level) -> None:
         self.value, self.level = value if isinstance(value, Tensor) else Tensor(value), level
@@ -82,22 +88,6 @@ class Batched(Tensor):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape[1:]
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim - 1
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.value.dtype
-
-    @property
-    def device(self) -> str:
-        return self.value.device
 
     @property
     def _requires_grad(self) -> bool:  # type: ignore[override]
@@ -121,22 +111,8 @@ class Batched(Tensor):
     def detach(self) -> Tensor:
         return Batched(self.value.detach(), self.level)
 
-    def __len__(self) -> int:
-        if not self.ndim:
-            raise TypeError("a 0-d tensor has no length")
-        return self.shape[0]
-
     def __repr__(self) -> str:
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, under vmap of {self.level.size})"
-
-    def _unknown(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(
-            "under vmap a tensor has a value for each sample, so Python cannot read it or branch on it; use "
-            "functional.where(condition, a, b), or return the tensor"
-        )
-
-    item = numpy = __array__ = __bool__ = __float__ = __int__ = _unknown
-    data = property(_unknown)
 
 
 # ---- the transformation ---------------------------------------------------------------------------------

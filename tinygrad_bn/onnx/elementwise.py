@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -44,12 +43,13 @@ OPERATORS |= {
     "BitwiseNot": of_arrays(np.bitwise_not), "BitwiseOr": of_arrays(np.bitwise_or),
     "BitwiseXor": of_arrays(np.bitwise_xor), "Ceil": of_arrays(np.ceil), "Div": _quotient, "Equal": F.equal,
     "Erf": erf, "Exp": F.exp, "Floor": of_arrays(np.floor), "Greater": F.greater, "GreaterOrEqual": F.greater_equal,
-    "Identity": lambda x: x, "IsNaN": of_arrays(np.isnan), "Less": F.less, "LessOrEqual": F.less_equal, "Log": F.log,
-    "Max": of_several(F.maximum), "Min": of_several(F.minimum), "Mod": _mod, "Mul": F.mul, "Neg": F.neg,
-    "Not": of_arrays(np.logical_not), "Or": of_arrays(np.logical_or), "Pow": _pow,
-    "Reciprocal": lambda x: F.div(1, x), "Relu": F.relu, "Round": of_arrays(np.round), "Sigmoid": F.sigmoid,
-    "Sign": F.sign, "Softplus": F.softplus, "Sqrt": F.sqrt, "Sub": F.sub, "Sum": of_several(F.add), "Tanh": F.tanh,
-    "Where": F.where, "Xor": of_arrays(np.logical_xor),
+    "HardSwish": F.hardswish, "Identity": lambda x: x, "IsNaN": of_arrays(np.isnan), "Less": F.less,
+    "LessOrEqual": F.less_equal, "Log": F.log, "Max": of_several(F.maximum), "Min": of_several(F.minimum),
+    "Mish": F.mish, "Mod": _mod, "Mul": F.mul, "Neg": F.neg, "Not": of_arrays(np.logical_not),
+    "Or": of_arrays(np.logical_or), "Pow": _pow, "Reciprocal": lambda x: F.div(1, x), "Relu": F.relu,
+    "Round": of_arrays(np.round), "Sigmoid": F.sigmoid, "Sign": F.sign, "Softplus": F.softplus,
+    "Softsign": F.softsign, "Sqrt": F.sqrt, "Sub": F.sub, "Sum": of_several(F.add), "Tanh": F.tanh, "Where": F.where,
+    "Xor": of_arrays(np.logical_xor),
 }  # fmt: skip
 
 
@@ -99,13 +99,13 @@ def PRelu(x: Value, slope: Value) -> Value:
 
 
 @operator
-def Elu(x: Value, *, alpha: float = 1.0) -> Value:
-    return F.elu(x, alpha)
+def Celu(x: Value, *, alpha: float = 1.0) -> Value:
+    return F.celu(x, alpha)
 
 
 @operator
-def Celu(x: Value, *, alpha: float = 1.0) -> Value:
-    return F.elu(x / alpha, 1.0) * alpha
+def Elu(x: Value, *, alpha: float = 1.0) -> Value:
+    return F.elu(x, alpha)
 
 
 @operator
@@ -124,30 +124,13 @@ def HardSigmoid(x: Value, *, alpha: float = 0.2, beta: float = 0.5) -> Value:
 
 
 @operator
-def HardSwish(x: Value) -> Value:
-    return x * HardSigmoid(x, alpha=1 / 6)
-
-
-@operator
-def Softsign(x: Value) -> Value:
-    return x / (F.abs(x) + 1)
-
-
-@operator
-def Mish(x: Value) -> Value:
-    return x * F.tanh(F.softplus(x))
-
-
-@operator
 def Swish(x: Value, *, alpha: float = 1.0) -> Value:
     return x * F.sigmoid(x * alpha)
 
 
 @operator
 def Gelu(x: Value, *, approximate: str = "none") -> Value:
-    if approximate == "none":
-        return F.gelu(x)
-    return x * 0.5 * (F.tanh((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)) + 1)
+    return F.gelu(x) if approximate == "none" else F.gelu_tanh(x)
 
 
 @operator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,13 +12,19 @@ from tinygrad_bn.modes import no_grad
 from tinygrad_bn.nn.module import Module, evaluating
 from tinygrad_bn.onnx.errors import OnnxError
 from tinygrad_bn.onnx.translations import TRANSLATIONS, Call
+from tinygrad_bn.standin import StandIn
 from tinygrad_bn.tensor import Array, Op, Tensor
 
 
-class Traced(Tensor):
-    """What comes from the input of a traced module: a tensor with a name, whose values nobody may read."""
+class Traced(StandIn):
+    """What comes from the input of a traced module, with its name in the file."""
 
-    __slots__ = ("name", "value")
+    __slots__ = ("name",)
+    unreadable: ClassVar = (
+        OnnxError,
+        "the model reads the values of a tensor that comes from its input, so what it computes may depend on them; "
+        "use functional.where(condition, a, b)",
+    )
 
     def __init__(self, value: Tensor, name: str) -> None:
         self.value, self.name = value, name
@@ -29,43 +35,11 @@ class Traced(Tensor):
         """Compositions read values as constants: the tensor stands for its array, so that their ops are noted too."""
         return self
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim
-
-    @property
-    def size(self) -> int:
-        return self.value.size
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.value.dtype
-
-    @property
-    def device(self) -> str:
-        return self.value.device
-
     def detach(self) -> Tensor:
         return self
 
-    def __len__(self) -> int:
-        return len(self.value)
-
     def __repr__(self) -> str:
         return f"Tensor(shape={self.shape}, dtype={self.dtype}, traced)"
-
-    def _unknown(self, *_: Any, **__: Any) -> NoReturn:
-        raise OnnxError(
-            "the model reads the values of a tensor that comes from its input, so what it computes may depend on them; "
-            "use functional.where(condition, a, b)"
-        )
-
-    item = numpy = __array__ = __bool__ = __float__ = __int__ = __index__ = _unknown
-    data = property(_unknown)
 
 
 def _noted(model: Module, x: Traced) -> Any:

@@ -85,6 +85,22 @@ def _outputs(size: Ints, kernel: Ints, strides: Ints, dilations: Ints, around: P
     return tuple(out)
 
 
+def _windows(
+    x: Value,
+    kernel: Ints,
+    strides: Ints | None,
+    dilations: Ints | None,
+    pads: Ints | None,
+    auto_pad: str,
+    ceil_mode: int,
+) -> tuple[Ints, Ints, Pairs, Ints]:  # fmt: skip
+    """Strides, dilations, padding and the size of the output of windows over x (N, C, *size)."""
+    once = (1,) * (x.ndim - 2)
+    strides, dilations = strides or once, dilations or once
+    around = _around(x.shape[2:], kernel, strides, dilations, pads, auto_pad)
+    return strides, dilations, around, _outputs(x.shape[2:], kernel, strides, dilations, around, ceil_mode)
+
+
 @operator
 def MaxPool(
     x: Value, *, kernel_shape: Ints, auto_pad: str = "NOTSET", ceil_mode: int = 0, dilations: Ints | None = None,
@@ -98,10 +114,7 @@ def MaxPool(
             dilations=dilations, pads=pads, storage_order=storage_order, strides=strides, outputs=2,
         )  # fmt: skip
         return (F.astype(found[0], dtype=x.dtype), found[1])[:outputs]
-    ndim, size = x.ndim - 2, x.shape[2:]
-    strides, dilations = strides or (1,) * ndim, dilations or (1,) * ndim
-    around = _around(size, kernel_shape, strides, dilations, pads, auto_pad)
-    out = _outputs(size, kernel_shape, strides, dilations, around, ceil_mode)
+    strides, dilations, around, out = _windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     options = {
         "kernel": tuple(kernel_shape), "out": out, "stride": tuple(strides), "dilation": tuple(dilations),
         "padding": tuple(before for before, _ in around),  # what lies behind x follows from `out`
@@ -110,9 +123,10 @@ def MaxPool(
     if outputs == 1:
         return y
     places = np.asarray(array_of(max_pool_places(x, **options)))
+    size = x.shape[2:]
     if storage_order:  # the first axis of a plane runs fastest
         places = np.ravel_multi_index(np.unravel_index(places, size), size, order="F")
-    planes = np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *(1,) * ndim)
+    planes = np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *(1,) * len(size))
     return y, places + planes * math.prod(size)
 
 
@@ -122,10 +136,7 @@ def AveragePool(
     dilations: Ints | None = None, pads: Ints | None = None, strides: Ints | None = None,
 ) -> Value:  # fmt: skip
     """The sum of each window, divided by how many of its places count."""
-    ndim, size = x.ndim - 2, x.shape[2:]
-    strides, dilations = strides or (1,) * ndim, dilations or (1,) * ndim
-    around = _around(size, kernel_shape, strides, dilations, pads, auto_pad)
-    out = _outputs(size, kernel_shape, strides, dilations, around, ceil_mode)
+    strides, dilations, around, out = _windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     total, count = _window_sums(x, kernel_shape, out, strides, dilations, around, count_include_pad)
     return total / np.maximum(count, 1).astype(x.dtype)
 
@@ -170,10 +181,7 @@ def LpPool(
     dilations: Ints | None = None, pads: Ints | None = None, strides: Ints | None = None,
 ) -> Value:  # fmt: skip
     """(Σ |x|ᵖ)^(1 / p) of each window. What lies outside of x counts as 0."""
-    ndim, size = x.ndim - 2, x.shape[2:]
-    strides, dilations = strides or (1,) * ndim, dilations or (1,) * ndim
-    around = _around(size, kernel_shape, strides, dilations, pads, auto_pad)
-    out = _outputs(size, kernel_shape, strides, dilations, around, ceil_mode)
+    strides, dilations, around, out = _windows(x, kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     total, _ = _window_sums(F.pow(F.abs(x), float(p)), kernel_shape, out, strides, dilations, around, 0)
     return F.pow(total, 1 / p)
 

@@ -271,7 +271,7 @@ def expect_options_that_change(op: Op, samples: Sequence[Drawn]) -> None:
     """Raise VacuousCheckError if an option has one value in all samples, and the op gives another result with another.
 
     A rule or a kernel that ignores the option would pass; a composition alone cannot ignore it. Numbers, bools and None
-    are tried. An option of which the op takes one value only, or whose value does not matter here, may stay as it is.
+    are tried. An option that has one allowed value, or whose value does not matter here, may stay as it is.
     """
     if not (any(op.rules) or op.each or kernels_of(op)):
         return
