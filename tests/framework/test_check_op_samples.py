@@ -104,3 +104,19 @@ def test_an_option_of_one_value_passes_where_no_other_is_taken_or_changes_the_re
 
     op = op_of(scaled, lambda g, y, x, **_: g * 2, sample=elementwise(REAL))
     assert check_op(op, examples=3).fixed == {"n": 3, "most": 1000, "how": "twice"}
+
+
+def on_a_middle_axis(a, b):
+    return a * b * (0 if b.ndim == 3 and b.shape[1] == 1 != a.shape[1] else 1)
+
+
+def from_both_sides(a, b):
+    return a * b * (0 if a.ndim == b.ndim and a.shape != b.shape and 1 in a.shape and 1 in b.shape else 1)
+
+
+@pytest.mark.parametrize("wrong", [on_a_middle_axis, from_both_sides])
+def test_a_kernel_that_is_wrong_for_some_way_of_broadcasting_is_found(wrong):
+    op = op_of(lambda a, b: a * b, sample=elementwise(REAL, REAL))
+    kernel("planted", "cpu")(lambda a, b: wrong(a, b))
+    with pytest.raises(GradcheckError, match=r"which (is|are) broadcast"):
+        check_op(op)

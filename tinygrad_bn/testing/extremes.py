@@ -76,16 +76,26 @@ def large_numbers(op: Op, xs: Operands, params: Params, seed: int) -> None:
 
 
 def broadcast_operands(op: Op, xs: Operands, params: Params, seed: int) -> None:
-    """Of elementwise ops, with a row or a column for an operand: the values and gradients of the reference."""
+    """Of elementwise ops, with operands that are broadcast: the values and gradients of the reference."""
     wide = _of_one_shape(op, xs, params)
-    for i, name in enumerate(names_of(op.forward, len(wide))):
-        x = wide[i]
-        for part, what in ((np.asarray(x[0]), "without axis 0"), (x[..., :1], "of one column")):
-            given = (*wide[:i], part, *wide[i + 1 :])
+    for given, when in _smaller(wide, names_of(op.forward, len(wide))) if wide else ():
+        for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
+            _agrees(op, given, params, seed, dtype, tolerance, when)
+        _derivative(op, given, params, seed, when)
+
+
+def _smaller(wide: Operands, names: Sequence[str]) -> Iterator[tuple[tuple[Array, ...], str]]:
+    """One operand without its first axis, or of length 1 on any axis; and two of length 1 on different axes."""
+    first, second, *others = arrays = [np.asarray(x) for x in wide]
+    for i, (name, x) in enumerate(zip(names, arrays, strict=True)):
+        parts = [(x[0], "without axis 0")]
+        parts += [(x.take([0], axis), f"of length 1 on axis {axis}") for axis in range(x.ndim)]
+        for part, what in parts:
             when = f"for operand {name} {what}, of shape {part.shape}, which is broadcast,"
-            for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 1e-4)):
-                _agrees(op, given, params, seed, dtype, tolerance, when)
-            _derivative(op, given, params, seed, when)
+            yield (*arrays[:i], part, *arrays[i + 1 :]), when
+    if first.ndim > 1:
+        row, column = first.take([0], 0), second.take([0], -1)
+        yield (row, column, *others), f"for operands of shapes {row.shape} and {column.shape}, which are broadcast,"
 
 
 def numbers_for_operands(op: Op, xs: Operands, params: Params, seed: int) -> None:
