@@ -197,10 +197,14 @@ def test_an_error_of_the_disk_ends_the_training(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     from tensorboardX.record_writer import RecordWriter
 
-    def full(self):
-        raise OSError(28, "No space left on device")
+    flush, errors = RecordWriter.flush, [OSError(28, "No space left on device")]
 
-    monkeypatch.setattr(RecordWriter, "flush", full)
+    def full_once(self):  # so that the file can be closed
+        if errors:
+            raise errors.pop()
+        flush(self)
+
+    monkeypatch.setattr(RecordWriter, "flush", full_once)
     x, y = np.ones((4, 2), np.float32), np.array([0, 1, 0, 1])
     with pytest.raises(OSError, match="No space left"):
         fit(nn.Linear(2, 2), (x, y), epochs=20, batch_size=1, callbacks=[TensorBoardLog(tmp_path)], progress=False)
